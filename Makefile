@@ -1,0 +1,43 @@
+# Every target works from a bare clone: it makes .venv and installs what it needs, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# sam2's optional CUDA extension serves mask post-processing only; nothing here calls it.
+export SAM2_BUILD_CUDA = 0
+
+.PHONY: demo test test-all lint bench report cov clean
+
+demo: $(READY)
+	$(BIN)/sward demo
+
+test: $(READY)
+	$(BIN)/python -m pytest tests/
+
+test-all: $(READY)
+	$(BIN)/python -m pytest tests/ -m "slow or not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/mwad_throughput.py
+	$(BIN)/python benchmarks/pdr_throughput.py
+
+report: $(READY)
+	$(BIN)/python -m sward_kernels.report
+
+cov: $(READY)
+	$(BIN)/coverage run --source=sward,sward_kernels -m pytest tests/
+	$(BIN)/coverage report --skip-covered
+
+# pip is left as venv brings it: newer ones build sam2 in an environment with a second, larger torch.
+$(READY): setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[all]"
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""Fused operations behind the losses of `sward`."""
