@@ -1,0 +1,300 @@
+"""One way to time, weigh and check several implementations of one operation side by side.
+
+A benchmark script describes each workload as a `Case` and each implementation as a `Provider`; `measure` does the
+rest and `Session` prints and saves it. Three rules hold for every number that comes out of here:
+
+* Correctness first. Every provider is compared with the case's float64 oracle before anything is timed. While one
+  provider of a case is wrong, no speed-up of that case is printed and the script exits with code 1.
+* One run. Providers are timed in turn, round by round, so that a slow spell of the machine hits all of them.
+* No invented numbers. Without a GPU the Triton kernels are not timed, and the banner says so.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import gc
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Larger than the last-level cache of every GPU in use, so that no provider finds its input cached by the one before.
+_CACHE_FLUSH_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation under test.
+
+    `run` does one complete pass (forward and backward, or forward alone) and returns what it computed, by name, for
+    the gate: the loss and the gradients. It must not accumulate into `.grad`; use `torch.autograd.grad`.
+    """
+
+    name: str
+    run: Callable[[], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload: what it is called, what is right, and the least traffic that could compute it.
+
+    `oracle` holds float64 results by the names that providers return. `tolerance` bounds, for each of them, the
+    largest absolute error divided by the largest absolute value of the oracle. `ideal_bytes` counts each input read
+    and each output written once per pass. `baseline` names the provider that speed-ups are quoted against.
+    """
+
+    name: str
+    oracle: Mapping[str, Tensor]
+    tolerance: float
+    ideal_bytes: int
+    baseline: str
+    mode: str = "forward+backward"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Times in milliseconds, memory in bytes; `error` is the worst relative error against the oracle."""
+
+    case: str
+    mode: str
+    provider: str
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    peak_extra_bytes: int
+    ideal_bytes: int
+    error: float
+    tolerance: float
+
+    @property
+    def gate_is_green(self) -> bool:
+        return self.error <= self.tolerance  # False for NaN
+
+
+def worst_error(results: Mapping[str, Tensor], oracle: Mapping[str, Tensor]) -> float:
+    """Largest absolute error over largest absolute oracle value, the worst over the names in `oracle`.
+
+    A missing result, a wrong shape or a value that is not finite counts as an infinite error.
+    """
+    worst = 0.0
+    for name, expected in oracle.items():
+        actual = results.get(name)
+        if actual is None or actual.shape != expected.shape or not bool(torch.isfinite(actual).all()):
+            return float("inf")
+        scale = expected.abs().max().item() or 1.0
+        worst = max(worst, (actual.detach().to(expected) - expected).abs().max().item() / scale)
+    return worst
+
+
+def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Most bytes alive at once during `run()` beyond those alive before it, results included.
+
+    On the CPU the profiler's allocator events are added up, which sees every allocation that goes through PyTorch's
+    allocator, those of compiled code too, and repeats exactly. On a GPU it is `max_memory_allocated`.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+def _time_once(run: Callable[[], object], device: torch.device, flush: Tensor | None) -> float:
+    if flush is None:
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    flush.zero_()
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end)
+
+
+def measure(
+    case: Case,
+    providers: Sequence[Provider],
+    device: torch.device,
+    *,
+    rounds: int = 15,
+    max_seconds: float = 30.0,
+) -> list[Measurement]:
+    """Check, weigh and time every provider of one case.
+
+    The gate's run is also the warm-up (compilation included). At least three rounds are timed; after that no new
+    round starts once `max_seconds` have passed.
+    """
+    errors = {provider.name: worst_error(provider.run(), case.oracle) for provider in providers}
+    memory = {provider.name: peak_extra_bytes(provider.run, device) for provider in providers}
+    flush = None
+    if device.type == "cuda":
+        flush = torch.empty(_CACHE_FLUSH_BYTES, dtype=torch.int8, device=device)
+    times: dict[str, list[float]] = {provider.name: [] for provider in providers}
+    gc.collect()
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        for index in range(rounds):
+            if index >= 3 and time.perf_counter() - started > max_seconds:
+                break
+            for provider in providers:
+                times[provider.name].append(_time_once(provider.run, device, flush))
+    finally:
+        gc.enable()
+    quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    rows = []
+    for provider in providers:
+        samples = torch.tensor(times[provider.name], dtype=torch.float64)
+        p20, p50, p80 = torch.quantile(samples, quantiles).tolist()
+        rows.append(
+            Measurement(
+                case.name,
+                case.mode,
+                provider.name,
+                p20,
+                p50,
+                p80,
+                memory[provider.name],
+                case.ideal_bytes,
+                errors[provider.name],
+                case.tolerance,
+            )
+        )
+    return rows
+
+
+def _versions() -> dict[str, str]:
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "absent"
+    return {"torch": torch.__version__, "triton": triton_version, "python": platform.python_version()}
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+@dataclass
+class Session:
+    """Collects the measurements of one script run: banner, tables, CSV file and exit code."""
+
+    benchmark: str
+    device: torch.device
+    measurements: list[Measurement] = field(default_factory=list)
+
+    @property
+    def device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{_processor_name()}, {torch.get_num_threads()} threads"
+
+    def print_banner(self) -> None:
+        """One block that says where the numbers below were taken, and what could not be taken."""
+        versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
+        print(f"{self.benchmark} on {self.device_name} ({versions})")
+        if self.device.type != "cuda":
+            print(
+                "Triton kernels not timed: no GPU. `python -m sward_kernels.report` shows how they compile."
+            )
+
+    def run(
+        self,
+        case: Case,
+        providers: Sequence[Provider],
+        *,
+        rounds: int = 15,
+        max_seconds: float = 30.0,
+    ) -> list[Measurement]:
+        """`measure` the case, keep the rows and print its table."""
+        rows = measure(case, providers, self.device, rounds=rounds, max_seconds=max_seconds)
+        self.measurements += rows
+        self._print_table(case, rows)
+        return rows
+
+    def _print_table(self, case: Case, rows: Sequence[Measurement]) -> None:
+        green = all(row.gate_is_green for row in rows)
+        baseline = next(row for row in rows if row.provider == case.baseline)
+        width = max(len(row.provider) for row in rows)
+        width = max(width, len("ideal bytes"))
+        print(f"\n{case.name}, {case.mode}")
+        print(
+            f"{'provider':<{width}}  {'p20 ms':>9}  {'p50 ms':>9}  {'p80 ms':>9}  {'peak MiB':>9}"
+            f"  {'GB/s':>7}  {'error':>8}  speed-up over {case.baseline}"
+        )
+        for row in rows:
+            speed_up = f"{baseline.p50_ms / row.p50_ms:.2f}x" if green else "withheld"
+            mark = "" if row.gate_is_green else f"  WRONG (tolerance {row.tolerance:.0e})"
+            print(
+                f"{row.provider:<{width}}  {row.p20_ms:>9.3f}  {row.p50_ms:>9.3f}  {row.p80_ms:>9.3f}"
+                f"  {row.peak_extra_bytes / 2**20:>9.1f}  {row.ideal_bytes / row.p50_ms / 1e6:>7.2f}"
+                f"  {row.error:>8.1e}  {speed_up}{mark}"
+            )
+        print(f"{'ideal bytes':<{width}}  {'':>9}  {'':>9}  {'':>9}  {case.ideal_bytes / 2**20:>9.1f}")
+        if not green:
+            print("A provider disagrees with the float64 oracle: no speed-up is reported for this case.")
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if all(row.gate_is_green for row in self.measurements) else 1
+
+    def write_csv(self, path: Path) -> None:
+        """Write every measurement of this session, one row each, with device, versions and time of writing."""
+        context = {
+            "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "benchmark": self.benchmark,
+            "device": self.device_name,
+            **_versions(),
+        }
+        columns = [
+            *context,
+            *("case", "mode", "provider", "p20_ms", "p50_ms", "p80_ms", "peak_extra_bytes", "ideal_bytes"),
+            *("error", "tolerance", "gate"),
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            for row in self.measurements:
+                writer.writerow(
+                    {
+                        **context,
+                        "case": row.case,
+                        "mode": row.mode,
+                        "provider": row.provider,
+                        "p20_ms": f"{row.p20_ms:.4f}",
+                        "p50_ms": f"{row.p50_ms:.4f}",
+                        "p80_ms": f"{row.p80_ms:.4f}",
+                        "peak_extra_bytes": row.peak_extra_bytes,
+                        "ideal_bytes": row.ideal_bytes,
+                        "error": f"{row.error:.3e}",
+                        "tolerance": f"{row.tolerance:.0e}",
+                        "gate": "green" if row.gate_is_green else "red",
+                    }
+                )
+        print(f"wrote {path}")
