@@ -1,0 +1,70 @@
+"""Bringing a teacher's and a student's feature maps onto common ground (Eq. 1-3).
+
+Every loss that compares two networks aligns them here: `phi` is a learnable 1x1 convolution between channel
+counts, `psi` a bilinear resize to the smaller of the two grids. Both are linear and the resize weights of a
+pixel sum to one, so they commute, bias included; `ChannelProjection.project_and_resize` uses the cheaper order.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def aligned_size(first: Tensor, second: Tensor) -> tuple[int, int]:
+    """The common grid of two `[B, C, H, W]` maps: `(min H, min W)` (Eq. 3)."""
+    return min(first.shape[-2], second.shape[-2]), min(first.shape[-1], second.shape[-1])
+
+
+def resize(features: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize of `[B, C, H, W]` features to `size`, without corner alignment or antialiasing (psi, Eq. 2).
+
+    A map that already has that size is returned itself, not copied.
+    """
+    if tuple(features.shape[-2:]) == tuple(size):
+        return features
+    return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+
+
+def resize_to_common(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Resizes both maps to their common grid (psi, Eq. 2-3)."""
+    size = aligned_size(first, second)
+    return resize(first, size), resize(second, size)
+
+
+def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Nearest-neighbour resize of `[B, H, W]` integer labels to `size`; dtype and values are kept.
+
+    Target pixel `i` takes source pixel `floor(i * source / target)`, as `F.interpolate(mode="nearest")` does, which
+    official distillation code uses on labels; the index is computed in integers, so it is exact and the labels
+    are never turned into floats. Labels that already have that size are returned themselves.
+
+    Raises:
+        ValueError: if `labels` is not `[B, H, W]`.
+    """
+    if labels.dim() != 3:
+        raise ValueError(f"labels must be [B, H, W], got shape {tuple(labels.shape)}")
+    if tuple(labels.shape[-2:]) == tuple(size):
+        return labels
+    rows = _nearest_index(labels.shape[-2], size[0], labels)
+    columns = _nearest_index(labels.shape[-1], size[1], labels)
+    return labels[:, rows[:, None], columns[None, :]]
+
+
+def _nearest_index(source: int, target: int, like: Tensor) -> Tensor:
+    return torch.arange(target, device=like.device) * source // target
+
+
+class ChannelProjection(nn.Conv2d):
+    """`phi`: a learnable 1x1 convolution with bias from `in_channels` to `out_channels` (Eq. 1)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def project_and_resize(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """`psi(phi(features))` at `size`, in whichever order touches fewer elements; the result is the same."""
+        pixels, target_pixels = features.shape[-2] * features.shape[-1], size[0] * size[1]
+        if target_pixels <= pixels:
+            return self(resize(features, size))
+        return resize(self(features), size)
