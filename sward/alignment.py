@@ -57,14 +57,19 @@ def _nearest_index(source: int, target: int, like: Tensor) -> Tensor:
 
 
 class ChannelProjection(nn.Conv2d):
-    """`phi`: a learnable 1x1 convolution with bias from `in_channels` to `out_channels` (Eq. 1)."""
+    """A learnable 1x1 convolution from `in_channels` to `out_channels`: `phi` of Eq. 1, or one of Eq. 8's `Theta`.
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=1)
+    Args:
+        in_channels: channels of the map it reads.
+        out_channels: channels of the map it returns.
+        bias: whether it adds a bias. `phi` has one, `Theta` has none.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
 
     def project_and_resize(self, features: Tensor, size: tuple[int, int]) -> Tensor:
-        """`psi(phi(features))` at `size`, in whichever order touches fewer elements; the result is the same."""
-        pixels, target_pixels = features.shape[-2] * features.shape[-1], size[0] * size[1]
-        if target_pixels <= pixels:
+        """`psi(phi(features))` on the grid `size`, in whichever order touches fewer pixels; the result is the same."""
+        if size[0] * size[1] <= features.shape[-2] * features.shape[-1]:
             return self(resize(features, size))
         return resize(self(features), size)

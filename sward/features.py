@@ -61,7 +61,9 @@ class FeatureTaps:
         """
         missing = [layer for layer in self.layers if layer not in self._caught]
         if missing:
-            raise RuntimeError(f"layer {missing[0]!r} has produced no output since the last collect(); run the network first")
+            raise RuntimeError(
+                f"layer {missing[0]!r} has produced no output since the last collect(); run the network first"
+            )
         caught, self._caught = {layer: self._caught[layer] for layer in self.layers}, {}
         return caught
 
@@ -76,8 +78,12 @@ class FeatureTaps:
     def _hook(self, layer: str):  # type: ignore[no-untyped-def]
         def keep(module: nn.Module, arguments: object, output: object) -> None:
             if not isinstance(output, Tensor) or output.dim() != 4:
-                found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-                raise ValueError(f"layer {layer!r} must return a [B, C, H, W] tensor to be tapped, got {found}")
+                found = (
+                    f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+                )
+                raise ValueError(
+                    f"layer {layer!r} must return a [B, C, H, W] tensor to be tapped, got {found}"
+                )
             self._caught[layer] = output.detach() if self._detach else output
 
         return keep

@@ -1,7 +1,7 @@
 """The losses of SWARD and of its peers, ready for any PyTorch trainer."""
 
 from sward.losses.mwad import MWADLoss, MWADOutput
-from sward.losses.objective import SWARDLoss, SWARDOutput
+from sward.losses.objective import SegmentationCrossEntropy, SWARDDistillation, SWARDLoss, SWARDOutput
 from sward.losses.pdr import PDRLoss, PDROutput
 from sward.losses.protocol import LOGITS, DistillationInputs, DistillationLoss, DistillationOutput
 
@@ -14,6 +14,8 @@ __all__ = [
     "MWADOutput",
     "PDRLoss",
     "PDROutput",
+    "SWARDDistillation",
     "SWARDLoss",
     "SWARDOutput",
+    "SegmentationCrossEntropy",
 ]

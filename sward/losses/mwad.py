@@ -1,0 +1,237 @@
+"""Multi-scale windowed attention distillation (MWAD), Eq. 1-15 of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sward.alignment import ChannelProjection, aligned_size, resize
+from sward_kernels import WindowedDistillation, windowed_distillation
+
+ShiftStrategy = Literal["stochastic", "deterministic", "none"]
+"""The three window strategies of Table 4."""
+
+TeacherProjections = Literal["learned", "frozen"]
+ContextReduction = Literal["sum", "mean"]
+
+
+class MWADOutput(NamedTuple):
+    """Result of `MWADLoss`.
+
+    Attributes:
+        loss: fp32 scalar with gradient, the mean of the stage losses (Eq. 15).
+        attention: mean over stages of the attention term (Eq. 11), detached and unweighted.
+        value: the same for the value term (Eq. 12).
+        context: the same for the context term (Eq. 13).
+        stages: one result a stage, in the order of the features.
+    """
+
+    loss: Tensor
+    attention: Tensor
+    value: Tensor
+    context: Tensor
+    stages: tuple[WindowedDistillation, ...]
+
+
+class MWADLoss(nn.Module):
+    """Matches attention, values and contexts of teacher and student inside randomly shifted windows.
+
+    Per stage: the teacher map goes through `phi` (1x1 convolution, Eq. 1), both maps are resized to their common
+    grid (`psi`, Eq. 2-3), two bias-free 1x1 convolutions `Theta` give queries, keys and values (Eq. 8), and
+    `sward_kernels.windowed_distillation` compares them window by window (Eq. 4-14).
+
+    Args:
+        student_channels: channels of each student map, one a stage.
+        teacher_channels: channels of each teacher map, in the same order.
+        window_size: window side `M` in pixels of the aligned grid, one number or one a stage. Default 8.
+        embed_dim: width `D` of queries, keys and values, one number or one a stage. Default 64.
+        shift: `"stochastic"` draws a new offset per stage and call (Eq. 6), `"deterministic"` always takes half a
+            window, `"none"` never shifts (Table 4). In `eval()` mode `"stochastic"` does not shift, so that an
+            evaluation repeats.
+        weights: weights of the attention, value and context terms. Table 3's rows are `(1, 0, 0)`, `(1, 1, 0)` and
+            `(1, 1, 1)`, the default. A weight of 0 skips the term's work.
+        teacher_projections: `"learned"` trains `phi` and the teacher's `Theta` with the student, as in the paper;
+            `"frozen"` keeps both at a semi-orthogonal start.
+        context_reduction: `"sum"` over the `embed_dim` channels as Eq. 13 is written, or `"mean"`.
+        generator: source of the offsets. Default: torch's global generator of the features' device.
+        implementation: handed to `sward_kernels.windowed_distillation`.
+
+    Shapes:
+        student_features: list of `[B, C_s, H_s, W_s]`; teacher_features: list of `[B, C_t, H_t, W_t]`. Any floating
+        dtype, any strides. No gradient reaches the teacher's features.
+
+    Raises:
+        ValueError: for lists of different lengths, unknown options, or (when called) features whose number or
+            channels are not those given here.
+    """
+
+    def __init__(
+        self,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        *,
+        window_size: int | Sequence[int] = 8,
+        embed_dim: int | Sequence[int] = 64,
+        shift: ShiftStrategy = "stochastic",
+        weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        teacher_projections: TeacherProjections = "learned",
+        context_reduction: ContextReduction = "sum",
+        generator: torch.Generator | None = None,
+        implementation: str = "auto",
+    ) -> None:
+        super().__init__()
+        if len(student_channels) != len(teacher_channels) or not student_channels:
+            raise ValueError(
+                "student_channels and teacher_channels must name the same number of stages, at least one; "
+                f"got {len(student_channels)} and {len(teacher_channels)}"
+            )
+        _check_choice("shift", shift, get_args(ShiftStrategy))
+        _check_choice("teacher_projections", teacher_projections, get_args(TeacherProjections))
+        _check_choice("context_reduction", context_reduction, get_args(ContextReduction))
+        self.student_channels = tuple(student_channels)
+        self.teacher_channels = tuple(teacher_channels)
+        stages = len(self.student_channels)
+        self.window_size = _one_a_stage("window_size", window_size, stages)
+        self.embed_dim = _one_a_stage("embed_dim", embed_dim, stages)
+        self.shift = shift
+        self.weights = weights
+        self.teacher_projections = teacher_projections
+        self.context_reduction = context_reduction
+        self.generator = generator
+        self.implementation = implementation
+
+        self.phi = nn.ModuleList(
+            ChannelProjection(teacher, student)
+            for teacher, student in zip(self.teacher_channels, self.student_channels)
+        )
+        self.theta_teacher = nn.ModuleList(
+            ChannelProjection(channels, 3 * dim, bias=False)
+            for channels, dim in zip(self.student_channels, self.embed_dim)
+        )
+        self.theta_student = nn.ModuleList(
+            ChannelProjection(channels, 3 * dim, bias=False)
+            for channels, dim in zip(self.student_channels, self.embed_dim)
+        )
+        if teacher_projections == "frozen":
+            self._freeze_teacher_projections()
+
+    def forward(self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> MWADOutput:
+        """Compares the maps of one batch; see the class for shapes."""
+        self._check_features("student_features", student_features, self.student_channels)
+        self._check_features("teacher_features", teacher_features, self.teacher_channels)
+        stages = tuple(
+            self._stage(index, student, teacher.detach())
+            for index, (student, teacher) in enumerate(zip(student_features, teacher_features))
+        )
+        return MWADOutput(
+            loss=torch.stack([stage.loss for stage in stages]).mean(),
+            attention=torch.stack([stage.attention for stage in stages]).mean(),
+            value=torch.stack([stage.value for stage in stages]).mean(),
+            context=torch.stack([stage.context for stage in stages]).mean(),
+            stages=stages,
+        )
+
+    def project(self, index: int, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Stacked queries, keys and values of one stage (Eq. 1-3 and 8).
+
+        Args:
+            index: stage, from 0.
+            student: `[B, C_s, H_s, W_s]`.
+            teacher: `[B, C_t, H_t, W_t]`.
+
+        Returns:
+            The teacher's and the student's `[B, 3 * embed_dim, min H, min W]`.
+        """
+        size = aligned_size(teacher, student)
+        qkv_student = self.theta_student[index].project_and_resize(student, size)
+        return self._project_teacher(index, teacher, size), qkv_student
+
+    def extra_repr(self) -> str:
+        return (
+            f"window_size={self.window_size}, embed_dim={self.embed_dim}, shift={self.shift!r}, "
+            f"weights={self.weights}, teacher_projections={self.teacher_projections!r}"
+        )
+
+    def _stage(self, index: int, student: Tensor, teacher: Tensor) -> WindowedDistillation:
+        qkv_teacher, qkv_student = self.project(index, student, teacher)
+        attention, value, context = self.weights
+        # The kernels sum over channels, as Eq. 13 is written; a mean is that sum with a smaller weight.
+        scale = 1.0 / self.embed_dim[index] if self.context_reduction == "mean" else 1.0
+        result = windowed_distillation(
+            qkv_teacher,
+            qkv_student,
+            self.window_size[index],
+            self._draw_shift(self.window_size[index], student.device),
+            weights=(attention, value, context * scale),
+            implementation=self.implementation,
+        )
+        return result._replace(context=result.context * scale)
+
+    def _project_teacher(self, index: int, teacher: Tensor, size: tuple[int, int]) -> Tensor:
+        phi, theta = self.phi[index], self.theta_teacher[index]
+        enlarges = size[0] * size[1] > teacher.shape[-2] * teacher.shape[-1]
+        features = teacher if enlarges else resize(teacher, size)
+        pixels = features.shape[0] * features.shape[-2] * features.shape[-1]
+        teacher_channels, student_channels, width = phi.in_channels, phi.out_channels, theta.out_channels
+        one_by_one = pixels * student_channels * (teacher_channels + width)
+        merged = (pixels + student_channels) * teacher_channels * width
+        if merged < one_by_one:
+            # Theta after phi is one linear map; where the student is wide, applying it at once is far cheaper.
+            theta_matrix, phi_matrix = theta.weight.flatten(1), phi.weight.flatten(1)
+            weight = (theta_matrix @ phi_matrix)[:, :, None, None]
+            projected = F.conv2d(
+                features, weight.to(features.dtype), (theta_matrix @ phi.bias).to(features.dtype)
+            )
+        else:
+            projected = theta(phi(features))
+        return resize(projected, size)
+
+    def _draw_shift(self, window_size: int, device: torch.device) -> tuple[int, int] | Tensor:
+        if self.shift == "none" or (self.shift == "stochastic" and not self.training):
+            return (0, 0)
+        if self.shift == "deterministic":
+            return (window_size // 2, window_size // 2)
+        source = device if self.generator is None else self.generator.device
+        offsets = torch.randint(window_size, (2,), generator=self.generator, device=source)
+        if source.type == device.type:
+            # Left on the device: no host synchronisation, and a CUDA graph replays with fresh offsets.
+            return offsets
+        dy, dx = offsets.tolist()
+        return (dy, dx)
+
+    def _freeze_teacher_projections(self) -> None:
+        for projection in (*self.phi, *self.theta_teacher):
+            nn.init.orthogonal_(projection.weight)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+            projection.requires_grad_(False)
+
+    def _check_features(self, name: str, features: Sequence[Tensor], channels: tuple[int, ...]) -> None:
+        if len(features) != len(channels):
+            raise ValueError(f"{name} must hold {len(channels)} maps, one a stage, got {len(features)}")
+        for index, (feature, expected) in enumerate(zip(features, channels)):
+            if feature.dim() != 4 or feature.shape[1] != expected:
+                raise ValueError(
+                    f"{name}[{index}] must be [B, {expected}, H, W] as given at construction, "
+                    f"got shape {tuple(feature.shape)}"
+                )
+
+
+def _one_a_stage(name: str, value: int | Sequence[int], stages: int) -> tuple[int, ...]:
+    values = (value,) * stages if isinstance(value, int) else tuple(value)
+    if len(values) != stages:
+        raise ValueError(
+            f"{name} must be one number or one for each of the {stages} stages, got {len(values)} numbers"
+        )
+    if any(number < 1 for number in values):
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return values
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

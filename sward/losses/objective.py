@@ -1,0 +1,188 @@
+"""The total objective (Eq. 20): task loss, MWAD and PDR, weighted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sward.losses.mwad import MWADLoss
+from sward.losses.pdr import PDRLoss
+from sward.losses.protocol import DistillationInputs, DistillationLoss, DistillationOutput
+
+
+class SegmentationCrossEntropy(nn.Module):
+    """The task loss: mean cross-entropy over labelled pixels; binary cross-entropy where there is one logit.
+
+    Args:
+        ignore_index: label that is left out of the mean. Default 255.
+
+    Shapes:
+        logits: `[B, K, H, W]`, or `[B, 1, H, W]` for a binary task with labels 0 and 1; labels: `[B, H, W]` integers.
+        Where no pixel is labelled the loss is 0 with zero gradient, where plain cross-entropy gives NaN.
+    """
+
+    def __init__(self, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        labels = labels.long()
+        valid = labels != self.ignore_index
+        if logits.shape[1] == 1:
+            target = labels.where(valid, 0).to(logits.dtype)
+            pixels = F.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="none")
+            total = pixels.where(valid, 0.0).sum()
+        else:
+            total = F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="sum")
+        return total / valid.sum().clamp(min=1)
+
+
+class SWARDOutput(NamedTuple):
+    """Result of `SWARDLoss`.
+
+    Attributes:
+        loss: scalar with gradient, the weighted sum of Eq. 20.
+        task: unweighted, detached task loss.
+        mwad: unweighted, detached MWAD loss.
+        pdr: unweighted, detached PDR loss.
+        terms: every term behind the three, name -> detached fp32 scalar, unweighted.
+    """
+
+    loss: Tensor
+    task: Tensor
+    mwad: Tensor
+    pdr: Tensor
+    terms: dict[str, Tensor]
+
+
+class SWARDLoss(nn.Module):
+    """Eq. 20: `alpha task + beta MWAD + gamma PDR`, for a trainer of your own.
+
+    Args:
+        task: `(logits, labels) -> scalar`, such as `SegmentationCrossEntropy()`.
+        mwad: windowed distillation between student and teacher.
+        pdr: prototype regularization of the student.
+        weights: alpha, beta, gamma. Default 1, 2, 1 (section 4.1). A weight of 0 skips the part.
+    """
+
+    def __init__(
+        self,
+        task: Callable[[Tensor, Tensor], Tensor],
+        mwad: MWADLoss,
+        pdr: PDRLoss,
+        weights: tuple[float, float, float] = (1.0, 2.0, 1.0),
+    ) -> None:
+        super().__init__()
+        self.task = task
+        self.mwad = mwad
+        self.pdr = pdr
+        self.weights = weights
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        student_features: Sequence[Tensor],
+        teacher_features: Sequence[Tensor],
+        pdr_features: Tensor | None = None,
+    ) -> SWARDOutput:
+        """Evaluates Eq. 20 for one batch.
+
+        Args:
+            logits: the student's `[B, K, H, W]`.
+            labels: `[B, H, W]` integers at the logits' resolution.
+            student_features: the student's maps, as `MWADLoss` takes them.
+            teacher_features: the teacher's maps, in the same order.
+            pdr_features: the student's map for PDR. Default: its last one in `student_features`.
+        """
+        alpha, beta, gamma = self.weights
+        task = self.task(logits, labels) if alpha else logits.new_zeros(())
+        relational = _mwad_and_pdr(
+            self.mwad,
+            self.pdr,
+            (beta, gamma),
+            student_features,
+            teacher_features,
+            student_features[-1] if pdr_features is None else pdr_features,
+            labels,
+        )
+        terms = {"task": task.detach().float(), **relational.terms}
+        return SWARDOutput(alpha * task + relational.loss, terms["task"], terms["mwad"], terms["pdr"], terms)
+
+
+class SWARDDistillation(DistillationLoss):
+    """MWAD and PDR under the protocol of `sward.losses.protocol`: Eq. 20 without its task loss.
+
+    Args:
+        mwad: windowed distillation, one stage for each pair of taps.
+        pdr: prototype regularization.
+        student_taps: the student's layers for MWAD.
+        teacher_taps: the teacher's layers, in the same order.
+        pdr_tap: the student's layer for PDR. Default: the last of `student_taps`.
+        weights: beta and gamma of Eq. 20. Default 2 and 1.
+    """
+
+    def __init__(
+        self,
+        mwad: MWADLoss,
+        pdr: PDRLoss,
+        *,
+        student_taps: Sequence[str],
+        teacher_taps: Sequence[str],
+        pdr_tap: str | None = None,
+        weights: tuple[float, float] = (2.0, 1.0),
+    ) -> None:
+        self.pdr_tap = student_taps[-1] if pdr_tap is None else pdr_tap
+        super().__init__(list(dict.fromkeys((*student_taps, self.pdr_tap))), teacher_taps)
+        self.stage_taps = tuple(student_taps)
+        self.mwad = mwad
+        self.pdr = pdr
+        self.weights = weights
+
+    def forward(self, inputs: DistillationInputs) -> DistillationOutput:
+        return _mwad_and_pdr(
+            self.mwad,
+            self.pdr,
+            self.weights,
+            [inputs.student[tap] for tap in self.stage_taps],
+            [inputs.teacher[tap] for tap in self.teacher_taps],
+            inputs.student[self.pdr_tap],
+            inputs.labels,
+        )
+
+
+def _mwad_and_pdr(
+    mwad: MWADLoss,
+    pdr: PDRLoss,
+    weights: tuple[float, float],
+    student_features: Sequence[Tensor],
+    teacher_features: Sequence[Tensor],
+    pdr_features: Tensor,
+    labels: Tensor,
+) -> DistillationOutput:
+    beta, gamma = weights
+    zero = torch.zeros((), device=pdr_features.device)
+    loss = zero
+    terms = dict.fromkeys(("mwad", "attention", "value", "context", "pdr", "separation", "compactness"), zero)
+    if beta:
+        relations = mwad(student_features, teacher_features)
+        loss = loss + beta * relations.loss
+        terms |= {
+            "mwad": relations.loss.detach(),
+            "attention": relations.attention,
+            "value": relations.value,
+            "context": relations.context,
+        }
+    if gamma:
+        prototypes = pdr(pdr_features, labels)
+        loss = loss + gamma * prototypes.loss
+        terms |= {
+            "pdr": prototypes.loss.detach(),
+            "separation": prototypes.separation,
+            "compactness": prototypes.compactness,
+        }
+    return DistillationOutput(loss, terms)
