@@ -78,12 +78,8 @@ class FeatureTaps:
     def _hook(self, layer: str):  # type: ignore[no-untyped-def]
         def keep(module: nn.Module, arguments: object, output: object) -> None:
             if not isinstance(output, Tensor) or output.dim() != 4:
-                found = (
-                    f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-                )
-                raise ValueError(
-                    f"layer {layer!r} must return a [B, C, H, W] tensor to be tapped, got {found}"
-                )
+                found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+                raise ValueError(f"layer {layer!r} must return a [B, C, H, W] tensor to be tapped, got {found}")
             self._caught[layer] = output.detach() if self._detach else output
 
         return keep

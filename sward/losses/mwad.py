@@ -183,9 +183,7 @@ class MWADLoss(nn.Module):
             # Theta after phi is one linear map; where the student is wide, applying it at once is far cheaper.
             theta_matrix, phi_matrix = theta.weight.flatten(1), phi.weight.flatten(1)
             weight = (theta_matrix @ phi_matrix)[:, :, None, None]
-            projected = F.conv2d(
-                features, weight.to(features.dtype), (theta_matrix @ phi.bias).to(features.dtype)
-            )
+            projected = F.conv2d(features, weight.to(features.dtype), (theta_matrix @ phi.bias).to(features.dtype))
         else:
             projected = theta(phi(features))
         return resize(projected, size)
@@ -224,9 +222,7 @@ class MWADLoss(nn.Module):
 def _one_a_stage(name: str, value: int | Sequence[int], stages: int) -> tuple[int, ...]:
     values = (value,) * stages if isinstance(value, int) else tuple(value)
     if len(values) != stages:
-        raise ValueError(
-            f"{name} must be one number or one for each of the {stages} stages, got {len(values)} numbers"
-        )
+        raise ValueError(f"{name} must be one number or one for each of the {stages} stages, got {len(values)} numbers")
     if any(number < 1 for number in values):
         raise ValueError(f"{name} must be at least 1, got {value}")
     return values
