@@ -1,0 +1,29 @@
+"""How this package's operations become PyTorch operators: schema, implementation and shape function, in one call.
+
+The operators are private and not differentiable. Each public function wraps its own in an `autograd.Function`, which
+is what autograd, `torch.compile`, autocast and `opcheck` see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("sward_kernels", "DEF")
+
+
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Register one operator for every device and return it, ready to call.
+
+    Args:
+        schema: `name(Tensor x, ...) -> ...` in PyTorch's schema language, without a namespace.
+        implementation: runs the operator on real tensors of any device; must not return an alias of an input.
+        fake: same signature; allocates the outputs with the right shapes, strides and dtypes, and reads nothing.
+    """
+    name = _library.define(schema)
+    torch.library.impl(f"sward_kernels::{name}", "CompositeExplicitAutograd", implementation, lib=_library)
+    torch.library.register_fake(f"sward_kernels::{name}", fake, lib=_library)
+    operator: torch._ops.OpOverload = getattr(torch.ops.sward_kernels, name).default
+    return operator
