@@ -1,0 +1,174 @@
+"""Segmentation heads: the feature levels of a trunk, highest resolution first, to logits.
+
+Every head maps a list of ``[B, C_i, H_i, W_i]`` to logits ``[B, K, h, w]`` at the resolution it works at; the network
+around it resizes them to its input. Hiera levels stand at strides 4, 8, 16 and 32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sward.models.resunetpp import DecoderBlock, SummedASPP
+
+
+class PooledBatchNorm(nn.BatchNorm2d):
+    """Batch norm behind a global pool: a batch of one has no variance there, so it takes the running statistics."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        if self.training and maps.shape[0] * maps.shape[2] * maps.shape[3] == 1:
+            return F.batch_norm(maps, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(maps)
+
+
+class AtrousPyramid(nn.Module):
+    """DeepLabV3's ASPP: 1x1, three dilated 3x3 and a global-pool branch, concatenated and projected by a 1x1.
+
+    Args:
+        in_channels: channels of the input ``[B, C_in, H, W]``.
+        out_channels: channels of each branch and of the output ``[B, C_out, H, W]``.
+        rates: dilations of the 3x3 branches.
+        separable: depthwise then pointwise convolutions in the dilated branches.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, rates: Sequence[int], *, separable: bool) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([_conv_norm_relu(in_channels, out_channels)])
+        for rate in rates:
+            if separable:
+                depthwise = nn.Conv2d(
+                    in_channels, in_channels, 3, padding=rate, dilation=rate, groups=in_channels, bias=False
+                )
+                self.branches.append(nn.Sequential(depthwise, *_conv_norm_relu(in_channels, out_channels)))
+            else:
+                self.branches.append(_conv_norm_relu(in_channels, out_channels, kernel_size=3, dilation=rate))
+        self.pooled = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            PooledBatchNorm(out_channels),
+            nn.ReLU(),
+        )
+        self.project = _conv_norm_relu((len(rates) + 2) * out_channels, out_channels)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        branches = [branch(maps) for branch in self.branches]
+        branches.append(self.pooled(maps).expand(-1, -1, *maps.shape[-2:]))
+        return self.project(torch.cat(branches, dim=1))
+
+
+class DeepLabV3PlusHead(nn.Module):
+    """DeepLabV3+ on the deepest and the first level: ASPP, low-level 1x1, two plain 3x3 convolutions, 1x1 classifier.
+
+    Chen et al., "Encoder-Decoder with Atrous Separable Convolution for Semantic Image Segmentation", ECCV 2018.
+    ``fuse`` is the penultimate layer: ``[B, width, H_0, W_0]``.
+
+    Args:
+        in_channels: channels of the levels; the first and the last are used.
+        num_classes: K.
+        separable: see `AtrousPyramid`; the decoder's convolutions are plain either way.
+        width: channels of the pyramid and of the decoder.
+        low_level_width: channels the first level is reduced to.
+        rates: dilations of the pyramid.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        num_classes: int,
+        *,
+        separable: bool = False,
+        width: int = 256,
+        low_level_width: int = 48,
+        rates: Sequence[int] = (6, 12, 18),
+    ) -> None:
+        super().__init__()
+        self.pyramid = AtrousPyramid(in_channels[-1], width, rates, separable=separable)
+        self.low_level = _conv_norm_relu(in_channels[0], low_level_width)
+        self.fuse = nn.Sequential(
+            *_conv_norm_relu(width + low_level_width, width, kernel_size=3),
+            *_conv_norm_relu(width, width, kernel_size=3),
+        )
+        self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        low_level = self.low_level(levels[0])
+        deep = resize(self.pyramid(levels[-1]), low_level.shape[-2:])
+        return self.classifier(self.fuse(torch.cat([deep, low_level], dim=1)))
+
+
+class ResUNetPlusPlusHead(nn.Module):
+    """ResUNet++'s bridge, gated decoder and output pyramid on four levels that halve in size each.
+
+    ``output_aspp`` is the penultimate layer: ``[B, 16, H_0, W_0]``.
+
+    Args:
+        in_channels: channels of the four levels.
+        num_classes: K.
+    """
+
+    def __init__(self, in_channels: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        c1, c2, c3, c4 = in_channels
+        self.bridge = SummedASPP(c4, 256)
+        self.decoder = nn.ModuleList([DecoderBlock(c3, 256, 128), DecoderBlock(c2, 128, 64), DecoderBlock(c1, 64, 32)])
+        self.output_aspp = SummedASPP(32, 16)
+        self.classifier = nn.Conv2d(16, num_classes, kernel_size=1)
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        maps = self.bridge(levels[-1])
+        for block, skip in zip(self.decoder, reversed(levels[:-1]), strict=True):
+            maps = block(skip, maps)
+        return self.classifier(self.output_aspp(maps))
+
+
+class MultiLevelHead(nn.Module):
+    """A light head: every level through a 1x1, resized to the first level and summed, two 3x3, 1x1 classifier.
+
+    ``fuse`` is the penultimate layer: ``[B, width, H_0, W_0]``, or twice that size with ``upsample``.
+
+    Args:
+        in_channels: channels of the levels.
+        num_classes: K.
+        width: channels inside the head.
+        upsample: double the resolution between the two 3x3 convolutions.
+    """
+
+    def __init__(self, in_channels: Sequence[int], num_classes: int, *, width: int, upsample: bool = False) -> None:
+        super().__init__()
+        self.laterals = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width)) for channels in in_channels
+        )
+        between = [nn.Upsample(scale_factor=2, mode="bilinear")] if upsample else []
+        self.fuse = nn.Sequential(
+            nn.ReLU(),
+            *_conv_norm_relu(width, width, kernel_size=3),
+            *between,
+            *_conv_norm_relu(width, width, kernel_size=3),
+        )
+        self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        size = levels[0].shape[-2:]
+        total = self.laterals[0](levels[0])
+        for lateral, level in zip(self.laterals[1:], levels[1:], strict=True):
+            total = total + resize(lateral(level), size)
+        return self.classifier(self.fuse(total))
+
+
+def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear resize of ``[B, C, H, W]`` to ``size`` (``align_corners=False``); the same tensor if it has that size."""
+    if maps.shape[-2:] == torch.Size(size):
+        return maps
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def _conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int = 1, dilation: int = 1) -> nn.Sequential:
+    padding = dilation * (kernel_size // 2)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(),
+    )

@@ -1,0 +1,204 @@
+"""Transformer teachers: a trunk that returns four feature levels, and a segmentation head on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sward.models.heads import resize
+from sward.models.inputs import SIZE_MULTIPLE, check_images
+
+
+class Teacher(nn.Module):
+    """``trunk`` (images to four levels), ``levels.0`` ... ``levels.3`` (identities to tap) and ``head``.
+
+    Args:
+        trunk: maps ``[B, 3, H, W]`` to a list of four ``[B, C_i, H_i, W_i]``, highest resolution first.
+        head: maps that list to logits ``[B, K, h, w]``; they are resized to the input's resolution.
+    """
+
+    def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.levels = nn.ModuleList(nn.Identity() for _ in range(4))
+        self.head = head
+        self._trunk_is_frozen = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` to logits ``[B, K, H, W]``; ValueError if H or W is not a multiple of 32."""
+        check_images(images)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._trunk_is_frozen):
+            maps = self.trunk(images)
+        levels = [level(features) for level, features in zip(self.levels, maps, strict=True)]
+        return resize(self.head(levels), images.shape[-2:])
+
+    def freeze_trunk(self) -> None:
+        """From now on the trunk stays in eval mode, records no graph and its parameters ask for no gradient."""
+        self._trunk_is_frozen = True
+        self.trunk.requires_grad_(False)
+        self.trunk.eval()
+
+    def train(self, mode: bool = True) -> Teacher:
+        super().train(mode)
+        if self._trunk_is_frozen:
+            self.trunk.eval()
+        return self
+
+
+@dataclass(frozen=True)
+class HieraSpec:
+    """Shape of a Hiera trunk with absolute windowed position embedding, as SAM 2 uses it (``Hiera``'s arguments).
+
+    Ryali et al., "Hiera", ICML 2023; Bolya et al., "Window Attention is Bugged", ICLR 2024; Ravi et al., "SAM 2", 2024.
+    """
+
+    embed_dim: int
+    num_heads: int
+    stages: tuple[int, int, int, int]
+    global_att_blocks: tuple[int, ...]
+    position_table: tuple[int, int] = (7, 7)
+    window_spec: tuple[int, int, int, int] = (8, 4, 14, 7)
+
+    @property
+    def channels(self) -> tuple[int, int, int, int]:
+        """Channels of the four levels, at strides 4, 8, 16 and 32."""
+        return (self.embed_dim, 2 * self.embed_dim, 4 * self.embed_dim, 8 * self.embed_dim)
+
+
+HIERA_SPECS = {
+    "tiny": HieraSpec(96, 1, (1, 2, 7, 2), (5, 7, 9)),
+    "small": HieraSpec(96, 1, (1, 2, 11, 2), (7, 10, 13)),
+    "base_plus": HieraSpec(112, 2, (2, 3, 16, 3), (12, 16, 20), position_table=(14, 14)),
+    "large": HieraSpec(144, 2, (2, 6, 36, 4), (23, 33, 43), window_spec=(8, 4, 16, 8)),
+}
+"""The image encoders of SAM 2 and SAM 2.1 (configs/sam2.1/sam2.1_hiera_*.yaml of facebookresearch/sam2)."""
+
+
+def hiera_trunk(spec: HieraSpec, backend: str = "sam2") -> nn.Module:
+    """A Hiera trunk with random weights: ``[B, 3, H, W]`` to four maps at strides 4, 8, 16 and 32.
+
+    Both backends compute the same function and `sward.models.load_trunk_checkpoint` loads the same files into both;
+    they differ in parameter names and in how they draw random weights. The maps are permuted views (NHWC in memory).
+
+    Args:
+        spec: the shape; `HIERA_SPECS` holds SAM 2.1's.
+        backend: ``"sam2"`` (package ``sam2``, built without its Hydra configuration) or ``"timm"``.
+
+    Raises:
+        ValueError: for another backend.
+        ModuleNotFoundError: if the package is not installed.
+    """
+    # Imported here because `import sam2` initialises Hydra's global state as a side effect.
+    if backend == "sam2":
+        from sam2.modeling.backbones.hieradet import Hiera
+
+        return Hiera(
+            embed_dim=spec.embed_dim,
+            num_heads=spec.num_heads,
+            stages=spec.stages,
+            global_att_blocks=spec.global_att_blocks,
+            window_pos_embed_bkg_spatial_size=spec.position_table,
+            window_spec=spec.window_spec,
+        )
+    if backend == "timm":
+        import timm
+
+        return timm.create_model(
+            "sam2_hiera_tiny",
+            pretrained=False,
+            features_only=True,
+            embed_dim=spec.embed_dim,
+            num_heads=spec.num_heads,
+            stages=spec.stages,
+            global_att_blocks=spec.global_att_blocks,
+            global_pos_size=spec.position_table,
+            window_spec=spec.window_spec,
+        )
+    raise ValueError(f'backend must be "sam2" or "timm", got {backend!r}')
+
+
+HIERA_DEMO_SPEC = HieraSpec(48, 1, (1, 2, 4, 1), (4, 5, 6), window_spec=(8, 8, 8, 8))
+"""A Hiera small enough to train from scratch on a CPU; the two deep stages attend globally."""
+
+
+class ConvolutionalPatchEmbed(nn.Module):
+    """Two strided 3x3 convolutions with batch norm in place of Hiera's one 7x7: ``[B, 3, H, W]`` to ``[B, H/4, W/4, C]``.
+
+    A convolutional stem makes small transformers train from scratch (Xiao et al., "Early Convolutions Help
+    Transformers See Better", NeurIPS 2021).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, channels // 2, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(channels // 2),
+            nn.ReLU(),
+            nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images).permute(0, 2, 3, 1)
+
+
+def hiera_demo_trunk(backend: str = "sam2") -> nn.Module:
+    """`hiera_trunk` of `HIERA_DEMO_SPEC` with a convolutional stem: 48, 96, 192 and 384 channels."""
+    trunk = hiera_trunk(HIERA_DEMO_SPEC, backend)
+    hiera = trunk if backend == "sam2" else trunk.model
+    hiera.patch_embed = ConvolutionalPatchEmbed(HIERA_DEMO_SPEC.embed_dim)
+    return trunk
+
+
+class DINOv2Trunk(nn.Module):
+    """timm's ``vit_small_patch14_dinov2`` with four block outputs as maps ``[B, 384, H/s, W/s]``.
+
+    Oquab et al., "DINOv2", 2023. The image is resized so that each patch of 14 pixels covers ``token_stride`` pixels
+    of the input, and the position table is resized by plain bicubic interpolation. Each tapped output goes
+    through the trunk's final layer norm.
+
+    Args:
+        token_stride: s, pixels of the input per token; must divide 32.
+        blocks: the four blocks whose outputs are returned.
+    """
+
+    PATCH_SIZE = 14
+
+    def __init__(self, token_stride: int = 8, blocks: Sequence[int] = (2, 5, 8, 11)) -> None:
+        super().__init__()
+        if token_stride < 1 or SIZE_MULTIPLE % token_stride:
+            raise ValueError(f"token_stride must divide {SIZE_MULTIPLE}, got {token_stride}")
+        import timm
+
+        self.vit = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0, dynamic_img_size=True)
+        self.token_stride = token_stride
+        self.blocks = tuple(blocks)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        height, width = (length // self.token_stride for length in images.shape[-2:])
+        patches = self.vit.patch_embed(resize(images, (height * self.PATCH_SIZE, width * self.PATCH_SIZE))).flatten(
+            1, 2
+        )
+        tokens = torch.cat([self.vit.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        tokens = tokens + self._position_table(height, width)
+        maps = []
+        for index, block in enumerate(self.vit.blocks):
+            tokens = block(tokens)
+            if index in self.blocks:
+                features = self.vit.norm(tokens)[:, 1:]
+                maps.append(features.transpose(1, 2).unflatten(2, (height, width)))
+        return maps
+
+    def _position_table(self, height: int, width: int) -> Tensor:
+        of_class, of_patches = self.vit.pos_embed.split([1, self.vit.pos_embed.shape[1] - 1], dim=1)
+        side = math.isqrt(of_patches.shape[1])
+        table = of_patches.transpose(1, 2).unflatten(2, (side, side))
+        table = F.interpolate(table, size=(height, width), mode="bicubic", align_corners=False)
+        return torch.cat([of_class, table.flatten(2).transpose(1, 2)], dim=1)
