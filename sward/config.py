@@ -1,0 +1,246 @@
+"""Everything a run can be told, as plain dataclasses. `sward.presets` fills them, the command line overrides them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from sward.losses.mwad import ContextReduction, ShiftStrategy, TeacherProjections
+
+
+@dataclass
+class DatasetConfig:
+    """Which images, and how they are cut.
+
+    Attributes:
+        name: a name that `sward.data.build` knows.
+        root: folder that holds the data set; None looks in `$SWARD_DATA`, then in `./data`.
+        image_size: height and width in pixels that the network sees in training.
+        split_by: for polyps `"sequence"`, `"ratio"` or the path of a list file; None is the data set's own split.
+        workers: loader processes; 0 loads in the training process. Results do not depend on it.
+    """
+
+    name: str = "scenes"
+    root: Path | None = None
+    image_size: tuple[int, int] = (128, 128)
+    split_by: str | None = None
+    workers: int = 0
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    Attributes:
+        lr: initial learning rate.
+        weight_decay: decoupled weight decay, on every parameter.
+        schedule: `"poly"` is `lr (1 - step/steps)^power`, `"cosine"` anneals to 0, both per step.
+        power: exponent of `"poly"`.
+        warmup: steps over which the rate rises linearly to `lr` first.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    schedule: Literal["poly", "cosine"] = "poly"
+    power: float = 0.9
+    warmup: int = 0
+
+
+@dataclass
+class TeacherConfig:
+    """The frozen network that is distilled.
+
+    Attributes:
+        name: a teacher that `sward.models.build` knows.
+        run: folder of a `sward train-teacher` run to load; None takes `runs/PRESET/teacher`.
+        trunk_checkpoint: SAM 2.1 or MedSAM2 file for the trunk, for `sward train-teacher`.
+        untrained: distil a teacher with random weights, to try shapes and speed without a checkpoint.
+    """
+
+    name: str = "hiera_demo"
+    run: Path | None = None
+    trunk_checkpoint: Path | None = None
+    untrained: bool = False
+
+
+@dataclass
+class PairConfig:
+    """One stage of MWAD: which layers of the two networks meet, and in what windows."""
+
+    student: str
+    teacher: str
+    window_size: int = 8
+
+
+@dataclass
+class SWARDConfig:
+    """MWAD, PDR and their weights (Eq. 11-20).
+
+    Attributes:
+        weights: beta of MWAD and gamma of PDR in Eq. 20; alpha of the task loss is 1.
+        pairs: layers that are matched; empty matches the two networks' stages level by level.
+        window_size: window side of every stage where `pairs` is empty.
+        embed_dim: width of queries, keys and values.
+        shift: window strategy (Table 4).
+        terms: weights of the attention, value and context terms (Table 3).
+        teacher_projections: whether the teacher's projections learn.
+        context_reduction: sum over channels as Eq. 13 is written, or mean.
+        margin: least distance of two prototypes (Eq. 16).
+        pdr_weights: lambda_1 of separation and lambda_2 of compactness (Eq. 19).
+        pdr_layer: the student's layer for PDR; None takes its deepest encoder map.
+        normalize: L2-normalise PDR's features first.
+    """
+
+    weights: tuple[float, float] = (2.0, 1.0)
+    pairs: tuple[PairConfig, ...] = ()
+    window_size: int = 8
+    embed_dim: int = 64
+    shift: ShiftStrategy = "stochastic"
+    terms: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    teacher_projections: TeacherProjections = "learned"
+    context_reduction: ContextReduction = "sum"
+    margin: float = 1.3
+    pdr_weights: tuple[float, float] = (1.0, 1.0)
+    pdr_layer: str | None = None
+    normalize: bool = False
+
+
+@dataclass
+class TrainingConfig:
+    """A network, a data set and a schedule.
+
+    Attributes:
+        preset: the preset this started from.
+        model: the network that learns, a name that `sward.models.build` knows.
+        dataset: images and labels.
+        optimizer: AdamW and its schedule.
+        batch: images a step.
+        iterations: steps of the run; exactly one of `iterations` and `epochs` is set.
+        epochs: passes over the training set.
+        seed: seeds weights, sampling, augmentation and window shifts, each from a stream of its own.
+        metric: what picks the best checkpoint: mean IoU over classes, or the foreground's Dice averaged over images.
+        evaluate_every: epochs between validations; None validates only at the end.
+        log_every: steps between lines of `metrics.jsonl`.
+        device: where to train; None takes the GPU where there is one.
+        output: run folder; None takes `runs/PRESET/METHOD-seedN`.
+        resume: continue the run in `output` from its last checkpoint.
+    """
+
+    preset: str = "demo"
+    model: str = "unext"
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    batch: int = 8
+    iterations: int | None = None
+    epochs: int | None = None
+    seed: int = 0
+    metric: Literal["mean_iou", "dice"] = "mean_iou"
+    evaluate_every: int | None = None
+    log_every: int = 20
+    device: str | None = None
+    output: Path | None = None
+    resume: bool = False
+
+    def check(self) -> None:
+        """Raises a ValueError, in one sentence, for a field that no run could use."""
+        if (self.iterations is None) == (self.epochs is None):
+            raise ValueError(
+                f"exactly one of iterations and epochs must be set, got iterations={self.iterations} and epochs={self.epochs}"
+            )
+        lengths = {
+            "batch": self.batch,
+            "iterations": self.iterations,
+            "epochs": self.epochs,
+            "log_every": self.log_every,
+        }
+        for name, value in lengths.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.optimizer.lr <= 0:
+            raise ValueError(f"optimizer.lr must be positive, got {self.optimizer.lr}")
+
+    def steps(self, images: int) -> int:
+        """Optimiser steps of the run on a training set of `images` images; the last partial batch is dropped.
+
+        Raises:
+            ValueError: if the training set is smaller than one batch.
+        """
+        if images < self.batch:
+            raise ValueError(
+                f"batch is {self.batch}, but the training set has only {images} images; use a smaller batch"
+            )
+        return self.iterations if self.iterations is not None else (self.epochs or 0) * (images // self.batch)
+
+
+@dataclass
+class DistillationConfig(TrainingConfig):
+    """A student's run, alone (`distillation="none"`) or with a teacher.
+
+    Attributes:
+        distillation: the method: `"none"`, or a name in `sward.distillation.METHODS`.
+        teacher: the frozen network.
+        sward: settings of `"sward"`.
+    """
+
+    distillation: str = "sward"
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    sward: SWARDConfig = field(default_factory=SWARDConfig)
+
+
+@dataclass
+class TeacherTrainingConfig(TrainingConfig):
+    """A teacher's run.
+
+    Attributes:
+        trunk_checkpoint: SAM 2.1 or MedSAM2 file to load into the trunk first.
+        train_trunk: train the trunk too. The paper's teachers keep it frozen and train the head.
+    """
+
+    trunk_checkpoint: Path | None = None
+    train_trunk: bool = False
+
+
+Config = TypeVar("Config")
+
+
+def to_json(config: Any) -> str:
+    """A dataclass as JSON text, paths as strings."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str)
+
+
+def from_json(kind: type[Config], text: str) -> Config:
+    """The dataclass `kind` from what `to_json` wrote.
+
+    Raises:
+        ValueError: if the text is no JSON object, or names a field that `kind` does not have.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the configuration is not valid JSON: {error}") from error
+    return _build(kind, values)
+
+
+def _build(kind: Any, value: Any) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return (
+            None if value is None else _build(next(choice for choice in arguments if choice is not type(None)), value)
+        )
+    if origin is tuple:
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(_build(each, item) for each, item in zip(kinds, value))
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        unknown = set(value) - set(hints)
+        if unknown:
+            raise ValueError(
+                f"{kind.__name__} has no field {sorted(unknown)[0]!r}; it was written by another version of sward"
+            )
+        return kind(**{name: _build(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
+    return Path(value) if kind is Path else value

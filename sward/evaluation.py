@@ -1,0 +1,104 @@
+"""Scoring a network on a data set, at the resolution of its labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sward.data import SegmentationDataset, collate_evaluation
+from sward.metrics import ConfusionMatrix, PerImageOverlap
+
+
+@dataclass
+class Evaluation:
+    """Scores as fractions of 1; `sward.metrics` defines them.
+
+    Attributes:
+        images: images scored.
+        mean_iou: IoU per class over all pixels, mean over classes.
+        mean_accuracy: recall per class over all pixels, mean over classes.
+        class_iou: IoU of each class by name; nan for a class that never occurs.
+        dice: for two classes the foreground's Dice, mean over images (the convention of Table 2); else None.
+        iou: the same for its IoU.
+        pooled_dice: for two classes the foreground's Dice over all pixels of all images; else None.
+    """
+
+    images: int
+    mean_iou: float
+    mean_accuracy: float
+    class_iou: dict[str, float]
+    dice: float | None = None
+    iou: float | None = None
+    pooled_dice: float | None = None
+
+    def score(self, metric: str) -> float:
+        """The number named `metric`, for picking the best checkpoint.
+
+        Raises:
+            ValueError: if `"dice"` is asked of a data set that does not have two classes.
+        """
+        value = getattr(self, metric)
+        if value is None:
+            raise ValueError(f"metric {metric!r} needs a data set with two classes; use 'mean_iou'")
+        return -math.inf if math.isnan(value) else value
+
+
+def predicted_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Class of every pixel at `size`: logits `[B, K, H, W]` are upsampled bilinearly, then compared.
+
+    One logit is a binary task: class 1 where it is positive. Returns int64 `[B, *size]`.
+    """
+    if tuple(logits.shape[-2:]) != tuple(size):
+        logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    dataset: SegmentationDataset,
+    *,
+    batch: int = 8,
+    device: torch.device | str = "cpu",
+    advance: Callable[[], None] | None = None,
+) -> Evaluation:
+    """Scores `model` on `dataset`.
+
+    Args:
+        model: `[B, 3, H, W]` -> logits `[B, K, h, w]`. Put into eval mode, and back into its own mode afterwards.
+        dataset: an evaluation split (`sward.data.build(..., train=False)`).
+        batch: images a forward pass.
+        device: where the model is.
+        advance: called after each batch, for a progress bar.
+    """
+    info = dataset.info
+    matrix = ConfusionMatrix(info.num_classes, info.ignore_index)
+    overlap = PerImageOverlap(ignore_index=info.ignore_index) if info.num_classes == 2 else None
+    training = model.training
+    model.eval()
+    for images, labels, _ in DataLoader(dataset, batch_size=batch, collate_fn=collate_evaluation):
+        logits = model(images.to(device))
+        for index, label in enumerate(labels):
+            size = (label.shape[-2], label.shape[-1])
+            prediction = predicted_labels(logits[index : index + 1], size)[0].cpu()
+            matrix.update(prediction, label)
+            if overlap is not None:
+                overlap.update(prediction, label)
+        if advance is not None:
+            advance()
+    model.train(training)
+    return Evaluation(
+        images=len(dataset),
+        mean_iou=matrix.mean_iou(),
+        mean_accuracy=matrix.mean_accuracy(),
+        class_iou=dict(zip(info.classes, matrix.iou().tolist())),
+        dice=None if overlap is None else overlap.mean_dice(),
+        iou=None if overlap is None else overlap.mean_iou(),
+        pooled_dice=None if overlap is None else overlap.pooled_dice(),
+    )

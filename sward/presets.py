@@ -1,0 +1,185 @@
+"""One preset per experiment of the paper (section 4.1), and small ones for a machine without a GPU."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sward.config import (
+    DatasetConfig,
+    DistillationConfig,
+    OptimizerConfig,
+    SWARDConfig,
+    TeacherConfig,
+    TeacherTrainingConfig,
+)
+
+
+@dataclass
+class Preset:
+    """A student's recipe and that of its teacher.
+
+    Attributes:
+        description: one line for the command line's list.
+        student: what `sward train` runs.
+        teacher: what `sward train-teacher` runs. The paper does not publish its teachers' recipes; where the trunk
+            stays frozen, these train the head with the student's optimiser.
+    """
+
+    description: str
+    student: DistillationConfig
+    teacher: TeacherTrainingConfig
+
+
+def names() -> list[str]:
+    """The presets, those of the paper first."""
+    return list(_PRESETS)
+
+
+def get(name: str) -> Preset:
+    """A fresh copy of the preset `name`.
+
+    Raises:
+        ValueError: if there is no such preset; the message lists near matches.
+    """
+    if name not in _PRESETS:
+        near = difflib.get_close_matches(name, _PRESETS, n=3, cutoff=0.4) or names()
+        raise ValueError(f"unknown preset {name!r}; did you mean {' or '.join(map(repr, near))}?")
+    preset = _PRESETS[name]()
+    preset.student.preset = preset.teacher.preset = name
+    return preset
+
+
+def _cityscapes() -> Preset:
+    dataset = DatasetConfig(name="cityscapes", image_size=(512, 1024), workers=8)
+    optimizer = OptimizerConfig(lr=1e-3, weight_decay=1e-4, schedule="poly")
+    teacher = "sam2_hiera_large_deeplabv3plus"
+    return Preset(
+        "Table 1: Cityscapes, SAM 2.1 Hiera-L to DeepLabV3+ MobileNetV3-Small",
+        DistillationConfig(
+            model="mbv3s_deeplabv3plus",
+            dataset=dataset,
+            optimizer=optimizer,
+            batch=16,
+            iterations=40_000,
+            evaluate_every=20,
+            teacher=TeacherConfig(name=teacher),
+        ),
+        TeacherTrainingConfig(
+            model=teacher, dataset=dataset, optimizer=optimizer, batch=16, iterations=40_000, evaluate_every=20
+        ),
+    )
+
+
+def _polyps(dataset_name: str, student: str, student_title: str) -> Callable[[], Preset]:
+    def make() -> Preset:
+        dataset = DatasetConfig(name=dataset_name, image_size=(512, 512), split_by="ratio", workers=4)
+        optimizer = OptimizerConfig(lr=5e-4, weight_decay=1e-4, schedule="cosine")
+        teacher = "medsam2_hiera_tiny_resunetpp"
+        return Preset(
+            f"Table 2: {dataset_name}, MedSAM2 Hiera-T to {student_title}",
+            DistillationConfig(
+                model=student,
+                dataset=dataset,
+                optimizer=optimizer,
+                batch=8,
+                epochs=200,
+                metric="dice",
+                evaluate_every=5,
+                teacher=TeacherConfig(name=teacher),
+            ),
+            TeacherTrainingConfig(
+                model=teacher,
+                dataset=dataset,
+                optimizer=optimizer,
+                batch=8,
+                epochs=200,
+                metric="dice",
+                evaluate_every=5,
+            ),
+        )
+
+    return make
+
+
+def _demo() -> Preset:
+    dataset = DatasetConfig(name="scenes", image_size=(64, 64))
+    optimizer = OptimizerConfig(lr=2e-3, schedule="cosine", warmup=20)
+    return Preset(
+        "generated scenes, hiera_demo to UNeXt, minutes on two cores",
+        DistillationConfig(
+            model="unext",
+            dataset=dataset,
+            optimizer=optimizer,
+            batch=16,
+            iterations=400,
+            teacher=TeacherConfig(name="hiera_demo"),
+            sward=SWARDConfig(embed_dim=32),
+        ),
+        TeacherTrainingConfig(
+            model="hiera_demo", dataset=dataset, optimizer=optimizer, batch=16, iterations=600, train_trunk=True
+        ),
+    )
+
+
+def _clinicdb_small() -> Preset:
+    dataset = DatasetConfig(name="clinicdb", image_size=(128, 128), split_by="sequence")
+    return Preset(
+        "CVC-ClinicDB at 128x128 split by sequence, ViT-S/14 to UNeXt, two cores",
+        DistillationConfig(
+            model="unext",
+            dataset=dataset,
+            optimizer=OptimizerConfig(lr=1e-3, schedule="cosine"),
+            batch=8,
+            epochs=40,
+            metric="dice",
+            evaluate_every=10,
+            teacher=TeacherConfig(name="vit_small_dinov2"),
+        ),
+        TeacherTrainingConfig(
+            model="vit_small_dinov2",
+            dataset=dataset,
+            optimizer=OptimizerConfig(lr=5e-4, schedule="cosine"),
+            batch=8,
+            epochs=20,
+            metric="dice",
+            evaluate_every=5,
+        ),
+    )
+
+
+def _camvid_small() -> Preset:
+    dataset = DatasetConfig(name="camvid", image_size=(160, 224))
+    return Preset(
+        "CamVid at 160x224, ViT-S/14 to DeepLabV3+ MobileNetV3-Small, two cores",
+        DistillationConfig(
+            model="mbv3s_deeplabv3plus",
+            dataset=dataset,
+            optimizer=OptimizerConfig(lr=1e-3, schedule="poly"),
+            batch=8,
+            epochs=40,
+            evaluate_every=10,
+            teacher=TeacherConfig(name="vit_small_dinov2"),
+        ),
+        TeacherTrainingConfig(
+            model="vit_small_dinov2",
+            dataset=dataset,
+            optimizer=OptimizerConfig(lr=5e-4, schedule="poly"),
+            batch=8,
+            epochs=20,
+            evaluate_every=5,
+        ),
+    )
+
+
+_PRESETS: dict[str, Callable[[], Preset]] = {
+    "cityscapes-mbv3": _cityscapes,
+    "clinicdb-resunetpp": _polyps("clinicdb", "resunetpp", "ResUNet++"),
+    "clinicdb-unext": _polyps("clinicdb", "unext", "UNeXt"),
+    "colondb-resunetpp": _polyps("colondb", "resunetpp", "ResUNet++"),
+    "colondb-unext": _polyps("colondb", "unext", "UNeXt"),
+    "demo": _demo,
+    "clinicdb-small": _clinicdb_small,
+    "camvid-small": _camvid_small,
+}

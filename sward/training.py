@@ -1,0 +1,382 @@
+"""The training loop and what it is made of. Nothing here knows which loss it runs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Sampler
+
+from sward import checkpointing, data, distillation, models
+from sward.config import DistillationConfig, OptimizerConfig, TeacherConfig, TeacherTrainingConfig, TrainingConfig
+from sward.data import Sample, SegmentationDataset
+from sward.evaluation import Evaluation, evaluate
+from sward.features import FeatureTaps
+from sward.losses import LOGITS, DistillationInputs, DistillationLoss, SegmentationCrossEntropy
+from sward.tracking import Progress, RunFolder
+
+
+class FrozenTeacher:
+    """A teacher in eval mode, without gradient, that hands out the maps a distillation loss asks for.
+
+    Args:
+        network: the teacher. Its parameters stop asking for gradients.
+        layers: layers to catch, or `"logits"` for its output.
+    """
+
+    def __init__(self, network: nn.Module, layers: Sequence[str]) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.taps = FeatureTaps(network, [layer for layer in layers if layer != LOGITS], detach=True).open()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """`images [B, 3, H, W]` -> tap name -> `[B, C, h, w]`, with the logits."""
+        logits = self.network(images)
+        return {**self.taps.collect(), LOGITS: logits}
+
+
+class TrainingStep(nn.Module):
+    """Network, task loss and distillation loss as one module: one thing to optimise, to save and to wrap for DDP.
+
+    Args:
+        model: the network that learns.
+        task: `(logits, labels) -> scalar`.
+        distillation: None to train on the labels alone.
+    """
+
+    def __init__(self, model: nn.Module, task: nn.Module, distillation: DistillationLoss | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.distillation = distillation
+        layers = [] if distillation is None else [tap for tap in distillation.student_taps if tap != LOGITS]
+        self.taps = FeatureTaps(model, layers).open()
+
+    def forward(
+        self, images: Tensor, labels: Tensor, teacher: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one batch with gradient, and its terms, unweighted and detached."""
+        logits = self.model(images)
+        task = self.task(logits, labels)
+        terms = {"task": task.detach().float()}
+        if self.distillation is None:
+            return task, terms
+        student = {**self.taps.collect(), LOGITS: logits}
+        output = self.distillation(DistillationInputs(student, teacher, labels))
+        return task + output.loss, terms | output.terms
+
+
+class EpochSampler(Sampler[int]):
+    """A new order of `length` indices each epoch, a function of the seed and the epoch; can start inside an epoch."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed, self.epoch, self.skip = length, seed, 0, 0
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(data.sample_seed(self.seed, self.epoch, self.length))
+        yield from torch.randperm(self.length, generator=generator).tolist()[self.skip :]
+
+    def __len__(self) -> int:
+        return self.length - self.skip
+
+
+def batches(
+    dataset: SegmentationDataset, batch: int, *, seed: int, workers: int = 0, start: int = 0
+) -> Iterator[Sample]:
+    """Training batches without end, from step `start`. The same seed gives the same batches, wherever it starts.
+
+    Args:
+        dataset: images and labels of equal size.
+        batch: images a batch; the last, smaller batch of an epoch is dropped.
+        seed: of the order; augmentation follows the data set's own seed.
+        workers: loader processes; they do not change what comes out.
+        start: batches to pass over, without reading them.
+    """
+    sampler = EpochSampler(len(dataset), seed)
+    loader = DataLoader(
+        dataset,
+        batch_size=batch,
+        sampler=sampler,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        # Its own generator: iterating must not move torch's global one, which dropout draws from.
+        generator=torch.Generator().manual_seed(seed),
+    )
+    sampler.epoch, done = divmod(start, len(dataset) // batch)
+    sampler.skip = done * batch
+    while True:
+        dataset.set_epoch(sampler.epoch)
+        yield from loader
+        sampler.epoch, sampler.skip = sampler.epoch + 1, 0
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
+    """Step -> factor of the initial learning rate; 0 after the last step."""
+
+    def factor(step: int) -> float:
+        if step < config.warmup:
+            return (step + 1) / config.warmup
+        left = 1 - (step - config.warmup) / max(steps - config.warmup, 1)
+        left = min(max(left, 0.0), 1.0)
+        return left**config.power if config.schedule == "poly" else 0.5 * (1 - math.cos(math.pi * left))
+
+    return factor
+
+
+@dataclass
+class TrainingResult:
+    """What a finished run is worth.
+
+    Attributes:
+        run: its folder.
+        evaluation: scores of the final weights on the validation split.
+        best_score: best validation score of the run, by `config.metric`.
+        seconds: time in the training loop, validation excluded.
+    """
+
+    run: Path
+    evaluation: Evaluation
+    best_score: float
+    seconds: float
+
+
+def fit(
+    step_module: TrainingStep,
+    config: TrainingConfig,
+    train_set: SegmentationDataset,
+    validation_set: SegmentationDataset,
+    run: RunFolder,
+    *,
+    teacher: FrozenTeacher | None = None,
+    title: str = "train",
+) -> TrainingResult:
+    """Trains `step_module` as `config` says and leaves a run folder that can be resumed, evaluated and repeated."""
+    device = next(step_module.parameters()).device
+    steps, epoch = config.steps(len(train_set)), len(train_set) // config.batch
+    validate_every = epoch * config.evaluate_every if config.evaluate_every else steps
+    learnable = [parameter for parameter in step_module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learnable, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay)
+    schedule = LambdaLR(optimizer, learning_rate(config.optimizer, steps))
+    state = TrainingState(step_module, optimizer, schedule)
+    if config.resume and run.last.exists():
+        state.load_state_dict(checkpointing.load(run.last))
+        run.drop_records_after(state.step)
+    stream = batches(train_set, config.batch, seed=config.seed, workers=config.dataset.workers, start=state.step)
+    evaluation = None
+    step_module.train()
+    with Progress(title, steps, start=state.step) as progress:
+        while state.step < steps:
+            started = time.perf_counter()
+            images, labels, _ = next(stream)
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            features = {} if teacher is None else teacher(images)
+            loss, terms = step_module(images, labels, features)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            state.step += 1
+            state.seconds += time.perf_counter() - started
+            progress.advance()
+            if state.step % config.log_every == 0 or state.step == steps:
+                record = log_record(
+                    state, loss, terms, images_per_second=config.batch / (time.perf_counter() - started)
+                )
+                run.log(record)
+                progress.note(f"loss {record['loss']:.3f}")
+            if state.step % validate_every == 0 or state.step == steps:
+                evaluation = evaluate(step_module.model, validation_set, device=device)
+                run.log({"step": state.step, "validation": asdict(evaluation)})
+                state.keep(run, evaluation.score(config.metric))
+    evaluation = evaluation or evaluate(step_module.model, validation_set, device=device)
+    return TrainingResult(run.path, evaluation, state.best_score, state.seconds)
+
+
+def log_record(
+    state: TrainingState, loss: Tensor, terms: Mapping[str, Tensor], images_per_second: float
+) -> dict[str, Any]:
+    """One line of `metrics.jsonl`. The only place of the loop that waits for the device."""
+    return {
+        "step": state.step,
+        "loss": loss.item(),
+        **{name: value.item() for name, value in terms.items()},
+        "lr": state.schedule.get_last_lr()[0],
+        "images_per_second": images_per_second,
+        "seconds": state.seconds,
+    }
+
+
+class TrainingState:
+    """Everything that changes while a run trains, and its place in the run folder."""
+
+    def __init__(self, step_module: TrainingStep, optimizer: Optimizer, schedule: LambdaLR) -> None:
+        self.step_module, self.optimizer, self.schedule = step_module, optimizer, schedule
+        self.step = 0
+        self.seconds = 0.0
+        self.best_score = -math.inf
+
+    def keep(self, run: RunFolder, score: float) -> None:
+        """Saves the last checkpoint, and the best one if `score` beats every earlier one."""
+        if score > self.best_score:
+            self.best_score = score
+            checkpointing.save(run.best, {"model": self.step_module.model.state_dict(), "step": self.step})
+        checkpointing.save(run.last, self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        loss = self.step_module.distillation
+        return {
+            "model": self.step_module.model.state_dict(),
+            "distillation": {} if loss is None else loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "generators": [torch.get_rng_state(), *(generator.get_state() for generator in _generators(loss))],
+            "step": self.step,
+            "seconds": self.seconds,
+            "best_score": self.best_score,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        loss = self.step_module.distillation
+        self.step_module.model.load_state_dict(state["model"])
+        if loss is not None:
+            loss.load_state_dict(state["distillation"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["generators"][0])
+        for generator, saved in zip(_generators(loss), state["generators"][1:], strict=True):
+            generator.set_state(saved)
+        self.step, self.seconds, self.best_score = state["step"], state["seconds"], state["best_score"]
+
+
+def _generators(loss: DistillationLoss | None) -> list[torch.Generator]:
+    if loss is None:
+        return []
+    found = (getattr(module, "generator", None) for module in loss.modules())
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+
+def train_student(config: DistillationConfig) -> TrainingResult:
+    """`sward train`: a student alone, or with a teacher and a distillation loss.
+
+    Raises:
+        ValueError, FileNotFoundError: for a configuration that cannot run, before any work.
+    """
+    config.check()
+    device = choose_device(config.device)
+    train_set, validation_set = build_datasets(config)
+    config.steps(len(train_set))
+    info = train_set.info
+    # The student first: with or without distillation the same seed gives it the same weights.
+    torch.manual_seed(config.seed)
+    student = models.build(config.model, info.num_classes).to(device)
+    teacher = loss = None
+    if config.distillation != "none":
+        network = load_teacher(config.teacher, config.preset, info.num_classes).to(device)
+        pair = distillation.DistillationPair(config, student, network, info.num_classes, info.ignore_index)
+        loss = distillation.build(config.distillation, pair).to(device)
+        teacher = FrozenTeacher(network, loss.teacher_taps)
+    torch.manual_seed(config.seed)
+    run = RunFolder(config.output or student_run(config))
+    run.start(config)
+    step_module = TrainingStep(student, SegmentationCrossEntropy(info.ignore_index), loss)
+    return fit(step_module, config, train_set, validation_set, run, teacher=teacher, title=run.path.name)
+
+
+def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
+    """`sward train-teacher`: the head on a frozen trunk, or the whole network.
+
+    Raises:
+        ValueError, FileNotFoundError: for a configuration that cannot run, before any work.
+    """
+    config.check()
+    device = choose_device(config.device)
+    train_set, validation_set = build_datasets(config)
+    config.steps(len(train_set))
+    torch.manual_seed(config.seed)
+    network = models.build(config.model, train_set.info.num_classes)
+    if config.trunk_checkpoint is not None:
+        models.load_trunk_checkpoint(network, config.trunk_checkpoint)
+    if not config.train_trunk:
+        if not hasattr(network, "freeze_trunk"):
+            raise ValueError(f"model {config.model!r} has no trunk to freeze; train all of it with --train-trunk")
+        network.freeze_trunk()
+    run = RunFolder(config.output or teacher_run(config.preset))
+    run.start(config)
+    step_module = TrainingStep(network.to(device), SegmentationCrossEntropy(train_set.info.ignore_index))
+    return fit(step_module, config, train_set, validation_set, run, title=run.path.name)
+
+
+def student_run(config: DistillationConfig) -> Path:
+    """Where a student's run goes unless `output` says otherwise."""
+    return Path("runs") / config.preset / f"{config.distillation}-seed{config.seed}"
+
+
+def teacher_run(preset: str) -> Path:
+    """Where a teacher's run goes unless `output` says otherwise, and where a student's run looks for it."""
+    return Path("runs") / preset / "teacher"
+
+
+def load_teacher(config: TeacherConfig, preset: str, num_classes: int) -> nn.Module:
+    """The trained teacher of a `sward train-teacher` run.
+
+    Raises:
+        FileNotFoundError: if the run is not there.
+        ValueError: if it trained another network or another number of classes.
+    """
+    network = models.build(config.name, num_classes)
+    if config.untrained:
+        return network
+    run = RunFolder(config.run or teacher_run(preset))
+    if not run.best.exists():
+        raise FileNotFoundError(
+            f"no trained teacher at {run.path}; train it with 'sward train-teacher {preset}', name its folder with "
+            "--teacher.run, or try shapes and speed with --teacher.untrained"
+        )
+    checkpointing.load_model(network, run.best)
+    return network
+
+
+def build_datasets(config: TrainingConfig) -> tuple[SegmentationDataset, SegmentationDataset]:
+    """Training and validation split of the configured data set."""
+    return build_split(config, "train", train=True), build_split(config, "val", train=False)
+
+
+def build_split(config: TrainingConfig, split: str, *, train: bool) -> SegmentationDataset:
+    """One split of the configured data set, with training or evaluation transforms."""
+    settings = config.dataset
+    options = {} if settings.split_by is None else {"split_by": settings.split_by}
+    return data.build(
+        settings.name,
+        split,
+        root=settings.root,
+        image_size=settings.image_size,
+        train=train,
+        seed=config.seed,
+        **options,
+    )
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device; without a name the GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: if the name is no device, or the device is not there.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not a device; use 'cpu' or 'cuda'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch sees no GPU here; use 'cpu'")
+    return device
