@@ -150,7 +150,8 @@ class TrainingConfig:
         """Raises a ValueError, in one sentence, for a field that no run could use."""
         if (self.iterations is None) == (self.epochs is None):
             raise ValueError(
-                f"exactly one of iterations and epochs must be set, got iterations={self.iterations} and epochs={self.epochs}"
+                "exactly one of iterations and epochs must be set, "
+                f"got iterations={self.iterations} and epochs={self.epochs}"
             )
         lengths = {
             "batch": self.batch,

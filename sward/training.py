@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 
-from sward import checkpointing, data, distillation, models
-from sward.config import DistillationConfig, OptimizerConfig, TeacherConfig, TeacherTrainingConfig, TrainingConfig
+from sward import checkpointing, data
+from sward.config import OptimizerConfig, TrainingConfig
 from sward.data import Sample, SegmentationDataset
 from sward.evaluation import Evaluation, evaluate
 from sward.features import FeatureTaps
-from sward.losses import LOGITS, DistillationInputs, DistillationLoss, SegmentationCrossEntropy
+from sward.losses import LOGITS, DistillationInputs, DistillationLoss
 from sward.tracking import Progress, RunFolder
 
 
@@ -157,7 +157,6 @@ def fit(
     run: RunFolder,
     *,
     teacher: FrozenTeacher | None = None,
-    title: str = "train",
 ) -> TrainingResult:
     """Trains `step_module` as `config` says and leaves a run folder that can be resumed, evaluated and repeated."""
     device = next(step_module.parameters()).device
@@ -173,7 +172,7 @@ def fit(
     stream = batches(train_set, config.batch, seed=config.seed, workers=config.dataset.workers, start=state.step)
     evaluation = None
     step_module.train()
-    with Progress(title, steps, start=state.step) as progress:
+    with Progress(run.path.name, steps, start=state.step) as progress:
         while state.step < steps:
             started = time.perf_counter()
             images, labels, _ = next(stream)
@@ -262,121 +261,3 @@ def _generators(loss: DistillationLoss | None) -> list[torch.Generator]:
         return []
     found = (getattr(module, "generator", None) for module in loss.modules())
     return [generator for generator in found if isinstance(generator, torch.Generator)]
-
-
-def train_student(config: DistillationConfig) -> TrainingResult:
-    """`sward train`: a student alone, or with a teacher and a distillation loss.
-
-    Raises:
-        ValueError, FileNotFoundError: for a configuration that cannot run, before any work.
-    """
-    config.check()
-    device = choose_device(config.device)
-    train_set, validation_set = build_datasets(config)
-    config.steps(len(train_set))
-    info = train_set.info
-    # The student first: with or without distillation the same seed gives it the same weights.
-    torch.manual_seed(config.seed)
-    student = models.build(config.model, info.num_classes).to(device)
-    teacher = loss = None
-    if config.distillation != "none":
-        network = load_teacher(config.teacher, config.preset, info.num_classes).to(device)
-        pair = distillation.DistillationPair(config, student, network, info.num_classes, info.ignore_index)
-        loss = distillation.build(config.distillation, pair).to(device)
-        teacher = FrozenTeacher(network, loss.teacher_taps)
-    torch.manual_seed(config.seed)
-    run = RunFolder(config.output or student_run(config))
-    run.start(config)
-    step_module = TrainingStep(student, SegmentationCrossEntropy(info.ignore_index), loss)
-    return fit(step_module, config, train_set, validation_set, run, teacher=teacher, title=run.path.name)
-
-
-def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
-    """`sward train-teacher`: the head on a frozen trunk, or the whole network.
-
-    Raises:
-        ValueError, FileNotFoundError: for a configuration that cannot run, before any work.
-    """
-    config.check()
-    device = choose_device(config.device)
-    train_set, validation_set = build_datasets(config)
-    config.steps(len(train_set))
-    torch.manual_seed(config.seed)
-    network = models.build(config.model, train_set.info.num_classes)
-    if config.trunk_checkpoint is not None:
-        models.load_trunk_checkpoint(network, config.trunk_checkpoint)
-    if not config.train_trunk:
-        if not hasattr(network, "freeze_trunk"):
-            raise ValueError(f"model {config.model!r} has no trunk to freeze; train all of it with --train-trunk")
-        network.freeze_trunk()
-    run = RunFolder(config.output or teacher_run(config.preset))
-    run.start(config)
-    step_module = TrainingStep(network.to(device), SegmentationCrossEntropy(train_set.info.ignore_index))
-    return fit(step_module, config, train_set, validation_set, run, title=run.path.name)
-
-
-def student_run(config: DistillationConfig) -> Path:
-    """Where a student's run goes unless `output` says otherwise."""
-    return Path("runs") / config.preset / f"{config.distillation}-seed{config.seed}"
-
-
-def teacher_run(preset: str) -> Path:
-    """Where a teacher's run goes unless `output` says otherwise, and where a student's run looks for it."""
-    return Path("runs") / preset / "teacher"
-
-
-def load_teacher(config: TeacherConfig, preset: str, num_classes: int) -> nn.Module:
-    """The trained teacher of a `sward train-teacher` run.
-
-    Raises:
-        FileNotFoundError: if the run is not there.
-        ValueError: if it trained another network or another number of classes.
-    """
-    network = models.build(config.name, num_classes)
-    if config.untrained:
-        return network
-    run = RunFolder(config.run or teacher_run(preset))
-    if not run.best.exists():
-        raise FileNotFoundError(
-            f"no trained teacher at {run.path}; train it with 'sward train-teacher {preset}', name its folder with "
-            "--teacher.run, or try shapes and speed with --teacher.untrained"
-        )
-    checkpointing.load_model(network, run.best)
-    return network
-
-
-def build_datasets(config: TrainingConfig) -> tuple[SegmentationDataset, SegmentationDataset]:
-    """Training and validation split of the configured data set."""
-    return build_split(config, "train", train=True), build_split(config, "val", train=False)
-
-
-def build_split(config: TrainingConfig, split: str, *, train: bool) -> SegmentationDataset:
-    """One split of the configured data set, with training or evaluation transforms."""
-    settings = config.dataset
-    options = {} if settings.split_by is None else {"split_by": settings.split_by}
-    return data.build(
-        settings.name,
-        split,
-        root=settings.root,
-        image_size=settings.image_size,
-        train=train,
-        seed=config.seed,
-        **options,
-    )
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The named device; without a name the GPU where there is one, else the CPU.
-
-    Raises:
-        ValueError: if the name is no device, or the device is not there.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is not a device; use 'cpu' or 'cuda'") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch sees no GPU here; use 'cpu'")
-    return device

@@ -1,0 +1,133 @@
+"""From a configuration to a finished run: builds data, networks and losses, and hands them to the training loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sward import checkpointing, data, distillation, models
+from sward.config import DistillationConfig, TeacherConfig, TeacherTrainingConfig, TrainingConfig
+from sward.data import SegmentationDataset
+from sward.losses import SegmentationCrossEntropy
+from sward.tracking import RunFolder
+from sward.training import FrozenTeacher, TrainingResult, TrainingStep, fit
+
+
+def train_student(config: DistillationConfig) -> TrainingResult:
+    """`sward train`: a student alone, or with a teacher and a distillation loss.
+
+    Raises:
+        ValueError, FileNotFoundError: for a configuration that cannot run, before any work.
+    """
+    config.check()
+    device = choose_device(config.device)
+    train_set, validation_set = build_datasets(config)
+    config.steps(len(train_set))
+    info = train_set.info
+    # The student first: with or without distillation the same seed gives it the same weights.
+    torch.manual_seed(config.seed)
+    student = models.build(config.model, info.num_classes).to(device)
+    teacher = loss = None
+    if config.distillation != "none":
+        network = load_teacher(config.teacher, config.preset, info.num_classes).to(device)
+        pair = distillation.DistillationPair(config, student, network, info.num_classes, info.ignore_index)
+        loss = distillation.build(config.distillation, pair).to(device)
+        teacher = FrozenTeacher(network, loss.teacher_taps)
+    torch.manual_seed(config.seed)
+    run = RunFolder(config.output or student_run(config))
+    run.start(config)
+    step_module = TrainingStep(student, SegmentationCrossEntropy(info.ignore_index), loss)
+    return fit(step_module, config, train_set, validation_set, run, teacher=teacher)
+
+
+def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
+    """`sward train-teacher`: the head on a frozen trunk, or the whole network.
+
+    Raises:
+        ValueError, FileNotFoundError: for a configuration that cannot run, before any work.
+    """
+    config.check()
+    device = choose_device(config.device)
+    train_set, validation_set = build_datasets(config)
+    config.steps(len(train_set))
+    torch.manual_seed(config.seed)
+    network = models.build(config.model, train_set.info.num_classes)
+    if config.trunk_checkpoint is not None:
+        models.load_trunk_checkpoint(network, config.trunk_checkpoint)
+    if not config.train_trunk:
+        if not hasattr(network, "freeze_trunk"):
+            raise ValueError(f"model {config.model!r} has no trunk to freeze; train all of it with --train-trunk")
+        network.freeze_trunk()
+    run = RunFolder(config.output or teacher_run(config.preset))
+    run.start(config)
+    step_module = TrainingStep(network.to(device), SegmentationCrossEntropy(train_set.info.ignore_index))
+    return fit(step_module, config, train_set, validation_set, run)
+
+
+def student_run(config: DistillationConfig) -> Path:
+    """Where a student's run goes unless `output` says otherwise."""
+    return Path("runs") / config.preset / f"{config.distillation}-seed{config.seed}"
+
+
+def teacher_run(preset: str) -> Path:
+    """Where a teacher's run goes unless `output` says otherwise, and where a student's run looks for it."""
+    return Path("runs") / preset / "teacher"
+
+
+def load_teacher(config: TeacherConfig, preset: str, num_classes: int) -> nn.Module:
+    """The trained teacher of a `sward train-teacher` run.
+
+    Raises:
+        FileNotFoundError: if the run is not there.
+        ValueError: if it trained another network or another number of classes.
+    """
+    network = models.build(config.name, num_classes)
+    if config.untrained:
+        return network
+    run = RunFolder(config.run or teacher_run(preset))
+    if not run.best.exists():
+        raise FileNotFoundError(
+            f"no trained teacher at {run.path}; train it with 'sward train-teacher {preset}', name its folder with "
+            "--teacher.run, or try shapes and speed with --teacher.untrained"
+        )
+    checkpointing.load_model(network, run.best)
+    return network
+
+
+def build_datasets(config: TrainingConfig) -> tuple[SegmentationDataset, SegmentationDataset]:
+    """Training and validation split of the configured data set."""
+    return build_split(config, "train", train=True), build_split(config, "val", train=False)
+
+
+def build_split(config: TrainingConfig, split: str, *, train: bool) -> SegmentationDataset:
+    """One split of the configured data set, with training or evaluation transforms."""
+    settings = config.dataset
+    options = {} if settings.split_by is None else {"split_by": settings.split_by}
+    return data.build(
+        settings.name,
+        split,
+        root=settings.root,
+        image_size=settings.image_size,
+        train=train,
+        seed=config.seed,
+        **options,
+    )
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device; without a name the GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: if the name is no device, or the device is not there.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not a device; use 'cpu' or 'cuda'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch sees no GPU here; use 'cpu'")
+    return device
