@@ -1,0 +1,156 @@
+"""Data sets by name: `build("cvc_clinicdb", "train", train=True)`.
+
+Every data set hands out `Sample(image, labels, name)` and carries its `DatasetInfo` as `.info`. Training samples can be
+batched by the default collate function. **Evaluation samples keep their labels at the resolution of the label file**
+while the image has the network's input size: resize the logits to the labels before scoring, and batch with
+`collate_evaluation` (or one by one), since labels may differ in size from image to image.
+
+Call `dataset.set_epoch(epoch)` before each pass over a training set; see `SegmentationDataset`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from sward.data import camvid, cityscapes, folder, polyps, scenes
+from sward.data.files import read_image
+from sward.data.sample import (
+    IGNORE_INDEX,
+    DatasetInfo,
+    DatasetNotFoundError,
+    EvaluationBatch,
+    Sample,
+    SegmentationDataset,
+    collate_evaluation,
+)
+from sward.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    EvaluationTransform,
+    denormalise,
+    normalise,
+    parse_size,
+)
+
+__all__ = [
+    "IGNORE_INDEX",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "DatasetInfo",
+    "DatasetNotFoundError",
+    "EvaluationBatch",
+    "EvaluationTransform",
+    "Sample",
+    "SegmentationDataset",
+    "build",
+    "collate_evaluation",
+    "default_image_size",
+    "denormalise",
+    "describe",
+    "names",
+    "normalise",
+    "read_image",
+]
+
+_INFO = {
+    info.name: info for info in (cityscapes.INFO, polyps.CLINICDB.info, polyps.COLONDB.info, camvid.INFO, scenes.INFO)
+}
+_IMAGE_SIZES = {
+    "cityscapes": (512, 1024),
+    "cvc_clinicdb": (512, 512),
+    "cvc_colondb": (512, 512),
+    "camvid": (352, 480),
+    "scenes": (128, 128),
+    "folder": (512, 512),
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names `build` knows."""
+    return tuple(_IMAGE_SIZES)
+
+
+def describe(name: str, *, num_classes: int | None = None) -> DatasetInfo:
+    """Classes, colours and ignore_index of a data set, without touching the disk.
+
+    Args:
+        num_classes: needed by `folder` (2 to 255) and refused if it contradicts another data set.
+
+    Raises:
+        ValueError: unknown name (near matches are listed), or a `num_classes` that does not fit.
+    """
+    _check_name(name)
+    if name == "folder":
+        return folder.describe(num_classes)
+    info = _INFO[name]
+    if num_classes not in (None, info.num_classes):
+        raise ValueError(f"{name} has {info.num_classes} classes, so num_classes cannot be {num_classes}")
+    return info
+
+
+def default_image_size(name: str) -> tuple[int, int]:
+    """`(height, width)` that `build` uses when no `image_size` is given."""
+    _check_name(name)
+    return _IMAGE_SIZES[name]
+
+
+def build(
+    name: str,
+    split: str,
+    *,
+    train: bool,
+    root: str | Path | None = None,
+    image_size: int | Sequence[int] | None = None,
+    seed: int = 0,
+    split_by: str | None = None,
+    num_classes: int | None = None,
+    count: int | None = None,
+) -> SegmentationDataset:
+    """Build a data set.
+
+    Args:
+        name: one of `names()`.
+        split: `train`, `val` or `test`, as far as the data set has them.
+        train: apply the training augmentation. Without it the sample is prepared for evaluation: no randomness, and
+            labels at the resolution of their file.
+        root: the data set's own folder, or a folder that holds it; None for the environment variable `SWARD_DATA`,
+            then `./data`. `scenes` needs none.
+        image_size: one number or `(height, width)` of the image a network gets; None for `default_image_size(name)`.
+            Cityscapes: size of the training crop; evaluation is at full resolution whatever the image_size.
+        seed: seed of the augmentation. It never changes which frames or which scenes a split holds.
+        split_by: `cvc_clinicdb` and `cvc_colondb` only; None for `"sequence"`. See `polyps.Polyps`.
+        num_classes: `folder` only, where it is required.
+        count: `scenes` only: number of images.
+
+    Raises:
+        DatasetNotFoundError: the data set is missing or incomplete.
+        ValueError: unknown name or split, or an argument this data set does not take.
+    """
+    info = describe(name, num_classes=num_classes)
+    size = parse_size(default_image_size(name) if image_size is None else image_size)
+    if split_by is not None and name not in ("cvc_clinicdb", "cvc_colondb"):
+        raise ValueError(f"split_by is for cvc_clinicdb and cvc_colondb; {name} comes with its own split")
+    if count is not None and name != "scenes":
+        raise ValueError(f"count is for scenes, whose images are generated; {name} has the images it has")
+    if name == "scenes":
+        return scenes.Scenes(split, size, train=train, seed=seed, count=count)
+
+    where = Path(root or os.environ.get("SWARD_DATA") or "data")
+    if name == "cityscapes":
+        return cityscapes.Cityscapes(where, split, size, train=train, seed=seed)
+    if name == "camvid":
+        return camvid.CamVid(where, split, size, train=train, seed=seed)
+    if name == "folder":
+        return folder.ImageFolder(where, split, size, info=info, train=train, seed=seed)
+    release = polyps.CLINICDB if name == "cvc_clinicdb" else polyps.COLONDB
+    return polyps.Polyps(release, where, split, size, split_by=split_by or "sequence", train=train, seed=seed)
+
+
+def _check_name(name: str) -> None:
+    if name not in _IMAGE_SIZES:
+        near = difflib.get_close_matches(name.lower(), _IMAGE_SIZES, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(_IMAGE_SIZES)}."
+        raise ValueError(f"unknown data set {name!r}: {hint}")

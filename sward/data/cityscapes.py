@@ -1,0 +1,114 @@
+"""Cityscapes (Cordts et al., CVPR 2016) from its official folder tree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sward.data.files import Pair, PairedFiles, indices, locate
+from sward.data.sample import IGNORE_INDEX, DatasetInfo, DatasetNotFoundError
+from sward.data.transforms import EvaluationTransform, street_training
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# (labelId, class, colour) of the 19 classes that count, in the order of their trainIds; cityscapesScripts' labels.py.
+_CLASSES = (
+    (7, "road", (128, 64, 128)),
+    (8, "sidewalk", (244, 35, 232)),
+    (11, "building", (70, 70, 70)),
+    (12, "wall", (102, 102, 156)),
+    (13, "fence", (190, 153, 153)),
+    (17, "pole", (153, 153, 153)),
+    (19, "traffic light", (250, 170, 30)),
+    (20, "traffic sign", (220, 220, 0)),
+    (21, "vegetation", (107, 142, 35)),
+    (22, "terrain", (152, 251, 152)),
+    (23, "sky", (70, 130, 180)),
+    (24, "person", (220, 20, 60)),
+    (25, "rider", (255, 0, 0)),
+    (26, "car", (0, 0, 142)),
+    (27, "truck", (0, 0, 70)),
+    (28, "bus", (0, 60, 100)),
+    (31, "train", (0, 80, 100)),
+    (32, "motorcycle", (0, 0, 230)),
+    (33, "bicycle", (119, 11, 32)),
+)
+INFO = DatasetInfo(
+    name="cityscapes",
+    classes=tuple(name for _, name, _ in _CLASSES),
+    palette=tuple(colour for _, _, colour in _CLASSES),
+)
+HIGHEST_LABEL_ID = 33
+
+SOURCE = (
+    "register at https://www.cityscapes-dataset.com, download leftImg8bit_trainvaltest.zip and "
+    "gtFine_trainvaltest.zip, and unpack both into one folder named cityscapes"
+)
+
+
+class Cityscapes(PairedFiles):
+    """2975 training and 500 validation images of 1024 x 2048 pixels, 19 classes.
+
+    Training: random scale 0.5 to 2, random crop of `image_size`, horizontal flip. Evaluation: image and labels at full
+    resolution, whatever the `image_size`.
+
+    Args:
+        root: folder with `leftImg8bit/{split}/{city}/*_leftImg8bit.png` and
+            `gtFine/{split}/{city}/*_gtFine_labelIds.png`, or a folder that holds it as `cityscapes`.
+        split: `train` or `val`.
+        image_size: `(height, width)` of the training crop.
+        train: training transform or evaluation transform.
+        seed: seed of the augmentation.
+
+    Raises:
+        DatasetNotFoundError: the tree, the split or a label file is missing.
+        ValueError: unknown split.
+    """
+
+    def __init__(self, root: Path, split: str, image_size: tuple[int, int], *, train: bool, seed: int = 0) -> None:
+        if split == "test":
+            raise ValueError("cityscapes keeps the labels of its test images to itself: evaluate on the split 'val'")
+        if split not in ("train", "val"):
+            raise ValueError(f"cityscapes has the splits train and val, not {split!r}")
+        folder = locate("Cityscapes", root, ("cityscapes", "Cityscapes"), (("leftImg8bit", "gtFine"),), SOURCE)
+        transform = street_training(image_size) if train else EvaluationTransform()
+        super().__init__(INFO, _find(folder, split), transform, seed)
+
+    def decode(self, mask: Image, path: Path) -> NDArray[np.uint8]:
+        """labelIds 0 to 33 (255: no label) to trainIds 0 to 18 and 255."""
+        values = indices(mask, path)
+        wrong = (values < 0) | ((values > HIGHEST_LABEL_ID) & (values != IGNORE_INDEX))
+        if wrong.any():
+            raise ValueError(
+                f"mask {path} holds the value {values[wrong][0]}, but Cityscapes labelIds are 0 to {HIGHEST_LABEL_ID}"
+            )
+        return TRAIN_IDS[values]
+
+
+def _train_ids() -> NDArray[np.uint8]:
+    table = np.full(256, IGNORE_INDEX, np.uint8)
+    for train_id, (label_id, _, _) in enumerate(_CLASSES):
+        table[label_id] = train_id
+    return table
+
+
+TRAIN_IDS = _train_ids()
+
+
+def _find(folder: Path, split: str) -> list[Pair]:
+    pairs = []
+    for image in sorted((folder / "leftImg8bit" / split).glob("*/*_leftImg8bit.png")):
+        frame = image.name.removesuffix("_leftImg8bit.png")
+        mask = folder / "gtFine" / split / image.parent.name / f"{frame}_gtFine_labelIds.png"
+        if not mask.is_file():
+            raise DatasetNotFoundError(f"Cityscapes in {folder} is incomplete: {mask} is missing; {SOURCE}")
+        pairs.append(Pair(frame, image, mask))
+    if not pairs:
+        raise DatasetNotFoundError(
+            f"Cityscapes in {folder} is incomplete: no file matches leftImg8bit/{split}/*/*_leftImg8bit.png; {SOURCE}"
+        )
+    return pairs

@@ -1,0 +1,179 @@
+"""CVC-ClinicDB (Bernal et al., CMIG 2015) and CVC-ColonDB (Bernal et al., Pattern Recognition 2012).
+
+Frames of one colonoscopy sequence look alike, so a random split shows the network the test polyps during training.
+Three ways to split:
+
+- `"sequence"` (default): no sequence is in two splits. ClinicDB 428 / 75 / 109 frames, ColonDB 302 / 41 / 37. From
+  `lists/seq_{split}.txt` beside the images where that file exists, else from the table in `sward/data/splits`.
+- `"ratio"`: the paper's random 80 / 10 / 10 (ClinicDB 490 / 61 / 61; ColonDB 240 / 30 / 30 of the release with 300
+  frames, 304 / 38 / 38 of the one with 380). The paper's own draw is not published; this one is fixed for good: frames
+  are ranked by the SHA-256 of their number, the first tenth is val, the second test.
+- a path: either a text file for each split, written with the placeholder `{split}` (`lists/my_{split}.txt`, one frame
+  name a line), or one CSV file with the columns `frame_id` and `split`.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sward.data.files import Pair, PairedFiles, locate, pair_by_name
+from sward.data.sample import DatasetInfo, DatasetNotFoundError
+from sward.data.transforms import EvaluationTransform, polyp_training
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SPLITS = ("train", "val", "test")
+MASK_THRESHOLD = 127
+LAYOUTS = (
+    ("images", "masks"),
+    ("Original", "Ground Truth"),
+    ("PNG/Original", "PNG/Ground Truth"),
+    ("TIF/Original", "TIF/Ground Truth"),
+    ("TIFF/Original", "TIFF/Ground Truth"),
+)
+
+
+@dataclass(frozen=True)
+class Release:
+    """What tells one polyp data set from another. `frames`: the sizes in which it is published."""
+
+    info: DatasetInfo
+    title: str
+    folders: tuple[str, ...]
+    frames: tuple[int, ...]
+    source: str
+
+
+def _info(name: str) -> DatasetInfo:
+    return DatasetInfo(name, ("background", "polyp"), ((0, 0, 0), (255, 255, 255)))
+
+
+CLINICDB = Release(
+    info=_info("cvc_clinicdb"),
+    title="CVC-ClinicDB",
+    folders=("cvc_clinicdb", "CVC-ClinicDB"),
+    frames=(612,),
+    source="download it from https://polyp.grand-challenge.org/CVCClinicDB and unpack it as cvc_clinicdb",
+)
+COLONDB = Release(
+    info=_info("cvc_colondb"),
+    title="CVC-ColonDB",
+    folders=("cvc_colondb", "CVC-ColonDB"),
+    frames=(300, 380),
+    source="request it at http://vi.cvc.uab.es/colon-qa/cvccolondb and unpack it as cvc_colondb",
+)
+
+
+class Polyps(PairedFiles):
+    """Colonoscopy frames with polyp masks, 2 classes; a mask pixel is polyp where it is above 127.
+
+    Training: resize to `image_size`, flips, rotation, colour jitter (`transforms.polyp_training`). Evaluation: image
+    resized to `image_size`, labels at the resolution of the mask.
+
+    Args:
+        release: `CLINICDB` or `COLONDB`.
+        root: folder with `images` and `masks`, or `Original` and `Ground Truth` (also below `PNG` or `TIF`), or a
+            folder that holds it under one of `release.folders`. Image files of any common format.
+        split: `train`, `val` or `test`.
+        image_size: `(height, width)`.
+        split_by: `"sequence"`, `"ratio"` or a path; see the module.
+        train: training transform or evaluation transform.
+        seed: seed of the augmentation; the split does not depend on it.
+
+    Raises:
+        DatasetNotFoundError: folders are missing, or `"sequence"` and `"ratio"` find another number of frames than
+            the data set has.
+        FileNotFoundError: no such split list.
+        ValueError: unknown split; an image without a mask; a list that names a frame which is not there.
+    """
+
+    def __init__(
+        self,
+        release: Release,
+        root: Path,
+        split: str,
+        image_size: tuple[int, int],
+        *,
+        split_by: str = "sequence",
+        train: bool,
+        seed: int = 0,
+    ) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"{release.info.name} has the splits {', '.join(SPLITS)}, not {split!r}")
+        folder = locate(release.title, root, release.folders, LAYOUTS, release.source)
+        images, masks = next(layout for layout in LAYOUTS if all((folder / part).is_dir() for part in layout))
+        frames = {pair.name: pair for pair in pair_by_name(folder / images, folder / masks)}
+        transform = polyp_training(image_size) if train else EvaluationTransform(image_size)
+        super().__init__(release.info, _select(release, folder, frames, split, split_by), transform, seed)
+
+    def decode(self, mask: Image, path: Path) -> NDArray[np.uint8]:
+        return (np.asarray(mask.convert("L")) > MASK_THRESHOLD).astype(np.uint8)
+
+
+def _select(release: Release, folder: Path, frames: dict[str, Pair], split: str, split_by: str) -> list[Pair]:
+    if split_by not in ("sequence", "ratio"):
+        return _pick(frames, *_listed(split_by, split))
+    if len(frames) not in release.frames:
+        raise DatasetNotFoundError(
+            f"{release.title} in {folder} is incomplete: found {len(frames)} images of "
+            f"{' or '.join(map(str, release.frames))}; {release.source}, or name the frames to use with split_by=<list>"
+        )
+    if split_by == "ratio":
+        return [frames[name] for name in _draw(frames)[split]]
+    shipped = folder / "lists" / "seq_{split}.txt"
+    if Path(str(shipped).format(split=split)).is_file():
+        return _pick(frames, *_listed(str(shipped), split))
+    table = Path(__file__).parent / "splits" / f"{release.info.name}.csv"
+    wanted = set(_listed(str(table), split)[0])
+    known = {name for other in SPLITS for name in _listed(str(table), other)[0]}
+    unknown = next((name for name in frames if name not in known), None)
+    if unknown is not None:
+        raise ValueError(
+            f"the sequence of frame {unknown!r} in {folder} is not known: {release.title} numbers its frames 1 to "
+            f"{max(release.frames)}; use split_by='ratio' or a list"
+        )
+    return [pair for name, pair in frames.items() if name in wanted]
+
+
+def _listed(split_by: str, split: str) -> tuple[list[str], Path]:
+    """Frame names of a split by a list, in the list's order, and the file they are from."""
+    path = Path(split_by.replace("{split}", split))
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"split_by is {split_by!r}, but there is no file {path}: give 'sequence', 'ratio' or the path of a list"
+        )
+    if "{split}" in split_by:
+        return path.read_text(encoding="utf-8").split(), path
+    with path.open(newline="", encoding="utf-8") as lines:
+        table = csv.DictReader(lines)
+        if not {"frame_id", "split"} <= set(table.fieldnames or ()):
+            raise ValueError(
+                f"the split list {path} must be a CSV file with the columns frame_id and split, or its path must "
+                "hold the placeholder {split}"
+            )
+        return [row["frame_id"] for row in table if row["split"] == split], path
+
+
+def _pick(frames: dict[str, Pair], wanted: list[str], source: Path) -> list[Pair]:
+    if not wanted:
+        raise ValueError(f"the split list {source} names no frame for this split")
+    missing = next((name for name in wanted if name not in frames), None)
+    if missing is not None:
+        raise ValueError(f"the split list {source} names frame {missing!r}, which is not among the images")
+    return [frames[name] for name in wanted]
+
+
+def _draw(names: Iterable[str]) -> dict[str, list[str]]:
+    """80 / 10 / 10, in an order that no library's random generator can change."""
+    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    tenth = round(len(ranked) / 10)
+    return {"val": ranked[:tenth], "test": ranked[tenth : 2 * tenth], "train": ranked[2 * tenth :]}
