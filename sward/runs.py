@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
 from sward import checkpointing, data, distillation, models
 from sward.config import DistillationConfig, TeacherConfig, TeacherTrainingConfig, TrainingConfig
-from sward.data import SegmentationDataset
+from sward.data import DatasetInfo, SegmentationDataset
 from sward.losses import SegmentationCrossEntropy
 from sward.tracking import RunFolder
 from sward.training import FrozenTeacher, TrainingResult, TrainingStep, fit
@@ -37,7 +38,7 @@ def train_student(config: DistillationConfig) -> TrainingResult:
         teacher = FrozenTeacher(network, loss.teacher_taps)
     torch.manual_seed(config.seed)
     run = RunFolder(config.output or student_run(config))
-    run.start(config)
+    run.start(config, info)
     step_module = TrainingStep(student, SegmentationCrossEntropy(info.ignore_index), loss)
     return fit(step_module, config, train_set, validation_set, run, teacher=teacher)
 
@@ -61,9 +62,23 @@ def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
             raise ValueError(f"model {config.model!r} has no trunk to freeze; train all of it with --train-trunk")
         network.freeze_trunk()
     run = RunFolder(config.output or teacher_run(config.preset))
-    run.start(config)
+    run.start(config, train_set.info)
     step_module = TrainingStep(network.to(device), SegmentationCrossEntropy(train_set.info.ignore_index))
     return fit(step_module, config, train_set, validation_set, run)
+
+
+def load_run(path: Path, checkpoint: Literal["best", "last"] = "best") -> tuple[TrainingConfig, DatasetInfo, nn.Module]:
+    """Configuration, classes and trained network (on the CPU, in eval mode) of the run in `path`.
+
+    Raises:
+        FileNotFoundError: if there is no run, or it has no such checkpoint yet.
+        ValueError: if its files are damaged.
+    """
+    run = RunFolder(path)
+    config, info = run.read()
+    network = models.build(config.model, info.num_classes)
+    checkpointing.load_model(network, run.best if checkpoint == "best" else run.last)
+    return config, info, network.eval()
 
 
 def student_run(config: DistillationConfig) -> Path:

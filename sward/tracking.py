@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from sward.config import TrainingConfig, to_json
+from sward.config import DistillationConfig, TeacherTrainingConfig, TrainingConfig, from_json, to_json
+from sward.data import DatasetInfo
 
 
 class RunFolder:
-    """`config.json`, `environment.json`, `metrics.jsonl`, `checkpoints/` and `figures/` of one run.
+    """`config.json`, `dataset.json`, `environment.json`, `metrics.jsonl`, `checkpoints/` and `figures/` of one run.
 
     Args:
         path: the folder. It is made on `start`.
@@ -27,13 +28,18 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.json"
+        self.dataset = path / "dataset.json"
         self.metrics = path / "metrics.jsonl"
         self.last = path / "checkpoints" / "last.pt"
         self.best = path / "checkpoints" / "best.pt"
         self.figures = path / "figures"
 
-    def start(self, config: TrainingConfig) -> None:
+    def start(self, config: TrainingConfig, info: DatasetInfo) -> None:
         """Makes the folder, or goes on in it.
+
+        Args:
+            config: of the run.
+            info: classes and colours of its data set, so that the run can be used without the data.
 
         Raises:
             ValueError: if it holds a run already and `config.resume` is not set.
@@ -45,7 +51,21 @@ class RunFolder:
         if not config.resume:
             self.metrics.unlink(missing_ok=True)
         self.config.write_text(to_json(config) + "\n", encoding="utf-8")
+        self.dataset.write_text(to_json(info) + "\n", encoding="utf-8")
         (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+
+    def read(self) -> tuple[TrainingConfig, DatasetInfo]:
+        """The configuration and the classes that `start` wrote.
+
+        Raises:
+            FileNotFoundError: if the folder holds no run.
+            ValueError: if the files are damaged.
+        """
+        if not self.config.exists() or not self.dataset.exists():
+            raise FileNotFoundError(f"{self.path} is not a run folder: it holds no config.json and dataset.json")
+        text = self.config.read_text(encoding="utf-8")
+        kind = DistillationConfig if '"distillation"' in text else TeacherTrainingConfig
+        return from_json(kind, text), from_json(DatasetInfo, self.dataset.read_text(encoding="utf-8"))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends one line to `metrics.jsonl`."""

@@ -1,0 +1,8 @@
+"""`python -m sward`, the same as the command `sward`."""
+
+import sys
+
+from sward.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

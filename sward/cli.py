@@ -1,0 +1,285 @@
+"""The command line: `sward COMMAND ...`, the same as `python -m sward COMMAND ...`.
+
+A mistake of the user's ends in one sentence and exit code 2. To see where it was raised, run
+`python -X dev -m sward COMMAND ...`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {}
+"""Name -> the function that runs it, and its line in the list of commands. Filled by `_command`."""
+
+USER_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, or 2 for a mistake of the user's."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else USER_ERROR
+    name, rest = words[0], words[1:]
+    if name == "--version":
+        from sward import __version__
+
+        print(f"sward {__version__}")
+        return 0
+    try:
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=2, cutoff=0.4) or list(COMMANDS)
+            raise ValueError(f"unknown command {name!r}; did you mean {' or '.join(near)}?")
+        COMMANDS[name][0](rest)
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotImplementedError, ModuleNotFoundError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"sward {name}: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"sward {name}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _command(name: str, line: str) -> Callable[[Callable[[list[str]], None]], Callable[[list[str]], None]]:
+    def register(function: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+        COMMANDS[name] = (function, line)
+        return function
+
+    return register
+
+
+def _overview() -> str:
+    from sward import presets
+
+    commands = "\n".join(f"  {name:<15}{line}" for name, (_, line) in COMMANDS.items())
+    listed = "\n".join(f"  {name:<20}{presets.get(name).description}" for name in presets.names())
+    return (
+        "usage: sward COMMAND ...\n\nDistil a transformer into a small segmentation network.\n\n"
+        f"commands (sward COMMAND --help for the options):\n{commands}\n\npresets:\n{listed}"
+    )
+
+
+def _parse(kind: Any, command: str, words: list[str], default: Any = None) -> Any:
+    import tyro
+
+    options = {} if default is None else {"default": default}
+    return tyro.cli(kind, prog=f"sward {command}", args=words, **options)
+
+
+def _preset(command: str, words: list[str]) -> tuple[str, list[str]]:
+    """Splits the preset's name from the options that follow it."""
+    from sward import presets
+
+    if not words or words[0].startswith("-"):
+        if words and words[0] in ("-h", "--help"):
+            return "demo", words
+        raise ValueError(
+            f"name a preset first, such as 'sward {command} {presets.names()[0]}'; 'sward --help' lists them"
+        )
+    presets.get(words[0])
+    return words[0], words[1:]
+
+
+@_command("demo", "train teacher, baseline and SWARD on generated scenes and print one table")
+def _demo(words: list[str]) -> None:
+    @dataclass
+    class Demo:
+        """Train a transformer teacher on `scenes`, then the student alone and with SWARD from the same seed."""
+
+        output: Path = Path("runs/demo")
+        """Folder of the runs and the pictures; an earlier demo there is replaced."""
+        seed: int = 0
+        """Seed of all three runs."""
+        iterations: int | None = None
+        """Steps of each run; fewer make a quick look."""
+
+    options = _parse(Demo, "demo", words)
+    from sward import demo
+
+    result = demo.run(options.output, seed=options.seed, iterations=options.iterations)
+    _print_table(
+        "scenes, validation split",
+        ("network", "params (M)", "GFLOPs", "mIoU (%)", "mAcc (%)", "train (s)"),
+        [
+            (
+                row.name,
+                f"{row.params / 1e6:.2f}",
+                f"{row.flops / 1e9:.3f}",
+                f"{100 * row.mean_iou:.2f}",
+                f"{100 * row.mean_accuracy:.2f}",
+                f"{row.seconds:.0f}",
+            )
+            for row in result.rows
+        ],
+    )
+    print(f"predictions: {result.grid}\ncurves:      {result.curves}")
+
+
+@_command("train", "train a student, alone or with a teacher")
+def _train(words: list[str]) -> None:
+    from sward import presets
+    from sward.config import DistillationConfig
+
+    name, rest = _preset("train", words)
+    config = _parse(DistillationConfig, f"train {name}", rest, presets.get(name).student)
+    from sward.runs import train_student
+
+    _print_result(train_student(config), config.metric)
+
+
+@_command("train-teacher", "train the teacher that a preset distils")
+def _train_teacher(words: list[str]) -> None:
+    from sward import presets
+    from sward.config import TeacherTrainingConfig
+
+    name, rest = _preset("train-teacher", words)
+    config = _parse(TeacherTrainingConfig, f"train-teacher {name}", rest, presets.get(name).teacher)
+    from sward.runs import train_teacher
+
+    _print_result(train_teacher(config), config.metric)
+
+
+@_command("evaluate", "score a run on a split, or on another data set")
+def _evaluate(words: list[str]) -> None:
+    import tyro
+
+    @dataclass
+    class Evaluate:
+        """Score a run's network at the full resolution of the labels and write the scores into its folder."""
+
+        run: Annotated[Path, tyro.conf.Positional]
+        """Run folder."""
+        split: str = "val"
+        """Split of the data set."""
+        dataset: str | None = None
+        """Another data set with the same classes; the run's own by default."""
+        root: Path | None = None
+        """Folder that holds the data set; the run's own by default."""
+        split_by: str | None = None
+        """How polyp data is split: sequence, ratio or a list file; the run's own by default."""
+        checkpoint: Literal["best", "last"] = "best"
+        """Which weights."""
+        batch: int = 8
+        """Images a forward pass."""
+        device: str | None = None
+        """Where to run; the GPU where there is one."""
+
+    options = _parse(Evaluate, "evaluate", words)
+    from sward.evaluation import evaluate
+    from sward.runs import build_split, choose_device, load_run
+    from sward.tracking import Progress
+
+    config, info, network = load_run(options.run, options.checkpoint)
+    device = choose_device(options.device)
+    settings = config.dataset
+    if options.dataset is not None and options.dataset != settings.name:
+        settings.name, settings.split_by = options.dataset, None
+    settings.root = options.root or settings.root
+    settings.split_by = options.split_by or settings.split_by
+    dataset = build_split(config, options.split, train=False)
+    if dataset.info.classes != info.classes:
+        raise ValueError(
+            f"dataset {settings.name!r} has the classes {list(dataset.info.classes)}, "
+            f"but the run was trained on {list(info.classes)}"
+        )
+    with Progress("evaluate", -(-len(dataset) // options.batch)) as progress:
+        result = evaluate(network.to(device), dataset, batch=options.batch, device=device, advance=progress.advance)
+    path = options.run / f"evaluation-{settings.name}-{options.split}.json"
+    path.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    _print_evaluation(result, f"{settings.name}, {options.split} split, {result.images} images")
+    print(f"written: {path}")
+
+
+@_command("predict", "write mask and overlay of any image")
+def _predict(words: list[str]) -> None:
+    import tyro
+
+    @dataclass
+    class Predict:
+        """Write NAME-mask.png (class indices, in colour) and NAME-overlay.png for each image, at the image's size."""
+
+        run: Annotated[Path, tyro.conf.Positional]
+        """Run folder."""
+        images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+        """Image files."""
+        output: Path | None = None
+        """Where to write; RUN/predictions by default."""
+        checkpoint: Literal["best", "last"] = "best"
+        """Which weights."""
+        device: str | None = None
+        """Where to run; the GPU where there is one."""
+
+    options = _parse(Predict, "predict", words)
+    if not options.images:
+        raise ValueError("name at least one image after the run folder")
+    from sward.prediction import predict_images
+
+    for path in predict_images(
+        options.run, options.images, options.output, checkpoint=options.checkpoint, device=options.device
+    ):
+        print(path)
+
+
+@_command("complexity", "parameters and FLOPs of every teacher and student beside the paper's")
+def _complexity(words: list[str]) -> None:
+    @dataclass
+    class Complexity:
+        """Count parameters and FLOPs at 3x512x512 and print them beside the paper's columns."""
+
+        models: tuple[str, ...] = ()
+        """Names of networks; all by default."""
+
+    options = _parse(Complexity, "complexity", words)
+    from sward.models import complexity
+
+    complexity.print_table(options.models)
+
+
+@_command("doctor", "versions, devices, and which implementation each operation will use")
+def _doctor(words: list[str]) -> None:
+    @dataclass
+    class Doctor:
+        """Print what decides whether and how sward runs here."""
+
+    _parse(Doctor, "doctor", words)
+    from sward.doctor import report
+
+    print(report())
+
+
+def _print_result(result: Any, metric: str) -> None:
+    _print_evaluation(result.evaluation, f"validation, {result.evaluation.images} images, last weights")
+    print(f"best {metric} on validation: {100 * result.best_score:.2f} %")
+    print(f"seconds in the training loop: {result.seconds:.0f}\nrun: {result.run}")
+
+
+def _print_evaluation(evaluation: Any, title: str) -> None:
+    summary = [("mIoU", evaluation.mean_iou), ("mAcc", evaluation.mean_accuracy)]
+    if evaluation.dice is not None:
+        summary += [
+            ("Dice, mean over images", evaluation.dice),
+            ("IoU, mean over images", evaluation.iou),
+            ("Dice, pooled", evaluation.pooled_dice),
+        ]
+    rows = summary + [(f"IoU {name}", value) for name, value in evaluation.class_iou.items()]
+    _print_table(title, ("score", "%"), [(name, f"{100 * value:.2f}") for name, value in rows])
+
+
+def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(header):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

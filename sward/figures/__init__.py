@@ -1,0 +1,1 @@
+"""Pictures of runs and predictions. Needs matplotlib: `pip install 'sward[figures]'`."""
