@@ -25,6 +25,7 @@ from sward.data.sample import (
     Sample,
     SegmentationDataset,
     collate_evaluation,
+    sample_seed,
 )
 from sward.data.transforms import (
     IMAGENET_MEAN,
@@ -53,6 +54,7 @@ __all__ = [
     "names",
     "normalise",
     "read_image",
+    "sample_seed",
 ]
 
 _INFO = {
