@@ -219,9 +219,7 @@ class Session:
         versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
         print(f"{self.benchmark} on {self.device_name} ({versions})")
         if self.device.type != "cuda":
-            print(
-                "Triton kernels not timed: no GPU. `python -m sward_kernels.report` shows how they compile."
-            )
+            print("Triton kernels not timed: no GPU. `python -m sward_kernels.report` shows how they compile.")
 
     def run(
         self,

@@ -1,0 +1,172 @@
+"""The public function of the prototype regularization: checks its arguments and picks the implementation."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from sward_kernels.prototypes import closed_form, eager, reference
+
+IMPLEMENTATIONS = ("auto", "reference", "eager", "compiled", "triton")
+
+
+class PrototypeDiscrimination(NamedTuple):
+    """Result of `prototype_discrimination`; floating tensors are fp32, or float64 for float64 features.
+
+    Attributes:
+        loss: scalar, the weighted sum of the two terms (Eq. 19), with gradient to the features.
+        separation: scalar, Eq. 16, unweighted and detached.
+        compactness: scalar, Eq. 17-18, unweighted and detached.
+        prototypes: `[K, C]` class means, detached; rows of absent classes are 0.
+        counts: `[K]` int64 pixels of each class.
+    """
+
+    loss: Tensor
+    separation: Tensor
+    compactness: Tensor
+    prototypes: Tensor
+    counts: Tensor
+
+
+def prototype_discrimination(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    margin: float = 1.3,
+    weights: tuple[float, float] = (1.0, 1.0),
+    ignore_index: int = 255,
+    normalize: bool = False,
+    process_group: ProcessGroup | None = None,
+    implementation: str = "auto",
+) -> PrototypeDiscrimination:
+    """Pushes class prototypes a margin apart and draws each pixel's features to its own (Eq. 16-19).
+
+    With `n_k` pixels f of class k in the batch, their mean `mu_k`, and `K'` classes that have a pixel::
+
+        separation  = 2 / (K' (K' - 1)) * sum over pairs i < j of max(0, margin - |mu_i - mu_j|)    (0 if K' < 2)
+        compactness = 1 / K' * sum over k with n_k >= 2 of sum_f |f - mu_k|^2 / (n_k - 1)           (0 if K' = 0)
+        loss        = weights[0] * separation + weights[1] * compactness
+
+    Gradients flow through the prototypes too. Two equal prototypes get gradient 0 from each other.
+
+    Args:
+        features: `[B, C, H, W]`, any floating dtype and strides (neither NCHW nor channels_last is copied), finite;
+            16-bit features are computed in fp32, also under autocast.
+        labels: `[B, H, W]`, any integer dtype, on the features' grid and device.
+        num_classes: classes `K`, at least 1.
+        margin: least wanted distance between two prototypes, at least 0.
+        weights: of separation and compactness, each at least 0.
+        ignore_index: label that belongs to no class, even inside `0..K-1`.
+        normalize: scale each pixel's features to length 1 first, without a normalised copy in memory. A zero vector
+            stays zero and gets gradient 0. Prototypes are then means of unit vectors.
+        process_group: merge the statistics (never the features) of these processes, so that every process returns
+            the loss of the whole batch. A process may bring no labelled pixel at all. The gradient is that of the
+            sum of all processes' losses, the world size times the gradient of one: averaged over processes, as
+            `DistributedDataParallel` does, the parameters' gradients equal those of one process with the whole
+            batch. Divide by the world size if you sum gradients yourself.
+        implementation: `"reference"` (plain autograd PyTorch, the specification), `"eager"` (closed-form gradient in
+            cache-sized chunks, any device), `"compiled"` (eager through `torch.compile`), `"triton"`, or `"auto"`:
+            triton on GPU tensors, eager elsewhere; where triton cannot serve a call, eager with a warning.
+
+    Returns:
+        `PrototypeDiscrimination(loss, separation, compactness, prototypes, counts)`.
+
+    Raises:
+        ValueError: for an argument that does not fit the above; for a label that is neither a class nor
+            `ignore_index` on the CPU (on a GPU such a label counts as ignored, since looking would stall the device).
+        NotImplementedError: if the implementation asked for by name cannot serve this call.
+
+    Source: SWARD, Eq. 16-19. Differentiable once (twice with `"reference"`).
+    """
+    _check(features, labels, num_classes, margin, weights, implementation)
+    arguments = (features, labels, num_classes, margin, weights, ignore_index, normalize, process_group)
+    # Every implementation chooses its own precision; autocast would lower it in the middle of the formulas.
+    with torch.autocast(features.device.type, enabled=False):
+        if implementation == "reference":
+            classes = eager.class_indices_op(labels, num_classes, ignore_index)
+            loss, *terms, prototypes, counts = reference.prototype_discrimination(
+                features, classes, num_classes, margin, weights, normalize, process_group
+            )
+            separation, compactness = (term.detach() for term in terms)
+            return PrototypeDiscrimination(loss, separation, compactness, prototypes.detach(), counts)
+        passes = _choose_passes(implementation, features, num_classes)
+        return PrototypeDiscrimination(*closed_form.prototype_discrimination(*arguments, passes))
+
+
+def _choose_passes(implementation: str, features: Tensor, num_classes: int) -> closed_form.Passes:
+    if implementation == "compiled":
+        return eager.compiled_passes
+    if implementation == "triton" or (implementation == "auto" and features.is_cuda):  # ROCm tensors are "cuda" too
+        try:
+            return _triton_passes(features, num_classes)
+        except NotImplementedError as reason:
+            if implementation == "triton":
+                raise
+            _warn_once(f"prototype_discrimination runs eager instead of triton: {reason}")
+    return eager.passes
+
+
+def _triton_passes(features: Tensor, num_classes: int) -> closed_form.Passes:
+    try:
+        launch = importlib.import_module("sward_kernels.prototypes.launch")
+    except ImportError as error:
+        raise NotImplementedError(
+            f"implementation='triton' of prototype_discrimination cannot be loaded here ({error}); "
+            "use 'eager' or 'compiled'."
+        ) from error
+    launch.require_support(features, num_classes)
+    passes: closed_form.Passes = launch.passes
+    return passes
+
+
+def _check(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    margin: float,
+    weights: tuple[float, float],
+    implementation: str,
+) -> None:
+    if implementation not in IMPLEMENTATIONS:
+        near = difflib.get_close_matches(str(implementation), IMPLEMENTATIONS)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(IMPLEMENTATIONS)}."
+        raise ValueError(f"implementation={implementation!r} is not known: {hint}")
+    if features.dim() != 4 or 0 in features.shape:
+        raise ValueError(f"features has shape {list(features.shape)}; it must be a non-empty [B, C, H, W].")
+    if not features.is_floating_point():
+        raise ValueError(f"features has dtype {features.dtype}; it must be a floating dtype.")
+    batch, _, height, width = features.shape
+    if labels.shape != (batch, height, width):
+        raise ValueError(
+            f"labels has shape {list(labels.shape)}; it must be [B, H, W] = [{batch}, {height}, {width}], on the grid "
+            "of features (resize labels by nearest neighbour first)."
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels has dtype {labels.dtype}; it must be an integer dtype.")
+    if labels.device != features.device:
+        raise ValueError(f"labels is on {labels.device} and features on {features.device}; they must share one device.")
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
+        raise ValueError(f"num_classes={num_classes!r} must be an int of at least 1.")
+    if not (math.isfinite(margin) and margin >= 0):
+        raise ValueError(f"margin={margin} must be a finite number of at least 0.")
+    if len(weights) != 2 or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+        raise ValueError(
+            f"weights={tuple(weights)} must be two finite numbers of at least 0, for separation and compactness."
+        )
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)

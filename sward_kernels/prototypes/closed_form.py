@@ -1,0 +1,164 @@
+"""From class statistics to the loss and its gradient: the small part that every fast implementation shares.
+
+The implementations differ only in two passes over the features, which they hand in as `Passes`:
+
+* `statistics` reduces the features to a count, a mean and a scatter (sum of squared distances to the mean) per class;
+* `gradient` turns two small tables into the features' gradient.
+
+What lies between the two is K x C numbers. It is done here, in float64, without a look at any value on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+NORM_FLOOR = 1e-12
+"""With `normalize=True` a pixel whose features are no longer than this counts as the zero vector, with gradient 0."""
+
+
+class Statistics(NamedTuple):
+    """`counts [K]` int64, `means [K, C]`, `scatter [K]`; rows of absent classes are 0."""
+
+    counts: Tensor
+    means: Tensor
+    scatter: Tensor
+
+
+class Passes(NamedTuple):
+    """The two passes over the features.
+
+    Attributes:
+        statistics: `(features, labels, num_classes, ignore_index, normalize) -> (counts, means, scatter)`.
+        gradient: `(features, labels, slope [K], offset [K, C], ignore_index, normalize) -> [B, C, H, W]`:
+            `slope[k] * f + offset[k]` for a pixel f of class k and 0 for a pixel of no class. With `normalize` the
+            formula holds for `u = f / |f|` and the result is carried on to f: `(offset[k] - (offset[k] . u) u) / |f|`
+            (the slope, which acts along u, drops out).
+    """
+
+    statistics: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    gradient: Callable[..., Tensor]
+
+
+class ClosedForm(NamedTuple):
+    """Float64 scalars of Eq. 16-19, and the tables of their gradient `slope[k] * f + offset[k]`."""
+
+    loss: Tensor
+    separation: Tensor
+    compactness: Tensor
+    slope: Tensor
+    offset: Tensor
+
+
+def closed_form(statistics: Statistics, margin: float, weights: tuple[float, float]) -> ClosedForm:
+    """Loss, terms and gradient tables from the statistics of all classes."""
+    means = statistics.means.double()
+    counts = statistics.counts.double()
+    present = counts >= 1
+    several = counts >= 2
+    present_count = present.sum().double()
+    at_least_one = counts.clamp(min=1)
+
+    # Separation: the sum runs over ordered pairs, so each pair of classes is met twice.
+    distances = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")
+    pairs = (present[:, None] & present[None, :]).fill_diagonal_(False)
+    close = pairs & (distances < margin)
+    ordered_pairs = (present_count * (present_count - 1)).clamp(min=1)
+    separation = (margin - distances).where(close, 0).sum() / ordered_pairs
+    pull = distances.reciprocal().where(close & (distances > 0), 0)
+    separation_gradient = (pull @ means - pull.sum(1, keepdim=True) * means) * (2 / ordered_pairs)
+
+    # Compactness: its path through the means sums to zero.
+    degrees = present_count.clamp(min=1) * (counts - 1).clamp(min=1)
+    compactness = (statistics.scatter.double() / degrees).where(several, 0).sum()
+    slope = (2 * weights[1] / degrees).where(several, 0)
+    offset = weights[0] * separation_gradient / at_least_one[:, None] - slope[:, None] * means
+    loss = weights[0] * separation + weights[1] * compactness
+    return ClosedForm(loss, separation, compactness, slope, offset)
+
+
+def merge_over_processes(local: Statistics, process_group: ProcessGroup) -> Statistics:
+    """Statistics of the batches of all processes together: two all-reduces, `K * (C + 2)` float64 numbers."""
+    counts = local.counts.double()
+    means = local.means.double()
+    totals = torch.cat([counts[:, None], counts[:, None] * means], dim=1)
+    torch.distributed.all_reduce(totals, group=process_group)
+    merged_counts = totals[:, 0]
+    merged_means = totals[:, 1:] / merged_counts.clamp(min=1)[:, None]
+    # Chan's formula: a process's scatter moves to the common mean by count * |mean - common mean|^2.
+    scatter = local.scatter.double() + counts * (means - merged_means).square().sum(dim=1)
+    torch.distributed.all_reduce(scatter, group=process_group)
+    return Statistics(merged_counts.round().long(), merged_means, scatter)
+
+
+def prototype_discrimination(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    margin: float,
+    weights: tuple[float, float],
+    ignore_index: int,
+    normalize: bool,
+    process_group: ProcessGroup | None,
+    passes: Passes,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`(loss, separation, compactness, prototypes, counts)`; only `loss` is differentiable, once."""
+    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _ClosedFormLoss.apply(
+        features, labels, num_classes, margin, weights, ignore_index, normalize, process_group, passes
+    )
+    return results
+
+
+class _ClosedFormLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        labels: Tensor,
+        num_classes: int,
+        margin: float,
+        weights: tuple[float, float],
+        ignore_index: int,
+        normalize: bool,
+        process_group: ProcessGroup | None,
+        passes: Passes,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        statistics = Statistics(*passes.statistics(features, labels, num_classes, ignore_index, normalize))
+        processes = 1
+        if process_group is not None:
+            statistics = merge_over_processes(statistics, process_group)
+            processes = torch.distributed.get_world_size(process_group)
+        result = closed_form(statistics, margin, weights)
+        ctx.save_for_backward(features, labels, result.slope, result.offset)
+        ctx.passes, ctx.ignore_index, ctx.normalize, ctx.processes = passes, ignore_index, normalize, processes
+
+        precision = torch.promote_types(features.dtype, torch.float32)
+        loss, separation, compactness = (
+            scalar.to(precision) for scalar in (result.loss, result.separation, result.compactness)
+        )
+        prototypes = statistics.means.to(precision, copy=True)
+        counts = statistics.counts.clone()
+        ctx.mark_non_differentiable(separation, compactness, prototypes, counts)
+        return loss, separation, compactness, prototypes, counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        features, labels, slope, offset = ctx.saved_tensors
+        scale = upstream.double() * ctx.processes
+        precision = torch.promote_types(features.dtype, torch.float32)
+        gradient = ctx.passes.gradient(
+            features,
+            labels,
+            (slope * scale).to(precision),
+            (offset * scale).to(precision),
+            ctx.ignore_index,
+            ctx.normalize,
+        )
+        return gradient, *(None,) * 8
