@@ -1,0 +1,106 @@
+"""What every method that compares tapped maps of two networks shares: fetching, checking and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sward.losses.protocol import LOGITS, DistillationInputs, DistillationLoss, DistillationOutput
+
+
+class TapComparison(DistillationLoss):
+    """Base of the methods that compare maps of the student with maps of the teacher.
+
+    A method defines `compare(student, teacher, labels)`; it receives the tapped maps in the order of the taps, in
+    float32 at least and with autocast off (temperatures and squares do not survive half precision), the teacher's
+    detached. Logits of one channel arrive as two, see `class_logits`.
+
+    Args:
+        student_taps: layers of the student, or `"logits"`.
+        teacher_taps: layers of the teacher, in the same order.
+        student_channels: channels of each tapped map, None where they are not known beforehand.
+        teacher_channels: the same for the teacher.
+    """
+
+    def __init__(
+        self,
+        student_taps: Sequence[str],
+        teacher_taps: Sequence[str],
+        student_channels: Sequence[int | None],
+        teacher_channels: Sequence[int | None],
+    ) -> None:
+        super().__init__(student_taps, teacher_taps)
+        self._student_channels = tuple(student_channels)
+        self._teacher_channels = tuple(teacher_channels)
+
+    def forward(self, inputs: DistillationInputs) -> DistillationOutput:
+        """Compares student and teacher for one batch.
+
+        Raises:
+            ValueError: if a tap is missing from `inputs` or its map does not have the channels announced.
+        """
+        student = [
+            _caught(inputs.student, tap, channels, "student")
+            for tap, channels in zip(self.student_taps, self._student_channels)
+        ]
+        teacher = [
+            _caught(inputs.teacher, tap, channels, "teacher").detach()
+            for tap, channels in zip(self.teacher_taps, self._teacher_channels)
+        ]
+        with torch.autocast(student[0].device.type, enabled=False):
+            return self.compare(student, teacher, inputs.labels)
+
+    def compare(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor) -> DistillationOutput:
+        """The method itself."""
+        raise NotImplementedError(f"{type(self).__name__} must define compare(student, teacher, labels)")
+
+
+def class_logits(logits: Tensor) -> Tensor:
+    """Logits with one channel per class: a binary head's single logit `z` becomes `(-z/2, z/2)`.
+
+    The softmax of the pair is the sigmoid of `z`, so a one-logit head and a two-logit head can be compared.
+    """
+    if logits.shape[1] != 1:
+        return logits
+    return torch.cat((-0.5 * logits, 0.5 * logits), dim=1)
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 where it already is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def require_same_classes(student: Tensor, teacher: Tensor) -> None:
+    """Checks that two maps of logits have one channel for each of the same classes.
+
+    Raises:
+        ValueError: if their channel counts differ.
+    """
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"student and teacher logits must have the same classes, got {student.shape[1]} and "
+            f"{teacher.shape[1]} channels"
+        )
+
+
+def weighted(weight: float, terms: Mapping[str, Tensor]) -> DistillationOutput:
+    """The output of a method whose loss is `weight` times its first term; the other terms are for the log."""
+    first = next(iter(terms.values()))
+    return DistillationOutput(weight * first, {name: term.detach().float() for name, term in terms.items()})
+
+
+def _caught(maps: Mapping[str, Tensor], tap: str, channels: int | None, network: str) -> Tensor:
+    if tap not in maps:
+        raise ValueError(f"the {network}'s tap {tap!r} is missing; caught were {sorted(maps)}")
+    caught = maps[tap]
+    if caught.dim() != 4:
+        raise ValueError(f"the {network}'s tap {tap!r} must be [B, C, H, W], got shape {tuple(caught.shape)}")
+    if tap == LOGITS:
+        caught = class_logits(caught)
+    if channels is not None and caught.shape[1] != channels:
+        raise ValueError(
+            f"the {network}'s tap {tap!r} has {caught.shape[1]} channels, the loss was built for {channels}"
+        )
+    return full_precision(caught)
