@@ -129,15 +129,19 @@ class _Painter:
         x = np.arange(left, right, dtype=np.float32)[None] - np.float32(centre_x)
 
         u, v = _rotate(y, x, rng.uniform(0, math.pi))
-        power = rng.uniform(2, 5)
-        distance = np.abs(u / radii[0]) ** power + np.abs(v / radii[1]) ** power
-        wobble = 1 + 0.35 * np.sin(rng.integers(2, 6) * np.arctan2(u, v) + rng.uniform(0, 2 * math.pi))
+        along, across = np.square(u / np.float32(radii[0])), np.square(v / np.float32(radii[1]))
+        boxy = rng.random() < 0.5
+        distance = np.square(along) + np.square(across) if boxy else along + across
+        phase = np.float32(rng.uniform(0, 2 * math.pi))
+        wobble = 1 + 0.35 * np.sin(np.float32(rng.integers(2, 6)) * np.arctan2(u, v) + phase)
         inside = distance < wobble
 
-        period = rng.uniform(5, 8) * self.unit
+        # Below 4 pixels a period a small image would show no texture at all.
+        period = max(4.0, rng.uniform(5, 8) * self.unit)
         u, v = _rotate(y, x, rng.uniform(0, math.pi))
-        u, v = u * (2 / period) + rng.uniform(0, 2), v * (2 / period) + rng.uniform(0, 2)
-        columns, rows = np.floor(u).astype(np.int64), np.floor(v).astype(np.int64)
+        phase_u, phase_v = rng.uniform(0, 2, 2).astype(np.float32)
+        columns = np.floor(u * np.float32(2 / period) + phase_u).astype(np.int32)
+        rows = np.floor(v * np.float32(2 / period) + phase_v).astype(np.int32)
         if kind == STRIPES:
             pattern = columns & 1
         elif kind == CHECKS:
@@ -171,7 +175,7 @@ class _Painter:
         middle = ends.mean(0) + sag * np.array([-chord[1], chord[0]])
         t = np.linspace(0, 1, 2 + int(2 * np.abs(chord).sum()))[:, None]
         points = (1 - t) ** 2 * ends[0] + 2 * t * (1 - t) * middle + t**2 * ends[1]
-        radius = max(0.6, self.rng.uniform(0.6, 1.2) * self.unit)
+        radius = max(0.7, self.rng.uniform(0.6, 1.2) * self.unit)
         self.stamp(points, radius, kind)
 
     def row_of_beads(self) -> None:
@@ -194,7 +198,7 @@ class _Painter:
                 return
 
     def bead_radius(self) -> float:
-        return max(1.0, self.rng.uniform(2, 3.2) * self.unit)
+        return max(1.3, self.rng.uniform(2, 3.2) * self.unit)
 
     def stamp(self, points: NDArray[np.float64], radius: float, kind: int) -> None:
         """Discs of one colour around `points [N, 2]` (y, x)."""
