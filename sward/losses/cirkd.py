@@ -1,0 +1,278 @@
+"""CIRKD, version 1: cross-image relational knowledge distillation (Yang et al., CVPR 2022)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
+
+from sward.alignment import resize_labels, resize_to_common
+from sward.losses.class_queue import ClassQueue, ClassRows, pick_rows
+from sward.losses.classic import pixel_divergence
+from sward.losses.pairs import TapComparison, require_same_classes
+from sward.losses.protocol import LOGITS, DistillationOutput
+from sward_kernels import relational_kl
+
+# Scores of this many elements (64 MiB in float32) exist at once in the memory terms.
+_CHUNK_ELEMENTS = 2**24
+# Removes a key from a softmax; finite, so that 0 * (difference of two such scores) is 0 and not NaN.
+_REMOVED = -1e9
+
+
+class CIRKDLoss(TapComparison):
+    """Per-pixel KD, the relation of pixels across the images of a batch, and their relation to a memory of the past.
+
+        loss = w_kd KD + w_batch minibatch + w_pixel pixel + w_region region
+
+    KD runs on the logits without temperature and without a mask for ignored pixels. The other three run on the maps
+    that enter the classifiers. `minibatch` is `sward_kernels.relational_kl` over the images of this process. `pixel`
+    and `region` compare, for every labelled pixel, the softmax over its similarities to stored teacher vectors: up to
+    16 pixels of each class and image, and each class's mean in each image. For them the student's map goes through a
+    learned projector (1x1 conv, BN, ReLU, 1x1 conv; `torch.nn.SyncBatchNorm.convert_sync_batchnorm` gives the official
+    form on several GPUs).
+
+    The memory lives outside parameters and buffers, is part of the state dict, and is the same on every rank: all
+    draws come from `seed` and the step, and what enters it is gathered from all ranks, which must hold equally many
+    images each. It grows only in training mode.
+
+    Args:
+        student_channels: channels of the student's map.
+        teacher_channels: channels of the teacher's map.
+        num_classes: `K`, at least 2; a one-logit binary task has 2.
+        student_tap: the student's layer that enters its classifier.
+        teacher_tap: the teacher's.
+        weights: KD, minibatch, pixel, region. Default 1, 1, 0.1, 0.1 (Cityscapes); VOC uses 0.01 for the last two. A
+            weight of 0 skips the term.
+        temperature: divides similarities. Default 0.1.
+        distribution_temperature: divides them again in pixel and region, whose KL is multiplied by its square.
+            Default 1.
+        pixel_queue: "fixed" (default) or "official", which repeats three slips of the official code: the pixels
+            stored for a class come from the top of the image whatever their class; a full queue overwrites its newest
+            rows; rows never written, random at first, serve as keys.
+        pixel_queue_size: stored pixels of a class. Default 20000. A bank takes `4 K size C_t` bytes.
+        region_queue_size: stored means of a class. Default 2000.
+        pixel_keys: keys of a step; each class gives `pixel_keys // K + 1`. Default 4096.
+        region_keys: the same for means. Default 1024.
+        max_pixels: both maps are average-pooled by the least factor that leaves at most so many pixels an image; the
+            cost of `minibatch` grows with its square. Default 2048 (a 512x1024 image at stride 16); None for never,
+            as in the official code.
+        ignore_index: label of pixels without a class. Default 255.
+        seed: of the first random rows, of what is stored and of the keys drawn.
+        process_group: ranks that share the memory. Default: all, if `torch.distributed` is initialised.
+        implementation: handed to `sward_kernels.relational_kl`.
+
+    Raises:
+        ValueError: for an unknown `pixel_queue` or fewer than 2 classes; when called, on the CPU, for a label outside
+            `0..K-1` that is not `ignore_index` (on a GPU it is ignored, since looking would stall the device).
+    """
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        num_classes: int,
+        *,
+        student_tap: str,
+        teacher_tap: str,
+        weights: tuple[float, float, float, float] = (1.0, 1.0, 0.1, 0.1),
+        temperature: float = 0.1,
+        distribution_temperature: float = 1.0,
+        pixel_queue: Literal["fixed", "official"] = "fixed",
+        pixel_queue_size: int = 20_000,
+        region_queue_size: int = 2_000,
+        pixel_keys: int = 4096,
+        region_keys: int = 1024,
+        max_pixels: int | None = 2048,
+        ignore_index: int = 255,
+        seed: int = 0,
+        process_group: ProcessGroup | None = None,
+        implementation: str = "auto",
+    ) -> None:
+        if pixel_queue not in ("fixed", "official"):
+            raise ValueError(f"pixel_queue must be 'fixed' or 'official', got {pixel_queue!r}")
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2 (a one-logit task has 2), got {num_classes}")
+        super().__init__(
+            (LOGITS, student_tap), (LOGITS, teacher_tap), (None, student_channels), (None, teacher_channels)
+        )
+        self.num_classes = num_classes
+        self.weights = weights
+        self.temperature = temperature
+        self.distribution_temperature = distribution_temperature
+        self.official = pixel_queue == "official"
+        self.keys = (pixel_keys // num_classes + 1, region_keys // num_classes + 1)
+        self.max_pixels = max_pixels
+        self.ignore_index = ignore_index
+        self.seed = seed
+        self.process_group = process_group
+        self.implementation = implementation
+        self.projector = nn.Sequential(
+            nn.Conv2d(student_channels, teacher_channels, 1, bias=False),
+            nn.BatchNorm2d(teacher_channels),
+            nn.ReLU(),
+            nn.Conv2d(teacher_channels, teacher_channels, 1, bias=False),
+        )
+        generator = torch.Generator().manual_seed(seed)
+        self.pixel_queue, self.region_queue = (
+            ClassQueue(num_classes, size, teacher_channels, generator, official=self.official)
+            for size in (pixel_queue_size, region_queue_size)
+        )
+        self._step = 0
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The memory, for the state dict."""
+        return {
+            "step": self._step,
+            "pixel_queue": self.pixel_queue.state(),
+            "region_queue": self.region_queue.state(),
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restores the memory from a state dict."""
+        self._step = state["step"]
+        self.pixel_queue.load(state["pixel_queue"])
+        self.region_queue.load(state["region_queue"])
+
+    def compare(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor) -> DistillationOutput:
+        kd_weight, batch_weight, pixel_weight, region_weight = self.weights
+        terms: dict[str, Tensor] = {}
+        if kd_weight:
+            require_same_classes(student[0], teacher[0])
+            terms["kd"] = pixel_divergence(*resize_to_common(student[0], teacher[0]), temperature=1.0).mean()
+        student_map, teacher_map = self._pooled(*resize_to_common(student[1], teacher[1]))
+        if batch_weight:
+            terms["minibatch"] = relational_kl(
+                teacher_map.flatten(2).mT,
+                student_map.flatten(2).mT,
+                self.temperature,
+                implementation=self.implementation,
+            )
+        if pixel_weight or region_weight:
+            height, width = student_map.shape[-2:]
+            classes = self._classes(resize_labels(labels, (height, width))).flatten(1)
+            terms |= self._memory_terms(self.projector(student_map), teacher_map, classes)
+        terms = {name: terms.get(name, student_map.new_zeros(())) for name in _TERMS}
+        loss = torch.stack([weight * term for weight, term in zip(self.weights, terms.values())]).sum()
+        return DistillationOutput(loss, {name: term.detach().float() for name, term in terms.items()})
+
+    def _pooled(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        if self.max_pixels is None:
+            return student, teacher
+        height, width = student.shape[-2:]
+        factor = 1
+        while -(-height // factor) * -(-width // factor) > self.max_pixels:
+            factor += 1
+        if factor == 1:
+            return student, teacher
+        return F.avg_pool2d(student, factor, ceil_mode=True), F.avg_pool2d(teacher, factor, ceil_mode=True)
+
+    def _classes(self, labels: Tensor) -> Tensor:
+        labels = labels.long()
+        inside = (labels >= 0) & (labels < self.num_classes)
+        ignored = labels == self.ignore_index
+        if labels.device.type == "cpu" and not bool((inside | ignored).all()):
+            wrong = int(labels[~(inside | ignored)][0])
+            raise ValueError(
+                f"labels must be 0..{self.num_classes - 1} or {self.ignore_index} (ignore_index), got {wrong}"
+            )
+        return labels.where(inside & ~ignored, self.num_classes)
+
+    def _memory_terms(self, projected: Tensor, teacher: Tensor, classes: Tensor) -> dict[str, Tensor]:
+        student_units = F.normalize(projected, dim=1).flatten(2)
+        teacher_units = F.normalize(teacher, dim=1).flatten(2)
+        for queue in (self.pixel_queue, self.region_queue):
+            queue.to(teacher.device)
+        if self.training:
+            self._remember(teacher_units, classes)
+        # The step seeds the draw, so that a resumed run goes on as it would have and all ranks draw alike.
+        generator = torch.Generator().manual_seed(_mixed(self.seed, self._step, 1))
+        labelled = classes != self.num_classes
+        row_weights = labelled / labelled.sum().clamp(min=1)
+        terms = {}
+        queues = (self.pixel_queue, self.region_queue)
+        for name, queue, count, weight in zip(_TERMS[2:], queues, self.keys, self.weights[2:]):
+            order = torch.randperm(queue.size, generator=generator)[:count].to(teacher.device)
+            if weight:
+                terms[name] = memory_relation(
+                    student_units.mT.flatten(0, 1),
+                    teacher_units.mT.flatten(0, 1),
+                    *queue.draw(order),
+                    row_weights.flatten(),
+                    self.temperature,
+                    self.distribution_temperature,
+                )
+        return terms
+
+    def _remember(self, teacher_units: Tensor, classes: Tensor) -> None:
+        distributed = dist.is_available() and dist.is_initialized()
+        ranks = dist.get_world_size(self.process_group) if distributed else 1
+        rank = dist.get_rank(self.process_group) if distributed else 0
+        images, pixels = classes.shape
+        self._step += 1
+        # Drawn for the whole global batch: one process and several then store the same pixels.
+        generator = torch.Generator().manual_seed(_mixed(self.seed, self._step, 0))
+        scores = torch.rand(ranks * images, pixels, generator=generator)[rank * images : (rank + 1) * images]
+        rows = pick_rows(teacher_units, classes, self.num_classes, scores.to(classes.device), official=self.official)
+        if ranks > 1:
+            rows = ClassRows(*(_gathered(part, ranks, self.process_group) for part in rows))
+        self.pixel_queue.enqueue(rows.pixels, rows.pixel_counts)
+        self.region_queue.enqueue(rows.regions, rows.region_counts)
+
+
+_TERMS = ("kd", "minibatch", "pixel", "region")
+
+
+def memory_relation(
+    student_units: Tensor,
+    teacher_units: Tensor,
+    keys: Tensor,
+    usable: Tensor,
+    row_weights: Tensor,
+    temperature: float = 0.1,
+    distribution_temperature: float = 1.0,
+) -> Tensor:
+    """`T'^2 sum_v w_v KL( softmax_k(t_v.q_k / (T T')) || softmax_k(s_v.q_k / (T T')) )`, a bounded number of rows at a
+    time: their scores are recomputed in backward, never kept.
+
+    Args:
+        student_units: `[V, C]` projected student vectors of length one.
+        teacher_units: `[V, C]` teacher vectors of length one.
+        keys: `[N, C]` stored vectors.
+        usable: `[N]` bool, False for keys to leave out.
+        row_weights: `[V]`, 1/V' for each of V' labelled pixels and 0 for the others.
+        temperature: `T`.
+        distribution_temperature: `T'`.
+    """
+    scale = 1.0 / (temperature * distribution_temperature)
+    keys = keys.to(student_units.dtype)
+    row_weights = row_weights.to(student_units.dtype)
+    removed = torch.zeros_like(keys[:, 0]).masked_fill(~usable, _REMOVED)
+    rows = max(1, _CHUNK_ELEMENTS // len(keys))
+    total = student_units.sum() * 0.0
+    for student, teacher, weights in zip(student_units.split(rows), teacher_units.split(rows), row_weights.split(rows)):
+        total = total + checkpoint(_memory_rows, student, teacher, keys, removed, weights, scale, use_reentrant=False)
+    return distribution_temperature**2 * total
+
+
+def _memory_rows(
+    student: Tensor, teacher: Tensor, keys: Tensor, removed: Tensor, weights: Tensor, scale: float
+) -> Tensor:
+    student_log = torch.addmm(removed, student, keys.mT, alpha=scale).log_softmax(dim=-1)
+    teacher_log = torch.addmm(removed, teacher, keys.mT, alpha=scale).log_softmax(dim=-1)
+    return weights @ (teacher_log.exp() * (teacher_log - student_log)).sum(dim=-1)
+
+
+def _gathered(part: Tensor, ranks: int, group: ProcessGroup | None) -> Tensor:
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(ranks)]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+def _mixed(seed: int, step: int, purpose: int) -> int:
+    # Distinct for every (step, purpose) of a run, and far apart between runs with neighbouring seeds.
+    return (seed * 1_000_003 + step * 2 + purpose) % 2**63
