@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,11 +72,18 @@ class WindowGrid:
         """The source column each column of the rolled, not yet padded grid reads, int64 `[width]`."""
         return (torch.arange(self.width, device=device) + shift[1]) % self.width
 
+    def row_runs(self, start: int, stop: int, shift: Sequence[int]) -> list[Run]:
+        """Rows `start..stop` of the rolled, padded grid as contiguous runs of source rows, padding left out."""
+        return _runs(start, min(stop, self.height), shift[0], self.height)
+
+    def column_runs(self, start: int, stop: int, shift: Sequence[int]) -> list[Run]:
+        """Columns `start..stop` of the rolled, padded grid as contiguous runs of source columns, padding left out."""
+        return _runs(start, min(stop, self.width), shift[1], self.width)
+
     def real_tokens(self, device: torch.device | None = None) -> Tensor:
         """Which tokens are pixels and not padding: bool `[windows, T]`."""
-        real = torch.zeros(1, 1, self.padded_height, self.padded_width, dtype=torch.bool, device=device)
-        real[:, :, : self.height, : self.width] = True
-        return self.split(real)[0, :, :, 0]
+        real = torch.ones(1, self.height, self.width, dtype=torch.bool, device=device)
+        return split_windows(self.pad(real), self.window_size)[:, 0]
 
     def roll(self, maps: Tensor, shift: Shift) -> Tensor:
         """Roll `[B, C, height, width]` by `(-dy, -dx)` (Eq. 5)."""
@@ -85,15 +93,48 @@ class WindowGrid:
         return torch.roll(maps, (-shift[0], -shift[1]), (2, 3))
 
     def pad(self, maps: Tensor) -> Tensor:
-        """Pad `[B, C, height, width]` with zeros to `[B, C, padded_height, padded_width]` (Eq. 6)."""
+        """Pad `[..., height, width]` with zeros to `[..., padded_height, padded_width]` (Eq. 6)."""
         return F.pad(maps, (0, self.padded_width - self.width, 0, self.padded_height - self.height))
 
-    def split(self, padded: Tensor) -> Tensor:
-        """Cut `[B, C, padded_height, padded_width]` into windows of tokens, `[B, windows, T, C]` (Eq. 7)."""
-        side = self.window_size
-        cells = padded.unflatten(3, (self.window_columns, side)).unflatten(2, (self.window_rows, side))
-        return cells.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
-
     def partition(self, maps: Tensor, shift: Shift) -> Tensor:
-        """Roll, pad and cut `[B, C, height, width]` into `[B, windows, T, C]`."""
-        return self.split(self.pad(self.roll(maps, shift)))
+        """Roll, pad and cut `[B, C, height, width]` into tokens, `[B, windows, T, C]` (Eq. 5-7)."""
+        return split_windows(self.pad(self.roll(maps, shift)), self.window_size).mT
+
+
+class Run(NamedTuple):
+    """Neighbours on the rolled grid that are neighbours on the map too: `target` (from `start`) reads `source`."""
+
+    target: slice
+    source: slice
+
+
+def _runs(start: int, stop: int, offset: int, size: int) -> list[Run]:
+    runs = []
+    position = start
+    while position < stop:
+        source = (position + offset) % size
+        length = min(stop - position, size - source)
+        runs.append(Run(slice(position - start, position - start + length), slice(source, source + length)))
+        position += length
+    return runs
+
+
+def split_windows(maps: Tensor, window_size: int) -> Tensor:
+    """Cut `[..., C, rows * M, columns * M]` into windows: `[..., rows * columns, C, T]`, row by row (Eq. 7).
+
+    Channels that are innermost in memory stay innermost, so nothing is transposed on the way.
+    """
+    cells = maps.unflatten(-1, (-1, window_size)).unflatten(-3, (-1, window_size))  # [..., C, rows, M, columns, M]
+    cells = cells.movedim((-4, -2), (-5, -4))
+    if maps.stride(-3) == 1:
+        return cells.movedim(-3, -1).flatten(-3, -2).flatten(-4, -3).mT
+    return cells.flatten(-2).flatten(-4, -3)
+
+
+def merge_windows(windows: Tensor, window_size: int, columns: int) -> Tensor:
+    """Undo `split_windows`: `[..., rows * columns, C, T]` -> `[..., C, rows * M, columns * M]`."""
+    cells = windows.unflatten(-1, (window_size, window_size)).unflatten(-4, (-1, columns))
+    cells = cells.movedim((-5, -4), (-4, -2))
+    if windows.stride(-2) == 1:
+        return cells.movedim(-5, -1).flatten(-3, -2).flatten(-4, -3).movedim(-1, -3)
+    return cells.flatten(-2).flatten(-3, -2)
