@@ -37,7 +37,7 @@ class MobileNetV3DeepLabV3Plus(nn.Module):
 
 
 class SMPDeepLabV3Plus(nn.Module):
-    """``segmentation_models_pytorch.DeepLabV3Plus`` with timm's MobileNetV3-Small, random weights: 2.1658 M at 19 classes.
+    """``segmentation_models_pytorch.DeepLabV3Plus`` with timm's MobileNetV3-Small: 2.1658 M parameters at 19 classes.
 
     ``network.encoder.model.blocks.{0,1,3,5}`` give 16, 24, 48 and 576 channels at strides 4, 8, 16 and 16.
 

@@ -36,22 +36,22 @@ class AtrousPyramid(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, rates: Sequence[int], *, separable: bool) -> None:
         super().__init__()
-        self.branches = nn.ModuleList([_conv_norm_relu(in_channels, out_channels)])
+        self.branches = nn.ModuleList([conv_norm_relu(in_channels, out_channels)])
         for rate in rates:
             if separable:
                 depthwise = nn.Conv2d(
                     in_channels, in_channels, 3, padding=rate, dilation=rate, groups=in_channels, bias=False
                 )
-                self.branches.append(nn.Sequential(depthwise, *_conv_norm_relu(in_channels, out_channels)))
+                self.branches.append(nn.Sequential(depthwise, *conv_norm_relu(in_channels, out_channels)))
             else:
-                self.branches.append(_conv_norm_relu(in_channels, out_channels, kernel_size=3, dilation=rate))
+                self.branches.append(conv_norm_relu(in_channels, out_channels, kernel_size=3, dilation=rate))
         self.pooled = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             nn.Conv2d(in_channels, out_channels, 1, bias=False),
             PooledBatchNorm(out_channels),
             nn.ReLU(),
         )
-        self.project = _conv_norm_relu((len(rates) + 2) * out_channels, out_channels)
+        self.project = conv_norm_relu((len(rates) + 2) * out_channels, out_channels)
 
     def forward(self, maps: Tensor) -> Tensor:
         branches = [branch(maps) for branch in self.branches]
@@ -86,10 +86,10 @@ class DeepLabV3PlusHead(nn.Module):
     ) -> None:
         super().__init__()
         self.pyramid = AtrousPyramid(in_channels[-1], width, rates, separable=separable)
-        self.low_level = _conv_norm_relu(in_channels[0], low_level_width)
+        self.low_level = conv_norm_relu(in_channels[0], low_level_width)
         self.fuse = nn.Sequential(
-            *_conv_norm_relu(width + low_level_width, width, kernel_size=3),
-            *_conv_norm_relu(width, width, kernel_size=3),
+            *conv_norm_relu(width + low_level_width, width, kernel_size=3),
+            *conv_norm_relu(width, width, kernel_size=3),
         )
         self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
 
@@ -125,12 +125,12 @@ class ResUNetPlusPlusHead(nn.Module):
 
 
 class MultiLevelHead(nn.Module):
-    """A light head: every level through a 1x1, resized to the first level and summed, two 3x3, 1x1 classifier.
+    """A light head: every level through a 1x1, added top-down to the next finer one, two 3x3, 1x1 classifier.
 
     ``fuse`` is the penultimate layer: ``[B, width, H_0, W_0]``, or twice that size with ``upsample``.
 
     Args:
-        in_channels: channels of the levels.
+        in_channels: channels of the levels; any number of them.
         num_classes: K.
         width: channels inside the head.
         upsample: double the resolution between the two 3x3 convolutions.
@@ -144,31 +144,35 @@ class MultiLevelHead(nn.Module):
         between = [nn.Upsample(scale_factor=2, mode="bilinear")] if upsample else []
         self.fuse = nn.Sequential(
             nn.ReLU(),
-            *_conv_norm_relu(width, width, kernel_size=3),
+            *conv_norm_relu(width, width, kernel_size=3),
             *between,
-            *_conv_norm_relu(width, width, kernel_size=3),
+            *conv_norm_relu(width, width, kernel_size=3),
         )
         self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        size = levels[0].shape[-2:]
-        total = self.laterals[0](levels[0])
-        for lateral, level in zip(self.laterals[1:], levels[1:], strict=True):
-            total = total + resize(lateral(level), size)
+        laterals = [lateral(level) for lateral, level in zip(self.laterals, levels, strict=True)]
+        total = laterals.pop()
+        while laterals:
+            finer = laterals.pop()
+            total = finer + resize(total, finer.shape[-2:])
         return self.classifier(self.fuse(total))
 
 
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear resize of ``[B, C, H, W]`` to ``size`` (``align_corners=False``); the same tensor if it has that size."""
+    """Bilinear resize of ``[B, C, H, W]`` to ``size``, ``align_corners=False``; nothing to do if it has that size."""
     if maps.shape[-2:] == torch.Size(size):
         return maps
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def _conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int = 1, dilation: int = 1) -> nn.Sequential:
+def conv_norm_relu(
+    in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, dilation: int = 1
+) -> nn.Sequential:
+    """Convolution without bias (padded to keep the size at stride 1), batch norm, ReLU."""
     padding = dilation * (kernel_size // 2)
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(),
     )

@@ -14,12 +14,11 @@ from sward.models.deeplab import MobileNetV3DeepLabV3Plus, SMPDeepLabV3Plus
 from sward.models.heads import DeepLabV3PlusHead, MultiLevelHead, ResUNetPlusPlusHead
 from sward.models.resunetpp import ResUNetPlusPlus
 from sward.models.teachers import (
-    HIERA_DEMO_SPEC,
     HIERA_SPECS,
     DINOv2Trunk,
+    HieraDemoTrunk,
     HieraSpec,
     Teacher,
-    hiera_demo_trunk,
     hiera_trunk,
 )
 from sward.models.unext import UNeXt
@@ -43,7 +42,7 @@ class ModelDescription:
     role: str
     """``"student"`` or ``"teacher"``."""
     stages: tuple[Stage, ...]
-    """The four stages MWAD pairs by default, highest resolution first; stage ``i`` goes with stage ``i`` of the other network."""
+    """The four stages MWAD pairs by default, highest resolution first; stage ``i`` goes with the other network's."""
     feature_layer: str
     """The deepest encoder map, which PDR works on."""
     penultimate_layer: str
@@ -97,7 +96,8 @@ def build(name: str, num_classes: int, **options: Any) -> nn.Module:
             of 32, for ``vit_small_dinov2`` (default 8). The other networks have none.
 
     Returns:
-        A module that maps images ``[B, 3, H, W]`` (ImageNet-normalised, H and W multiples of 32) to logits ``[B, K, H, W]``.
+        A module that maps images ``[B, 3, H, W]`` (ImageNet-normalised, H and W multiples of 32) to logits
+        ``[B, K, H, W]``.
 
     Raises:
         ValueError: for an unknown name, an option the network does not have, or ``num_classes`` below 1.
@@ -229,8 +229,8 @@ def _hiera_builder(spec: HieraSpec, head: Callable[[tuple[int, ...], int], nn.Mo
 
 
 def _build_hiera_demo(num_classes: int, backend: str = "sam2") -> Teacher:
-    head = MultiLevelHead(HIERA_DEMO_SPEC.channels, num_classes, width=64, upsample=True)
-    return Teacher(hiera_demo_trunk(backend), head)
+    channels = (HieraDemoTrunk.STEM_CHANNELS, *HieraDemoTrunk.SPEC.channels)
+    return Teacher(HieraDemoTrunk(backend), MultiLevelHead(channels, num_classes, width=HieraDemoTrunk.SPEC.embed_dim))
 
 
 def _build_vit_small_dinov2(num_classes: int, token_stride: int = 8) -> Teacher:
@@ -255,7 +255,7 @@ _PAPER_TEACHERS: dict[str, dict[str, Any]] = {
     },
 }
 
-_register_teacher("hiera_demo", _build_hiera_demo, HIERA_DEMO_SPEC.channels, "head.fuse")
+_register_teacher("hiera_demo", _build_hiera_demo, HieraDemoTrunk.SPEC.channels, "head.fuse")
 for _family, _sizes in (("sam2", tuple(HIERA_SPECS)), ("medsam2", ("tiny",))):
     for _size in _sizes:
         for _head_name, (_head, _penultimate) in _HEADS.items():

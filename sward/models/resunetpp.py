@@ -32,7 +32,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Pre-activation residual block followed by squeeze-and-excitation; ``[B, C_in, H, W]`` to ``[B, C_out, H/s, W/s]``.
+    """Pre-activation residual block, squeeze-and-excitation; ``[B, C_in, H, W]`` to ``[B, C_out, H/s, W/s]``.
 
     Args:
         in_channels: C_in.
@@ -118,7 +118,8 @@ class DecoderBlock(nn.Module):
 class ResUNetPlusPlus(nn.Module):
     """ResUNet++ for ``num_classes`` classes.
 
-    ``encoder.0`` ... ``encoder.3`` give 16, 32, 64 and 128 channels at strides 1, 2, 4 and 8; ``bridge`` gives 256 at 8.
+    ``encoder.0`` ... ``encoder.3`` give 16, 32, 64 and 128 channels at strides 1, 2, 4 and 8; ``bridge``
+    gives 256 at stride 8.
 
     Args:
         num_classes: K, channels of the logits.

@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sward.models.heads import resize
+from sward.models.heads import conv_norm_relu, resize
 from sward.models.inputs import SIZE_MULTIPLE, check_images
 
 
 class Teacher(nn.Module):
-    """``trunk`` (images to four levels), ``levels.0`` ... ``levels.3`` (identities to tap) and ``head``.
+    """``trunk`` (images to feature maps), ``levels.0`` ... ``levels.3`` (identities to tap) and ``head``.
 
     Args:
-        trunk: maps ``[B, 3, H, W]`` to a list of four ``[B, C_i, H_i, W_i]``, highest resolution first.
+        trunk: maps ``[B, 3, H, W]`` to a list of ``[B, C_i, H_i, W_i]``, highest resolution first. The last four are
+            the levels; a finer map in front of them goes to the head only.
         head: maps that list to logits ``[B, K, h, w]``; they are resized to the input's resolution.
     """
 
@@ -33,9 +35,9 @@ class Teacher(nn.Module):
         """``[B, 3, H, W]`` to logits ``[B, K, H, W]``; ValueError if H or W is not a multiple of 32."""
         check_images(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._trunk_is_frozen):
-            maps = self.trunk(images)
-        levels = [level(features) for level, features in zip(self.levels, maps, strict=True)]
-        return resize(self.head(levels), images.shape[-2:])
+            *finer, first, second, third, fourth = self.trunk(images)
+        levels = [level(maps) for level, maps in zip(self.levels, (first, second, third, fourth), strict=True)]
+        return resize(self.head([*finer, *levels]), images.shape[-2:])
 
     def freeze_trunk(self) -> None:
         """From now on the trunk stays in eval mode, records no graph and its parameters ask for no gradient."""
@@ -122,39 +124,49 @@ def hiera_trunk(spec: HieraSpec, backend: str = "sam2") -> nn.Module:
     raise ValueError(f'backend must be "sam2" or "timm", got {backend!r}')
 
 
-HIERA_DEMO_SPEC = HieraSpec(48, 1, (1, 2, 4, 1), (4, 5, 6), window_spec=(8, 8, 8, 8))
-"""A Hiera small enough to train from scratch on a CPU; the two deep stages attend globally."""
+class HieraDemoTrunk(nn.Module):
+    """A Hiera small enough to train from scratch on a CPU: 40, 80, 160 and 320 channels behind a convolutional stem.
 
-
-class ConvolutionalPatchEmbed(nn.Module):
-    """Two strided 3x3 convolutions with batch norm in place of Hiera's one 7x7: ``[B, 3, H, W]`` to ``[B, H/4, W/4, C]``.
-
-    A convolutional stem makes small transformers train from scratch (Xiao et al., "Early Convolutions Help
+    Returns five maps: the stem's 32 channels at stride 2, then the four Hiera levels at strides 4, 8, 16 and 32. The
+    deep blocks of the third stage attend globally.
+    A convolutional stem is what lets a small transformer train in few steps (Xiao et al., "Early Convolutions Help
     Transformers See Better", NeurIPS 2021).
+
+    Args:
+        backend: see `hiera_trunk`.
     """
 
-    def __init__(self, channels: int) -> None:
+    SPEC = HieraSpec(40, 1, (1, 1, 3, 1), (3, 4), window_spec=(8, 8, 8, 8))
+    STEM_CHANNELS = 32
+
+    def __init__(self, backend: str = "sam2") -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, channels // 2, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(channels // 2),
-            nn.ReLU(),
-            nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
+        self.stem = nn.Sequential(
+            conv_norm_relu(3, self.STEM_CHANNELS, kernel_size=3, stride=2),
+            *(conv_norm_relu(self.STEM_CHANNELS, self.STEM_CHANNELS, kernel_size=3) for _ in range(3)),
+        )
+        self.hiera: Any = hiera_trunk(self.SPEC, backend)
+        (self.hiera if backend == "sam2" else self.hiera.model).patch_embed = PatchEmbedFromStem(
+            self.STEM_CHANNELS, self.SPEC.embed_dim
         )
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images).permute(0, 2, 3, 1)
+    def forward(self, images: Tensor) -> list[Tensor]:
+        fine = self.stem(images)
+        return [fine, *self.hiera(fine)]
 
 
-def hiera_demo_trunk(backend: str = "sam2") -> nn.Module:
-    """`hiera_trunk` of `HIERA_DEMO_SPEC` with a convolutional stem: 48, 96, 192 and 384 channels."""
-    trunk = hiera_trunk(HIERA_DEMO_SPEC, backend)
-    hiera = trunk if backend == "sam2" else trunk.model
-    hiera.patch_embed = ConvolutionalPatchEmbed(HIERA_DEMO_SPEC.embed_dim)
-    return trunk
+class PatchEmbedFromStem(nn.Module):
+    """The stem's last two convolutions, in Hiera's layout: ``[B, C, H, W]`` to ``[B, H/2, W/2, C_out]``."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            conv_norm_relu(in_channels, out_channels, kernel_size=3, stride=2),
+            nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1),
+        )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return self.layers(maps).permute(0, 2, 3, 1)
 
 
 class DINOv2Trunk(nn.Module):
@@ -177,7 +189,9 @@ class DINOv2Trunk(nn.Module):
             raise ValueError(f"token_stride must divide {SIZE_MULTIPLE}, got {token_stride}")
         import timm
 
-        self.vit = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0, dynamic_img_size=True)
+        self.vit: Any = timm.create_model(
+            "vit_small_patch14_dinov2", pretrained=False, num_classes=0, dynamic_img_size=True
+        )
         self.token_stride = token_stride
         self.blocks = tuple(blocks)
 

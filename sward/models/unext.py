@@ -37,7 +37,7 @@ def shift_channel_groups(maps: Tensor, dim: int) -> Tensor:
 
 
 class ShiftedMLP(nn.Module):
-    """Shift along the height, linear, depthwise 3x3, GELU, shift along the width, linear; ``[B, C, H, W]`` to the same."""
+    """Shift along height, linear, depthwise 3x3, GELU, shift along width, linear; ``[B, C, H, W]`` to the same."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
