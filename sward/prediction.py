@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sward.data import EvaluationTransform
-from sward.data.images import read_image
+from sward.data.files import read_image
 from sward.evaluation import predicted_labels
 from sward.figures.predictions import overlay
 from sward.runs import choose_device, load_run

@@ -124,7 +124,7 @@ def _demo() -> Preset:
 
 
 def _clinicdb_small() -> Preset:
-    dataset = DatasetConfig(name="clinicdb", image_size=(128, 128), split_by="sequence")
+    dataset = DatasetConfig(name="cvc_clinicdb", image_size=(128, 128), split_by="sequence")
     return Preset(
         "CVC-ClinicDB at 128x128 split by sequence, ViT-S/14 to UNeXt, two cores",
         DistillationConfig(
@@ -175,10 +175,10 @@ def _camvid_small() -> Preset:
 
 _PRESETS: dict[str, Callable[[], Preset]] = {
     "cityscapes-mbv3": _cityscapes,
-    "clinicdb-resunetpp": _polyps("clinicdb", "resunetpp", "ResUNet++"),
-    "clinicdb-unext": _polyps("clinicdb", "unext", "UNeXt"),
-    "colondb-resunetpp": _polyps("colondb", "resunetpp", "ResUNet++"),
-    "colondb-unext": _polyps("colondb", "unext", "UNeXt"),
+    "clinicdb-resunetpp": _polyps("cvc_clinicdb", "resunetpp", "ResUNet++"),
+    "clinicdb-unext": _polyps("cvc_clinicdb", "unext", "UNeXt"),
+    "colondb-resunetpp": _polyps("cvc_colondb", "resunetpp", "ResUNet++"),
+    "colondb-unext": _polyps("cvc_colondb", "unext", "UNeXt"),
     "demo": _demo,
     "clinicdb-small": _clinicdb_small,
     "camvid-small": _camvid_small,

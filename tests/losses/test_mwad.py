@@ -1,0 +1,156 @@
+"""MWADLoss against Eq. 1-15 written out, and its options."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sward.losses import MWADLoss
+
+
+def maps(channels: list[int], sizes: list[tuple[int, int]], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(2, width, *size, dtype=dtype) for width, size in zip(channels, sizes, strict=True)]
+
+
+def stage_by_hand(loss: MWADLoss, index: int, student: Tensor, teacher: Tensor, window: int) -> tuple[Tensor, ...]:
+    """Eq. 1-13 token by token, for grids that the window divides and no shift."""
+    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
+    resized = F.interpolate(loss.phi[index](teacher), size=size, mode="bilinear", align_corners=False)
+    qkv_t = loss.theta_teacher[index](resized)
+    qkv_s = loss.theta_student[index](F.interpolate(student, size=size, mode="bilinear", align_corners=False))
+    dim = qkv_t.shape[1] // 3
+    attention, value, context = [], [], []
+    for batch in range(qkv_t.shape[0]):
+        for top in range(0, size[0], window):
+            for left in range(0, size[1], window):
+                tokens = [
+                    qkv[batch, :, top : top + window, left : left + window].flatten(1).T.split(dim, dim=1)
+                    for qkv in (qkv_t, qkv_s)
+                ]
+                (q_t, k_t, v_t), (q_s, k_s, v_s) = tokens
+                a_t = torch.softmax(q_t @ k_t.T / math.sqrt(dim), dim=1)
+                a_s = torch.softmax(q_s @ k_s.T / math.sqrt(dim), dim=1)
+                attention.append((a_t * (a_t / a_s).log()).sum(1))
+                value.append(1 - F.cosine_similarity(v_s, v_t, dim=1))
+                context.append((a_s @ v_s - a_t @ v_t).square().sum(1))
+    return tuple(torch.cat(each).mean() for each in (attention, value, context))
+
+
+def test_two_stages_equal_the_equations() -> None:
+    loss = MWADLoss(
+        [4, 6], [5, 3], window_size=[4, 2], embed_dim=[8, 3], shift="none", weights=(0.5, 2.0, 1.5)
+    ).double()
+    student, teacher = maps([4, 6], [(8, 12), (8, 6)]), maps([5, 3], [(16, 8), (4, 6)])
+    output = loss(student, teacher)
+    expected = [stage_by_hand(loss, i, student[i], teacher[i], m) for i, m in ((0, 4), (1, 2))]
+    for name, values in zip(("attention", "value", "context"), zip(*expected), strict=True):
+        torch.testing.assert_close(getattr(output, name).double(), torch.stack(values).mean(), rtol=1e-6, atol=1e-7)
+    total = sum(0.5 * a + 2.0 * v + 1.5 * c for a, v, c in expected) / 2
+    torch.testing.assert_close(output.loss.double(), total.detach().double(), rtol=1e-6, atol=1e-7)
+
+
+def test_merged_and_stacked_teacher_projections_agree() -> None:
+    # A wide student takes the merged form, a narrow one the two convolutions; both must be Theta(phi(psi(f))).
+    for student_channels, teacher_channels in ((96, 64), (4, 64)):
+        loss = MWADLoss([student_channels], [teacher_channels], embed_dim=8).double()
+        teacher = torch.randn(1, teacher_channels, 16, 16, dtype=torch.float64)
+        student = torch.randn(1, student_channels, 8, 8, dtype=torch.float64)
+        qkv_teacher, _ = loss.project(0, student, teacher)
+        resized = F.interpolate(loss.phi[0](teacher), size=(8, 8), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(qkv_teacher, loss.theta_teacher[0](resized), rtol=0, atol=1e-12)
+
+
+def test_gradient_reaches_every_projection_and_the_student_but_not_the_teacher() -> None:
+    loss = MWADLoss([4], [5], window_size=4, embed_dim=8)
+    student, teacher = torch.randn(1, 4, 8, 8, requires_grad=True), torch.randn(1, 5, 8, 8, requires_grad=True)
+    loss([student], [teacher]).loss.backward()
+    assert student.grad is not None
+    assert student.grad.abs().sum() > 0
+    assert teacher.grad is None
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in loss.parameters())
+
+
+def test_frozen_teacher_projections_are_semi_orthogonal_and_stay() -> None:
+    loss = MWADLoss([4], [6], window_size=4, embed_dim=8, teacher_projections="frozen")
+    rows = loss.phi[0].weight.flatten(1)
+    torch.testing.assert_close(rows @ rows.T, torch.eye(4), rtol=0, atol=1e-6)
+    columns = loss.theta_teacher[0].weight.flatten(1)
+    torch.testing.assert_close(columns.T @ columns, torch.eye(4), rtol=0, atol=1e-6)
+    student = torch.randn(1, 4, 8, 8, requires_grad=True)
+    loss([student], [torch.randn(1, 6, 8, 8)]).loss.backward()
+    assert {name for name, parameter in loss.named_parameters() if parameter.grad is not None} == {
+        "theta_student.0.weight"
+    }
+    assert student.grad is not None
+
+
+def test_context_mean_divides_the_sum_by_the_width() -> None:
+    summed = MWADLoss([4], [5], window_size=4, embed_dim=8, shift="none", weights=(0.0, 0.0, 1.0))
+    averaged = MWADLoss(
+        [4], [5], window_size=4, embed_dim=8, shift="none", weights=(0.0, 0.0, 1.0), context_reduction="mean"
+    )
+    averaged.load_state_dict(summed.state_dict())
+    student, teacher = maps([4], [(8, 8)], torch.float32), maps([5], [(8, 8)], torch.float32)
+    one, other = summed(student, teacher), averaged(student, teacher)
+    torch.testing.assert_close(other.loss, one.loss / 8)
+    torch.testing.assert_close(other.context, one.context / 8)
+
+
+@pytest.mark.parametrize("strategy", ["none", "deterministic"])
+def test_fixed_strategies_repeat(strategy: str) -> None:
+    loss = MWADLoss([4], [5], window_size=4, embed_dim=8, shift=strategy)  # type: ignore[arg-type]
+    student, teacher = maps([4], [(8, 8)], torch.float32), maps([5], [(8, 8)], torch.float32)
+    assert loss(student, teacher).loss.item() == loss(student, teacher).loss.item()
+
+
+def test_deterministic_shift_is_half_a_window() -> None:
+    fixed = MWADLoss([4], [5], window_size=4, embed_dim=8, shift="none")
+    shifted = MWADLoss([4], [5], window_size=4, embed_dim=8, shift="deterministic")
+    shifted.load_state_dict(fixed.state_dict())
+    student, teacher = maps([4], [(8, 8)], torch.float32), maps([5], [(8, 8)], torch.float32)
+    rolled = [[each.roll((-2, -2), dims=(2, 3)) for each in side] for side in (student, teacher)]
+    torch.testing.assert_close(shifted(student, teacher).loss, fixed(*rolled).loss)
+
+
+def test_stochastic_shifts_follow_their_generator_and_visit_every_offset() -> None:
+    loss = MWADLoss([4, 4], [5, 5], window_size=[2, 3], embed_dim=8, generator=torch.Generator().manual_seed(3))
+    drawn = [tuple(int(each) for each in loss._draw_shift(2, torch.device("cpu"))) for _ in range(60)]
+    assert set(drawn) == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert loss.generator is not None
+    loss.generator.manual_seed(3)
+    assert [tuple(int(each) for each in loss._draw_shift(2, torch.device("cpu"))) for _ in range(60)] == drawn
+
+
+def test_evaluation_mode_does_not_shift_and_draws_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    loss = MWADLoss([4], [5], window_size=4, embed_dim=8, generator=generator).eval()
+    before = generator.get_state()
+    student, teacher = maps([4], [(8, 8)], torch.float32), maps([5], [(8, 8)], torch.float32)
+    assert loss(student, teacher).loss.item() == loss(student, teacher).loss.item()
+    assert torch.equal(before, generator.get_state())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(student_channels=[4], teacher_channels=[4, 5]), "same number of stages, at least one; got 1 and 2"),
+        (dict(student_channels=[], teacher_channels=[]), "at least one; got 0 and 0"),
+        (dict(student_channels=[4], teacher_channels=[4], shift="random"), "shift must be one of 'stochastic'"),
+        (dict(student_channels=[4], teacher_channels=[4], window_size=[8, 8]), "window_size must be one number or one"),
+        (dict(student_channels=[4], teacher_channels=[4], window_size=0), "window_size must be at least 1, got 0"),
+        (dict(student_channels=[4], teacher_channels=[4], teacher_projections="fixed"), "teacher_projections must be"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_sentence(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MWADLoss(**arguments)
+
+
+def test_wrong_features_are_refused_in_one_sentence() -> None:
+    loss = MWADLoss([4], [5])
+    with pytest.raises(ValueError, match=r"student_features\[0\] must be \[B, 4, H, W\].*got shape \(1, 3, 8, 8\)"):
+        loss([torch.zeros(1, 3, 8, 8)], [torch.zeros(1, 5, 8, 8)])
+    with pytest.raises(ValueError, match="teacher_features must hold 1 maps, one a stage, got 2"):
+        loss([torch.zeros(1, 4, 8, 8)], [torch.zeros(1, 5, 8, 8)] * 2)

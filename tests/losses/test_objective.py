@@ -1,0 +1,111 @@
+"""Eq. 20, the task loss, and SWARD under the protocol of all methods."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sward.losses import (
+    DistillationInputs,
+    MWADLoss,
+    PDRLoss,
+    SegmentationCrossEntropy,
+    SWARDDistillation,
+    SWARDLoss,
+)
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    logits = torch.randn(2, 3, 16, 16, requires_grad=True)
+    labels = torch.randint(0, 3, (2, 16, 16))
+    student = [torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(2, 6, 4, 4, requires_grad=True)]
+    teacher = [torch.randn(2, 5, 8, 8), torch.randn(2, 7, 2, 2)]
+    return logits, labels, student, teacher
+
+
+def parts() -> tuple[MWADLoss, PDRLoss]:
+    return MWADLoss([4, 6], [5, 7], window_size=4, embed_dim=8, shift="deterministic"), PDRLoss(3)
+
+
+def test_total_is_the_weighted_sum_of_its_parts() -> None:
+    mwad, pdr = parts()
+    logits, labels, student, teacher = batch()
+    output = SWARDLoss(SegmentationCrossEntropy(), mwad, pdr, weights=(0.7, 2.0, 0.3))(logits, labels, student, teacher)
+    expected = (
+        0.7 * F.cross_entropy(logits, labels) + 2.0 * mwad(student, teacher).loss + 0.3 * pdr(student[-1], labels).loss
+    )
+    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(output.mwad, mwad(student, teacher).loss.detach())
+    torch.testing.assert_close(output.pdr, pdr(student[-1], labels).loss.detach())
+    assert set(output.terms) == {"task", "mwad", "attention", "value", "context", "pdr", "separation", "compactness"}
+    assert not any(term.requires_grad for term in output.terms.values())
+
+
+def test_pdr_may_look_at_another_map() -> None:
+    mwad, pdr = parts()
+    logits, labels, student, teacher = batch()
+    other = torch.randn(2, 9, 4, 4)
+    output = SWARDLoss(SegmentationCrossEntropy(), mwad, pdr)(logits, labels, student, teacher, other)
+    torch.testing.assert_close(output.pdr, pdr(other, labels).loss)
+
+
+def test_a_zero_weight_skips_the_part() -> None:
+    mwad, pdr = parts()
+    logits, labels, student, teacher = batch()
+    mwad.forward = pdr.forward = None  # type: ignore[method-assign,assignment]
+    output = SWARDLoss(SegmentationCrossEntropy(), mwad, pdr, weights=(1.0, 0.0, 0.0))(logits, labels, student, teacher)
+    torch.testing.assert_close(output.loss, F.cross_entropy(logits, labels))
+
+
+def test_protocol_form_is_the_objective_without_its_task() -> None:
+    mwad, pdr = parts()
+    logits, labels, student, teacher = batch()
+    method = SWARDDistillation(mwad, pdr, student_taps=["a", "b"], teacher_taps=["x", "y"], pdr_tap="deep")
+    assert method.student_taps == ("a", "b", "deep")
+    inputs = DistillationInputs(
+        {"a": student[0], "b": student[1], "deep": student[1], "logits": logits},
+        {"x": teacher[0], "y": teacher[1]},
+        labels,
+    )
+    whole = SWARDLoss(SegmentationCrossEntropy(), mwad, pdr)(logits, labels, student, teacher)
+    torch.testing.assert_close(method(inputs).loss, whole.loss - F.cross_entropy(logits, labels))
+
+
+def test_cross_entropy_leaves_ignored_pixels_out_of_the_mean() -> None:
+    logits, labels = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
+    labels[0, :2] = 255
+    torch.testing.assert_close(
+        SegmentationCrossEntropy()(logits, labels), F.cross_entropy(logits, labels, ignore_index=255)
+    )
+
+
+def test_one_logit_is_binary_cross_entropy() -> None:
+    logits, labels = torch.randn(2, 1, 4, 4), torch.randint(0, 2, (2, 4, 4))
+    labels[0, :2] = 255
+    kept = labels != 255
+    expected = F.binary_cross_entropy_with_logits(logits[:, 0][kept], labels[kept].float())
+    torch.testing.assert_close(SegmentationCrossEntropy()(logits, labels), expected)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_all_ignored_costs_nothing(classes: int) -> None:
+    logits = torch.randn(1, classes, 4, 4, requires_grad=True)
+    loss = SegmentationCrossEntropy()(logits, torch.full((1, 4, 4), 255))
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert logits.grad.abs().sum() == 0
+
+
+def test_importing_the_losses_is_light() -> None:
+    heavy = ("triton", "timm", "sam2", "segmentation_models_pytorch", "torchvision", "matplotlib", "sklearn", "hydra")
+    code = (
+        "import time, sys, torch; start = time.perf_counter(); import sward.losses; "
+        f"print(time.perf_counter() - start, [name for name in {heavy!r} if name in sys.modules])"
+    )
+    # The best of three: another process on the machine may slow one import down, never speed one up.
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    assert all(run.stdout.split(" ", 1)[1].strip() == "[]" for run in runs), runs[0].stdout
+    assert min(float(run.stdout.split(" ", 1)[0]) for run in runs) < 0.3
