@@ -86,7 +86,7 @@ def test_sizes(size: tuple[int, int]) -> None:
 
 
 def test_a_scene_is_quick_to_draw() -> None:
-    """Processor time, so that a busy machine does not matter; measured 4 to 8 ms; a loop over pixels would take 20 and more."""
+    """In processor time, which a busy machine lengthens less: 4 to 8 ms. A loop over pixels would take 20 and more."""
     render(0, 0, 128, 128)
     times = []
     for index in range(20):

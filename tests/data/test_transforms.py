@@ -1,0 +1,149 @@
+"""Transforms: image and labels stay together, sizes, fills, statistics."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from sward.data import transforms
+from sward.data.transforms import (
+    EvaluationTransform,
+    ScaleCrop,
+    TrainingTransform,
+    denormalise,
+    flip_training,
+    normalise,
+    parse_size,
+    polyp_training,
+    street_training,
+)
+
+
+def squares(height: int, width: int, side: int = 16) -> tuple[Tensor, Tensor]:
+    """Labels 0 to 3 in squares, and an image whose grey is 40 + 50 * label: the label can be read off the image."""
+    y, x = torch.meshgrid(torch.arange(height) // side, torch.arange(width) // side, indexing="ij")
+    labels = ((y + 2 * x) % 4).to(torch.uint8)
+    return (40 + 50 * labels).expand(3, -1, -1).contiguous(), labels
+
+
+def read_off(image: Tensor) -> Tensor:
+    """The label each pixel of a `squares` image stands for, 255 where it is black fill."""
+    grey = denormalise(image).float().mean(0)
+    return torch.where(grey < 15, 255, ((grey - 40) / 50).round().clamp(0, 3)).long()
+
+
+def test_normalise_is_torchvision_with_imagenet_statistics() -> None:
+    image = torch.randint(0, 256, (3, 9, 7), dtype=torch.uint8)
+    expected = v2.functional.normalize(
+        v2.functional.to_dtype(image, torch.float32, scale=True), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    )
+    torch.testing.assert_close(normalise(image), expected)
+    assert torch.equal(denormalise(normalise(image)), image)
+    batch = torch.stack([image, image])
+    assert torch.equal(normalise(batch)[1], normalise(image))
+
+
+@pytest.mark.parametrize(
+    ("transform", "size"),
+    [
+        (street_training((64, 96)), (64, 96)),
+        (street_training((64, 64), resize_first=True), (64, 64)),
+        (TrainingTransform([ScaleCrop((96, 96), (0.3, 0.4))]), (96, 96)),
+        (flip_training(), (160, 224)),
+        (TrainingTransform(polyp_training((128, 128)).steps[:-1]), (128, 128)),  # without the colour jitter
+    ],
+)
+def test_labels_follow_the_image(transform: TrainingTransform, size: tuple[int, int]) -> None:
+    image, labels = squares(160, 224, side=40)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        moved, moved_labels = transform(image, labels)
+        assert moved.shape == (3, *size)
+        assert moved_labels.shape == size
+        assert moved.dtype == torch.float32
+        assert moved_labels.dtype == torch.int64
+        assert type(moved) is type(moved_labels) is Tensor
+        # Interpolated edges may read as a class in between; everything else must agree.
+        assert (read_off(moved) == moved_labels).float().mean() > 0.75
+        assert set(moved_labels.unique().tolist()) <= {0, 1, 2, 3, 255}
+
+
+def test_crop_larger_than_the_scaled_image_is_filled_with_black_and_ignore() -> None:
+    image, labels = torch.full((3, 32, 32), 255, dtype=torch.uint8), torch.ones(32, 32, dtype=torch.uint8)
+    moved, moved_labels = TrainingTransform([ScaleCrop((64, 64), (1.0, 1.0))])(image, labels)
+    assert (moved_labels == 1).sum() == 32 * 32
+    assert (moved_labels == 255).sum() == 64 * 64 - 32 * 32
+    assert (denormalise(moved)[0][moved_labels == 255] == 0).all()
+    assert (denormalise(moved)[0][moved_labels == 1] == 255).all()
+
+
+def test_scale_crop_at_scale_one_is_a_plain_crop() -> None:
+    image, labels = squares(96, 128)
+    torch.manual_seed(1)
+    moved, moved_labels = TrainingTransform([ScaleCrop((32, 64), (1.0, 1.0))])(image, labels)
+    windows = labels.unfold(0, 32, 1).unfold(1, 64, 1)
+    assert (windows == moved_labels).all(-1).all(-1).any()
+    assert torch.equal(read_off(moved), moved_labels)
+
+
+def test_scale_crop_draws_scales_over_the_whole_range() -> None:
+    """A stripe of known width measures the scale that was drawn."""
+    image = torch.zeros(3, 128, 256, dtype=torch.uint8)
+    labels = torch.zeros(128, 256, dtype=torch.uint8)
+    labels[:, 64:192] = 1
+    labels = labels.roll(32, 1)
+    widths = []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        out = TrainingTransform([ScaleCrop((128, 1024), (0.5, 2.0))])(image, labels)[1]
+        widths.append(int((out[64] == 1).sum()) / 128)
+    assert 0.5 <= min(widths) < 0.55
+    assert 1.85 < max(widths) <= 2.0
+    assert abs(np.mean(np.log(widths))) < 0.08  # log-uniform around 1
+
+
+def test_cityscapes_crop_never_needs_padding() -> None:
+    image = torch.full((3, 1024, 2048), 200, dtype=torch.uint8)
+    labels = torch.zeros(1024, 2048, dtype=torch.uint8)
+    torch.manual_seed(0)
+    for scale in (0.5, 2.0):
+        out = TrainingTransform([ScaleCrop((512, 1024), (scale, scale))])(image, labels)
+        assert out[0].shape == (3, 512, 1024)
+        assert (out[1] == 0).all()
+
+
+def test_rotation_marks_what_it_uncovers_as_ignored() -> None:
+    image, labels = torch.full((3, 64, 64), 128, dtype=torch.uint8), torch.zeros(64, 64, dtype=torch.uint8)
+    uncovered = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        moved, moved_labels = polyp_training((64, 64))(image, labels)
+        uncovered.append((moved_labels == 255).float().mean().item())
+        assert (denormalise(moved).float().mean(0)[moved_labels == 255] < 100).float().mean() > 0.8
+    assert max(uncovered) > 0.05
+
+
+def test_evaluation_resizes_the_image_and_leaves_the_labels() -> None:
+    image, labels = squares(96, 130)
+    resized, kept = EvaluationTransform((64, 64))(image, labels)
+    assert resized.shape == (3, 64, 64)
+    assert torch.equal(kept, labels.long())
+    expected = v2.functional.resize(image, [64, 64], antialias=True)
+    assert (denormalise(resized).int() - expected.int()).abs().max() <= 1
+    same, _ = EvaluationTransform(None)(image, labels)
+    assert torch.equal(denormalise(same), image)
+
+
+def test_parse_size() -> None:
+    assert parse_size(64) == (64, 64)
+    assert parse_size([32, 64]) == (32, 64)
+    for wrong in (0, (64, -1), (1, 2, 3), (1.5, 2)):
+        with pytest.raises(ValueError, match="image_size must be a positive number or"):
+            parse_size(wrong)
+
+
+def test_training_without_torchvision_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torchvision", None)
+    with pytest.raises(ModuleNotFoundError, match=r"need torchvision, .* pip install 'sward\[models\]'"):
+        transforms.street_training((32, 32))
