@@ -14,10 +14,75 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tyro
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {}
 """Name -> the function that runs it, and its line in the list of commands. Filled by `_command`."""
 
 USER_ERROR = 2
+
+
+@dataclass
+class Demo:
+    """Train a transformer teacher on `scenes`, then the student alone and with SWARD from the same seed."""
+
+    output: Path = Path("runs/demo")
+    """Folder of the runs and the pictures; an earlier demo there is replaced."""
+    seed: int = 0
+    """Seed of all three runs."""
+    iterations: int | None = None
+    """Steps of each run; fewer make a quick look."""
+
+
+@dataclass
+class Evaluate:
+    """Score a run's network at the full resolution of the labels and write the scores into its folder."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    split: str = "val"
+    """Split of the data set."""
+    dataset: str | None = None
+    """Another data set with the same classes; the run's own by default."""
+    root: Path | None = None
+    """Folder that holds the data set; the run's own by default."""
+    split_by: str | None = None
+    """How polyp data is split: sequence, ratio or a list file; the run's own by default."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which weights."""
+    batch: int = 8
+    """Images a forward pass."""
+    device: str | None = None
+    """Where to run; the GPU where there is one."""
+
+
+@dataclass
+class Predict:
+    """Write NAME-mask.png (class indices, in colour) and NAME-overlay.png for each image, at the image's size."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files."""
+    output: Path | None = None
+    """Where to write; RUN/predictions by default."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which weights."""
+    device: str | None = None
+    """Where to run; the GPU where there is one."""
+
+
+@dataclass
+class Complexity:
+    """Count parameters and FLOPs at 3x512x512 and print them beside the paper's columns."""
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Names of networks; all by default."""
+
+
+@dataclass
+class Doctor:
+    """Print what decides whether and how sward runs here."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,8 +133,6 @@ def _overview() -> str:
 
 
 def _parse(kind: Any, command: str, words: list[str], default: Any = None) -> Any:
-    import tyro
-
     options = {} if default is None else {"default": default}
     return tyro.cli(kind, prog=f"sward {command}", args=words, **options)
 
@@ -90,16 +153,6 @@ def _preset(command: str, words: list[str]) -> tuple[str, list[str]]:
 
 @_command("demo", "train teacher, baseline and SWARD on generated scenes and print one table")
 def _demo(words: list[str]) -> None:
-    @dataclass
-    class Demo:
-        """Train a transformer teacher on `scenes`, then the student alone and with SWARD from the same seed."""
-
-        output: Path = Path("runs/demo")
-        """Folder of the runs and the pictures; an earlier demo there is replaced."""
-        seed: int = 0
-        """Seed of all three runs."""
-        iterations: int | None = None
-        """Steps of each run; fewer make a quick look."""
 
     options = _parse(Demo, "demo", words)
     from sward import demo
@@ -149,28 +202,6 @@ def _train_teacher(words: list[str]) -> None:
 
 @_command("evaluate", "score a run on a split, or on another data set")
 def _evaluate(words: list[str]) -> None:
-    import tyro
-
-    @dataclass
-    class Evaluate:
-        """Score a run's network at the full resolution of the labels and write the scores into its folder."""
-
-        run: Annotated[Path, tyro.conf.Positional]
-        """Run folder."""
-        split: str = "val"
-        """Split of the data set."""
-        dataset: str | None = None
-        """Another data set with the same classes; the run's own by default."""
-        root: Path | None = None
-        """Folder that holds the data set; the run's own by default."""
-        split_by: str | None = None
-        """How polyp data is split: sequence, ratio or a list file; the run's own by default."""
-        checkpoint: Literal["best", "last"] = "best"
-        """Which weights."""
-        batch: int = 8
-        """Images a forward pass."""
-        device: str | None = None
-        """Where to run; the GPU where there is one."""
 
     options = _parse(Evaluate, "evaluate", words)
     from sward.evaluation import evaluate
@@ -200,22 +231,6 @@ def _evaluate(words: list[str]) -> None:
 
 @_command("predict", "write mask and overlay of any image")
 def _predict(words: list[str]) -> None:
-    import tyro
-
-    @dataclass
-    class Predict:
-        """Write NAME-mask.png (class indices, in colour) and NAME-overlay.png for each image, at the image's size."""
-
-        run: Annotated[Path, tyro.conf.Positional]
-        """Run folder."""
-        images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-        """Image files."""
-        output: Path | None = None
-        """Where to write; RUN/predictions by default."""
-        checkpoint: Literal["best", "last"] = "best"
-        """Which weights."""
-        device: str | None = None
-        """Where to run; the GPU where there is one."""
 
     options = _parse(Predict, "predict", words)
     if not options.images:
@@ -230,12 +245,6 @@ def _predict(words: list[str]) -> None:
 
 @_command("complexity", "parameters and FLOPs of every teacher and student beside the paper's")
 def _complexity(words: list[str]) -> None:
-    @dataclass
-    class Complexity:
-        """Count parameters and FLOPs at 3x512x512 and print them beside the paper's columns."""
-
-        models: tuple[str, ...] = ()
-        """Names of networks; all by default."""
 
     options = _parse(Complexity, "complexity", words)
     from sward.models import complexity
@@ -245,9 +254,6 @@ def _complexity(words: list[str]) -> None:
 
 @_command("doctor", "versions, devices, and which implementation each operation will use")
 def _doctor(words: list[str]) -> None:
-    @dataclass
-    class Doctor:
-        """Print what decides whether and how sward runs here."""
 
     _parse(Doctor, "doctor", words)
     from sward.doctor import report
@@ -277,9 +283,11 @@ def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for index, column in enumerate(header):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    console.print(f"[bold]{title}[/bold]")
+    console.print(table)

@@ -1,0 +1,147 @@
+"""The command line: what it runs, and what it says to a user's mistakes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from sward import data, presets
+from sward.cli import COMMANDS, main
+from sward.config import DistillationConfig, TeacherTrainingConfig, from_json, to_json
+
+TINY = ["--dataset.image-size", "64", "64", "--batch", "2", "--iterations", "2"]
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(data.scenes.SPLITS, "train", 6)
+    monkeypatch.setitem(data.scenes.SPLITS, "val", 2)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_train_evaluate_predict_in_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train-teacher", "demo", *TINY]) == 0
+    assert main(["train", "demo", *TINY, "--optimizer.lr", "1e-4", "--sward.window-size", "4"]) == 0
+    run = Path("runs/demo/sward-seed0")
+    config = json.loads((run / "config.json").read_text())
+    assert config["optimizer"]["lr"] == 1e-4
+    assert config["sward"]["window_size"] == 4
+
+    assert main(["evaluate", str(run)]) == 0
+    scores = json.loads((run / "evaluation-scenes-val.json").read_text())
+    assert scores["images"] == 2
+    assert 0 <= scores["mean_iou"] <= 1
+
+    Image.new("RGB", (50, 37), (200, 30, 30)).save("photo.jpg")
+    capsys.readouterr()
+    assert main(["predict", str(run), "photo.jpg"]) == 0
+    mask, overlay = (Path(line) for line in capsys.readouterr().out.split())
+    with Image.open(mask) as image:
+        assert (image.size, image.mode) == ((50, 37), "P")
+        assert tuple(image.getpalette()[:3]) == data.describe("scenes").palette[0]
+    with Image.open(overlay) as image:
+        assert image.size == (50, 37)
+
+
+def test_demo_prints_one_table_and_leaves_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--iterations", "2", "--output", "demo"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("teacher", "baseline", "SWARD", "mIoU", "params", "GFLOPs"):
+        assert word in printed
+    for picture in ("predictions.png", "predictions.svg", "curves.png"):
+        assert (Path("demo") / picture).stat().st_size > 1000
+
+
+def test_doctor_and_overview(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    assert torch.__version__.split("+")[0] in capsys.readouterr().out
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in COMMANDS)
+    assert all(preset in printed for preset in presets.names())
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["trian", "demo"], "unknown command 'trian'; did you mean train"),
+        (["train"], "name a preset first, such as 'sward train cityscapes-mbv3'"),
+        (["train", "demmo"], "unknown preset 'demmo'; did you mean 'demo'?"),
+        (["train", "demo", *TINY], "no trained teacher at runs/demo/teacher; train it with 'sward train-teacher demo'"),
+        (["train", "demo", "--distillation", "swardd"], "unknown distillation method 'swardd'; did you mean 'sward'"),
+        (["train", "demo", "--distillation", "none", "--dataset.image-size", "50", "50"], "50"),
+        (["train", "demo", "--distillation", "none", "--model", "unxt"], "did you mean unext"),
+        (["train", "demo", "--distillation", "none", "--epochs", "3"], "exactly one of iterations and epochs"),
+        (["train", "clinicdb-unext", "--dataset.root", "nowhere"], "nowhere"),
+        (["evaluate", "nowhere"], "nowhere is not a run folder"),
+        (["predict", "nowhere", "image.png"], "nowhere is not a run folder"),
+        (
+            [
+                "train",
+                "demo",
+                "--teacher.untrained",
+                "--sward.pairs.0.student",
+                "encoder.9",
+                "--sward.pairs.0.teacher",
+                "levels.0",
+            ],
+            "layer 'encoder.9' does not exist in UNeXt; did you mean one of",
+        ),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert sentence in printed
+
+
+def test_a_wrong_option_exits_with_2() -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "demo", "--optimizer.learning", "1"])
+    assert exit_.value.code == 2
+
+
+def test_a_checkpoint_of_another_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "demo", "--distillation", "none", *TINY]) == 0
+    run = Path("runs/demo/none-seed0")
+    config = json.loads((run / "config.json").read_text())
+    config["model"] = "resunetpp"
+    (run / "config.json").write_text(json.dumps(config))
+    assert main(["evaluate", str(run)]) == 2
+    assert "does not fit ResUNetPlusPlus, it was saved from another model" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "sward", "trian"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "sward trian: unknown command 'trian'; did you mean train or train-teacher?\n"
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_presets_survive_their_config_file(name: str) -> None:
+    preset = presets.get(name)
+    preset.student.check()
+    preset.teacher.check()
+    assert from_json(DistillationConfig, to_json(preset.student)) == preset.student
+    assert from_json(TeacherTrainingConfig, to_json(preset.teacher)) == preset.teacher
+    assert preset.student.teacher.name == preset.teacher.model
+
+
+def test_presets_hold_section_4_1() -> None:
+    city, polyp = presets.get("cityscapes-mbv3").student, presets.get("colondb-resunetpp").student
+    assert (city.batch, city.iterations, city.epochs, city.dataset.image_size) == (16, 40_000, None, (512, 1024))
+    assert (city.optimizer.lr, city.optimizer.weight_decay, city.optimizer.schedule) == (1e-3, 1e-4, "poly")
+    assert (polyp.batch, polyp.iterations, polyp.epochs, polyp.dataset.image_size) == (8, None, 200, (512, 512))
+    assert (polyp.optimizer.lr, polyp.optimizer.weight_decay, polyp.optimizer.schedule) == (5e-4, 1e-4, "cosine")
+    for config in (city, polyp):
+        assert config.sward.weights == (2.0, 1.0)
+        assert config.sward.terms == (1.0, 1.0, 1.0)
+        assert config.sward.pdr_weights == (1.0, 1.0)
+        assert config.sward.margin == 1.3
+        assert config.sward.shift == "stochastic"
