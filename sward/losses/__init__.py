@@ -1,5 +1,10 @@
 """The losses of SWARD and of its peers, ready for any PyTorch trainer."""
 
+from sward.losses.cirkd import CIRKDLoss
+from sward.losses.classic import AttentionTransferLoss, CWDLoss, FitNetLoss, KDLoss, PairwiseLoss
+from sward.losses.freekd import FreeKDLoss, FrequencyPrompts
+from sward.losses.maskd import MasKDLoss, ReceptiveTokens
+from sward.losses.masks import learn_masks, load_masks, save_masks
 from sward.losses.mwad import MWADLoss, MWADOutput
 from sward.losses.objective import SegmentationCrossEntropy, SWARDDistillation, SWARDLoss, SWARDOutput
 from sward.losses.pdr import PDRLoss, PDROutput
@@ -7,15 +12,28 @@ from sward.losses.protocol import LOGITS, DistillationInputs, DistillationLoss, 
 
 __all__ = [
     "LOGITS",
+    "AttentionTransferLoss",
+    "CIRKDLoss",
+    "CWDLoss",
     "DistillationInputs",
     "DistillationLoss",
     "DistillationOutput",
+    "FitNetLoss",
+    "FreeKDLoss",
+    "FrequencyPrompts",
+    "KDLoss",
     "MWADLoss",
     "MWADOutput",
+    "MasKDLoss",
     "PDRLoss",
     "PDROutput",
+    "PairwiseLoss",
+    "ReceptiveTokens",
     "SWARDDistillation",
     "SWARDLoss",
     "SWARDOutput",
     "SegmentationCrossEntropy",
+    "learn_masks",
+    "load_masks",
+    "save_masks",
 ]
