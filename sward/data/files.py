@@ -164,8 +164,8 @@ def _open(path: Path) -> Image:
     from PIL import Image
 
     try:
-        image = Image.open(path)
-        image.load()
+        with Image.open(path) as image:
+            image.load()
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no image file {path}") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
