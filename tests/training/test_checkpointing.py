@@ -1,0 +1,58 @@
+"""Checkpoints are whole or absent, and damaged ones are refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sward import checkpointing
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.pt"
+    checkpointing.save(path, {"model": {"weight": torch.ones(3)}})
+
+    def full_disk(state: object, file: object) -> None:
+        file.write(b"half a file")  # type: ignore[attr-defined]
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        checkpointing.save(path, {"model": {"weight": torch.zeros(3)}})
+    monkeypatch.undo()
+    assert torch.equal(checkpointing.load(path)["model"]["weight"], torch.ones(3))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, -1])
+def test_a_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "last.pt"
+    checkpointing.save(path, {"model": {"weight": torch.ones(300)}})
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"last\.pt is not a readable checkpoint, it is damaged or not one at all"):
+        checkpointing.load(path)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    torch.save({"model": nn.Linear(1, 1)}, path)
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        checkpointing.load(path)
+
+
+def test_another_file_and_no_file_are_told_apart(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="holds no entry 'model'"):
+        checkpointing.load(tmp_path / "other.pt")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint at"):
+        checkpointing.load(tmp_path / "absent.pt")
+
+
+def test_weights_of_another_model_are_refused_in_one_line(tmp_path: Path) -> None:
+    checkpointing.save(tmp_path / "a.pt", {"model": nn.Linear(2, 3).state_dict()})
+    with pytest.raises(
+        ValueError, match="does not fit Linear, it was saved from another model: size mismatch"
+    ) as error:
+        checkpointing.load_model(nn.Linear(2, 4), tmp_path / "a.pt")
+    assert "\n" not in str(error.value)
