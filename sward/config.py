@@ -22,6 +22,7 @@ class DatasetConfig:
         root: folder that holds the data set; None looks in `$SWARD_DATA`, then in `./data`.
         image_size: height and width in pixels that the network sees in training.
         split_by: for polyps `"sequence"`, `"ratio"` or the path of a list file; None is the data set's own split.
+        num_classes: classes of a `folder` of images and masks; every other data set knows its own.
         workers: loader processes; 0 loads in the training process. Results do not depend on it.
     """
 
@@ -29,6 +30,7 @@ class DatasetConfig:
     root: Path | None = None
     image_size: tuple[int, int] = (128, 128)
     split_by: str | None = None
+    num_classes: int | None = None
     workers: int = 0
 
 
@@ -236,12 +238,12 @@ def _build(kind: Any, value: Any) -> Any:
     if origin is tuple:
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         return tuple(_build(each, item) for each, item in zip(kinds, value))
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         unknown = set(value) - set(hints)
         if unknown:
             raise ValueError(
                 f"{kind.__name__} has no field {sorted(unknown)[0]!r}; it was written by another version of sward"
             )
-        return kind(**{name: _build(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
+        return kind(**{name: _build(hints[name], item) for name, item in value.items()})
     return Path(value) if kind is Path else value

@@ -97,6 +97,7 @@ def _grid(networks: dict[str, nn.Module], config: DistillationConfig, path: Path
     for title, network in networks.items():
         with torch.no_grad():
             columns[title] = [
-                predicted_labels(network(sample.image[None]), tuple(sample.labels.shape))[0] for sample in samples
+                predicted_labels(network(sample.image[None]), (sample.labels.shape[0], sample.labels.shape[1]))[0]
+                for sample in samples
             ]
     return prediction_grid([denormalise(sample.image) for sample in samples], columns, dataset.info, path)

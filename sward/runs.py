@@ -12,6 +12,7 @@ from sward import checkpointing, data, distillation, models
 from sward.config import DistillationConfig, TeacherConfig, TeacherTrainingConfig, TrainingConfig
 from sward.data import DatasetInfo, SegmentationDataset
 from sward.losses import SegmentationCrossEntropy
+from sward.models.teachers import Teacher
 from sward.tracking import RunFolder
 from sward.training import FrozenTeacher, TrainingResult, TrainingStep, fit
 
@@ -58,7 +59,7 @@ def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
     if config.trunk_checkpoint is not None:
         models.load_trunk_checkpoint(network, config.trunk_checkpoint)
     if not config.train_trunk:
-        if not hasattr(network, "freeze_trunk"):
+        if not isinstance(network, Teacher):
             raise ValueError(f"model {config.model!r} has no trunk to freeze; train all of it with --train-trunk")
         network.freeze_trunk()
     run = RunFolder(config.output or teacher_run(config.preset))
@@ -119,7 +120,6 @@ def build_datasets(config: TrainingConfig) -> tuple[SegmentationDataset, Segment
 def build_split(config: TrainingConfig, split: str, *, train: bool) -> SegmentationDataset:
     """One split of the configured data set, with training or evaluation transforms."""
     settings = config.dataset
-    options = {} if settings.split_by is None else {"split_by": settings.split_by}
     return data.build(
         settings.name,
         split,
@@ -127,7 +127,8 @@ def build_split(config: TrainingConfig, split: str, *, train: bool) -> Segmentat
         image_size=settings.image_size,
         train=train,
         seed=config.seed,
-        **options,
+        split_by=settings.split_by,
+        num_classes=settings.num_classes,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -147,7 +147,7 @@ class MWADLoss(nn.Module):
             The teacher's and the student's `[B, 3 * embed_dim, min H, min W]`.
         """
         size = aligned_size(teacher, student)
-        qkv_student = self.theta_student[index].project_and_resize(student, size)
+        qkv_student = cast(ChannelProjection, self.theta_student[index]).project_and_resize(student, size)
         return self._project_teacher(index, teacher, size), qkv_student
 
     def extra_repr(self) -> str:
@@ -172,7 +172,8 @@ class MWADLoss(nn.Module):
         return result._replace(context=result.context * scale)
 
     def _project_teacher(self, index: int, teacher: Tensor, size: tuple[int, int]) -> Tensor:
-        phi, theta = self.phi[index], self.theta_teacher[index]
+        phi = cast(ChannelProjection, self.phi[index])
+        theta = cast(ChannelProjection, self.theta_teacher[index])
         enlarges = size[0] * size[1] > teacher.shape[-2] * teacher.shape[-1]
         features = teacher if enlarges else resize(teacher, size)
         pixels = features.shape[0] * features.shape[-2] * features.shape[-1]
@@ -183,6 +184,7 @@ class MWADLoss(nn.Module):
             # Theta after phi is one linear map; where the student is wide, applying it at once is far cheaper.
             theta_matrix, phi_matrix = theta.weight.flatten(1), phi.weight.flatten(1)
             weight = (theta_matrix @ phi_matrix)[:, :, None, None]
+            assert phi.bias is not None
             projected = F.conv2d(features, weight.to(features.dtype), (theta_matrix @ phi.bias).to(features.dtype))
         else:
             projected = theta(phi(features))

@@ -145,8 +145,9 @@ class HieraDemoTrunk(nn.Module):
             conv_norm_relu(3, self.STEM_CHANNELS, kernel_size=3, stride=2),
             *(conv_norm_relu(self.STEM_CHANNELS, self.STEM_CHANNELS, kernel_size=3) for _ in range(3)),
         )
-        self.hiera: Any = hiera_trunk(self.SPEC, backend)
-        (self.hiera if backend == "sam2" else self.hiera.model).patch_embed = PatchEmbedFromStem(
+        hiera: Any = hiera_trunk(self.SPEC, backend)
+        self.hiera = hiera
+        (hiera if backend == "sam2" else hiera.model).patch_embed = PatchEmbedFromStem(
             self.STEM_CHANNELS, self.SPEC.embed_dim
         )
 
