@@ -1,6 +1,8 @@
 """CVC-ClinicDB and CVC-ColonDB: layouts, the three ways to split, and what is said when something is missing."""
 
 import csv
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,12 +79,13 @@ def test_ratio_split_has_the_papers_shares_and_is_fixed_for_good(clinicdb: Path)
     assert split["test"][:5] == ["436", "319", "386", "217", "101"]
 
 
-def test_lists_beside_the_images_come_first(clinicdb: Path) -> None:
-    lists = clinicdb / "CVC-ClinicDB/lists"
+def test_lists_beside_the_images_come_first(clinicdb: Path, tmp_path: Path) -> None:
+    shutil.copytree(clinicdb, tmp_path, dirs_exist_ok=True, copy_function=os.link)
+    lists = tmp_path / "CVC-ClinicDB/lists"
     lists.mkdir()
     for split, numbers in (("train", "5\n7\n"), ("val", "9\n"), ("test", "600\n1\n")):
         (lists / f"seq_{split}.txt").write_text(numbers)
-    assert names(clinicdb, "sequence") == {"train": ["5", "7"], "val": ["9"], "test": ["600", "1"]}
+    assert names(tmp_path, "sequence") == {"train": ["5", "7"], "val": ["9"], "test": ["600", "1"]}
 
 
 def test_split_by_list_files(tmp_path: Path, write: Write) -> None:
