@@ -26,7 +26,7 @@ def write() -> Write:
 
 @pytest.fixture(scope="session")
 def clinicdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with all 612 frames of a tiny ClinicDB, official layout; frame n is grey n % 256. Shared: do not change it."""
+    """A root with all 612 frames of a tiny ClinicDB, official layout; frame n is grey n % 256. Not to be changed."""
     root = tmp_path_factory.mktemp("clinicdb")
     mask = np.zeros((8, 12), np.uint8)
     mask[2:5, 3:9] = 255
