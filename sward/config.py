@@ -58,16 +58,14 @@ class TeacherConfig:
     """The frozen network that is distilled.
 
     Attributes:
-        name: a teacher that `sward.models.build` knows.
-        run: folder of a `sward train-teacher` run to load; None takes `runs/PRESET/teacher`.
-        trunk_checkpoint: SAM 2.1 or MedSAM2 file for the trunk, for `sward train-teacher`.
-        untrained: distil a teacher with random weights, to try shapes and speed without a checkpoint.
+        run: folder of the `sward train-teacher` run to load; None takes `runs/PRESET/teacher`.
+        untrained: distil the teacher `name` with random weights instead, to try shapes and speed without a checkpoint.
+        name: for `untrained`: a teacher that `sward.models.build` knows.
     """
 
-    name: str = "hiera_demo"
     run: Path | None = None
-    trunk_checkpoint: Path | None = None
     untrained: bool = False
+    name: str = "hiera_demo"
 
 
 @dataclass
@@ -200,10 +198,12 @@ class TeacherTrainingConfig(TrainingConfig):
     """A teacher's run.
 
     Attributes:
+        options: options of the network's builder, such as `backend` of the Hiera trunks.
         trunk_checkpoint: SAM 2.1 or MedSAM2 file to load into the trunk first.
         train_trunk: train the trunk too. The paper's teachers keep it frozen and train the head.
     """
 
+    options: dict[str, int | str] = field(default_factory=dict)
     trunk_checkpoint: Path | None = None
     train_trunk: bool = False
 

@@ -61,7 +61,7 @@ def run(output: Path = Path("runs/demo"), *, seed: int = 0, iterations: int | No
         preset.student,
         seed=seed,
         output=output / "sward",
-        teacher=TeacherConfig(name=preset.teacher.model, run=output / "teacher"),
+        teacher=TeacherConfig(run=output / "teacher"),
     )
     results = {}
     for title, config in (("teacher", teacher_config), ("baseline", baseline_config), ("SWARD", sward_config)):

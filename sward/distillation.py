@@ -11,6 +11,7 @@ from torch import nn
 
 from sward import models
 from sward.config import DistillationConfig
+from sward.data import DatasetInfo
 from sward.features import FeatureTaps
 from sward.losses import DistillationLoss, MWADLoss, PDRLoss, SWARDDistillation
 
@@ -22,16 +23,16 @@ class DistillationPair:
     Attributes:
         config: the run's configuration.
         student: the network that learns.
+        teacher_name: what `sward.models` calls the teacher.
         teacher: the frozen network.
-        num_classes: classes of the data set.
-        ignore_index: label that belongs to no class.
+        info: classes of the data set.
     """
 
     config: DistillationConfig
     student: nn.Module
+    teacher_name: str
     teacher: nn.Module
-    num_classes: int
-    ignore_index: int
+    info: DatasetInfo
 
 
 def build(name: str, pair: DistillationPair) -> DistillationLoss:
@@ -65,7 +66,7 @@ def tap_channels(network: nn.Module, layers: Sequence[str], image_size: tuple[in
 
 def _sward(pair: DistillationPair) -> SWARDDistillation:
     settings = pair.config.sward
-    student, teacher = models.describe(pair.config.model), models.describe(pair.config.teacher.name)
+    student, teacher = models.describe(pair.config.model), models.describe(pair.teacher_name)
     if settings.pairs:
         student_layers = [stage.student for stage in settings.pairs]
         teacher_layers = [stage.teacher for stage in settings.pairs]
@@ -88,10 +89,10 @@ def _sward(pair: DistillationPair) -> SWARDDistillation:
         generator=torch.Generator().manual_seed(pair.config.seed),
     )
     pdr = PDRLoss(
-        max(pair.num_classes, 2),
+        pair.info.num_classes,
         margin=settings.margin,
         weights=settings.pdr_weights,
-        ignore_index=pair.ignore_index,
+        ignore_index=pair.info.ignore_index,
         normalize=settings.normalize,
     )
     return SWARDDistillation(

@@ -139,10 +139,11 @@ def _clinicdb_small() -> Preset:
         ),
         TeacherTrainingConfig(
             model="vit_small_dinov2",
+            options={"token_stride": 16},
             dataset=dataset,
             optimizer=OptimizerConfig(lr=5e-4, schedule="cosine"),
             batch=8,
-            epochs=20,
+            epochs=12,
             metric="dice",
             evaluate_every=5,
         ),

@@ -33,8 +33,8 @@ def train_student(config: DistillationConfig) -> TrainingResult:
     student = models.build(config.model, info.num_classes).to(device)
     teacher = loss = None
     if config.distillation != "none":
-        network = load_teacher(config.teacher, config.preset, info.num_classes).to(device)
-        pair = distillation.DistillationPair(config, student, network, info.num_classes, info.ignore_index)
+        name, network = load_teacher(config.teacher, config.preset, info)
+        pair = distillation.DistillationPair(config, student, name, network.to(device), info)
         loss = distillation.build(config.distillation, pair).to(device)
         teacher = FrozenTeacher(network, loss.teacher_taps)
     torch.manual_seed(config.seed)
@@ -55,7 +55,7 @@ def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
     train_set, validation_set = build_datasets(config)
     config.steps(len(train_set))
     torch.manual_seed(config.seed)
-    network = models.build(config.model, train_set.info.num_classes)
+    network = models.build(config.model, train_set.info.num_classes, **config.options)
     if config.trunk_checkpoint is not None:
         models.load_trunk_checkpoint(network, config.trunk_checkpoint)
     if not config.train_trunk:
@@ -77,7 +77,8 @@ def load_run(path: Path, checkpoint: Literal["best", "last"] = "best") -> tuple[
     """
     run = RunFolder(path)
     config, info = run.read()
-    network = models.build(config.model, info.num_classes)
+    options = config.options if isinstance(config, TeacherTrainingConfig) else {}
+    network = models.build(config.model, info.num_classes, **options)
     checkpointing.load_model(network, run.best if checkpoint == "best" else run.last)
     return config, info, network.eval()
 
@@ -92,24 +93,28 @@ def teacher_run(preset: str) -> Path:
     return Path("runs") / preset / "teacher"
 
 
-def load_teacher(config: TeacherConfig, preset: str, num_classes: int) -> nn.Module:
-    """The trained teacher of a `sward train-teacher` run.
+def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple[str, nn.Module]:
+    """Name and network of the teacher: that of a `sward train-teacher` run, or one with random weights.
 
     Raises:
         FileNotFoundError: if the run is not there.
-        ValueError: if it trained another network or another number of classes.
+        ValueError: if it was trained on other classes.
     """
-    network = models.build(config.name, num_classes)
     if config.untrained:
-        return network
-    run = RunFolder(config.run or teacher_run(preset))
-    if not run.best.exists():
+        return config.name, models.build(config.name, info.num_classes)
+    path = config.run or teacher_run(preset)
+    if not RunFolder(path).best.exists():
         raise FileNotFoundError(
-            f"no trained teacher at {run.path}; train it with 'sward train-teacher {preset}', name its folder with "
+            f"no trained teacher at {path}; train it with 'sward train-teacher {preset}', name its folder with "
             "--teacher.run, or try shapes and speed with --teacher.untrained"
         )
-    checkpointing.load_model(network, run.best)
-    return network
+    trained, trained_info, network = load_run(path)
+    if trained_info.classes != info.classes:
+        raise ValueError(
+            f"the teacher at {path} was trained on the classes {list(trained_info.classes)}, "
+            f"but the data set {info.name!r} has {list(info.classes)}"
+        )
+    return trained.model, network
 
 
 def build_datasets(config: TrainingConfig) -> tuple[SegmentationDataset, SegmentationDataset]:
