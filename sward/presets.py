@@ -132,7 +132,7 @@ def _clinicdb_small() -> Preset:
             dataset=dataset,
             optimizer=OptimizerConfig(lr=1e-3, schedule="cosine"),
             batch=8,
-            epochs=40,
+            epochs=30,
             metric="dice",
             evaluate_every=10,
             teacher=TeacherConfig(name="vit_small_dinov2"),
