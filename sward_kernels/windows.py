@@ -120,21 +120,6 @@ def _runs(start: int, stop: int, offset: int, size: int) -> list[Run]:
 
 
 def split_windows(maps: Tensor, window_size: int) -> Tensor:
-    """Cut `[..., C, rows * M, columns * M]` into windows: `[..., rows * columns, C, T]`, row by row (Eq. 7).
-
-    Channels that are innermost in memory stay innermost, so nothing is transposed on the way.
-    """
+    """Cut `[..., C, rows * M, columns * M]` into windows: `[..., rows * columns, C, T]`, row by row (Eq. 7)."""
     cells = maps.unflatten(-1, (-1, window_size)).unflatten(-3, (-1, window_size))  # [..., C, rows, M, columns, M]
-    cells = cells.movedim((-4, -2), (-5, -4))
-    if maps.stride(-3) == 1:
-        return cells.movedim(-3, -1).flatten(-3, -2).flatten(-4, -3).mT
-    return cells.flatten(-2).flatten(-4, -3)
-
-
-def merge_windows(windows: Tensor, window_size: int, columns: int) -> Tensor:
-    """Undo `split_windows`: `[..., rows * columns, C, T]` -> `[..., C, rows * M, columns * M]`."""
-    cells = windows.unflatten(-1, (window_size, window_size)).unflatten(-4, (-1, columns))
-    cells = cells.movedim((-5, -4), (-4, -2))
-    if windows.stride(-2) == 1:
-        return cells.movedim(-5, -1).flatten(-3, -2).flatten(-4, -3).movedim(-1, -3)
-    return cells.flatten(-2).flatten(-3, -2)
+    return cells.movedim((-4, -2), (-5, -4)).flatten(-2).flatten(-4, -3)

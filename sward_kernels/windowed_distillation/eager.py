@@ -1,18 +1,17 @@
 """Windowed distillation with closed-form gradients, one cache-sized chunk of windows at a time, on any device.
 
-A chunk is cut straight from the un-rolled, un-padded maps, both sides stacked so that every product serves teacher and
-student at once; its gradients are written back before the next chunk is read, so each score is computed once and
-nothing of size T x T outlives its chunk. The gradients wait in private buffers and backward only scales them (equations.md,
-section 4, "gradient in forward"). `compiled=True` runs the same chunk through `torch.compile`.
+A chunk is cut straight from the un-rolled, un-padded maps and its gradients are written back before the next one is
+read: each score is computed once and nothing of size T x T outlives its chunk. The gradients wait in private buffers,
+and backward only scales them (equations.md, section 4, "gradient in forward"). `compiled=True` runs the same chunk
+through `torch.compile`.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from sward_kernels.registration import register
 from sward_kernels.windowed_distillation.reference import COSINE_EPSILON
-from sward_kernels.windows import Shift, WindowGrid, merge_windows, split_windows
+from sward_kernels.windows import Shift, WindowGrid
 
 Weights = tuple[float, float, float]
 
@@ -90,28 +89,28 @@ def _run(
     student_gradient: bool,
     compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator: the three means `[3]`, and each wanted side's gradient times the number of pixels."""
+    """The operator: the three means `[3]`, and each wanted side's gradient times the number of pixels (else empty)."""
+    wanted = (teacher_gradient, student_gradient)
     # Ordinary tensors even inside inference_mode: the compiled chunk would otherwise be compiled a second time.
     with torch.inference_mode(False), torch.no_grad():
         if shift is not None and not qkv_teacher.is_cpu:
             # Slices need host integers, and to read them would stall the device: roll the whole maps there instead.
             grid = WindowGrid(qkv_teacher.shape[2], qkv_teacher.shape[3], window_size)
             rolled = (grid.roll(qkv_teacher, shift), grid.roll(qkv_student, shift))
-            flags = (teacher_gradient, student_gradient, compiled)
-            means, *gradients = _run(*rolled, window_size, [0, 0], None, weights, *flags)
-            return means, *(grid.roll(gradient, -shift) if gradient.numel() else gradient for gradient in gradients)
+            means, *rolled_gradients = _run(*rolled, window_size, [0, 0], None, weights, *wanted, compiled)
+            unrolled = (grid.roll(gradient, -shift) if gradient.numel() else gradient for gradient in rolled_gradients)
+            return means, *unrolled
         if shift is not None:
             offsets = shift.tolist()
-        sides = [side for side, wanted in enumerate((teacher_gradient, student_gradient)) if wanted]
-        maps = (qkv_teacher, qkv_student)
-        gradients = _allocate_gradients(qkv_teacher, qkv_student, teacher_gradient, student_gradient)
+        gradients = _allocate_gradients(qkv_teacher, qkv_student, *wanted)
         run_chunk = _compiled_chunk if compiled else distil_chunk
         sums = []
-        for chunk in _chunks(maps, window_size, offsets, whole=compiled):
-            terms, chunk_gradients = run_chunk(chunk.block, chunk.real, window_size, weights, sides)
+        for chunk in _chunks(qkv_teacher, qkv_student, window_size, offsets, whole=compiled):
+            terms, *chunk_gradients = run_chunk(chunk.teacher, chunk.student, chunk.real, weights, *wanted)
             sums.append(terms)
-            for side, gradient in zip(sides, chunk_gradients if sides else ()):
-                chunk.write(gradient, gradients[side])
+            for cells, gradient in zip(chunk_gradients, gradients):
+                if cells is not None:
+                    chunk.write(cells, gradient)
         batch, _, height, width = qkv_teacher.shape
         return torch.stack(sums).sum(0) / (batch * height * width), *gradients
 
@@ -124,65 +123,70 @@ def _allocate_gradients(
     return teacher, student
 
 
-@dataclass
-class _Chunk:
-    """A block of windows of both sides: some strips (rows of windows, of any images) by some columns of windows.
+class _Chunk(NamedTuple):
+    """A block of windows: some strips (rows of windows, of any images) by some columns of windows.
 
     Attributes:
-        block: `[2, strips, C, M, columns * M]`, teacher then student, rolled and padded with zeros.
-        real: 1 for a pixel and 0 for padding, `[strips, 1, M, columns * M]`; None if all are pixels.
-        pieces: index pairs (into `[strips, C, M, columns * M]`, into a map) that say what lies where.
+        teacher, student: `[strips, C, M, columns, M]`, rolled and padded with zeros, laid out as their maps are.
+        real: 1 for a pixel and 0 for padding, `[strips, 1, M, columns, M]`; None if all are pixels.
+        pieces: index pairs (into `[strips, C, M, columns * M]`, into a map) that say what was read from where.
     """
 
-    block: Tensor
+    teacher: Tensor
+    student: Tensor
     real: Tensor | None
     pieces: list[tuple[tuple[Any, ...], tuple[Any, ...]]]
 
-    def write(self, block: Tensor, target: Tensor) -> None:
+    def write(self, cells: Tensor, target: Tensor) -> None:
+        block = cells.flatten(-2)
         for inside, outside in self.pieces:
             target[outside] = block[inside]
 
 
-def _chunks(maps: tuple[Tensor, Tensor], window_size: int, offsets: list[int], whole: bool) -> Iterator[_Chunk]:
-    """Cut both maps into chunks; a `whole` chunk has at least two strips and columns, and says which tokens are real.
+def _chunks(
+    qkv_teacher: Tensor, qkv_student: Tensor, window_size: int, offsets: list[int], whole: bool
+) -> Iterator[_Chunk]:
+    """Cut both maps into chunks. A `whole` one has at least two strips and two columns, and always says what is real.
 
-    All chunks share one buffer: each is valid until the next is asked for.
+    All chunks share their buffers: each is valid until the next is asked for.
     """
-    batch, channels, height, width = maps[0].shape
+    batch, _, height, width = qkv_teacher.shape
     grid = WindowGrid(height, width, window_size)
-    windows = (SCORE_ELEMENTS_CPU if maps[0].is_cpu else SCORE_ELEMENTS_GPU) // (2 * grid.tokens**2)
+    windows = (SCORE_ELEMENTS_CPU if qkv_teacher.is_cpu else SCORE_ELEMENTS_GPU) // grid.tokens**2
     smallest = 2 if whole else 1
     strips, columns = batch * grid.window_rows, grid.window_columns
     chunk_columns = max(smallest, _even_share(columns, max(1, windows)))
     chunk_strips = max(smallest, _even_share(strips, max(1, windows // chunk_columns)))
-
-    precision = torch.promote_types(maps[0].dtype, torch.float32)
-    shape = (2, chunk_strips, channels, window_size, chunk_columns * window_size)
-    block = maps[0].new_zeros(shape, dtype=precision)
-    if maps[1].stride(1) == 1:
-        block = block.new_zeros(shape[0], shape[1], shape[3], shape[4], shape[2]).movedim(-1, 2)
-    real = block.new_zeros(shape[1], 1, *shape[3:])
+    shape = (chunk_strips, window_size, chunk_columns * window_size)
+    teacher, student = _zeros_like_map(qkv_teacher, *shape), _zeros_like_map(qkv_student, *shape)
+    real = torch.ones_like(teacher[:, :1])
 
     for first_strip in range(0, strips, chunk_strips):
         for first_column in range(0, columns, chunk_columns):
             start, stop = first_column * window_size, (first_column + chunk_columns) * window_size
             pieces = []
+            pixels = 0
             for strip in range(first_strip, min(first_strip + chunk_strips, strips)):
                 image, row = divmod(strip, grid.window_rows)
                 for rows in grid.row_runs(row * window_size, (row + 1) * window_size, offsets):
                     for cols in grid.column_runs(start, stop, offsets):
                         inside = (strip - first_strip, slice(None), rows.target, cols.target)
                         pieces.append((inside, (image, slice(None), rows.source, cols.source)))
-            filled = sum(math.prod(block[0][inside].shape[1:]) for inside, _ in pieces)
-            partial = filled < real.numel()
+                        pixels += real[inside].numel()
+            partial = pixels < real.numel()
             if partial:
-                block.zero_()
-                real.zero_()
+                for buffer in (teacher, student, real):
+                    buffer.zero_()
             for inside, outside in pieces:
-                block[0][inside] = maps[0][outside]
-                block[1][inside] = maps[1][outside]
-                real[inside] = 1
-            yield _Chunk(block, real if partial or whole else None, pieces)
+                teacher[inside] = qkv_teacher[outside]
+                student[inside] = qkv_student[outside]
+                if partial:
+                    real[inside] = 1
+            cells = (buffer.unflatten(-1, (chunk_columns, window_size)) for buffer in (teacher, student, real))
+            teacher_cells, student_cells, real_cells = cells
+            yield _Chunk(teacher_cells, student_cells, real_cells if partial or whole else None, pieces)
+            if partial:
+                real.fill_(1)
 
 
 def _even_share(total: int, most: int) -> int:
@@ -190,88 +194,133 @@ def _even_share(total: int, most: int) -> int:
     return math.ceil(total / math.ceil(total / most))
 
 
-def distil_chunk(
-    block: Tensor, real: Tensor | None, window_size: int, weights: Weights, sides: list[int]
-) -> tuple[Tensor, Tensor]:
-    """Sums of the three terms `[3]` and their weighted gradients `[sides, strips, C, M, columns * M]`.
+def _zeros_like_map(maps: Tensor, strips: int, height: int, width: int) -> Tensor:
+    """`[strips, C, height, width]` in at least fp32, with the channels innermost if they are in `maps`."""
+    precision = torch.promote_types(maps.dtype, torch.float32)
+    layout = torch.channels_last if maps.stride(1) == 1 else torch.contiguous_format
+    shape = (strips, maps.shape[1], height, width)
+    return torch.empty(shape, dtype=precision, device=maps.device, memory_format=layout).zero_()
 
-    Args and names as in `_Chunk` and equations.md, section 4; `sides` lists those that want a gradient.
+
+def distil_chunk(
+    teacher: Tensor,
+    student: Tensor,
+    real: Tensor | None,
+    weights: Weights,
+    teacher_gradient: bool,
+    student_gradient: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Sums of the three terms, `[3]`, and each wanted side's weighted gradient, `[strips, C, M, columns, M]`.
+
+    Args and layout as in `_Chunk`; names as in equations.md, section 4.
     """
     attention_weight, value_weight, context_weight = weights
-    windows = split_windows(block, window_size).flatten(1, 2)  # [2, windows, C, T]
-    channel_major = windows.stride(-1) == 1
-    q, k, v = windows.mT.chunk(3, dim=-1)  # [2, windows, T, D]
-    scale = 1 / math.sqrt(q.shape[-1])
-    mask = None if real is None else split_windows(real, window_size).flatten(0, 1).mT  # [windows, T, 1]
-
-    def product(x: Tensor, y: Tensor) -> Tensor:
-        """`x @ y`, laid out in memory as the maps are."""
-        x, y = x.flatten(0, 1), y.flatten(0, 1)
-        result = torch.bmm(y.mT, x.mT).mT if channel_major else torch.bmm(x, y)
-        return result.unflatten(0, (-1, windows.shape[1]))
-
-    wanted = slice(sides[0], sides[-1] + 1) if sides else slice(0)
-    zero = block.new_zeros(())
-    attention = value = context = zero
-    score_gradient = None
-    value_gradient = None
+    (q_t, k_t, v_t), (q_s, k_s, v_s) = _tokens(teacher).chunk(3, dim=-1), _tokens(student).chunk(3, dim=-1)
+    mask = None if real is None else _tokens(real)
+    attention = value = context = teacher.new_zeros(())
+    ds_t = ds_s = dz_t = dz_s = a_t = a_s = z_t = z_s = None
     if attention_weight or context_weight:
-        scores = torch.bmm((q * scale).flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, (2, -1))
-        a = scores.softmax(-1)
-        log_sum_exp = scores.amax(-1, keepdim=True) - a.amax(-1, keepdim=True).log()
-        if mask is not None:
-            a = a * mask  # a padded query has no attention, and everything that follows from it is zero
+        scores_t, log_sum_exp_t, a_t = _attend(q_t, k_t, mask)
+        scores_s, log_sum_exp_s, a_s = _attend(q_s, k_s, mask)
         if attention_weight:
-            log_ratio = (scores[0] - scores[1]) - (log_sum_exp[0] - log_sum_exp[1])
-            kl_parts = log_ratio * a[0]
-            kl = kl_parts.sum(-1, keepdim=True)
+            log_ratio = (scores_t - scores_s).sub_(log_sum_exp_t - log_sum_exp_s)
+            ds_t = a_t * log_ratio
+            kl = ds_t.sum(-1, keepdim=True)
             attention = kl.sum()
+            ds_t = ds_t.addcmul_(a_t, kl, value=-1).mul_(attention_weight)
+            ds_s = (a_s - a_t).mul_(attention_weight)
         if context_weight:
-            z = product(a, v)
-            difference = z[1] - z[0]
+            z_t, z_s = _product(a_t, v_t), _product(a_s, v_s)
+            difference = z_s - z_t
             context = difference.square().sum()
-        if sides:
-            if context_weight:
-                dz = torch.stack((difference, -difference)) * (-2 * context_weight)
-                dz, z_, a_, v_ = dz[wanted], z[wanted], a[wanted], v[wanted]
-                score_gradient = torch.bmm(dz.flatten(0, 1), v_.flatten(0, 1).mT).unflatten(0, (len(sides), -1))
-                score_gradient = a_ * (score_gradient - (dz * z_).sum(-1, keepdim=True))
-                value_gradient = product(a_.mT, dz)
-            if attention_weight:
-                parts = {0: kl_parts - a[0] * kl, 1: a[1] - a[0]}
-                s = torch.stack([parts[side] for side in sides]) * attention_weight
-                score_gradient = s if score_gradient is None else score_gradient + s
-            dq = product(score_gradient, k[wanted]) * scale
-            dk = product(score_gradient.mT, q[wanted]) * scale
+            dz_s = difference * (2 * context_weight)
+            dz_t = -dz_s
+    dv_t = dv_s = None
     if value_weight:
-        value, dv = _value_term(v, mask, wanted)
-        if sides:
-            dv = dv * value_weight
-            value_gradient = dv if value_gradient is None else value_gradient + dv
-    terms = torch.stack((attention, value, context))
-    if not sides:
-        return terms, zero
-    if score_gradient is None:
-        dq = dk = torch.zeros_like(q[wanted])
-    if value_gradient is None:
-        value_gradient = torch.zeros_like(v[wanted])
-    gradient = torch.cat((dq, dk, value_gradient), -1).mT.unflatten(1, (block.shape[1], -1))
-    return terms, merge_windows(gradient, window_size, gradient.shape[2])
+        value, dv_t, dv_s = _value_term(v_t, v_s, mask, value_weight)
+    gradient_t = gradient_s = None
+    if teacher_gradient:
+        gradient_t = _cells(_backward(q_t, k_t, v_t, a_t, z_t, ds_t, dz_t, dv_t), teacher.shape)
+    if student_gradient:
+        gradient_s = _cells(_backward(q_s, k_s, v_s, a_s, z_s, ds_s, dz_s, dv_s), student.shape)
+    return torch.stack((attention, value, context)), gradient_t, gradient_s
 
 
-def _value_term(v: Tensor, mask: Tensor | None, wanted: slice) -> tuple[Tensor, Tensor]:
-    """Sum of `1 - cosine` over the real tokens, and its gradient `[sides, windows, T, D]`."""
-    squares = v.square().sum(-1, keepdim=True)
-    norms = squares.sqrt()
-    norm_product = norms[0] * norms[1]
+def _tokens(cells: Tensor) -> Tensor:
+    """`[strips, C, M, columns, M]` -> `[windows, T, C]`; what is innermost in memory stays so, nothing is transposed."""
+    strips, channels, side, columns, _ = cells.shape
+    if cells.stride(1) == 1:
+        return cells.permute(0, 3, 2, 4, 1).reshape(strips * columns, side * side, channels)
+    return cells.permute(0, 3, 1, 2, 4).reshape(strips * columns, channels, side * side).mT
+
+
+def _cells(tokens: Tensor, shape: torch.Size) -> Tensor:
+    """Undo `_tokens`."""
+    strips, channels, side, columns, _ = shape
+    if tokens.stride(2) == 1:
+        return tokens.view(strips, columns, side, side, channels).permute(0, 4, 2, 1, 3)
+    return tokens.mT.view(strips, columns, channels, side, side).permute(0, 2, 3, 1, 4)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """`x @ y`, laid out in memory as `y` is."""
+    return torch.bmm(x, y) if y.stride(2) == 1 else torch.bmm(y.mT, x.mT).mT
+
+
+def _attend(q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, their log-sum-exp a row and the attention. A padded query attends to nothing: all that follows is 0."""
+    scores = torch.bmm(q * (1 / math.sqrt(q.shape[-1])), k.mT)
+    a = scores.softmax(-1)
+    # the largest probability of a row is at least 1/T, so its logarithm is exact to an ulp and saves a pass of exp
+    log_sum_exp = scores.amax(-1, keepdim=True) - a.amax(-1, keepdim=True).log()
+    return scores, log_sum_exp, a if mask is None else a * mask
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    z: Tensor | None,
+    ds: Tensor | None,
+    dz: Tensor | None,
+    dv: Tensor | None,
+) -> Tensor:
+    """`dQ, dK, dV` of one side, `[windows, T, 3 * D]`.
+
+    Given are the gradients that reach the scores (`ds`) and the values (`dv`) directly and the contexts (`dz`); None is 0.
+    """
+    if a is not None and z is not None and dz is not None:
+        through_a = torch.bmm(dz, v.mT).sub_((dz * z).sum(-1, keepdim=True))
+        ds = through_a.mul_(a) if ds is None else ds.addcmul_(a, through_a)
+        through_z = _product(a.mT, dz)
+        dv = through_z if dv is None else dv + through_z
+    if ds is None:
+        dq = dk = torch.zeros_like(q)
+    else:
+        scale = 1 / math.sqrt(q.shape[-1])
+        dq, dk = _product(ds, k) * scale, _product(ds.mT, q) * scale
+    if dv is None:
+        dv = torch.zeros_like(v)
+    if q.stride(2) == 1:
+        return torch.cat((dq, dk, dv), 2)
+    return torch.cat((dq.mT, dk.mT, dv.mT), 1).mT
+
+
+def _value_term(v_t: Tensor, v_s: Tensor, mask: Tensor | None, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of `1 - cosine` over the real tokens, and its weighted gradient to both sides."""
+    square_t, square_s = v_t.square().sum(-1, keepdim=True), v_s.square().sum(-1, keepdim=True)
+    norm_product = square_t.sqrt() * square_s.sqrt()
     inverse = torch.where(norm_product > 0, 1 / norm_product.clamp_min(COSINE_EPSILON), 0)
-    if mask is not None:
-        inverse = inverse * mask
-    cosine = (v[0] * v[1]).sum(-1, keepdim=True) * inverse
-    value = (1 - cosine).sum() if mask is None else ((1 - cosine) * mask).sum()
-    # below the floor of the norm product the denominator is a constant and has no gradient of its own
-    pull = torch.where(norm_product >= COSINE_EPSILON, cosine, 0) / torch.where(squares > 0, squares, 1)
-    return value, (v * pull - v.flip(0) * inverse)[wanted]
+    cosine = (v_t * v_s).sum(-1, keepdim=True) * inverse
+    distance = 1 - cosine
+    value = distance.sum() if mask is None else (distance * mask).sum()
+    # Below the floor the denominator is a constant, without a gradient of its own. Padded tokens are zero vectors.
+    pull = torch.where(norm_product >= COSINE_EPSILON, cosine, 0) * weight
+    push = inverse * weight
+    dv_t = v_t * (pull / square_t.clamp_min(torch.finfo(v_t.dtype).tiny)) - v_s * push
+    dv_s = v_s * (pull / square_s.clamp_min(torch.finfo(v_s.dtype).tiny)) - v_t * push
+    return value, dv_t, dv_s
 
 
 @functools.cache
@@ -279,12 +328,10 @@ def _compiler() -> Any:
     return torch.compile(distil_chunk)
 
 
-def _compiled_chunk(block, real, window_size, weights, sides):
-    torch._dynamo.mark_dynamic(block, 1)
-    torch._dynamo.mark_dynamic(block, 4)
-    torch._dynamo.mark_dynamic(real, 0)
-    torch._dynamo.mark_dynamic(real, 3)
-    return _compiler()(block, real, window_size, weights, sides)
+def _compiled_chunk(teacher, student, real, *rest):
+    for cells in (teacher, student, real):
+        torch._dynamo.mark_dynamic(cells, (0, 3))
+    return _compiler()(teacher, student, real, *rest)
 
 
 def _fake(qkv_teacher, qkv_student, window_size, offsets, shift, weights, teacher_gradient, student_gradient, compiled):
