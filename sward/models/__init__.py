@@ -1,5 +1,17 @@
 """Students and teachers by name; see `names()`. Importing this needs torch alone."""
 
+from sward.models.checkpoints import load_trunk_checkpoint
+from sward.models.complexity import Complexity, complexity, complexity_table
 from sward.models.registry import ModelDescription, Stage, build, describe, names
 
-__all__ = ["ModelDescription", "Stage", "build", "describe", "names"]
+__all__ = [
+    "Complexity",
+    "ModelDescription",
+    "Stage",
+    "build",
+    "complexity",
+    "complexity_table",
+    "describe",
+    "load_trunk_checkpoint",
+    "names",
+]

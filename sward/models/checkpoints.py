@@ -32,7 +32,7 @@ def load_trunk_checkpoint(model: nn.Module, path: str | Path) -> None:
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the model has no trunk, or the file is no checkpoint, is in the layout of the ``transformers``
-            library, lacks trunk tensors, holds others, or belongs to a trunk of another size. The model is then unchanged.
+            library, lacks trunk tensors, holds others, or belongs to a trunk of another size. The model stays as it is.
     """
     trunk = getattr(model, "trunk", None)
     if not isinstance(trunk, nn.Module):
@@ -98,7 +98,7 @@ def _trunk_tensors(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
 
 
 def _canonical(key: str) -> str:
-    """timm's name of a trunk tensor. The wrappers are timm's feature extractor (``model.``) and `DINOv2Trunk` (``vit.``)."""
+    """timm's name of a trunk tensor, free of what wraps a trunk: timm's ``model.`` or `DINOv2Trunk`'s ``vit.``."""
     key = key.removeprefix("model.").removeprefix("vit.")
     return key.replace(".mlp.layers.0.", ".mlp.fc1.").replace(".mlp.layers.1.", ".mlp.fc2.")
 
