@@ -1,5 +1,7 @@
 """What every data set shares: seeding, epochs, workers, batches, names and their mistakes."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,3 +157,12 @@ def test_not_found_is_a_file_not_found_error_with_one_sentence() -> None:
     assert "/nowhere/cityscapes" in message
     assert "https://www.cityscapes-dataset.com" in message
     assert "SWARD_DATA" in message
+
+
+def test_import_and_scenes_for_evaluation_need_torch_and_numpy_alone() -> None:
+    code = (
+        "import sys; from sward import data; data.build('scenes', 'val', train=False, image_size=64)[0]; "
+        "print([name for name in ('torchvision', 'PIL', 'timm', 'sam2', 'matplotlib') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
