@@ -247,9 +247,9 @@ def _predict(words: list[str]) -> None:
 def _complexity(words: list[str]) -> None:
 
     options = _parse(Complexity, "complexity", words)
-    from sward.models import complexity
+    from sward.models.complexity import complexity_table, render
 
-    complexity.print_table(options.models)
+    _console().print(render(complexity_table(options.models or None)))
 
 
 @_command("doctor", "versions, devices, and which implementation each operation will use")
@@ -280,7 +280,6 @@ def _print_evaluation(evaluation: Any, title: str) -> None:
 
 
 def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table()
@@ -288,6 +287,13 @@ def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    console = Console()
+    console = _console()
     console.print(f"[bold]{title}[/bold]")
     console.print(table)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # A pipe has no width: wide enough that no table is folded in a log.
+    return Console() if sys.stdout.isatty() else Console(width=160)

@@ -69,22 +69,14 @@ class TeacherConfig:
 
 
 @dataclass
-class PairConfig:
-    """One stage of MWAD: which layers of the two networks meet, and in what windows."""
-
-    student: str
-    teacher: str
-    window_size: int = 8
-
-
-@dataclass
 class SWARDConfig:
     """MWAD, PDR and their weights (Eq. 11-20).
 
     Attributes:
         weights: beta of MWAD and gamma of PDR in Eq. 20; alpha of the task loss is 1.
-        pairs: layers that are matched; empty matches the two networks' stages level by level.
-        window_size: window side of every stage where `pairs` is empty.
+        student_layers: layers of the student for MWAD, shallow to deep; empty takes its stages.
+        teacher_layers: layers of the teacher that they meet, as many; empty takes its stages.
+        window_size: window side, one number or one a stage.
         embed_dim: width of queries, keys and values.
         shift: window strategy (Table 4).
         terms: weights of the attention, value and context terms (Table 3).
@@ -97,8 +89,9 @@ class SWARDConfig:
     """
 
     weights: tuple[float, float] = (2.0, 1.0)
-    pairs: tuple[PairConfig, ...] = ()
-    window_size: int = 8
+    student_layers: tuple[str, ...] = ()
+    teacher_layers: tuple[str, ...] = ()
+    window_size: tuple[int, ...] = (8,)
     embed_dim: int = 64
     shift: ShiftStrategy = "stochastic"
     terms: tuple[float, float, float] = (1.0, 1.0, 1.0)

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from sward import presets
-from sward.config import DistillationConfig, TeacherConfig
+from sward.config import DistillationConfig, TeacherConfig, TeacherTrainingConfig
 from sward.data import denormalise
 from sward.evaluation import predicted_labels
 from sward.figures.curves import training_curves
 from sward.figures.predictions import prediction_grid
-from sward.models import complexity
+from sward.models.complexity import complexity
 from sward.runs import build_split, load_run, train_student, train_teacher
 from sward.tracking import RunFolder
 from sward.training import TrainingResult
@@ -63,27 +63,33 @@ def run(output: Path = Path("runs/demo"), *, seed: int = 0, iterations: int | No
         output=output / "sward",
         teacher=TeacherConfig(run=output / "teacher"),
     )
+    configs: dict[str, TeacherTrainingConfig | DistillationConfig] = {
+        "teacher": teacher_config,
+        "baseline": baseline_config,
+        "SWARD": sward_config,
+    }
     results = {}
-    for title, config in (("teacher", teacher_config), ("baseline", baseline_config), ("SWARD", sward_config)):
+    for title, config in configs.items():
         if iterations is not None:
             config.iterations = iterations
         RunFolder(config.output or output).last.unlink(missing_ok=True)
-        results[title] = train_student(config) if isinstance(config, DistillationConfig) else train_teacher(config)
+        results[title] = train_teacher(config) if isinstance(config, TeacherTrainingConfig) else train_student(config)
 
     networks = {title: load_run(result.run, "last")[2] for title, result in results.items()}
     size = sward_config.dataset.image_size
     return DemoResult(
-        rows=[_row(title, network, results[title], size) for title, network in networks.items()],
+        rows=[_row(title, configs[title].model, result, size) for title, result in results.items()],
         grid=_grid(networks, sward_config, output / "predictions.png"),
         curves=training_curves({title: RunFolder(each.run) for title, each in results.items()}, output / "curves.png"),
     )
 
 
-def _row(title: str, network: nn.Module, result: TrainingResult, size: tuple[int, int]) -> DemoRow:
+def _row(title: str, model: str, result: TrainingResult, size: tuple[int, int]) -> DemoRow:
+    cost = complexity(model, num_classes=len(result.evaluation.class_iou), image_size=size, paper_rule=False)
     return DemoRow(
         name=title,
-        params=complexity.count_parameters(network),
-        flops=complexity.gemm_flops(network, size),
+        params=cost.params,
+        flops=cost.gemm_flops,
         mean_iou=result.evaluation.mean_iou,
         mean_accuracy=result.evaluation.mean_accuracy,
         seconds=result.seconds,
@@ -92,7 +98,7 @@ def _row(title: str, network: nn.Module, result: TrainingResult, size: tuple[int
 
 def _grid(networks: dict[str, nn.Module], config: DistillationConfig, path: Path) -> Path:
     dataset = build_split(config, "val", train=False)
-    samples = [dataset[index] for index in range(GRID_ROWS)]
+    samples = [dataset[index] for index in range(min(GRID_ROWS, len(dataset)))]
     columns = {"truth": [sample.labels for sample in samples]}
     for title, network in networks.items():
         with torch.no_grad():

@@ -41,12 +41,17 @@ def build(name: str, pair: DistillationPair) -> DistillationLoss:
     Raises:
         ValueError: if there is no such method; the message lists near matches.
     """
+    check_name(name)
+    return METHODS[name](pair)
+
+
+def check_name(name: str) -> None:
+    """Raises a ValueError that lists near matches if there is no method `name`."""
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.4) or sorted(METHODS)
         raise ValueError(
             f"unknown distillation method {name!r}; did you mean {' or '.join(map(repr, near))} (or 'none')?"
         )
-    return METHODS[name](pair)
 
 
 def tap_channels(network: nn.Module, layers: Sequence[str], image_size: tuple[int, int]) -> list[int]:
@@ -67,19 +72,13 @@ def tap_channels(network: nn.Module, layers: Sequence[str], image_size: tuple[in
 def _sward(pair: DistillationPair) -> SWARDDistillation:
     settings = pair.config.sward
     student, teacher = models.describe(pair.config.model), models.describe(pair.teacher_name)
-    if settings.pairs:
-        student_layers = [stage.student for stage in settings.pairs]
-        teacher_layers = [stage.teacher for stage in settings.pairs]
-        window_size = [stage.window_size for stage in settings.pairs]
-    else:
-        student_layers = [stage.layer for stage in student.stages]
-        teacher_layers = [stage.layer for stage in teacher.stages]
-        window_size = [settings.window_size] * len(student_layers)
+    student_layers = settings.student_layers or tuple(stage.layer for stage in student.stages)
+    teacher_layers = settings.teacher_layers or tuple(stage.layer for stage in teacher.stages)
     image_size = pair.config.dataset.image_size
     mwad = MWADLoss(
         tap_channels(pair.student, student_layers, image_size),
         tap_channels(pair.teacher, teacher_layers, image_size),
-        window_size=window_size,
+        window_size=settings.window_size[0] if len(settings.window_size) == 1 else settings.window_size,
         embed_dim=settings.embed_dim,
         shift=settings.shift,
         weights=settings.terms,

@@ -24,6 +24,9 @@ def train_student(config: DistillationConfig) -> TrainingResult:
         ValueError, FileNotFoundError: for a configuration that cannot run, before any work.
     """
     config.check()
+    models.describe(config.model)
+    if config.distillation != "none":
+        distillation.check_name(config.distillation)
     device = choose_device(config.device)
     train_set, validation_set = build_datasets(config)
     config.steps(len(train_set))
@@ -51,6 +54,7 @@ def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
         ValueError, FileNotFoundError: for a configuration that cannot run, before any work.
     """
     config.check()
+    models.describe(config.model)
     device = choose_device(config.device)
     train_set, validation_set = build_datasets(config)
     config.steps(len(train_set))

@@ -18,7 +18,7 @@ TINY = ["--dataset.image-size", "64", "64", "--batch", "2", "--iterations", "2"]
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(data.scenes.SPLITS, "train", 6)
+    monkeypatch.setitem(data.scenes.SPLITS, "train", 16)
     monkeypatch.setitem(data.scenes.SPLITS, "val", 2)
     monkeypatch.chdir(tmp_path)
 
@@ -29,7 +29,7 @@ def test_train_evaluate_predict_in_a_row(tmp_path: Path, capsys: pytest.CaptureF
     run = Path("runs/demo/sward-seed0")
     config = json.loads((run / "config.json").read_text())
     assert config["optimizer"]["lr"] == 1e-4
-    assert config["sward"]["window_size"] == 4
+    assert config["sward"]["window_size"] == [4]
 
     assert main(["evaluate", str(run)]) == 0
     scores = json.loads((run / "evaluation-scenes-val.json").read_text())
@@ -73,7 +73,7 @@ def test_doctor_and_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "demmo"], "unknown preset 'demmo'; did you mean 'demo'?"),
         (["train", "demo", *TINY], "no trained teacher at runs/demo/teacher; train it with 'sward train-teacher demo'"),
         (["train", "demo", "--distillation", "swardd"], "unknown distillation method 'swardd'; did you mean 'sward'"),
-        (["train", "demo", "--distillation", "none", "--dataset.image-size", "50", "50"], "50"),
+        (["train", "demo", "--distillation", "none", "--dataset.image-size", "50", "50"], "multiple"),
         (["train", "demo", "--distillation", "none", "--model", "unxt"], "did you mean unext"),
         (["train", "demo", "--distillation", "none", "--epochs", "3"], "exactly one of iterations and epochs"),
         (["train", "clinicdb-unext", "--dataset.root", "nowhere"], "nowhere"),
@@ -84,9 +84,9 @@ def test_doctor_and_overview(capsys: pytest.CaptureFixture[str]) -> None:
                 "train",
                 "demo",
                 "--teacher.untrained",
-                "--sward.pairs.0.student",
+                "--sward.student-layers",
                 "encoder.9",
-                "--sward.pairs.0.teacher",
+                "--sward.teacher-layers",
                 "levels.0",
             ],
             "layer 'encoder.9' does not exist in UNeXt; did you mean one of",
@@ -144,3 +144,17 @@ def test_presets_hold_section_4_1() -> None:
         assert config.sward.pdr_weights == (1.0, 1.0)
         assert config.sward.margin == 1.3
         assert config.sward.shift == "stochastic"
+
+
+def test_a_mask_with_a_value_that_is_no_class_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        for kind, mode in (("images", "RGB"), ("masks", "L")):
+            folder = Path("pairs") / kind / split
+            folder.mkdir(parents=True)
+            for name in "ab":
+                Image.new(mode, (64, 64), 7 if mode == "L" else (9, 9, 9)).save(folder / f"{name}.png")
+    options = ["--dataset.name", "folder", "--dataset.root", "pairs", "--dataset.num-classes", "3"]
+    assert main(["train", "demo", "--distillation", "none", *options, *TINY]) == 2
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "masks/train/" in printed
+    assert "holds the value 7, but labels must be 0 to 2" in printed

@@ -22,7 +22,7 @@ def small(tmp_path: Path, **changes: object) -> DistillationConfig:
         iterations=4,
         log_every=1,
         teacher=TeacherConfig(name="hiera_demo", untrained=True),
-        sward=SWARDConfig(window_size=4, embed_dim=8),
+        sward=SWARDConfig(window_size=(4,), embed_dim=8),
         output=tmp_path / "run",
     )
     for name, value in changes.items():
