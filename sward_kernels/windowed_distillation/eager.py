@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from sward_kernels.windowed_distillation.reference import COSINE_EPSILON
 from sward_kernels.windows import Shift, WindowGrid
 
 Weights = tuple[float, float, float]
+ActiveWeights = tuple[Tensor | None, ...]
 
 # Elements of one chunk's score matrix, both sides together. On a CPU about four such matrices are alive at once and
 # should stay in the cache; on a GPU a chunk must be large enough to fill the machine.
@@ -98,15 +100,17 @@ def _run(
             grid = WindowGrid(qkv_teacher.shape[2], qkv_teacher.shape[3], window_size)
             rolled = (grid.roll(qkv_teacher, shift), grid.roll(qkv_student, shift))
             means, *rolled_gradients = _run(*rolled, window_size, [0, 0], None, weights, *wanted, compiled)
-            unrolled = (grid.roll(gradient, -shift) if gradient.numel() else gradient for gradient in rolled_gradients)
-            return means, *unrolled
+            teacher, student = (grid.roll(rolled, -shift) if rolled.numel() else rolled for rolled in rolled_gradients)
+            return means, teacher, student
         if shift is not None:
             offsets = shift.tolist()
         gradients = _allocate_gradients(qkv_teacher, qkv_student, *wanted)
         run_chunk = _compiled_chunk if compiled else distil_chunk
+        # As tensors, so that the compiled chunk does not depend on their values. None: the term is not wanted at all.
+        scales = tuple(qkv_teacher.new_full((), w, dtype=_precision(qkv_teacher)) if w else None for w in weights)
         sums = []
         for chunk in _chunks(qkv_teacher, qkv_student, window_size, offsets, whole=compiled):
-            terms, *chunk_gradients = run_chunk(chunk.teacher, chunk.student, chunk.real, weights, *wanted)
+            terms, *chunk_gradients = run_chunk(chunk.teacher, chunk.student, chunk.real, scales, *wanted)
             sums.append(terms)
             for cells, gradient in zip(chunk_gradients, gradients):
                 if cells is not None:
@@ -196,58 +200,56 @@ def _even_share(total: int, most: int) -> int:
 
 def _zeros_like_map(maps: Tensor, strips: int, height: int, width: int) -> Tensor:
     """`[strips, C, height, width]` in at least fp32, with the channels innermost if they are in `maps`."""
-    precision = torch.promote_types(maps.dtype, torch.float32)
     layout = torch.channels_last if maps.stride(1) == 1 else torch.contiguous_format
     shape = (strips, maps.shape[1], height, width)
-    return torch.empty(shape, dtype=precision, device=maps.device, memory_format=layout).zero_()
+    return torch.empty(shape, dtype=_precision(maps), device=maps.device, memory_format=layout).zero_()
 
 
 def distil_chunk(
     teacher: Tensor,
     student: Tensor,
     real: Tensor | None,
-    weights: Weights,
+    weights: ActiveWeights,
     teacher_gradient: bool,
     student_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Sums of the three terms, `[3]`, and each wanted side's weighted gradient, `[strips, C, M, columns, M]`.
 
-    Args and layout as in `_Chunk`; names as in equations.md, section 4.
+    Args and layout as in `_Chunk`, names as in equations.md, section 4. A term whose weight is None is skipped.
     """
     attention_weight, value_weight, context_weight = weights
     (q_t, k_t, v_t), (q_s, k_s, v_s) = _tokens(teacher).chunk(3, dim=-1), _tokens(student).chunk(3, dim=-1)
     mask = None if real is None else _tokens(real)
     attention = value = context = teacher.new_zeros(())
-    ds_t = ds_s = dz_t = dz_s = a_t = a_s = z_t = z_s = None
-    if attention_weight or context_weight:
+    ds_t = ds_s = dv_t = dv_s = through_t = through_s = None
+    if attention_weight is not None or context_weight is not None:
         scores_t, log_sum_exp_t, a_t = _attend(q_t, k_t, mask)
         scores_s, log_sum_exp_s, a_s = _attend(q_s, k_s, mask)
-        if attention_weight:
+        if attention_weight is not None:
             log_ratio = (scores_t - scores_s).sub_(log_sum_exp_t - log_sum_exp_s)
             ds_t = a_t * log_ratio
             kl = ds_t.sum(-1, keepdim=True)
             attention = kl.sum()
             ds_t = ds_t.addcmul_(a_t, kl, value=-1).mul_(attention_weight)
             ds_s = (a_s - a_t).mul_(attention_weight)
-        if context_weight:
+        if context_weight is not None:
             z_t, z_s = _product(a_t, v_t), _product(a_s, v_s)
             difference = z_s - z_t
             context = difference.square().sum()
             dz_s = difference * (2 * context_weight)
-            dz_t = -dz_s
-    dv_t = dv_s = None
-    if value_weight:
+            through_t, through_s = (a_t, z_t, -dz_s), (a_s, z_s, dz_s)
+    if value_weight is not None:
         value, dv_t, dv_s = _value_term(v_t, v_s, mask, value_weight)
     gradient_t = gradient_s = None
     if teacher_gradient:
-        gradient_t = _cells(_backward(q_t, k_t, v_t, a_t, z_t, ds_t, dz_t, dv_t), teacher.shape)
+        gradient_t = _cells(_backward(q_t, k_t, v_t, ds_t, dv_t, through_t), teacher.shape)
     if student_gradient:
-        gradient_s = _cells(_backward(q_s, k_s, v_s, a_s, z_s, ds_s, dz_s, dv_s), student.shape)
+        gradient_s = _cells(_backward(q_s, k_s, v_s, ds_s, dv_s, through_s), student.shape)
     return torch.stack((attention, value, context)), gradient_t, gradient_s
 
 
 def _tokens(cells: Tensor) -> Tensor:
-    """`[strips, C, M, columns, M]` -> `[windows, T, C]`; what is innermost in memory stays so, nothing is transposed."""
+    """`[strips, C, M, columns, M]` -> `[windows, T, C]`; what is innermost in memory stays innermost."""
     strips, channels, side, columns, _ = cells.shape
     if cells.stride(1) == 1:
         return cells.permute(0, 3, 2, 4, 1).reshape(strips * columns, side * side, channels)
@@ -280,21 +282,21 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    a: Tensor | None,
-    z: Tensor | None,
     ds: Tensor | None,
-    dz: Tensor | None,
     dv: Tensor | None,
+    through_context: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Tensor:
-    """`dQ, dK, dV` of one side, `[windows, T, 3 * D]`.
+    """`dQ, dK, dV` of one side, `[windows, T, 3 * D]`; None stands for zero.
 
-    Given are the gradients that reach the scores (`ds`) and the values (`dv`) directly and the contexts (`dz`); None is 0.
+    `ds` and `dv` reach the scores and the values directly; what comes through the context needs its `(A, Z, dZ)`.
+    `ds` is overwritten.
     """
-    if a is not None and z is not None and dz is not None:
-        through_a = torch.bmm(dz, v.mT).sub_((dz * z).sum(-1, keepdim=True))
-        ds = through_a.mul_(a) if ds is None else ds.addcmul_(a, through_a)
-        through_z = _product(a.mT, dz)
-        dv = through_z if dv is None else dv + through_z
+    if through_context is not None:
+        a, z, dz = through_context
+        da = torch.bmm(dz, v.mT).sub_((dz * z).sum(-1, keepdim=True))
+        ds = da.mul_(a) if ds is None else ds.addcmul_(a, da)
+        dv_context = _product(a.mT, dz)
+        dv = dv_context if dv is None else dv_context.add_(dv)
     if ds is None:
         dq = dk = torch.zeros_like(q)
     else:
@@ -307,7 +309,7 @@ def _backward(
     return torch.cat((dq.mT, dk.mT, dv.mT), 1).mT
 
 
-def _value_term(v_t: Tensor, v_s: Tensor, mask: Tensor | None, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+def _value_term(v_t: Tensor, v_s: Tensor, mask: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of `1 - cosine` over the real tokens, and its weighted gradient to both sides."""
     square_t, square_s = v_t.square().sum(-1, keepdim=True), v_s.square().sum(-1, keepdim=True)
     norm_product = square_t.sqrt() * square_s.sqrt()
@@ -323,22 +325,43 @@ def _value_term(v_t: Tensor, v_s: Tensor, mask: Tensor | None, weight: float) ->
     return value, dv_t, dv_s
 
 
-@functools.cache
-def _compiler() -> Any:
-    return torch.compile(distil_chunk)
+def _precision(maps: Tensor) -> torch.dtype:
+    return torch.promote_types(maps.dtype, torch.float32)
 
 
-def _compiled_chunk(teacher, student, real, *rest):
+def _compiled_chunk(
+    teacher: Tensor, student: Tensor, real: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    assert real is not None
     for cells in (teacher, student, real):
-        torch._dynamo.mark_dynamic(cells, (0, 3))
-    return _compiler()(teacher, student, real, *rest)
+        torch._dynamo.mark_dynamic(cells, (0, 3))  # strips and columns; all else is fixed by the key
+    key = (teacher.shape[1:3], teacher.dtype, teacher.device.type, teacher.stride(1) == 1, student.stride(1) == 1)
+    chunk: tuple[Tensor, Tensor | None, Tensor | None] = _compiler(*key)(teacher, student, real, *rest)
+    return chunk
 
 
-def _fake(qkv_teacher, qkv_student, window_size, offsets, shift, weights, teacher_gradient, student_gradient, compiled):
-    precision = torch.promote_types(qkv_teacher.dtype, torch.float32)
-    return qkv_teacher.new_empty(3, dtype=precision), *_allocate_gradients(
-        qkv_teacher, qkv_student, teacher_gradient, student_gradient
-    )
+@functools.cache
+def _compiler(*key: Any) -> Callable[..., Any]:
+    # A code object of its own for each kind of chunk: Dynamo's recompile limit counts per code object, and a network
+    # with many stages would reach it.
+    code = distil_chunk.__code__.replace(co_name=distil_chunk.__name__)
+    chunk = types.FunctionType(code, distil_chunk.__globals__, distil_chunk.__name__)
+    return torch.compile(chunk, fullgraph=True)
+
+
+def _fake(
+    qkv_teacher: Tensor,
+    qkv_student: Tensor,
+    window_size: int,
+    offsets: list[int],
+    shift: Tensor | None,
+    weights: Weights,
+    teacher_gradient: bool,
+    student_gradient: bool,
+    compiled: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    means = qkv_teacher.new_empty(3, dtype=_precision(qkv_teacher))
+    return means, *_allocate_gradients(qkv_teacher, qkv_student, teacher_gradient, student_gradient)
 
 
 _operator = register(

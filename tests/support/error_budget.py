@@ -1,0 +1,39 @@
+"""How far a result may be from the truth: as far as plain PyTorch of the same dtype is, times a small factor.
+
+A tolerance written by hand is either too loose to catch a mistake or too tight for another shape. Here both the
+implementation and the reference run in the dtype under test, both are compared with the reference in float64, and the
+implementation may be `factor` times as far off as the reference (2 for results, 3 for gradients, as flash-attention's
+tests have it), plus the rounding of one unit in the last place of the largest value.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FORWARD_FACTOR = 2.0
+GRADIENT_FACTOR = 3.0
+
+
+def assert_within_budget(
+    actual: Tensor, reference: Tensor, oracle: Tensor, factor: float, what: str, magnitude: float | None = None
+) -> None:
+    """Fail if `actual` is farther from `oracle` (float64) than `factor` times `reference` is, plus the rounding band.
+
+    Args:
+        actual: what the implementation under test computed, in the dtype under test.
+        reference: what the reference computed in that dtype.
+        oracle: what the reference computed in float64 from the same inputs.
+        factor: `FORWARD_FACTOR` or `GRADIENT_FACTOR`.
+        what: named in the message.
+        magnitude: the largest value that was rounded on the way; by default that of the oracle.
+    """
+    assert actual.dtype == reference.dtype, f"{what}: dtype {actual.dtype}, the reference has {reference.dtype}"
+    assert actual.shape == oracle.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
+    assert torch.isfinite(actual).all(), f"{what} is not finite"
+    largest = oracle.abs().max().item() if magnitude is None else magnitude
+    band = torch.finfo(actual.dtype).eps * largest
+    reference_error = (reference.double() - oracle).abs().max().item()
+    error = (actual.double() - oracle).abs().max().item()
+    budget = factor * reference_error + band
+    assert error <= budget, f"{what}: error {error:.3e} over the budget {budget:.3e} (reference: {reference_error:.3e})"
