@@ -86,7 +86,7 @@ def windowed_distillation(
         common = torch.promote_types(qkv_teacher.dtype, qkv_student.dtype)
         qkv_teacher, qkv_student = qkv_teacher.to(common), qkv_student.to(common)
     if implementation == "auto":
-        implementation = "triton" if qkv_teacher.is_cuda else "eager"  # ROCm tensors are "cuda" tensors too
+        implementation = _preferred(qkv_teacher)
         if implementation == "triton":
             try:
                 return _run("triton", qkv_teacher, qkv_student, window_size, shift, weights)
@@ -94,6 +94,10 @@ def windowed_distillation(
                 _warn_once(f"windowed_distillation runs eager instead of triton: {reason}")
                 implementation = "eager"
     return _run(implementation, qkv_teacher, qkv_student, window_size, shift, weights)
+
+
+def _preferred(qkv: Tensor) -> str:
+    return "triton" if qkv.is_cuda else "eager"  # is_cuda holds for ROCm tensors too
 
 
 def _run(
