@@ -200,6 +200,20 @@ def _train_teacher(words: list[str]) -> None:
     _print_result(train_teacher(config), config.metric)
 
 
+@_command("train-masks", "learn MasKD's tokens or FreeKD's prompts on a trained teacher")
+def _train_masks(words: list[str]) -> None:
+    from sward import presets
+    from sward.config import MaskTrainingConfig
+
+    name, rest = _preset("train-masks", words)
+    student = presets.get(name).student
+    default = MaskTrainingConfig(preset=name, dataset=student.dataset, teacher=student.teacher, batch=student.batch)
+    config = _parse(MaskTrainingConfig, f"train-masks {name}", rest, default)
+    from sward.runs import train_masks
+
+    print(f"written: {train_masks(config)}")
+
+
 @_command("evaluate", "score a run on a split, or on another data set")
 def _evaluate(words: list[str]) -> None:
 

@@ -12,6 +12,9 @@ from typing import Any, Literal, TypeVar
 
 from sward.losses.mwad import ContextReduction, ShiftStrategy, TeacherProjections
 
+MaskMethod = Literal["maskd", "freekd"]
+"""The methods that learn something on the teacher before they distil it."""
+
 
 @dataclass
 class DatasetConfig:
@@ -61,11 +64,13 @@ class TeacherConfig:
         run: folder of the `sward train-teacher` run to load; None takes `runs/PRESET/teacher`.
         untrained: distil the teacher `name` with random weights instead, to try shapes and speed without a checkpoint.
         name: for `untrained`: a teacher that `sward.models.build` knows.
+        masks: file that `sward train-masks` wrote, for `maskd` and `freekd`; None takes `runs/PRESET/METHOD.pt`.
     """
 
     run: Path | None = None
     untrained: bool = False
     name: str = "hiera_demo"
+    masks: Path | None = None
 
 
 @dataclass
@@ -185,6 +190,21 @@ class DistillationConfig(TrainingConfig):
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     sward: SWARDConfig = field(default_factory=SWARDConfig)
 
+    def teacher_masks(self) -> Path:
+        """The file of the method's masks on this teacher.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+        """
+        path = self.teacher.masks or masks_path(self.preset, self.distillation)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{self.distillation} needs masks learned on the teacher, and there are none at {path}; learn them "
+                f"with 'sward train-masks {self.preset} --method {self.distillation}', or name a file with "
+                "--teacher.masks"
+            )
+        return path
+
 
 @dataclass
 class TeacherTrainingConfig(TrainingConfig):
@@ -199,6 +219,38 @@ class TeacherTrainingConfig(TrainingConfig):
     options: dict[str, int | str] = field(default_factory=dict)
     trunk_checkpoint: Path | None = None
     train_trunk: bool = False
+
+
+@dataclass
+class MaskTrainingConfig:
+    """Learning MasKD's tokens or FreeKD's prompts on a trained teacher.
+
+    Attributes:
+        preset: the preset this started from.
+        method: the method that will use them.
+        dataset: images and labels.
+        teacher: the trained teacher.
+        batch: images a step.
+        steps: optimiser steps; None takes the papers': 10000 for `maskd`, 2000 for `freekd`.
+        seed: of the masks' start and of the order of images.
+        device: where to train; None takes the GPU where there is one.
+        output: file to write; None takes `runs/PRESET/METHOD.pt`.
+    """
+
+    preset: str = "demo"
+    method: MaskMethod = "maskd"
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    batch: int = 8
+    steps: int | None = None
+    seed: int = 0
+    device: str | None = None
+    output: Path | None = None
+
+
+def masks_path(preset: str, method: str) -> Path:
+    """Where a method's masks go unless `output` says otherwise, and where a student's run looks for them."""
+    return Path("runs") / preset / f"{method}.pt"
 
 
 Config = TypeVar("Config")

@@ -10,10 +10,28 @@ import torch
 from torch import nn
 
 from sward import models
-from sward.config import DistillationConfig
+from sward.config import DistillationConfig, MaskMethod
 from sward.data import DatasetInfo
 from sward.features import FeatureTaps
-from sward.losses import DistillationLoss, MWADLoss, PDRLoss, SWARDDistillation
+from sward.losses import (
+    LOGITS,
+    AttentionTransferLoss,
+    CIRKDLoss,
+    CWDLoss,
+    DistillationLoss,
+    FitNetLoss,
+    FreeKDLoss,
+    FrequencyPrompts,
+    KDLoss,
+    MasKDLoss,
+    MWADLoss,
+    PairwiseLoss,
+    PDRLoss,
+    ReceptiveTokens,
+    SWARDDistillation,
+    load_masks,
+)
+from sward.losses.masks import TeacherMasks
 
 
 @dataclass(frozen=True)
@@ -104,5 +122,94 @@ def _sward(pair: DistillationPair) -> SWARDDistillation:
     )
 
 
-METHODS: dict[str, Callable[[DistillationPair], DistillationLoss]] = {"sward": _sward}
+def _kd(pair: DistillationPair) -> KDLoss:
+    return KDLoss(ignore_index=pair.info.ignore_index)
+
+
+def _cwd(pair: DistillationPair) -> CWDLoss:
+    return CWDLoss()
+
+
+def _attention_transfer(pair: DistillationPair) -> AttentionTransferLoss:
+    student, teacher = _deepest(pair)
+    return AttentionTransferLoss(student_tap=student, teacher_tap=teacher)
+
+
+def _fitnet(pair: DistillationPair) -> FitNetLoss:
+    student, teacher = _deepest(pair)
+    return FitNetLoss(*_channels(pair, student, teacher), student_tap=student, teacher_tap=teacher)
+
+
+def _pairwise(pair: DistillationPair) -> PairwiseLoss:
+    student, teacher = _deepest(pair)
+    return PairwiseLoss(student_tap=student, teacher_tap=teacher)
+
+
+def _cirkd(pair: DistillationPair) -> CIRKDLoss:
+    student, teacher = _penultimate(pair)
+    return CIRKDLoss(
+        *_channels(pair, student, teacher),
+        pair.info.num_classes,
+        student_tap=student,
+        teacher_tap=teacher,
+        ignore_index=pair.info.ignore_index,
+        seed=pair.config.seed,
+    )
+
+
+def _maskd(pair: DistillationPair) -> MasKDLoss:
+    masks = load_masks(pair.config.teacher_masks(), pair.teacher, LOGITS)
+    assert isinstance(masks, ReceptiveTokens)
+    return MasKDLoss(masks)
+
+
+def _freekd(pair: DistillationPair) -> FreeKDLoss:
+    student, teacher = _penultimate(pair)
+    prompts = load_masks(pair.config.teacher_masks(), pair.teacher, teacher)
+    assert isinstance(prompts, FrequencyPrompts)
+    channels, _ = _channels(pair, student, teacher)
+    return FreeKDLoss.preset("released", prompts, channels, student_tap=student, teacher_tap=teacher)
+
+
+def new_masks(method: MaskMethod, teacher_name: str, teacher: nn.Module, image_size: tuple[int, int]) -> TeacherMasks:
+    """Untrained tokens of MasKD or prompts of FreeKD for a teacher, at the layer `mask_tap` names."""
+    tap = mask_tap(method, teacher_name)
+    if method == "maskd":
+        with torch.no_grad():
+            logits = teacher(next(teacher.parameters()).new_zeros(1, 3, *image_size))
+        return ReceptiveTokens(max(logits.shape[1], 2))
+    return FrequencyPrompts.preset("released", tap_channels(teacher, [tap], image_size)[0])
+
+
+def mask_tap(method: MaskMethod, teacher_name: str) -> str:
+    """The teacher's layer that MasKD's tokens or FreeKD's prompts are learned on."""
+    return LOGITS if method == "maskd" else models.describe(teacher_name).penultimate_layer
+
+
+def _deepest(pair: DistillationPair) -> tuple[str, str]:
+    return models.describe(pair.config.model).feature_layer, models.describe(pair.teacher_name).feature_layer
+
+
+def _penultimate(pair: DistillationPair) -> tuple[str, str]:
+    return models.describe(pair.config.model).penultimate_layer, models.describe(pair.teacher_name).penultimate_layer
+
+
+def _channels(pair: DistillationPair, student_layer: str, teacher_layer: str) -> tuple[int, int]:
+    image_size = pair.config.dataset.image_size
+    (student,) = tap_channels(pair.student, [student_layer], image_size)
+    (teacher,) = tap_channels(pair.teacher, [teacher_layer], image_size)
+    return student, teacher
+
+
+METHODS: dict[str, Callable[[DistillationPair], DistillationLoss]] = {
+    "sward": _sward,
+    "cirkd": _cirkd,
+    "maskd": _maskd,
+    "freekd": _freekd,
+    "cwd": _cwd,
+    "at": _attention_transfer,
+    "kd": _kd,
+    "fitnet": _fitnet,
+    "pairwise": _pairwise,
+}
 """Every method that `--distillation` accepts besides `"none"`."""

@@ -6,15 +6,22 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sward import checkpointing, data, distillation, models
-from sward.config import DistillationConfig, TeacherConfig, TeacherTrainingConfig, TrainingConfig
+from sward.config import (
+    DistillationConfig,
+    MaskTrainingConfig,
+    TeacherConfig,
+    TeacherTrainingConfig,
+    TrainingConfig,
+    masks_path,
+)
 from sward.data import DatasetInfo, SegmentationDataset
-from sward.losses import SegmentationCrossEntropy
+from sward.losses import SegmentationCrossEntropy, learn_masks, save_masks
 from sward.models.teachers import Teacher
-from sward.tracking import RunFolder
-from sward.training import FrozenTeacher, TrainingResult, TrainingStep, fit
+from sward.tracking import Progress, RunFolder
+from sward.training import FrozenTeacher, TrainingResult, TrainingStep, batches, fit
 
 
 def train_student(config: DistillationConfig) -> TrainingResult:
@@ -72,6 +79,36 @@ def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
     return fit(step_module, config, train_set, validation_set, run)
 
 
+def train_masks(config: MaskTrainingConfig) -> Path:
+    """`sward train-masks`: MasKD's tokens or FreeKD's prompts, learned on a trained teacher; returns their file.
+
+    Raises:
+        ValueError, FileNotFoundError: for a configuration that cannot run, before any work.
+    """
+    device = choose_device(config.device)
+    steps = config.steps or (10_000 if config.method == "maskd" else 2_000)
+    dataset = build_split(config, "train", train=True)
+    name, teacher = load_teacher(config.teacher, config.preset, dataset.info)
+    teacher.to(device)
+    torch.manual_seed(config.seed)
+    masks = distillation.new_masks(config.method, name, teacher, config.dataset.image_size).to(device)
+    tap = distillation.mask_tap(config.method, name)
+    stream = batches(dataset, config.batch, seed=config.seed, workers=config.dataset.workers)
+    path = config.output or masks_path(config.preset, config.method)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Progress(f"{config.method} masks", steps) as progress:
+
+        def show(step: int, terms: dict[str, Tensor]) -> None:
+            progress.advance()
+            if step % 20 == 0 or step == steps:
+                progress.note("  ".join(f"{key} {value.item():.3f}" for key, value in terms.items()))
+
+        task = SegmentationCrossEntropy(dataset.info.ignore_index)
+        learn_masks(masks, teacher, tap, stream, task, steps=steps, on_step=show)
+    save_masks(path, masks, teacher, tap)
+    return path
+
+
 def load_run(path: Path, checkpoint: Literal["best", "last"] = "best") -> tuple[TrainingConfig, DatasetInfo, nn.Module]:
     """Configuration, classes and trained network (on the CPU, in eval mode) of the run in `path`.
 
@@ -126,7 +163,7 @@ def build_datasets(config: TrainingConfig) -> tuple[SegmentationDataset, Segment
     return build_split(config, "train", train=True), build_split(config, "val", train=False)
 
 
-def build_split(config: TrainingConfig, split: str, *, train: bool) -> SegmentationDataset:
+def build_split(config: TrainingConfig | MaskTrainingConfig, split: str, *, train: bool) -> SegmentationDataset:
     """One split of the configured data set, with training or evaluation transforms."""
     settings = config.dataset
     return data.build(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sward import data, presets
+from sward import data, distillation, presets
 from sward.cli import COMMANDS, main
 from sward.config import DistillationConfig, TeacherTrainingConfig, from_json, to_json
 
@@ -45,6 +45,18 @@ def test_train_evaluate_predict_in_a_row(tmp_path: Path, capsys: pytest.CaptureF
         assert tuple(image.getpalette()[:3]) == data.describe("scenes").palette[0]
     with Image.open(overlay) as image:
         assert image.size == (50, 37)
+
+
+@pytest.mark.parametrize("method", [name for name in distillation.METHODS if name != "sward"])
+def test_every_method_trains_from_the_command_line(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train-teacher", "demo", *TINY]) == 0
+    options = [*TINY, "--distillation", method]
+    if method in ("maskd", "freekd"):
+        assert main(["train", "demo", *options]) == 2
+        assert f"sward train-masks demo --method {method}" in capsys.readouterr().err
+        assert main(["train-masks", "demo", "--method", method, "--steps", "2", "--batch", "2", *TINY[:3]]) == 0
+    assert main(["train", "demo", *options]) == 0
+    assert (Path("runs/demo") / f"{method}-seed0" / "checkpoints" / "last.pt").exists()
 
 
 def test_demo_prints_one_table_and_leaves_pictures(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,7 +132,7 @@ def test_a_checkpoint_of_another_model_is_refused(capsys: pytest.CaptureFixture[
 def test_the_module_runs_as_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "sward", "trian"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "sward trian: unknown command 'trian'; did you mean train or train-teacher?\n"
+    assert done.stderr == "sward trian: unknown command 'trian'; did you mean train or train-masks?\n"
 
 
 @pytest.mark.parametrize("name", presets.names())
