@@ -123,12 +123,11 @@ class ResUNetPlusPlus(nn.Module):
 
     Args:
         num_classes: K, channels of the logits.
-        channels: widths of the four encoder stages and of the bridge.
     """
 
-    def __init__(self, num_classes: int, channels: Sequence[int] = (16, 32, 64, 128, 256)) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
-        c1, c2, c3, c4, c5 = channels
+        c1, c2, c3, c4, c5 = 16, 32, 64, 128, 256
         self.encoder = nn.ModuleList(
             [
                 ResidualBlock(3, c1, preactivate=False),

@@ -7,7 +7,6 @@ and parameter count as the authors' ``UNext`` (github.com/jeya-maria-jose/UNeXt-
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -110,12 +109,11 @@ class UNeXt(nn.Module):
 
     Args:
         num_classes: K, channels of the logits.
-        channels: widths of the five encoder stages.
     """
 
-    def __init__(self, num_classes: int, channels: Sequence[int] = (16, 32, 128, 160, 256)) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
-        c1, c2, c3, c4, c5 = channels
+        c1, c2, c3, c4, c5 = 16, 32, 128, 160, 256
         self.encoder = nn.ModuleList(
             [ConvStage(3, c1), ConvStage(c1, c2), ConvStage(c2, c3), TokenStage(c3, c4), TokenStage(c4, c5)]
         )
