@@ -178,7 +178,7 @@ def _check_window(window_size: int, shift: Shift, device: torch.device) -> None:
 
 
 def _check_weights(weights: tuple[float, float, float]) -> None:
-    if len(weights) != 3 or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+    if len(weights) != 3 or not all(0 <= weight < math.inf for weight in weights):
         raise ValueError(
             f"weights={tuple(weights)} must be three finite numbers of at least 0, for attention, value and context."
         )

@@ -1,0 +1,89 @@
+"""Inputs of windowed distillation in every memory layout, and what an implementation makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sward_kernels import WindowedDistillation, windowed_distillation
+from sward_kernels.windows import Shift
+
+WEIGHTS = (0.7, 1.3, 0.4)
+TERMS = ("loss", "attention", "value", "context")
+
+
+def _sliced_channels_last(maps: Tensor) -> Tensor:
+    room = maps.new_full((maps.shape[0], maps.shape[2] + 1, maps.shape[3] + 2, maps.shape[1]), float("nan"))
+    view = room[:, 1:, 1:-1].permute(0, 3, 1, 2)
+    view.copy_(maps)
+    return view
+
+
+def _sliced(maps: Tensor) -> Tensor:
+    batch, channels, height, width = maps.shape
+    room = maps.new_full((batch, channels + 2, height + 3, width + 1), float("nan"))
+    room[:, 1:-1, 2:-1, :-1] = maps
+    return room[:, 1:-1, 2:-1, :-1]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "nchw": Tensor.contiguous,
+    "channels_last": lambda maps: maps.contiguous(memory_format=torch.channels_last),
+    "sliced": _sliced,
+    "sliced_channels_last": _sliced_channels_last,
+    "expanded": lambda maps: maps[:1].expand(maps.shape),
+    "transposed": lambda maps: maps.mT.contiguous().mT,
+}
+
+
+def maps_like(
+    shape: tuple[int, int, int, int],
+    *,
+    layout: str = "nchw",
+    dtype: torch.dtype = torch.float64,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """A teacher and a student map with normal values."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(2, *shape, generator=generator, dtype=torch.float64) * scale
+    teacher, student = (LAYOUTS[layout](one.to(dtype)) for one in values)
+    return teacher, student
+
+
+class Outcome(NamedTuple):
+    result: WindowedDistillation
+    gradient_teacher: Tensor
+    gradient_student: Tensor
+
+
+def run(
+    teacher: Tensor,
+    student: Tensor,
+    window_size: int,
+    shift: Shift = (0, 0),
+    *,
+    weights: tuple[float, float, float] = WEIGHTS,
+    implementation: str = "eager",
+    upstream: float = 1.0,
+) -> Outcome:
+    """Forward and backward with respect to both maps."""
+    teacher, student = teacher.detach().requires_grad_(), student.detach().requires_grad_()
+    result = windowed_distillation(teacher, student, window_size, shift, weights=weights, implementation=implementation)
+    gradient_teacher, gradient_student = torch.autograd.grad(result.loss * upstream, (teacher, student))
+    detached = WindowedDistillation(*(value.detach() for value in result))
+    return Outcome(detached, gradient_teacher, gradient_student)
+
+
+def assert_same(actual: Outcome, expected: Outcome, tolerance: float = 1e-10) -> None:
+    """Terms and gradients agree to `tolerance`, relative to the largest value of each."""
+    names = (*TERMS, "gradient_teacher", "gradient_student")
+    pairs = zip(names, (*actual.result, *actual[1:]), (*expected.result, *expected[1:]))
+    for name, one, other in pairs:
+        assert torch.isfinite(one).all(), f"{name} is not finite"
+        error = (one - other).abs().max().item()
+        bound = tolerance * max(1.0, other.abs().max().item())
+        assert error <= bound, f"{name}: {error:.3e} > {bound:.3e}"
