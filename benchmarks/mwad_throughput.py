@@ -1,0 +1,139 @@
+"""Time and memory of windowed distillation, forward and backward, one stage.
+
+    python benchmarks/mwad_throughput.py            # the stage quoted in the documentation, NCHW and channels_last
+    python benchmarks/mwad_throughput.py --sweep    # other window sides, dtypes and stages as well
+    python benchmarks/mwad_throughput.py --quick    # one small stage, to see that everything runs
+
+Runs on the GPU when there is one, else on two CPU threads. Writes a CSV file to `benchmarks/results/`. Peak memory is
+what a call needs beyond its inputs, its results (the two gradients) included. The ideal reads both maps and writes
+both gradients once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from harness import Case, Measurement, Provider, Session
+from torch import Tensor
+
+from sward_kernels import windowed_distillation
+
+RESULTS = Path(__file__).parent / "results"
+BASELINE = "reference"
+CPU_THREADS = 2
+
+
+class Stage(NamedTuple):
+    batch: int
+    dim: int
+    height: int
+    width: int
+    window_size: int
+    shift: tuple[int, int] = (0, 0)
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.channels_last else "NCHW"
+        return (
+            f"B={self.batch} D={self.dim} {self.height}x{self.width} M={self.window_size} shift={self.shift} "
+            f"{str(self.dtype).removeprefix('torch.')} {layout}"
+        )
+
+
+QUOTED = Stage(4, 24, 128, 256, 8, (3, 5))
+DEFAULT = (QUOTED, QUOTED._replace(channels_last=True))
+SWEEP = (
+    *DEFAULT,
+    QUOTED._replace(window_size=4, shift=(1, 2)),
+    QUOTED._replace(window_size=7, shift=(3, 5)),
+    QUOTED._replace(window_size=16),
+    QUOTED._replace(dtype=torch.bfloat16),
+    Stage(4, 64, 64, 128, 8, (3, 5)),
+    Stage(4, 64, 16, 32, 8, (3, 5)),
+)
+QUICK = (Stage(1, 8, 16, 24, 4, (1, 2)),)
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def maps_of(stage: Stage, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    layout = torch.channels_last if stage.channels_last else torch.contiguous_format
+    shape = (stage.batch, 3 * stage.dim, stage.height, stage.width)
+    maps = [torch.randn(shape, generator=generator).to(device, stage.dtype, memory_format=layout) for _ in range(2)]
+    return [one.requires_grad_() for one in maps]
+
+
+def provider(name: str, loss: Loss, maps: list[Tensor]) -> Provider:
+    def run() -> dict[str, Tensor]:
+        value = loss(*maps)
+        teacher, student = torch.autograd.grad(value, maps)
+        return {"loss": value, "gradient_teacher": teacher, "gradient_student": student}
+
+    return Provider(name, run)
+
+
+def compare(session: Session, stage: Stage, max_seconds: float) -> list[Measurement]:
+    """Check and time every implementation on one stage."""
+
+    def ours(implementation: str) -> Loss:
+        return lambda teacher, student: (
+            windowed_distillation(teacher, student, stage.window_size, stage.shift, implementation=implementation).loss
+        )
+
+    maps = maps_of(stage, session.device)
+    oracle = provider("oracle", ours("reference"), [one.detach().double().requires_grad_() for one in maps]).run()
+    torch._dynamo.reset()  # torch.compile(reference) gets each stage for itself, at its fastest
+    providers = [
+        provider(BASELINE, ours("reference"), maps),
+        provider("torch.compile(reference)", torch.compile(ours("reference"), fullgraph=True), maps),
+        provider("eager", ours("eager"), maps),
+        provider("compiled", ours("compiled"), maps),
+    ]
+    if session.device.type == "cuda":
+        providers.append(provider("triton", ours("triton"), maps))
+    gradient_bytes = sum(one.numel() * one.element_size() for one in maps)
+    case = Case(
+        name=str(stage),
+        oracle={name: value.detach() for name, value in oracle.items()},
+        tolerance=1e-4 if stage.dtype == torch.float32 else 2e-2,
+        ideal_bytes=2 * gradient_bytes,
+        baseline=BASELINE,
+    )
+    rows = session.run(case, providers, rounds=15, max_seconds=max_seconds)
+    if all(row.gate_is_green for row in rows):
+        times = {row.provider: row.p50_ms for row in rows}
+        print(f"compiled over torch.compile(reference): {times['torch.compile(reference)'] / times['compiled']:.2f}x")
+        for row in rows:
+            print(f"peak of {row.provider}: {row.peak_extra_bytes / gradient_bytes:.2f}x the gradient bytes")
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--sweep", action="store_true", help="other window sides, dtypes and stages as well")
+    size.add_argument("--quick", action="store_true", help="one small stage")
+    parser.add_argument("--seconds", type=float, default=20.0, help="timing budget of one stage (default: 20)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV file")
+    arguments = parser.parse_args()
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(CPU_THREADS)
+    session = Session("mwad_throughput", device)
+    session.print_banner()
+    for stage in QUICK if arguments.quick else SWEEP if arguments.sweep else DEFAULT:
+        compare(session, stage, arguments.seconds)
+    session.write_csv(arguments.results / "mwad_throughput.csv")
+    return session.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
