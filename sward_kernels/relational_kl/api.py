@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from sward_kernels.registration import register
 from sward_kernels.relational_kl import eager, reference
 
-IMPLEMENTATIONS = ("auto", "reference", "eager")
+IMPLEMENTATIONS = ("auto", "reference", "eager", "triton")
 
 
 def relational_kl(
@@ -33,7 +35,8 @@ def relational_kl(
         student: `[B, P, C_s]`, floating, same device; `C_s` may differ from `C_t`. Neither need be normalised.
         temperature: divides every cosine similarity; positive. Default 0.1.
         implementation: "reference" (plain autograd, holds the `[B, B, P, P]` maps), "eager" (row tiles, closed-form
-            gradient, any device) or "auto" (default).
+            gradient, any device), "triton" (online softmax, backward by recomputation) or "auto" (default): triton on
+            GPU tensors, eager elsewhere; where triton cannot serve a call, eager with a warning.
 
     Returns:
         A scalar, fp32 (float64 for a float64 student), with gradient to `student`. Half-precision inputs are
@@ -42,12 +45,23 @@ def relational_kl(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, a temperature that is not positive, or an unknown
             implementation.
+        NotImplementedError: if triton, asked for by name, cannot serve this call.
     """
     _check(teacher, student, temperature, implementation)
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     with torch.autocast(student.device.type, enabled=False):
         teacher_units = F.normalize(teacher.detach().to(dtype), dim=-1)
         student_units = F.normalize(student.to(dtype), dim=-1)
+        if implementation == "auto":
+            implementation = "triton" if student.is_cuda else "eager"  # ROCm tensors are "cuda" tensors too
+            if implementation == "triton":
+                try:
+                    return _triton()(teacher_units, student_units, temperature)
+                except NotImplementedError as reason:
+                    _warn_once(f"relational_kl runs eager instead of triton: {reason}")
+                    implementation = "eager"
+        if implementation == "triton":
+            return _triton()(teacher_units, student_units, temperature)
         if implementation == "reference":
             return reference.relational_kl(teacher_units, student_units, temperature)
         with_gradient = torch.is_grad_enabled() and student_units.requires_grad
@@ -105,3 +119,22 @@ class _GradientInForward(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return None, gradient * upstream, None, None
+
+
+def _triton() -> Callable[[Tensor, Tensor, float], Tensor]:
+    try:
+        from sward_kernels.relational_kl import launch
+    except ImportError as error:
+        raise NotImplementedError(
+            f"implementation='triton' of relational_kl cannot be loaded here ({error}); use 'eager'"
+        ) from error
+    return launch.relational_kl
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)

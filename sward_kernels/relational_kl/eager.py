@@ -9,8 +9,9 @@ is still in the cache, so every score is computed once and backward only scales 
 import torch
 from torch import Tensor
 
-# About four tiles are alive at once, 1 MiB each in float32: a core's share of cache. Best of 2^17 to 2^22 measured.
-TILE_ELEMENTS = 2**18
+# About four tiles are alive at once. On a CPU each is 1 MiB in float32, a core's share of cache (best of 2^17 to 2^22
+# measured); on a GPU it must be large enough to fill the device.
+TILE_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 
 
 def relational_kl(
@@ -18,7 +19,7 @@ def relational_kl(
 ) -> tuple[Tensor, Tensor]:
     """Returns the scalar loss and its gradient with respect to ``student_units`` (empty if not asked for)."""
     images, pixels, _ = student_units.shape
-    rows = max(1, TILE_ELEMENTS // pixels)
+    rows = max(1, TILE_ELEMENTS.get(student_units.device.type, 2**22) // pixels)
     teacher_scaled = teacher_units / temperature
     student_scaled = student_units / temperature
     # A float64 accumulator costs nothing here and keeps the sum of B^2 P rows exact to the last float32 bit.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -74,11 +75,8 @@ def test_tiles_of_any_size_equal_the_reference(
 ) -> None:
     torch.manual_seed(seed)
     teacher, student = random(images, pixels, channels[0]), random(images, pixels, channels[1]).requires_grad_()
-    whole, eager.TILE_ELEMENTS = eager.TILE_ELEMENTS, tile
-    try:
+    with mock.patch.dict(eager.TILE_ELEMENTS, cpu=tile):
         actual = relational_kl(teacher, student, temperature, implementation="eager")
-    finally:
-        eager.TILE_ELEMENTS = whole
     expected = relational_kl(teacher, student, temperature, implementation="reference")
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (actual, expected)))

@@ -1,4 +1,4 @@
-"""What every peer method must do alike: shapes, heads, layouts, precision, ignored labels, learning, several processes."""
+"""What every peer must do alike: shapes, heads, layouts, precision, ignored labels, learning, several processes."""
 
 from __future__ import annotations
 

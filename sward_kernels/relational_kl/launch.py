@@ -1,0 +1,200 @@
+"""Grids, arguments and registration of the Triton kernels of CIRKD's mini-batch relation.
+
+What decides a compilation is gathered in `_constants`, which the call and the report share.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sward_kernels.registration import register
+from sward_kernels.relational_kl.kernels import backward_kernel, forward_kernel
+from sward_kernels.targets import Configuration, Target, family_of
+
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+"""Whether kernels run in Triton's interpreter (on CPU tensors), decided when Triton was imported."""
+
+
+@dataclass(frozen=True)
+class RelationTiles:
+    """Tile shape of a kernel: rows and keys of a score tile, channels a step, channels of the gradient one program
+    writes (backward), and warps a program."""
+
+    rows: int
+    keys: int
+    chunk: int
+    out: int
+    num_warps: int
+
+
+TILES = {"forward": RelationTiles(64, 64, 16, 0, 4), "backward": RelationTiles(64, 32, 32, 128, 8)}
+"""The largest tiles tried that spill no register on any target of the report, at TF32 and at fp32's own precision."""
+
+
+def relational_kl(teacher_units: Tensor, student_units: Tensor, temperature: float) -> Tensor:
+    """The loss as the reference computes it, from fp32 or fp64 vectors of length one.
+
+    Raises:
+        NotImplementedError: for CPU tensors where Triton does not interpret.
+    """
+    if student_units.device.type == "cpu" and not INTERPRETED:
+        raise NotImplementedError(
+            "implementation='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 before Triton is imported); "
+            "use 'eager' on the CPU"
+        )
+    loss: Tensor = _RelationalKL.apply(teacher_units.contiguous(), student_units.contiguous(), temperature)
+    return loss
+
+
+class _RelationalKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, teacher_units: Tensor, student_units: Tensor, temperature: float) -> Tensor:
+        partials, statistics = _forward_operator(teacher_units, student_units, temperature)
+        ctx.save_for_backward(teacher_units, student_units, statistics)
+        ctx.temperature = temperature
+        images, pixels, _ = student_units.shape
+        return partials.sum() / (images * images * pixels)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
+        return None, _backward_operator(upstream, *ctx.saved_tensors, ctx.temperature), None
+
+
+def configurations(target: Target) -> Iterator[Configuration]:
+    """Every configuration that ships for a target, for the report."""
+    for direction, channels in itertools.product(("forward", "backward"), ((64, 128), (256, 256), (512, 512))):
+        student_channels, teacher_channels = channels
+        tiles = TILES[direction]
+        precision = _float32_precision(target.family)
+        constants = _constants(tiles, direction, teacher_channels, student_channels, torch.float32, precision)
+        pointers = ("teacher", "student", "statistics", "partials" if direction == "forward" else "gradient")
+        types = dict.fromkeys(pointers, "*fp32")
+        types |= {"images": "i32", "pixels": "i32", "inverse_temperature": "fp32"}
+        if direction == "backward":
+            types["upstream"] = "*fp32"
+        # Both networks' products, and in backward the one with the vectors; a multiply-add is two operations.
+        products = teacher_channels + student_channels * (1 if direction == "forward" else 2)
+        yield Configuration(
+            operation="relational_kl",
+            direction=direction,
+            kernel=forward_kernel if direction == "forward" else backward_kernel,
+            types=types,
+            constants=constants,
+            num_warps=tiles.num_warps,
+            details={"dtype": "fp32", "dim": max(channels)},
+            flops=2 * products * tiles.rows * tiles.keys,
+            unit="tile",
+        )
+
+
+def _constants(
+    tiles: RelationTiles,
+    direction: str,
+    teacher_channels: int,
+    student_channels: int,
+    dtype: torch.dtype,
+    precision: str,
+) -> dict[str, Any]:
+    constants: dict[str, Any] = {
+        "TEACHER_CHANNELS": teacher_channels,
+        "STUDENT_CHANNELS": student_channels,
+        "CHUNK": tiles.chunk,
+        "ROWS": tiles.rows,
+        "KEYS": tiles.keys,
+        "PRECISION": precision,
+        "ACCUMULATE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "INTERPRET": INTERPRETED,
+    }
+    if direction == "backward":
+        constants["OUT"] = min(tiles.out, max(16, triton.next_power_of_2(student_channels)))
+    return constants
+
+
+def _float32_precision(family: str) -> str:
+    # As torch multiplies fp32: TF32 where it is switched on, else three TF32 products that keep fp32's digits.
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee" if family == "cdna" else "tf32x3"
+
+
+def _launch(direction: str, teacher: Tensor, student: Tensor, temperature: float, **others: Tensor) -> None:
+    images, pixels, student_channels = student.shape
+    family = family_of(student.device)
+    tiles = TILES[direction]
+    precision = _float32_precision(family) if student.dtype == torch.float32 else "ieee"
+    constants = _constants(tiles, direction, teacher.shape[-1], student_channels, student.dtype, precision)
+    programs = images * triton.cdiv(pixels, tiles.rows)
+    if direction == "forward":
+        kernel, programs = forward_kernel, programs * images
+    else:
+        kernel, programs = backward_kernel, programs * triton.cdiv(student_channels, constants["OUT"])
+    with torch.cuda.device(student.device.index if student.device.type == "cuda" else -1):
+        kernel[(programs,)](
+            teacher=teacher,
+            student=student,
+            images=images,
+            pixels=pixels,
+            inverse_temperature=1.0 / temperature,
+            **others,
+            **constants,
+            num_warps=tiles.num_warps,
+            num_stages=1,
+        )
+
+
+def _forward(teacher_units: Tensor, student_units: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    partials, statistics = _forward_fake(teacher_units, student_units, temperature)
+    _launch("forward", teacher_units, student_units, temperature, partials=partials, statistics=statistics)
+    return partials, statistics
+
+
+def _forward_fake(teacher_units: Tensor, student_units: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    images, pixels, _ = student_units.shape
+    rows = TILES["forward"].rows
+    programs = images * images * ((pixels + rows - 1) // rows)
+    return student_units.new_empty(programs), student_units.new_empty(2, images, images, pixels)
+
+
+def _backward(
+    upstream: Tensor, teacher_units: Tensor, student_units: Tensor, statistics: Tensor, temperature: float
+) -> Tensor:
+    gradient = torch.empty_like(student_units)
+    _launch(
+        "backward",
+        teacher_units,
+        student_units,
+        temperature,
+        upstream=upstream,
+        statistics=statistics,
+        gradient=gradient,
+    )
+    return gradient
+
+
+def _backward_fake(
+    upstream: Tensor, teacher_units: Tensor, student_units: Tensor, statistics: Tensor, temperature: float
+) -> Tensor:
+    return torch.empty_like(student_units)
+
+
+_forward_operator = register(
+    "relational_kl_triton_forward(Tensor teacher_units, Tensor student_units, float temperature) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_backward_operator = register(
+    "relational_kl_triton_backward(Tensor upstream, Tensor teacher_units, Tensor student_units, Tensor statistics, "
+    "float temperature) -> Tensor",
+    _backward,
+    _backward_fake,
+)
