@@ -1,0 +1,161 @@
+"""GPU targets and the launch configurations chosen for them, by hand, from `python -m sward_kernels.report`.
+
+Nothing here is tuned at run time: a table row is looked up by window, width, type and family of GPU, so the first call
+costs one compilation and a later one none. To add a target, add it to `TARGETS` and give its family rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the report checks a compiled kernel against.
+
+    Attributes:
+        name: as on the report's command line.
+        device: the device whose limits and bandwidth these are.
+        backend, arch, warp_size: Triton's name for the target.
+        family: key of the launch tables.
+        shared_limit: bytes of shared memory one program may use.
+        shared_per_multiprocessor: bytes of shared memory of a multiprocessor (AMD: compute unit).
+        registers: 32-bit registers of a multiprocessor.
+        register_granularity: registers are given to a warp in multiples of this many a thread.
+        max_warps: resident warps of a multiprocessor.
+        max_programs: resident programs of a multiprocessor.
+        bandwidth: device memory, bytes a second, from the data sheet.
+    """
+
+    name: str
+    device: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    family: str
+    shared_limit: int
+    shared_per_multiprocessor: int
+    registers: int
+    register_granularity: int
+    max_warps: int
+    max_programs: int
+    bandwidth: float
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", "A100 SXM 80GB", "cuda", 80, 32, "ampere", 166912, 167936, 65536, 8, 64, 32, 2.039e12),
+        Target("sm_89", "L40S", "cuda", 89, 32, "ampere", 101376, 102400, 65536, 8, 48, 24, 0.864e12),
+        Target("sm_90", "H100 SXM", "cuda", 90, 32, "hopper", 232448, 233472, 65536, 8, 64, 32, 3.35e12),
+        # A compute unit: four SIMDs of 512 64-lane registers (vector and accumulation registers share one file).
+        Target("gfx942", "MI300X", "hip", "gfx942", 64, "cdna", 65536, 65536, 131072, 8, 32, 32, 5.3e12),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One kernel as it ships: everything that decides what Triton compiles.
+
+    Attributes:
+        operation, direction: e.g. `"windowed_distillation"`, `"backward"`; the report's `op` and `pass`.
+        kernel: the `@triton.jit` function.
+        types: Triton's type of every argument that is not a constexpr, e.g. `{"teacher": "*bf16", "height": "i32"}`.
+            Pointers are taken to be aligned to 16 bytes, as PyTorch allocates them.
+        constants: the constexpr arguments.
+        num_warps: warps of one program.
+        details: columns for the report: `dtype`, `window_size`, `tokens`, `dim`, and what else tells rows apart.
+        ideal_bytes, flops: device-memory traffic no implementation can avoid, and arithmetic done, a `unit`.
+        unit: what those two are counted for, e.g. `"window"`.
+    """
+
+    operation: str
+    direction: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    details: dict[str, Any] = field(default_factory=dict)
+    ideal_bytes: int = 0
+    flops: int = 0
+    unit: str = "window"
+
+
+@functools.cache
+def family_of(device: torch.device) -> str:
+    """The launch-table family of a device; on the CPU kernels run interpreted."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return "cdna"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "hopper" if major >= 9 else "ampere"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile shape of a windowed-distillation kernel: query rows, keys, channels a step, and warps a program.
+
+    `rows == keys >= tokens` selects the kernels in which one program owns whole windows; otherwise a window is tiled.
+    """
+
+    rows: int
+    keys: int
+    channels: int
+    num_warps: int
+
+
+# (family, direction, bits of the inputs) -> rows of (most tokens, most channels, tiles); the first that fits is taken.
+_WINDOWED_DISTILLATION: dict[tuple[str, str, int], tuple[tuple[int, int, Tiles], ...]] = {
+    ("ampere", "forward", 16): (
+        (16, 256, Tiles(32, 32, 32, 2)),
+        (64, 256, Tiles(64, 64, 32, 4)),
+        (1024, 64, Tiles(64, 64, 32, 4)),
+        (1024, 256, Tiles(32, 32, 32, 4)),
+    ),
+    ("ampere", "backward", 16): (
+        (16, 256, Tiles(32, 32, 32, 2)),
+        (64, 256, Tiles(64, 64, 32, 4)),
+        (1024, 64, Tiles(32, 32, 32, 4)),
+        (1024, 256, Tiles(32, 32, 32, 8)),
+    ),
+    ("ampere", "forward", 32): (
+        (16, 256, Tiles(32, 32, 16, 4)),
+        (1024, 64, Tiles(32, 32, 16, 4)),
+        (1024, 256, Tiles(16, 16, 16, 4)),
+    ),
+    ("ampere", "backward", 32): (
+        (16, 256, Tiles(32, 32, 16, 4)),
+        (1024, 64, Tiles(32, 32, 16, 4)),
+        (1024, 256, Tiles(16, 16, 16, 4)),
+    ),
+    # float64 serves the tests of the equations. Large tiles are few steps, and steps are what the interpreter is slow at.
+    ("ampere", "forward", 64): ((1024, 256, Tiles(16, 16, 16, 4)),),
+    ("ampere", "backward", 64): ((1024, 256, Tiles(16, 16, 16, 4)),),
+    ("interpreter", "forward", 64): (
+        (16, 256, Tiles(32, 32, 32, 1)),
+        (64, 256, Tiles(64, 64, 32, 1)),
+        (1024, 256, Tiles(128, 64, 32, 1)),
+    ),
+    ("interpreter", "backward", 64): (
+        (16, 256, Tiles(32, 32, 32, 1)),
+        (64, 256, Tiles(64, 64, 32, 1)),
+        (256, 256, Tiles(128, 64, 32, 1)),
+        (1024, 256, Tiles(256, 256, 32, 1)),
+    ),
+}
+
+
+def windowed_distillation_tiles(family: str, direction: str, dtype: torch.dtype, tokens: int, dim: int) -> Tiles:
+    """The tiles of `direction` (`"forward"` or `"backward"`) for windows of `tokens` tokens and `dim` channels.
+
+    A family without rows of its own takes Ampere's: the interpreter so runs tiles that ship.
+    """
+    bits = dtype.itemsize * 8
+    rows = _WINDOWED_DISTILLATION.get((family, direction, bits)) or _WINDOWED_DISTILLATION["ampere", direction, bits]
+    return next(tiles for most_tokens, most_dim, tiles in rows if tokens <= most_tokens and dim <= most_dim)

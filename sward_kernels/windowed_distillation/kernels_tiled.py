@@ -1,0 +1,386 @@
+"""Triton kernels of windowed distillation (Eq. 6-13) for windows larger than one tile: up to 1024 tokens.
+
+A window's tokens are cut into `ROW_TILES` tiles of `BLOCK_ROWS` queries and `KEY_TILES` tiles of `BLOCK_KEYS` keys. A
+program owns a tile of outputs and walks over the rest of its window, which it reads from cache; nothing is summed
+across programs. Forward, a program owns queries and rescales its sums online. Backward, row programs own dQ and column
+programs own dK and dV of one side. Conventions: `tiles.py`.
+"""
+
+import triton
+import triton.language as tl
+
+from sward_kernels.windowed_distillation.kernels import RUNTIME_INTEGERS
+from sward_kernels.windowed_distillation.tiles import (
+    LN_2,
+    cosine,
+    cosine_gradient,
+    gradient_offsets,
+    image_pointer,
+    load_tile,
+    offsets_of,
+    pixel_offsets,
+    product,
+    round_to,
+    score_gradient,
+    scores_tile,
+    store_partials,
+    store_tile,
+    value_sums,
+    window_tokens,
+    windows_of,
+)
+
+
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+def forward_tiled_kernel(
+    teacher, student, partials, statistics, shift, shift_y, shift_x, height, width, statistic_stride,
+    attention_weight, value_weight, context_weight,
+    teacher_stride_image, teacher_stride_channel, teacher_stride_y, teacher_stride_x,
+    student_stride_image, student_stride_channel, student_stride_y, student_stride_x,
+    WINDOW: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    ATTENTION: tl.constexpr, VALUE: tl.constexpr, CONTEXT: tl.constexpr, SAVE: tl.constexpr,
+    TEACHER_CHANNELS_LAST: tl.constexpr, TEACHER_ALIGNED: tl.constexpr,
+    STUDENT_CHANNELS_LAST: tl.constexpr, STUDENT_ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Sums over one tile of queries into `partials [programs, 4]`: the weighted sum of the terms, then each term; with
+    `SAVE`, four numbers a row into `statistics [4, tokens]`: the log-sum-exps of teacher and student, then for each
+    the mean of `d loss / dA` under A, weights included."""
+    TOKENS: tl.constexpr = WINDOW * WINDOW
+    ROW_TILES: tl.constexpr = (TOKENS + BLOCK_ROWS - 1) // BLOCK_ROWS
+    program = tl.program_id(0)
+    windows = windows_of(height, width, WINDOW)
+    window = program // ROW_TILES
+    image = window // windows
+    window = window - image * windows
+    shift_y, shift_x = offsets_of(shift, shift_y, shift_x, height, width)
+    teacher = image_pointer(teacher, image, teacher_stride_image, TEACHER_ALIGNED)
+    student = image_pointer(student, image, student_stride_image, STUDENT_ALIGNED)
+    slot, token, inside, real, row_y, row_x = window_tokens(
+        (program % ROW_TILES) * BLOCK_ROWS, window, height, width, shift_y, shift_x, BLOCK_ROWS, WINDOW, 1
+    )
+    rows_t = pixel_offsets(row_y, row_x, teacher_stride_y, teacher_stride_x, TEACHER_ALIGNED, WIDE)
+    rows_s = pixel_offsets(row_y, row_x, student_stride_y, student_stride_x, STUDENT_ALIGNED, WIDE)
+
+    kl = tl.zeros([BLOCK_ROWS], ACCUMULATE)
+    value = tl.zeros([BLOCK_ROWS], ACCUMULATE)
+    distance = tl.zeros([BLOCK_ROWS], ACCUMULATE)
+    if ATTENTION or CONTEXT:
+        max_t = tl.full([BLOCK_ROWS], float("-inf"), ACCUMULATE)
+        max_s = tl.full([BLOCK_ROWS], float("-inf"), ACCUMULATE)
+        sum_t = tl.zeros([BLOCK_ROWS], ACCUMULATE)
+        sum_s = tl.zeros([BLOCK_ROWS], ACCUMULATE)
+        z_t = tl.zeros([BLOCK_ROWS, PADDED_DIM], ACCUMULATE)
+        z_s = tl.zeros([BLOCK_ROWS, PADDED_DIM], ACCUMULATE)
+        for first_key in range(0, TOKENS, BLOCK_KEYS):
+            key_slot, _, _, key_real, key_y, key_x = window_tokens(
+                first_key, window, height, width, shift_y, shift_x, BLOCK_KEYS, WINDOW, 1
+            )
+            keys_t = pixel_offsets(key_y, key_x, teacher_stride_y, teacher_stride_x, TEACHER_ALIGNED, WIDE)
+            keys_s = pixel_offsets(key_y, key_x, student_stride_y, student_stride_x, STUDENT_ALIGNED, WIDE)
+            scores_t = scores_tile(
+                teacher, rows_t, real, slot, keys_t, key_real, key_slot, teacher_stride_channel,
+                BLOCK_ROWS, BLOCK_KEYS, DIM, BLOCK_DIM, TEACHER_CHANNELS_LAST, WINDOW, 1,
+                PRECISION, ACCUMULATE, INTERPRET,
+            )  # fmt: skip
+            scores_s = scores_tile(
+                student, rows_s, real, slot, keys_s, key_real, key_slot, student_stride_channel,
+                BLOCK_ROWS, BLOCK_KEYS, DIM, BLOCK_DIM, STUDENT_CHANNELS_LAST, WINDOW, 1,
+                PRECISION, ACCUMULATE, INTERPRET,
+            )  # fmt: skip
+            new_max = tl.maximum(max_t, tl.max(scores_t, 1))
+            decay = tl.exp2(max_t - new_max)
+            max_t = new_max
+            a = tl.exp2(scores_t - max_t[:, None])
+            sum_t = sum_t * decay + tl.sum(a, 1)
+            if ATTENTION:
+                kl = kl * decay + tl.sum(a * (scores_t - scores_s), 1)
+            if CONTEXT:
+                v = load_tile(
+                    teacher, keys_t, key_real, teacher_stride_channel, 2, 0, DIM, PADDED_DIM, TEACHER_CHANNELS_LAST
+                )
+                a = round_to(a, v.dtype, INTERPRET)
+                z_t = z_t * decay[:, None] + product(a, v, PRECISION, ACCUMULATE, INTERPRET)
+            new_max = tl.maximum(max_s, tl.max(scores_s, 1))
+            decay = tl.exp2(max_s - new_max)
+            max_s = new_max
+            a = tl.exp2(scores_s - max_s[:, None])
+            sum_s = sum_s * decay + tl.sum(a, 1)
+            if CONTEXT:
+                v = load_tile(
+                    student, keys_s, key_real, student_stride_channel, 2, 0, DIM, PADDED_DIM, STUDENT_CHANNELS_LAST
+                )
+                a = round_to(a, v.dtype, INTERPRET)
+                z_s = z_s * decay[:, None] + product(a, v, PRECISION, ACCUMULATE, INTERPRET)
+
+        lse_t = max_t + tl.log2(sum_t)
+        lse_s = max_s + tl.log2(sum_s)
+        mean_t = tl.zeros([BLOCK_ROWS], ACCUMULATE)
+        mean_s = tl.zeros([BLOCK_ROWS], ACCUMULATE)
+        if ATTENTION:
+            kl = (kl / sum_t - lse_t + lse_s) * LN_2
+            mean_t += attention_weight * kl
+        if CONTEXT:
+            z_t = z_t / sum_t[:, None]
+            z_s = z_s / sum_s[:, None]
+            difference = z_s - z_t
+            distance = tl.sum(difference * difference, 1)
+            mean_t -= (2.0 * context_weight) * tl.sum(difference * z_t, 1)
+            mean_s += (2.0 * context_weight) * tl.sum(difference * z_s, 1)
+        if SAVE:
+            statistics += image.to(tl.int64) * windows * TOKENS
+            tl.store(statistics + token, lse_t, mask=inside)
+            tl.store(statistics + statistic_stride + token, lse_s, mask=inside)
+            tl.store(statistics + 2 * statistic_stride + token, mean_t, mask=inside)
+            tl.store(statistics + 3 * statistic_stride + token, mean_s, mask=inside)
+    if VALUE:
+        inner, square_t, square_s = value_sums(
+            teacher, student, rows_t, rows_s, real, teacher_stride_channel, student_stride_channel,
+            BLOCK_ROWS, DIM, BLOCK_DIM, TEACHER_CHANNELS_LAST, STUDENT_CHANNELS_LAST, ACCUMULATE,
+        )  # fmt: skip
+        value = 1.0 - cosine(inner, square_t, square_s)
+    store_partials(partials, program, kl, value, distance, real, attention_weight, value_weight, context_weight)
+
+
+@triton.jit
+def context_gradient(
+    own, other, rows_own, rows_other, real, slot, lse, lse_other, window, height, width, shift_y, shift_x,
+    own_stride_channel, own_stride_y, own_stride_x, other_stride_channel, other_stride_y, other_stride_x,
+    context_weight,
+    WINDOW: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    OWN_CHANNELS_LAST: tl.constexpr, OWN_ALIGNED: tl.constexpr,
+    OTHER_CHANNELS_LAST: tl.constexpr, OTHER_ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """dZ of one side for a tile of queries, `2 w (Z_own - Z_other)`, from all keys of the window."""
+    dz = tl.zeros([BLOCK_ROWS, PADDED_DIM], ACCUMULATE)
+    for first_key in range(0, WINDOW * WINDOW, BLOCK_KEYS):
+        key_slot, _, _, key_real, key_y, key_x = window_tokens(
+            first_key, window, height, width, shift_y, shift_x, BLOCK_KEYS, WINDOW, 1
+        )
+        keys = pixel_offsets(key_y, key_x, own_stride_y, own_stride_x, OWN_ALIGNED, WIDE)
+        log_a = scores_tile(
+            own, rows_own, real, slot, keys, key_real, key_slot, own_stride_channel,
+            BLOCK_ROWS, BLOCK_KEYS, DIM, BLOCK_DIM, OWN_CHANNELS_LAST, WINDOW, 1,
+            PRECISION, ACCUMULATE, INTERPRET,
+        )  # fmt: skip
+        v = load_tile(own, keys, key_real, own_stride_channel, 2, 0, DIM, PADDED_DIM, OWN_CHANNELS_LAST)
+        a = round_to(tl.exp2(log_a - lse[:, None]), v.dtype, INTERPRET)
+        dz += product(a, v, PRECISION, ACCUMULATE, INTERPRET)
+        keys = pixel_offsets(key_y, key_x, other_stride_y, other_stride_x, OTHER_ALIGNED, WIDE)
+        log_a = scores_tile(
+            other, rows_other, real, slot, keys, key_real, key_slot, other_stride_channel,
+            BLOCK_ROWS, BLOCK_KEYS, DIM, BLOCK_DIM, OTHER_CHANNELS_LAST, WINDOW, 1,
+            PRECISION, ACCUMULATE, INTERPRET,
+        )  # fmt: skip
+        v = load_tile(other, keys, key_real, other_stride_channel, 2, 0, DIM, PADDED_DIM, OTHER_CHANNELS_LAST)
+        a = round_to(tl.exp2(log_a - lse_other[:, None]), v.dtype, INTERPRET)
+        dz -= product(a, v, PRECISION, ACCUMULATE, INTERPRET)
+    return round_to(tl.where(real[:, None], dz * (2.0 * context_weight), 0.0), own.dtype.element_ty, INTERPRET)
+
+
+@triton.jit
+def tiled_side_gradient(
+    part, own, other, gradient, statistics, statistic_stride, window, height, width, shift_y, shift_x,
+    scale, attention_weight, value_weight, context_weight,
+    own_stride_channel, own_stride_y, own_stride_x, other_stride_channel, other_stride_y, other_stride_x,
+    WINDOW: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    ATTENTION: tl.constexpr, VALUE: tl.constexpr, CONTEXT: tl.constexpr, TEACHER: tl.constexpr,
+    OWN_CHANNELS_LAST: tl.constexpr, OWN_ALIGNED: tl.constexpr,
+    OTHER_CHANNELS_LAST: tl.constexpr, OTHER_ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """What program `part` of a window owns of one side: dK and dV of a tile of keys, or dQ of a tile of queries."""
+    TOKENS: tl.constexpr = WINDOW * WINDOW
+    KEY_TILES: tl.constexpr = (TOKENS + BLOCK_KEYS - 1) // BLOCK_KEYS
+    dtype: tl.constexpr = own.dtype.element_ty
+    own_row: tl.constexpr = 0 if TEACHER else 1
+    lse_pointer = statistics + own_row * statistic_stride
+    other_pointer = statistics + (1 - own_row) * statistic_stride
+    mean_pointer = statistics + (2 + own_row) * statistic_stride
+    plane = height * width
+
+    if part < KEY_TILES:
+        key_slot, _, _, key_real, key_y, key_x = window_tokens(
+            part * BLOCK_KEYS, window, height, width, shift_y, shift_x, BLOCK_KEYS, WINDOW, 1
+        )
+        keys_own = pixel_offsets(key_y, key_x, own_stride_y, own_stride_x, OWN_ALIGNED, WIDE)
+        keys_other = pixel_offsets(key_y, key_x, other_stride_y, other_stride_x, OTHER_ALIGNED, WIDE)
+        outputs = gradient_offsets(key_y, key_x, width, DIM, OWN_CHANNELS_LAST, WIDE)
+        dk = tl.zeros([BLOCK_KEYS, PADDED_DIM], ACCUMULATE)
+        dv = tl.zeros([BLOCK_KEYS, PADDED_DIM], ACCUMULATE)
+        if ATTENTION or CONTEXT:
+            for first_row in range(0, TOKENS, BLOCK_ROWS):
+                slot, token, inside, real, row_y, row_x = window_tokens(
+                    first_row, window, height, width, shift_y, shift_x, BLOCK_ROWS, WINDOW, 1
+                )
+                rows_own = pixel_offsets(row_y, row_x, own_stride_y, own_stride_x, OWN_ALIGNED, WIDE)
+                rows_other = pixel_offsets(row_y, row_x, other_stride_y, other_stride_x, OTHER_ALIGNED, WIDE)
+                lse = tl.load(lse_pointer + token, mask=inside, other=0.0)
+                lse_other = tl.load(other_pointer + token, mask=inside, other=0.0)
+                if CONTEXT:
+                    dz = context_gradient(
+                        own, other, rows_own, rows_other, real, slot, lse, lse_other,
+                        window, height, width, shift_y, shift_x, own_stride_channel, own_stride_y, own_stride_x,
+                        other_stride_channel, other_stride_y, other_stride_x, context_weight,
+                        WINDOW, DIM, PADDED_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS, OWN_CHANNELS_LAST, OWN_ALIGNED,
+                        OTHER_CHANNELS_LAST, OTHER_ALIGNED, WIDE, PRECISION, ACCUMULATE, INTERPRET,
+                    )  # fmt: skip
+                log_a = scores_tile(
+                    own, rows_own, real, slot, keys_own, key_real, key_slot, own_stride_channel,
+                    BLOCK_ROWS, BLOCK_KEYS, DIM, BLOCK_DIM, OWN_CHANNELS_LAST, WINDOW, 1,
+                    PRECISION, ACCUMULATE, INTERPRET,
+                ) - lse[:, None]  # fmt: skip
+                log_other = scores_tile(
+                    other, rows_other, real, slot, keys_other, key_real, key_slot, other_stride_channel,
+                    BLOCK_ROWS, BLOCK_KEYS, DIM, BLOCK_DIM, OTHER_CHANNELS_LAST, WINDOW, 1,
+                    PRECISION, ACCUMULATE, INTERPRET,
+                ) - lse_other[:, None]  # fmt: skip
+                da = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], ACCUMULATE)
+                if ATTENTION and TEACHER:
+                    da = (attention_weight * LN_2) * (log_a - log_other)
+                if CONTEXT:
+                    v = load_tile(own, keys_own, key_real, own_stride_channel, 2, 0, DIM, PADDED_DIM, OWN_CHANNELS_LAST)
+                    da += product(dz, tl.trans(v), PRECISION, ACCUMULATE, INTERPRET)
+                    a = round_to(tl.exp2(log_a), dtype, INTERPRET)
+                    dv += product(tl.trans(a), dz, PRECISION, ACCUMULATE, INTERPRET)
+                mean = tl.load(mean_pointer + token, mask=inside, other=0.0)
+                ds = score_gradient(
+                    log_a, log_other, da, mean, real, attention_weight, dtype, TEACHER, ATTENTION, INTERPRET
+                )
+                q = load_tile(own, rows_own, real, own_stride_channel, 0, 0, DIM, PADDED_DIM, OWN_CHANNELS_LAST)
+                dk += product(tl.trans(ds), q, PRECISION, ACCUMULATE, INTERPRET)
+        store_tile(
+            gradient,
+            dk * (scale / DIM**0.5),
+            outputs,
+            key_real,
+            plane,
+            1,
+            0,
+            DIM,
+            PADDED_DIM,
+            OWN_CHANNELS_LAST,
+            INTERPRET,
+        )
+        if VALUE:
+            inner, square, square_other = value_sums(
+                own, other, keys_own, keys_other, key_real, own_stride_channel, other_stride_channel,
+                BLOCK_KEYS, DIM, BLOCK_DIM, OWN_CHANNELS_LAST, OTHER_CHANNELS_LAST, ACCUMULATE,
+            )  # fmt: skip
+            across, along, _ = cosine_gradient(inner, square, square_other)
+            v = load_tile(own, keys_own, key_real, own_stride_channel, 2, 0, DIM, PADDED_DIM, OWN_CHANNELS_LAST)
+            dv += (value_weight * along)[:, None] * v.to(ACCUMULATE)
+            v = load_tile(other, keys_other, key_real, other_stride_channel, 2, 0, DIM, PADDED_DIM, OTHER_CHANNELS_LAST)
+            dv -= (value_weight * across)[:, None] * v.to(ACCUMULATE)
+        store_tile(gradient, dv * scale, outputs, key_real, plane, 2, 0, DIM, PADDED_DIM, OWN_CHANNELS_LAST, INTERPRET)
+    else:
+        slot, token, inside, real, row_y, row_x = window_tokens(
+            (part - KEY_TILES) * BLOCK_ROWS, window, height, width, shift_y, shift_x, BLOCK_ROWS, WINDOW, 1
+        )
+        rows_own = pixel_offsets(row_y, row_x, own_stride_y, own_stride_x, OWN_ALIGNED, WIDE)
+        rows_other = pixel_offsets(row_y, row_x, other_stride_y, other_stride_x, OTHER_ALIGNED, WIDE)
+        outputs = gradient_offsets(row_y, row_x, width, DIM, OWN_CHANNELS_LAST, WIDE)
+        dq = tl.zeros([BLOCK_ROWS, PADDED_DIM], ACCUMULATE)
+        if ATTENTION or CONTEXT:
+            lse = tl.load(lse_pointer + token, mask=inside, other=0.0)
+            lse_other = tl.load(other_pointer + token, mask=inside, other=0.0)
+            mean = tl.load(mean_pointer + token, mask=inside, other=0.0)
+            if CONTEXT:
+                dz = context_gradient(
+                    own, other, rows_own, rows_other, real, slot, lse, lse_other,
+                    window, height, width, shift_y, shift_x, own_stride_channel, own_stride_y, own_stride_x,
+                    other_stride_channel, other_stride_y, other_stride_x, context_weight,
+                    WINDOW, DIM, PADDED_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS, OWN_CHANNELS_LAST, OWN_ALIGNED,
+                    OTHER_CHANNELS_LAST, OTHER_ALIGNED, WIDE, PRECISION, ACCUMULATE, INTERPRET,
+                )  # fmt: skip
+            for first_key in range(0, TOKENS, BLOCK_KEYS):
+                key_slot, _, _, key_real, key_y, key_x = window_tokens(
+                    first_key, window, height, width, shift_y, shift_x, BLOCK_KEYS, WINDOW, 1
+                )
+                keys_own = pixel_offsets(key_y, key_x, own_stride_y, own_stride_x, OWN_ALIGNED, WIDE)
+                keys_other = pixel_offsets(key_y, key_x, other_stride_y, other_stride_x, OTHER_ALIGNED, WIDE)
+                log_a = scores_tile(
+                    own, rows_own, real, slot, keys_own, key_real, key_slot, own_stride_channel,
+                    BLOCK_ROWS, BLOCK_KEYS, DIM, BLOCK_DIM, OWN_CHANNELS_LAST, WINDOW, 1,
+                    PRECISION, ACCUMULATE, INTERPRET,
+                ) - lse[:, None]  # fmt: skip
+                log_other = scores_tile(
+                    other, rows_other, real, slot, keys_other, key_real, key_slot, other_stride_channel,
+                    BLOCK_ROWS, BLOCK_KEYS, DIM, BLOCK_DIM, OTHER_CHANNELS_LAST, WINDOW, 1,
+                    PRECISION, ACCUMULATE, INTERPRET,
+                ) - lse_other[:, None]  # fmt: skip
+                da = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], ACCUMULATE)
+                if ATTENTION and TEACHER:
+                    da = (attention_weight * LN_2) * (log_a - log_other)
+                if CONTEXT:
+                    v = load_tile(own, keys_own, key_real, own_stride_channel, 2, 0, DIM, PADDED_DIM, OWN_CHANNELS_LAST)
+                    da += product(dz, tl.trans(v), PRECISION, ACCUMULATE, INTERPRET)
+                ds = score_gradient(
+                    log_a, log_other, da, mean, real, attention_weight, dtype, TEACHER, ATTENTION, INTERPRET
+                )
+                k = load_tile(own, keys_own, key_real, own_stride_channel, 1, 0, DIM, PADDED_DIM, OWN_CHANNELS_LAST)
+                dq += product(ds, k, PRECISION, ACCUMULATE, INTERPRET)
+        store_tile(
+            gradient, dq * (scale / DIM**0.5), outputs, real, plane, 0, 0, DIM, PADDED_DIM, OWN_CHANNELS_LAST, INTERPRET
+        )
+
+
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+def backward_tiled_kernel(
+    teacher, student, upstream, statistics, teacher_gradient, student_gradient,
+    shift, shift_y, shift_x, height, width, statistic_stride,
+    attention_weight, value_weight, context_weight, inverse_count,
+    teacher_stride_image, teacher_stride_channel, teacher_stride_y, teacher_stride_x,
+    student_stride_image, student_stride_channel, student_stride_y, student_stride_x,
+    WINDOW: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    ATTENTION: tl.constexpr, VALUE: tl.constexpr, CONTEXT: tl.constexpr,
+    TEACHER: tl.constexpr, STUDENT: tl.constexpr,
+    TEACHER_CHANNELS_LAST: tl.constexpr, TEACHER_ALIGNED: tl.constexpr,
+    STUDENT_CHANNELS_LAST: tl.constexpr, STUDENT_ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """dQ, dK and dV of the sides asked for (`TEACHER`, `STUDENT`), dense in each side's own layout."""
+    TOKENS: tl.constexpr = WINDOW * WINDOW
+    PARTS: tl.constexpr = (TOKENS + BLOCK_ROWS - 1) // BLOCK_ROWS + (TOKENS + BLOCK_KEYS - 1) // BLOCK_KEYS
+    PROGRAMS: tl.constexpr = PARTS * (TEACHER + STUDENT)
+    program = tl.program_id(0)
+    windows = windows_of(height, width, WINDOW)
+    window = program // PROGRAMS
+    image = window // windows
+    window = window - image * windows
+    part = program % PROGRAMS
+    shift_y, shift_x = offsets_of(shift, shift_y, shift_x, height, width)
+    teacher = image_pointer(teacher, image, teacher_stride_image, TEACHER_ALIGNED)
+    student = image_pointer(student, image, student_stride_image, STUDENT_ALIGNED)
+    statistics += image.to(tl.int64) * windows * TOKENS
+    teacher_gradient += image.to(tl.int64) * height * width * (3 * DIM)
+    student_gradient += image.to(tl.int64) * height * width * (3 * DIM)
+    scale = tl.load(upstream).to(ACCUMULATE) * inverse_count
+    if STUDENT:
+        if part < PARTS:
+            tiled_side_gradient(
+                part, student, teacher, student_gradient, statistics, statistic_stride,
+                window, height, width, shift_y, shift_x, scale, attention_weight, value_weight, context_weight,
+                student_stride_channel, student_stride_y, student_stride_x,
+                teacher_stride_channel, teacher_stride_y, teacher_stride_x,
+                WINDOW, DIM, PADDED_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS, ATTENTION, VALUE, CONTEXT, False,
+                STUDENT_CHANNELS_LAST, STUDENT_ALIGNED, TEACHER_CHANNELS_LAST, TEACHER_ALIGNED,
+                WIDE, PRECISION, ACCUMULATE, INTERPRET,
+            )  # fmt: skip
+        part -= PARTS
+    if TEACHER:
+        if part >= 0:
+            tiled_side_gradient(
+                part, teacher, student, teacher_gradient, statistics, statistic_stride,
+                window, height, width, shift_y, shift_x, scale, attention_weight, value_weight, context_weight,
+                teacher_stride_channel, teacher_stride_y, teacher_stride_x,
+                student_stride_channel, student_stride_y, student_stride_x,
+                WINDOW, DIM, PADDED_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS, ATTENTION, VALUE, CONTEXT, True,
+                TEACHER_CHANNELS_LAST, TEACHER_ALIGNED, STUDENT_CHANNELS_LAST, STUDENT_ALIGNED,
+                WIDE, PRECISION, ACCUMULATE, INTERPRET,
+            )  # fmt: skip

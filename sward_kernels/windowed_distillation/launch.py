@@ -1,0 +1,377 @@
+"""Grids, arguments and registration of the Triton kernels of windowed distillation.
+
+What decides a compilation is gathered in one place (`_plan`), which the call and the report share: what the report
+measures is what runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sward_kernels.registration import register
+from sward_kernels.targets import Configuration, Target, Tiles, family_of, windowed_distillation_tiles
+from sward_kernels.windowed_distillation.kernels import backward_kernel, forward_kernel
+from sward_kernels.windowed_distillation.kernels_tiled import backward_tiled_kernel, forward_tiled_kernel
+from sward_kernels.windows import Shift, WindowGrid
+
+MAX_WINDOW_SIZE = 32
+MAX_DIM = 256
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+"""Whether kernels run in Triton's interpreter (on CPU tensors), decided when Triton was imported."""
+
+Weights = tuple[float, float, float]
+
+
+def windowed_distillation(
+    qkv_teacher: Tensor, qkv_student: Tensor, window_size: int, shift: Shift, weights: Weights
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(loss, attention, value, context)` as the reference computes them; only the loss carries a gradient.
+
+    Raises:
+        NotImplementedError: for a device, dtype or size the kernels do not serve.
+    """
+    _check_served(qkv_teacher, window_size)
+    offsets, shift_tensor = ((0, 0), shift) if isinstance(shift, Tensor) else ((shift[0], shift[1]), None)
+    if torch.is_grad_enabled() and (qkv_teacher.requires_grad or qkv_student.requires_grad):
+        loss, terms = _WindowedDistillation.apply(qkv_teacher, qkv_student, window_size, offsets, shift_tensor, weights)
+    else:
+        loss, terms, _ = _forward_terms(qkv_teacher, qkv_student, window_size, offsets, shift_tensor, weights, False)
+    attention, value, context = terms.unbind()
+    return loss, attention, value, context
+
+
+def _check_served(qkv: Tensor, window_size: int) -> None:
+    if qkv.device.type == "cpu" and not INTERPRETED:
+        raise NotImplementedError(
+            "implementation='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 before Triton is imported); "
+            "use 'eager' on the CPU."
+        )
+    if qkv.dtype not in _TYPES:
+        raise NotImplementedError(f"implementation='triton' does not take {qkv.dtype}; use 'eager'.")
+    if window_size > MAX_WINDOW_SIZE or qkv.shape[1] // 3 > MAX_DIM:
+        raise NotImplementedError(
+            f"implementation='triton' takes window_size up to {MAX_WINDOW_SIZE} and D up to {MAX_DIM}, not "
+            f"window_size={window_size} and D={qkv.shape[1] // 3}; use 'eager'."
+        )
+
+
+class _WindowedDistillation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv_teacher: Tensor,
+        qkv_student: Tensor,
+        window_size: int,
+        offsets: tuple[int, int],
+        shift: Tensor | None,
+        weights: Weights,
+    ) -> tuple[Tensor, Tensor]:
+        loss, terms, statistics = _forward_terms(
+            qkv_teacher, qkv_student, window_size, offsets, shift, weights, save=True
+        )
+        ctx.save_for_backward(qkv_teacher, qkv_student, statistics, shift)
+        ctx.arguments = (window_size, offsets, weights)
+        ctx.mark_non_differentiable(terms)
+        return loss, terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        qkv_teacher, qkv_student, statistics, shift = ctx.saved_tensors
+        window_size, offsets, weights = ctx.arguments
+        teacher, student = ctx.needs_input_grad[:2]
+        gradient_teacher, gradient_student = _backward_operator(
+            upstream, qkv_teacher, qkv_student, statistics, window_size, offsets, shift, weights, teacher, student
+        )
+        return (
+            gradient_teacher if teacher else None,
+            gradient_student if student else None,
+            *(None for _ in range(4)),
+        )
+
+
+def _forward_terms(
+    qkv_teacher: Tensor,
+    qkv_student: Tensor,
+    window_size: int,
+    offsets: tuple[int, int],
+    shift: Tensor | None,
+    weights: Weights,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    partials, statistics = _forward_operator(
+        qkv_teacher.detach(), qkv_student.detach(), window_size, offsets, shift, weights, save
+    )
+    sums = partials.sum(0)  # in a fixed order: bitwise repeatable, where atomics would not be
+    pixels = qkv_teacher.shape[0] * qkv_teacher.shape[2] * qkv_teacher.shape[3]
+    return sums[0] / pixels, sums[1:] / pixels, statistics
+
+
+# ---------------------------------------------------------------------------------------------------- what is compiled
+
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How one side lies in memory, as far as the kernels are compiled for it."""
+
+    channels_last: bool
+    aligned: bool
+
+    @staticmethod
+    def of(qkv: Tensor) -> _Layout:
+        image, channel, row, column = qkv.stride()
+        dim = qkv.shape[1] // 3
+        channels_last = channel == 1
+        # 8 elements are 16 bytes of a 16-bit type: what a 128-bit load needs.
+        aligned = channels_last and all(stride % 8 == 0 for stride in (image, row, column, dim))
+        return _Layout(channels_last, aligned)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Everything about a call that decides what is compiled. Sizes of batch and image, strides and shifts are not."""
+
+    window_size: int
+    dim: int
+    dtype: torch.dtype
+    precision: str
+    family: str
+    teacher: _Layout
+    student: _Layout
+    terms: tuple[bool, bool, bool]
+    wide: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.window_size * self.window_size
+
+
+@dataclass(frozen=True)
+class _Plan:
+    kernel: Any
+    constants: dict[str, Any]
+    tiles: Tiles
+    windows_per_program: int
+    programs_per_group: int
+    statistics: int
+
+
+def _plan(problem: _Problem, direction: str, **flags: bool) -> _Plan:
+    tiles = windowed_distillation_tiles(problem.family, direction, problem.dtype, problem.tokens, problem.dim)
+    constants: dict[str, Any] = {
+        "WINDOW": problem.window_size,
+        "DIM": problem.dim,
+        "BLOCK_DIM": tiles.channels,
+        "ATTENTION": problem.terms[0],
+        "VALUE": problem.terms[1],
+        "CONTEXT": problem.terms[2],
+        "TEACHER_CHANNELS_LAST": problem.teacher.channels_last,
+        "TEACHER_ALIGNED": problem.teacher.aligned,
+        "STUDENT_CHANNELS_LAST": problem.student.channels_last,
+        "STUDENT_ALIGNED": problem.student.aligned,
+        "WIDE": problem.wide,
+        "PRECISION": problem.precision,
+        "ACCUMULATE": tl.float64 if problem.dtype == torch.float64 else tl.float32,
+        "INTERPRET": INTERPRETED,
+        **flags,
+    }
+    if owns_windows(tiles, problem.tokens):
+        windows = tiles.rows // problem.tokens
+        constants |= {"WINDOWS": windows, "BLOCK": tiles.rows}
+        kernel = forward_kernel if direction == "forward" else backward_kernel
+        return _Plan(kernel, constants, tiles, windows, 1, 2)
+    constants |= {
+        "PADDED_DIM": max(16, triton.next_power_of_2(problem.dim)),
+        "BLOCK_ROWS": tiles.rows,
+        "BLOCK_KEYS": tiles.keys,
+    }
+    programs = math.ceil(problem.tokens / tiles.rows)
+    if direction == "forward":
+        return _Plan(forward_tiled_kernel, constants, tiles, 1, programs, 4)
+    programs = (programs + math.ceil(problem.tokens / tiles.keys)) * sum(flags.values())
+    return _Plan(backward_tiled_kernel, constants, tiles, 1, programs, 4)
+
+
+def owns_windows(tiles: Tiles, tokens: int) -> bool:
+    """Whether one program owns whole windows."""
+    return tiles.rows == tiles.keys >= tokens
+
+
+def _float32_precision(family: str) -> str:
+    """Products of fp32 follow torch's setting: TF32 when it is on, else three TF32 products that keep fp32's digits."""
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee" if family == "cdna" else "tf32x3"
+
+
+def _problem(qkv_teacher: Tensor, qkv_student: Tensor, window_size: int, weights: Weights) -> _Problem:
+    family = family_of(qkv_teacher.device)
+    reach = max(sum((size - 1) * abs(stride) for size, stride in zip(qkv.shape[1:], qkv.stride()[1:]))
+                for qkv in (qkv_teacher, qkv_student))  # fmt: skip
+    return _Problem(
+        window_size=window_size,
+        dim=qkv_teacher.shape[1] // 3,
+        dtype=qkv_teacher.dtype,
+        precision=_float32_precision(family) if qkv_teacher.dtype == torch.float32 else "ieee",
+        family=family,
+        teacher=_Layout.of(qkv_teacher),
+        student=_Layout.of(qkv_student),
+        terms=(weights[0] != 0, weights[1] != 0, weights[2] != 0),
+        wide=max(reach, qkv_teacher.shape[1:].numel()) >= WIDE_FROM,
+    )
+
+
+WIDE_FROM = 2**31
+"""Elements from which offsets inside one image need 64 bits."""
+
+# ------------------------------------------------------------------------------------------------------- the operators
+
+
+def _arguments(
+    qkv_teacher: Tensor, qkv_student: Tensor, offsets: tuple[int, int], shift: Tensor | None, weights: Weights
+) -> dict[str, Any]:
+    sides = {"teacher": qkv_teacher, "student": qkv_student}
+    strides = {
+        f"{side}_stride_{axis}": stride
+        for side, qkv in sides.items()
+        for axis, stride in zip(("image", "channel", "y", "x"), qkv.stride())
+    }
+    return {
+        **sides,
+        **strides,
+        "shift": shift,
+        "shift_y": offsets[0],
+        "shift_x": offsets[1],
+        "height": qkv_teacher.shape[2],
+        "width": qkv_teacher.shape[3],
+        "attention_weight": weights[0],
+        "value_weight": weights[1],
+        "context_weight": weights[2],
+    }
+
+
+def _launch(plan: _Plan, grid: WindowGrid, images: int, arguments: dict[str, Any]) -> None:
+    groups = images * math.ceil(grid.windows / plan.windows_per_program)
+    device = arguments["teacher"].device
+    with torch.cuda.device(device.index if device.type == "cuda" else -1):
+        plan.kernel[(groups * plan.programs_per_group,)](
+            **arguments, **plan.constants, num_warps=plan.tiles.num_warps, num_stages=1
+        )
+
+
+def _forward(
+    qkv_teacher: Tensor,
+    qkv_student: Tensor,
+    window_size: int,
+    offsets: tuple[int, int],
+    shift: Tensor | None,
+    weights: Weights,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    plan = _plan(_problem(qkv_teacher, qkv_student, window_size, weights), "forward", SAVE=save)
+    partials, statistics = _allocate_forward(plan, qkv_teacher, window_size, save)
+    arguments = _arguments(qkv_teacher, qkv_student, offsets, shift, weights)
+    arguments |= {"partials": partials, "statistics": statistics, "statistic_stride": statistics.shape[-1]}
+    grid = WindowGrid(qkv_teacher.shape[2], qkv_teacher.shape[3], window_size)
+    _launch(plan, grid, qkv_teacher.shape[0], arguments)
+    return partials, statistics
+
+
+def _allocate_forward(plan: _Plan, qkv: Tensor, window_size: int, save: bool) -> tuple[Tensor, Tensor]:
+    grid = WindowGrid(qkv.shape[2], qkv.shape[3], window_size)
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    groups = qkv.shape[0] * ((grid.windows + plan.windows_per_program - 1) // plan.windows_per_program)
+    partials = qkv.new_empty(groups * plan.programs_per_group, 4, dtype=dtype)
+    rows = plan.statistics if save and (plan.constants["ATTENTION"] or plan.constants["CONTEXT"]) else 0
+    return partials, qkv.new_empty(rows, qkv.shape[0] * grid.windows * grid.tokens, dtype=dtype)
+
+
+def _forward_fake(
+    qkv_teacher: Tensor,
+    qkv_student: Tensor,
+    window_size: int,
+    offsets: tuple[int, int],
+    shift: Tensor | None,
+    weights: Weights,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    plan = _plan(_problem(qkv_teacher, qkv_student, window_size, weights), "forward", SAVE=save)
+    return _allocate_forward(plan, qkv_teacher, window_size, save)
+
+
+def _backward(
+    upstream: Tensor,
+    qkv_teacher: Tensor,
+    qkv_student: Tensor,
+    statistics: Tensor,
+    window_size: int,
+    offsets: tuple[int, int],
+    shift: Tensor | None,
+    weights: Weights,
+    teacher: bool,
+    student: bool,
+) -> tuple[Tensor, Tensor]:
+    plan = _plan(_problem(qkv_teacher, qkv_student, window_size, weights), "backward", TEACHER=teacher, STUDENT=student)
+    gradients = _allocate_gradients(qkv_teacher, teacher), _allocate_gradients(qkv_student, student)
+    batch, _, height, width = qkv_teacher.shape
+    arguments = _arguments(qkv_teacher, qkv_student, offsets, shift, weights)
+    arguments |= {
+        "upstream": upstream,
+        "statistics": statistics,
+        "statistic_stride": statistics.shape[-1],
+        "teacher_gradient": gradients[0],
+        "student_gradient": gradients[1],
+        "inverse_count": 1.0 / (batch * height * width),
+    }
+    _launch(plan, WindowGrid(height, width, window_size), batch, arguments)
+    return gradients
+
+
+def _allocate_gradients(qkv: Tensor, wanted: bool) -> Tensor:
+    """Dense, in the memory format of the input, so that loads and stores are vectorised alike."""
+    if not wanted:
+        return qkv.new_empty(0)
+    memory_format = torch.channels_last if _Layout.of(qkv).channels_last else torch.contiguous_format
+    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device, memory_format=memory_format)
+
+
+def _backward_fake(
+    upstream: Tensor,
+    qkv_teacher: Tensor,
+    qkv_student: Tensor,
+    statistics: Tensor,
+    window_size: int,
+    offsets: tuple[int, int],
+    shift: Tensor | None,
+    weights: Weights,
+    teacher: bool,
+    student: bool,
+) -> tuple[Tensor, Tensor]:
+    return _allocate_gradients(qkv_teacher, teacher), _allocate_gradients(qkv_student, student)
+
+
+_forward_operator = register(
+    "windowed_distillation_triton_forward(Tensor qkv_teacher, Tensor qkv_student, SymInt window_size, "
+    "SymInt[2] offsets, Tensor? shift, float[3] weights, bool save) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_backward_operator = register(
+    "windowed_distillation_triton_backward(Tensor upstream, Tensor qkv_teacher, Tensor qkv_student, "
+    "Tensor statistics, SymInt window_size, SymInt[2] offsets, Tensor? shift, float[3] weights, bool teacher, "
+    "bool student) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
