@@ -112,9 +112,9 @@ def _run(
         for chunk in _chunks(qkv_teacher, qkv_student, window_size, offsets, whole=compiled):
             terms, *chunk_gradients = run_chunk(chunk.teacher, chunk.student, chunk.real, scales, *wanted)
             sums.append(terms)
-            for cells, gradient in zip(chunk_gradients, gradients):
-                if cells is not None:
-                    chunk.write(cells, gradient)
+            for block, gradient in zip(chunk_gradients, gradients):
+                if block is not None:
+                    chunk.write(block, gradient)
         batch, _, height, width = qkv_teacher.shape
         return torch.stack(sums).sum(0) / (batch * height * width), *gradients
 
@@ -131,7 +131,8 @@ class _Chunk(NamedTuple):
     """A block of windows: some strips (rows of windows, of any images) by some columns of windows.
 
     Attributes:
-        teacher, student: `[strips, C, M, columns, M]`, rolled and padded with zeros, laid out as their maps are.
+        teacher, student: `[strips, C, M, columns, M]`, rolled and padded with zeros, laid out as their maps are. Their
+            queries are divided by `sqrt(D)`, so that `Q K^T` and `dS^T Q` come out scaled.
         real: 1 for a pixel and 0 for padding, `[strips, 1, M, columns, M]`; None if all are pixels.
         pieces: index pairs (into `[strips, C, M, columns * M]`, into a map) that say what was read from where.
     """
@@ -141,8 +142,8 @@ class _Chunk(NamedTuple):
     real: Tensor | None
     pieces: list[tuple[tuple[Any, ...], tuple[Any, ...]]]
 
-    def write(self, cells: Tensor, target: Tensor) -> None:
-        block = cells.flatten(-2)
+    def write(self, block: Tensor, target: Tensor) -> None:
+        """Put `[strips, C, M, columns * M]` where this chunk was read from."""
         for inside, outside in self.pieces:
             target[outside] = block[inside]
 
@@ -154,7 +155,8 @@ def _chunks(
 
     All chunks share their buffers: each is valid until the next is asked for.
     """
-    batch, _, height, width = qkv_teacher.shape
+    batch, channels, height, width = qkv_teacher.shape
+    dim = channels // 3
     grid = WindowGrid(height, width, window_size)
     windows = (SCORE_ELEMENTS_CPU if qkv_teacher.is_cpu else SCORE_ELEMENTS_GPU) // grid.tokens**2
     smallest = 2 if whole else 1
@@ -186,6 +188,8 @@ def _chunks(
                 student[inside] = qkv_student[outside]
                 if partial:
                     real[inside] = 1
+            for buffer in (teacher, student):
+                buffer[:, :dim].mul_(1 / math.sqrt(dim))
             cells = (buffer.unflatten(-1, (chunk_columns, window_size)) for buffer in (teacher, student, real))
             teacher_cells, student_cells, real_cells = cells
             yield _Chunk(teacher_cells, student_cells, real_cells if partial or whole else None, pieces)
@@ -213,7 +217,7 @@ def distil_chunk(
     teacher_gradient: bool,
     student_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Sums of the three terms, `[3]`, and each wanted side's weighted gradient, `[strips, C, M, columns, M]`.
+    """Sums of the three terms, `[3]`, and each wanted side's weighted gradient, `[strips, C, M, columns * M]`.
 
     Args and layout as in `_Chunk`, names as in equations.md, section 4. A term whose weight is None is skipped.
     """
@@ -242,26 +246,30 @@ def distil_chunk(
         value, dv_t, dv_s = _value_term(v_t, v_s, mask, value_weight)
     gradient_t = gradient_s = None
     if teacher_gradient:
-        gradient_t = _cells(_backward(q_t, k_t, v_t, ds_t, dv_t, through_t), teacher.shape)
+        gradient_t = _block(_backward(q_t, k_t, v_t, ds_t, dv_t, through_t), teacher.shape)
     if student_gradient:
-        gradient_s = _cells(_backward(q_s, k_s, v_s, ds_s, dv_s, through_s), student.shape)
+        gradient_s = _block(_backward(q_s, k_s, v_s, ds_s, dv_s, through_s), student.shape)
     return torch.stack((attention, value, context)), gradient_t, gradient_s
 
 
 def _tokens(cells: Tensor) -> Tensor:
-    """`[strips, C, M, columns, M]` -> `[windows, T, C]`; what is innermost in memory stays innermost."""
+    """`[strips, C, M, columns, M]` -> a copy `[windows, T, C]`; what is innermost in memory stays innermost."""
     strips, channels, side, columns, _ = cells.shape
     if cells.stride(1) == 1:
-        return cells.permute(0, 3, 2, 4, 1).reshape(strips * columns, side * side, channels)
-    return cells.permute(0, 3, 1, 2, 4).reshape(strips * columns, channels, side * side).mT
+        tokens = cells.permute(0, 3, 2, 4, 1).clone(memory_format=torch.contiguous_format)
+        return tokens.view(strips * columns, side * side, channels)
+    tokens = cells.permute(0, 3, 1, 2, 4).clone(memory_format=torch.contiguous_format)
+    return tokens.view(strips * columns, channels, side * side).mT
 
 
-def _cells(tokens: Tensor, shape: torch.Size) -> Tensor:
-    """Undo `_tokens`."""
+def _block(tokens: Tensor, shape: torch.Size) -> Tensor:
+    """Undo `_tokens`, as `[strips, C, M, columns * M]`; `shape` is that of the cells."""
     strips, channels, side, columns, _ = shape
     if tokens.stride(2) == 1:
-        return tokens.view(strips, columns, side, side, channels).permute(0, 4, 2, 1, 3)
-    return tokens.mT.view(strips, columns, channels, side, side).permute(0, 2, 3, 1, 4)
+        cells = tokens.view(strips, columns, side, side, channels).transpose(1, 2)
+        return cells.reshape(strips, side, columns * side, channels).permute(0, 3, 1, 2)
+    cells = tokens.mT.view(strips, columns, channels, side, side).permute(0, 2, 3, 1, 4)
+    return cells.reshape(strips, channels, side, columns * side)
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
@@ -271,7 +279,7 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, their log-sum-exp a row and the attention. A padded query attends to nothing: all that follows is 0."""
-    scores = torch.bmm(q * (1 / math.sqrt(q.shape[-1])), k.mT)
+    scores = torch.bmm(q, k.mT)
     a = scores.softmax(-1)
     # the largest probability of a row is at least 1/T, so its logarithm is exact to an ulp and saves a pass of exp
     log_sum_exp = scores.amax(-1, keepdim=True) - a.amax(-1, keepdim=True).log()
@@ -286,7 +294,7 @@ def _backward(
     dv: Tensor | None,
     through_context: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Tensor:
-    """`dQ, dK, dV` of one side, `[windows, T, 3 * D]`; None stands for zero.
+    """`dQ, dK, dV` of one side, `[windows, T, 3 * D]`, from its `Q / sqrt(D)`, `K` and `V`; None stands for zero.
 
     `ds` and `dv` reach the scores and the values directly; what comes through the context needs its `(A, Z, dZ)`.
     `ds` is overwritten.
@@ -300,8 +308,7 @@ def _backward(
     if ds is None:
         dq = dk = torch.zeros_like(q)
     else:
-        scale = 1 / math.sqrt(q.shape[-1])
-        dq, dk = _product(ds, k) * scale, _product(ds.mT, q) * scale
+        dq, dk = _product(ds, k).mul_(1 / math.sqrt(q.shape[-1])), _product(ds.mT, q)
     if dv is None:
         dv = torch.zeros_like(v)
     if q.stride(2) == 1:
