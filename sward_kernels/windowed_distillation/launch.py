@@ -6,7 +6,6 @@ measures is what runs.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from sward_kernels.registration import register
 from sward_kernels.targets import Configuration, Target, Tiles, family_of, windowed_distillation_tiles
-from sward_kernels.windowed_distillation.kernels import backward_kernel, forward_kernel
+from sward_kernels.windowed_distillation.kernels import RUNTIME_INTEGERS, backward_kernel, forward_kernel
 from sward_kernels.windowed_distillation.kernels_tiled import backward_tiled_kernel, forward_tiled_kernel
 from sward_kernels.windows import Shift, WindowGrid
 
@@ -375,3 +374,64 @@ _backward_operator = register(
     _backward,
     _backward_fake,
 )
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+
+SHIPPED_WINDOW_SIZES = (4, 7, 8, 12, 14, 16)
+SHIPPED_DIMS = (16, 32, 64, 128)
+
+
+def configurations(target: Target) -> Iterator[Configuration]:
+    """Every configuration the report compiles for a target: all terms, gradients to both sides.
+
+    Other sizes, layouts and flags run the same code with the same tiles and fewer or as many live values.
+    """
+    channels_last, strided = _Layout(True, True), _Layout(False, False)
+    types = [(torch.bfloat16, "ieee", SHIPPED_DIMS, channels_last), (torch.bfloat16, "ieee", (64,), strided)]
+    types += [(torch.float16, "ieee", SHIPPED_DIMS, channels_last)]
+    types += [
+        (torch.float32, precision, tuple(dim for dim in SHIPPED_DIMS if dim <= 64), channels_last)
+        for precision in ("tf32", "ieee" if target.family == "cdna" else "tf32x3")
+    ]
+    for dtype, precision, dims, layout in types:
+        for window_size in SHIPPED_WINDOW_SIZES:
+            for dim in dims:
+                problem = _Problem(
+                    window_size, dim, dtype, precision, target.family, layout, layout, (True,) * 3, False
+                )
+                yield _configuration(problem, "forward", SAVE=True)
+                yield _configuration(problem, "backward", TEACHER=True, STUDENT=True)
+
+
+def _configuration(problem: _Problem, direction: str, **flags: bool) -> Configuration:
+    plan = _plan(problem, direction, **flags)
+    element = f"*{_TYPES[problem.dtype]}"
+    types = dict.fromkeys(("teacher", "student", "teacher_gradient", "student_gradient"), element)
+    types |= dict.fromkeys(("partials", "statistics", "upstream"), "*fp32")
+    types |= dict.fromkeys(RUNTIME_INTEGERS, "i32")
+    types |= dict.fromkeys(("attention_weight", "value_weight", "context_weight", "inverse_count"), "fp32")
+    constants = {**plan.constants, "shift": None}
+    tokens, dim, size = problem.tokens, problem.dim, problem.dtype.itemsize
+    backward = direction == "backward"
+    return Configuration(
+        operation="windowed_distillation",
+        direction=direction,
+        kernel=plan.kernel,
+        types={name: types[name] for name in plan.kernel.arg_names if name not in constants},
+        constants=constants,
+        num_warps=plan.tiles.num_warps,
+        details={
+            "dtype": _TYPES[problem.dtype],
+            "window_size": problem.window_size,
+            "tokens": tokens,
+            "dim": dim,
+            "precision": problem.precision if problem.dtype == torch.float32 else "-",
+            "layout": "channels_last" if problem.teacher.channels_last else "nchw",
+            "tile": f"{plan.tiles.rows}x{plan.tiles.keys}x{plan.tiles.channels}",
+        },
+        # Q, K, V of both sides read once, their gradients written once, the row statistics written or read once.
+        ideal_bytes=tokens * (6 * dim * size * (1 + backward) + plan.statistics * 4),
+        # Products of T x T x D: scores and contexts, backward also dA, dV, dQ and dK; not what is recomputed.
+        flops=2 * tokens * tokens * dim * (12 if backward else 4),
+    )
