@@ -111,12 +111,15 @@ class CIRKDLoss(TapComparison):
         self.seed = seed
         self.process_group = process_group
         self.implementation = implementation
-        self.projector = nn.Sequential(
-            nn.Conv2d(student_channels, teacher_channels, 1, bias=False),
-            nn.BatchNorm2d(teacher_channels),
-            nn.ReLU(),
-            nn.Conv2d(teacher_channels, teacher_channels, 1, bias=False),
-        )
+        # Without a memory term the projector would get no gradient, which DDP takes for a mistake.
+        self.projector: nn.Module = nn.Identity()
+        if any(weights[2:]):
+            self.projector = nn.Sequential(
+                nn.Conv2d(student_channels, teacher_channels, 1, bias=False),
+                nn.BatchNorm2d(teacher_channels),
+                nn.ReLU(),
+                nn.Conv2d(teacher_channels, teacher_channels, 1, bias=False),
+            )
         generator = torch.Generator().manual_seed(seed)
         self.pixel_queue, self.region_queue = (
             ClassQueue(num_classes, size, teacher_channels, generator, official=self.official)

@@ -266,6 +266,7 @@ def test_weight_of_zero_skips_the_term() -> None:
     terms = method(batch()).terms
     assert terms["pixel"] == terms["region"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, banks(method)))
+    assert not list(method.parameters())
 
 
 def test_image_without_labels_leaves_the_banks_alone_and_costs_nothing_in_memory() -> None:
