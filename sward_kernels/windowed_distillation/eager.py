@@ -76,8 +76,10 @@ class _AttachGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        # The buffer is private and stays as it is: a second backward through a retained graph finds it unscaled.
-        return upstream, gradient * (upstream / ctx.pixels), None, None
+        # A new tensor: a second backward through a retained graph must find the buffer unscaled. A factor with an axis
+        # takes part in type promotion, so that it is not rounded to (and does not underflow in) a 16-bit dtype.
+        factor = (upstream / ctx.pixels).unsqueeze(0)
+        return upstream, torch.mul(gradient, factor, out=torch.empty_like(gradient)), None, None
 
 
 def _run(
@@ -161,7 +163,7 @@ def _chunks(
     windows = (SCORE_ELEMENTS_CPU if qkv_teacher.is_cpu else SCORE_ELEMENTS_GPU) // grid.tokens**2
     smallest = 2 if whole else 1
     strips, columns = batch * grid.window_rows, grid.window_columns
-    chunk_columns = max(smallest, _even_share(columns, max(1, windows)))
+    chunk_columns = max(smallest, _even_share(columns, max(1, windows // smallest)))
     chunk_strips = max(smallest, _even_share(strips, max(1, windows // chunk_columns)))
     shape = (chunk_strips, window_size, chunk_columns * window_size)
     teacher, student = _zeros_like_map(qkv_teacher, *shape), _zeros_like_map(qkv_student, *shape)

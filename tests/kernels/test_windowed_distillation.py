@@ -1,5 +1,6 @@
 """Windowed distillation: the eager implementation against the reference, and the behaviour they share."""
 
+import math
 import warnings
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.harness import peak_extra_bytes
 from sward_kernels import windowed_distillation
 from sward_kernels.windowed_distillation import api, eager
 from tests.support.distillation_cases import LAYOUTS, TERMS, WEIGHTS, assert_same, maps_like, run
@@ -277,6 +279,24 @@ def test_autocast_takes_two_dtypes_and_keeps_its_own_precision() -> None:
     assert mixed.gradient_student.dtype == torch.float32
     reference = run(teacher.bfloat16().float(), student, 4)
     assert torch.equal(mixed.gradient_student, reference.gradient_student)
+
+
+def peak_bytes(shape: tuple[int, int, int, int], with_gradient: bool) -> int:
+    teacher, student = (maps.requires_grad_(with_gradient) for maps in maps_like(shape, dtype=torch.float32))
+
+    def call() -> object:
+        result = windowed_distillation(teacher, student, 8, (3, 5), implementation="eager")
+        return torch.autograd.grad(result.loss, (teacher, student)) if with_gradient else result
+
+    return peak_extra_bytes(call, torch.device("cpu"))
+
+
+def test_memory() -> None:
+    shape = (4, 72, 128, 256)
+    gradients = 2 * 4 * math.prod(shape)
+    assert peak_bytes(shape, True) <= 1.5 * gradients + 1024  # two buffers and one result, then one buffer and both
+    small, large = (peak_bytes((batch, *shape[1:]), False) for batch in (1, 4))
+    assert large <= small + 1024  # without a gradient there is one chunk, whatever the size of the maps
 
 
 def test_permuting_pixels_of_a_window_changes_nothing() -> None:
