@@ -131,7 +131,7 @@ def main() -> int:
     session.print_banner()
     for stage in QUICK if arguments.quick else SWEEP if arguments.sweep else DEFAULT:
         compare(session, stage, arguments.seconds)
-    session.write_csv(arguments.results / "mwad_throughput.csv")
+    session.write_csv(arguments.results / f"mwad_throughput_{device.type}.csv")
     return session.exit_code
 
 

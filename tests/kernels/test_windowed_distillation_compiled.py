@@ -1,6 +1,10 @@
 """Windowed distillation under torch.compile: an operator in a user's graph, and the compiled implementation."""
 
+import csv
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +135,18 @@ def test_compiled_terms_and_sides(weights: tuple[float, float, float], gradients
             result.loss.backward()
         outcomes.append((*(value.detach() for value in result), *(one.grad for one in maps if one.requires_grad)))
     torch.testing.assert_close(*outcomes, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_benchmark_runs_and_checks_before_it_times(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "mwad_throughput.py"
+    run_once = subprocess.run(
+        [sys.executable, script, "--quick", "--results", tmp_path], capture_output=True, text=True, check=False
+    )
+    assert run_once.returncode == 0, run_once.stderr
+    assert "compiled over torch.compile(reference)" in run_once.stdout
+    (table,) = tmp_path.glob("*.csv")
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {"reference", "torch.compile(reference)", "eager", "compiled"} <= {row["provider"] for row in rows}
+    assert all(row["gate"] == "green" for row in rows)
