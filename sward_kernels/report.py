@@ -24,7 +24,7 @@ from typing import Any
 
 from sward_kernels.targets import TARGETS, Configuration, Target
 
-OPERATIONS = ("windowed_distillation", "relational_kl")
+OPERATIONS = ("windowed_distillation", "prototypes", "relational_kl")
 """Packages under `sward_kernels` whose `launch.configurations(target)` yields what ships."""
 
 SECONDS_PER_CONFIGURATION = 600

@@ -7,7 +7,7 @@ costs one compilation and a later one none. To add a target, add it to `TARGETS`
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -120,21 +120,28 @@ _WINDOWED_DISTILLATION: dict[tuple[str, str, int], tuple[tuple[int, int, Tiles],
     ),
     ("ampere", "backward", 16): (
         (16, 256, Tiles(32, 32, 32, 2)),
+        (64, 256, Tiles(64, 64, 16, 4)),
+        (1024, 64, Tiles(32, 32, 32, 4)),
+        (1024, 256, Tiles(32, 32, 32, 8)),
+    ),
+    ("hopper", "backward", 16): (
+        (16, 256, Tiles(32, 32, 32, 2)),
         (64, 256, Tiles(64, 64, 32, 4)),
         (1024, 64, Tiles(32, 32, 32, 4)),
         (1024, 256, Tiles(32, 32, 32, 8)),
     ),
+    ("cdna", "backward", 16): (
+        (16, 256, Tiles(32, 32, 32, 2)),
+        (64, 256, Tiles(64, 64, 32, 4)),
+        (1024, 256, Tiles(32, 32, 32, 4)),
+    ),
+    # Three TF32 products in place of one double the operands of every product: only small tiles stay in registers.
     ("ampere", "forward", 32): (
-        (16, 256, Tiles(32, 32, 16, 4)),
-        (1024, 64, Tiles(32, 32, 16, 4)),
-        (1024, 256, Tiles(16, 16, 16, 4)),
+        (16, 256, Tiles(16, 16, 16, 1)),
+        (1024, 256, Tiles(16, 32, 16, 1)),
     ),
-    ("ampere", "backward", 32): (
-        (16, 256, Tiles(32, 32, 16, 4)),
-        (1024, 64, Tiles(32, 32, 16, 4)),
-        (1024, 256, Tiles(16, 16, 16, 4)),
-    ),
-    # float64 serves the tests of the equations. Large tiles are few steps, and steps are what the interpreter is slow at.
+    ("ampere", "backward", 32): ((1024, 256, Tiles(16, 16, 16, 1)),),
+    # float64 serves the tests of the equations; the interpreter is slow by the step, and large tiles are few steps.
     ("ampere", "forward", 64): ((1024, 256, Tiles(16, 16, 16, 4)),),
     ("ampere", "backward", 64): ((1024, 256, Tiles(16, 16, 16, 4)),),
     ("interpreter", "forward", 64): (
@@ -159,3 +166,40 @@ def windowed_distillation_tiles(family: str, direction: str, dtype: torch.dtype,
     bits = dtype.itemsize * 8
     rows = _WINDOWED_DISTILLATION.get((family, direction, bits)) or _WINDOWED_DISTILLATION["ampere", direction, bits]
     return next(tiles for most_tokens, most_dim, tiles in rows if tokens <= most_tokens and dim <= most_dim)
+
+
+@dataclass(frozen=True)
+class PrototypeTiles:
+    """Tile of a prototype kernel: pixels, channels, classes, tiles one program walks over, and warps a program."""
+
+    pixels: int
+    channels: int
+    classes: int
+    steps: int
+    num_warps: int
+
+
+# kernel -> rows of (most classes, tiles); the first that fits is taken. One table serves every family. The more
+# classes, the more pixels a program takes, so that its table of class means stays small against the features it reads.
+# More than 64 classes at once spill, whatever the tile: the product with their means wants them all in registers.
+_PROTOTYPES: dict[str, tuple[tuple[int, PrototypeTiles], ...]] = {
+    "statistics": (
+        (16, PrototypeTiles(64, 32, 16, 8, 4)),
+        (32, PrototypeTiles(64, 32, 32, 8, 4)),
+        (64, PrototypeTiles(64, 32, 64, 16, 8)),
+        (128, PrototypeTiles(64, 32, 64, 32, 8)),
+        (256, PrototypeTiles(64, 32, 64, 64, 8)),
+    ),
+    "inverse_norms": ((256, PrototypeTiles(32, 64, 0, 1, 4)),),
+    "gradient": ((256, PrototypeTiles(64, 64, 0, 1, 4)),),
+    "normalized_gradient": ((256, PrototypeTiles(32, 64, 0, 1, 4)),),
+}
+
+
+def prototype_tiles(kernel: str, num_classes: int, channels: int, family: str) -> PrototypeTiles:
+    """The tiles of `kernel` for `num_classes` classes; no wider than `channels` need."""
+    tiles = next(tiles for most_classes, tiles in _PROTOTYPES[kernel] if num_classes <= most_classes)
+    needed = max(16, 1 << (channels - 1).bit_length())  # 16: the least that tensor cores take
+    # A warp of 64 lanes is twice as wide: more than 4 of them leave no thread 16 bytes of a 16-bit tile to load.
+    num_warps = min(tiles.num_warps, 4) if family == "cdna" else tiles.num_warps
+    return replace(tiles, channels=min(tiles.channels, needed), num_warps=num_warps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
 import warnings
 from typing import NamedTuple
@@ -116,15 +115,14 @@ def _choose_passes(implementation: str, features: Tensor, num_classes: int) -> c
 
 def _triton_passes(features: Tensor, num_classes: int) -> closed_form.Passes:
     try:
-        launch = importlib.import_module("sward_kernels.prototypes.launch")
+        from sward_kernels.prototypes import launch
     except ImportError as error:
         raise NotImplementedError(
             f"implementation='triton' of prototype_discrimination cannot be loaded here ({error}); "
             "use 'eager' or 'compiled'."
         ) from error
     launch.require_support(features, num_classes)
-    passes: closed_form.Passes = launch.passes
-    return passes
+    return launch.passes
 
 
 def _check(

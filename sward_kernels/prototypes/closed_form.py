@@ -153,12 +153,13 @@ class _ClosedFormLoss(torch.autograd.Function):
         features, labels, slope, offset = ctx.saved_tensors
         scale = upstream.double() * ctx.processes
         precision = torch.promote_types(features.dtype, torch.float32)
-        gradient = ctx.passes.gradient(
-            features,
-            labels,
-            (slope * scale).to(precision),
-            (offset * scale).to(precision),
-            ctx.ignore_index,
-            ctx.normalize,
-        )
+        with torch.autocast(features.device.type, enabled=False):  # backward may run under autocast, unlike forward
+            gradient = ctx.passes.gradient(
+                features,
+                labels,
+                (slope * scale).to(precision),
+                (offset * scale).to(precision),
+                ctx.ignore_index,
+                ctx.normalize,
+            )
         return gradient, *(None,) * 8

@@ -14,10 +14,10 @@ from torch import Tensor
 from sward_kernels.prototypes.closed_form import NORM_FLOOR, Passes
 from sward_kernels.registration import register
 
-# Features of one chunk, in bytes: near the size of a CPU's cache; a GPU needs fewer, larger products.
-_CHUNK_BYTES = {"cpu": 8 * 2**20}
+# Features of one chunk, in bytes: about a CPU core's cache (1 to 8 MiB measure alike); a GPU needs larger products.
+_CHUNK_BYTES = {"cpu": 2 * 2**20}
 _CHUNK_BYTES_ELSEWHERE = 256 * 2**20
-# Longest fp32 sum over pixels. Longer sums of features around 1000 would lose the digits that the gradient is made of.
+# Longest sum over pixels in fp32; the rest is summed in float64.
 _CHUNK_PIXELS = 4096
 
 
@@ -79,6 +79,11 @@ def _inverse_norms(matrices: Tensor, channel_axis: int) -> Tensor:
     return norm.reciprocal().masked_fill(norm <= NORM_FLOOR, 0)
 
 
+def _sum_over_pixels(member: Tensor, matrices: Tensor, pixel_major: bool) -> Tensor:
+    """Float64 `[K, C]`: sum of the pixels of each class."""
+    return torch.bmm(member, matrices if pixel_major else matrices.mT).double().sum(0)
+
+
 def chunk_statistics(
     features: Tensor, classes: Tensor, num_classes: int, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,20 +97,25 @@ def chunk_statistics(
     images = member.shape[0]
 
     counts = member.sum(2).double().sum(0)
-    sums = torch.bmm(member, matrices if pixel_major else matrices.mT).double().sum(0)
-    means = sums / counts.clamp(min=1)[:, None]
-    rows = means.to(matrices.dtype).expand(images, *means.shape)
+    divisor = counts.clamp(min=1)
+    per_class = _sum_over_pixels(member, matrices, pixel_major) / divisor[:, None]
+    rough_means = per_class.to(matrices.dtype)
+    rows = rough_means.expand(images, *rough_means.shape)
     if pixel_major:
         deviations = torch.baddbmm(matrices, member.mT, rows, alpha=-1)
     else:
         deviations = torch.baddbmm(matrices, rows.mT, member, alpha=-1)
+    # An fp32 sum of features around 1000 has lost digits that the gradient is made of; the deviations' sum has them.
+    correction = _sum_over_pixels(member, deviations, pixel_major) / divisor[:, None]
+    means = rough_means.double() + correction
     distances = deviations.square_().sum(channel_axis)
     scatter = torch.bmm(member, distances[:, :, None]).double().sum(0)[:, 0]
+    scatter = (scatter - counts * correction.square().sum(1)).clamp(min=0)
     return counts, means, scatter
 
 
 def chunk_gradient(features: Tensor, classes: Tensor, slope: Tensor, offset: Tensor, normalize: bool) -> Tensor:
-    """Gradient of one chunk as `Passes.gradient` defines it; `[b, C, h*w]` or `[b, h*w, C]` as in `_as_matrices`."""
+    """Gradient of one chunk `[b, C, h, w]` as `Passes.gradient` defines it, in the tables' dtype."""
     matrices, pixel_major = _as_matrices(features)
     matrices = matrices.to(slope.dtype)
     member = _membership(classes, slope.shape[0], slope.dtype)
@@ -115,9 +125,11 @@ def chunk_gradient(features: Tensor, classes: Tensor, slope: Tensor, offset: Ten
     if normalize:
         inverse = _inverse_norms(matrices, channel_axis)
         along = (gradient * matrices).sum(channel_axis, keepdim=True) * inverse * inverse
-        return (gradient - along * matrices) * inverse
-    slopes = torch.nn.functional.pad(slope, (0, 1))[classes.flatten(1)]  # the appended 0 serves pixels of no class
-    return gradient.addcmul_(matrices, slopes.unsqueeze(channel_axis))
+        gradient = gradient.addcmul_(matrices, along, value=-1).mul_(inverse)
+    else:
+        slopes = torch.cat([slope, slope.new_zeros(1)])[classes.flatten(1)]  # the last one serves pixels of no class
+        gradient.addcmul_(matrices, slopes.unsqueeze(channel_axis))
+    return (gradient.mT if pixel_major else gradient).unflatten(2, features.shape[2:])
 
 
 def statistics(
@@ -128,18 +140,17 @@ def statistics(
     counts = torch.zeros(num_classes, dtype=torch.float64, device=features.device)
     means = counts.new_zeros(num_classes, features.shape[1])
     scatter = torch.zeros_like(counts)
-    with torch.autocast(features.device.type, enabled=False):
-        for block in _chunks(features):
-            images, _, rows, _ = block
-            chunk_counts, chunk_means, chunk_scatter = chunk_statistics(
-                features[block], classes[images, rows], num_classes, normalize
-            )
-            total = counts + chunk_counts
-            share = chunk_counts / total.clamp(min=1)
-            step = chunk_means - means
-            scatter += chunk_scatter + step.square().sum(1) * counts * share
-            means += step * share[:, None]
-            counts = total
+    for block in _chunks(features):
+        images, _, rows, _ = block
+        chunk_counts, chunk_means, chunk_scatter = chunk_statistics(
+            features[block], classes[images, rows], num_classes, normalize
+        )
+        total = counts + chunk_counts
+        share = chunk_counts / total.clamp(min=1)
+        step = chunk_means - means
+        scatter += chunk_scatter + step.square().sum(1) * counts * share
+        means += step * share[:, None]
+        counts = total
     return counts.long(), means, scatter
 
 
@@ -149,14 +160,9 @@ def gradient(
     """The features' gradient, in their dtype and, where they are dense, in their strides."""
     classes = class_indices(labels, slope.shape[0], ignore_index)
     result = torch.empty_like(features)
-    with torch.autocast(features.device.type, enabled=False):
-        for block in _chunks(features):
-            images, _, rows, _ = block
-            chunk = features[block]
-            values = chunk_gradient(chunk, classes[images, rows], slope, offset, normalize)
-            if _as_matrices(chunk)[1]:
-                values = values.mT
-            result[block] = values.unflatten(2, chunk.shape[2:])
+    for block in _chunks(features):
+        images, _, rows, _ = block
+        result[block] = chunk_gradient(features[block], classes[images, rows], slope, offset, normalize)
     return result
 
 
@@ -202,10 +208,7 @@ def _compiled_gradient(
     features: Tensor, labels: Tensor, slope: Tensor, offset: Tensor, ignore_index: int, normalize: bool
 ) -> Tensor:
     classes = class_indices_op(labels, slope.shape[0], ignore_index)
-    values = torch.compile(chunk_gradient)(features, classes, slope, offset, normalize)
-    if _as_matrices(features)[1]:
-        values = values.mT
-    return values.unflatten(2, features.shape[2:]).to(features.dtype)
+    return torch.compile(chunk_gradient)(features, classes, slope, offset, normalize).to(features.dtype)
 
 
 compiled_passes = Passes(_compiled_statistics, _compiled_gradient)

@@ -1,0 +1,316 @@
+"""Grids, arguments and registration of the Triton kernels of the prototype regularization."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sward_kernels.prototypes.closed_form import NORM_FLOOR, Passes
+from sward_kernels.prototypes.eager import class_indices
+from sward_kernels.prototypes.kernels import (
+    gradient_kernel,
+    inverse_norms_kernel,
+    normalized_gradient_kernel,
+    statistics_kernel,
+)
+from sward_kernels.registration import register
+from sward_kernels.targets import Configuration, Target, family_of, prototype_tiles
+
+MAX_CLASSES = 256
+MAX_CHANNELS = 2048
+INTERPRETED = not isinstance(statistics_kernel, triton.JITFunction)
+"""Whether kernels run in Triton's interpreter (on CPU tensors), decided when Triton was imported."""
+WIDE_FROM = 2**31
+"""Elements from which offsets inside one image need 64 bits."""
+
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+def require_support(features: Tensor, num_classes: int) -> None:
+    """Refuse a call that the kernels do not serve.
+
+    Raises:
+        NotImplementedError: with the reason.
+    """
+    if features.device.type == "cpu" and not INTERPRETED:
+        raise NotImplementedError(
+            "implementation='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 before Triton is imported); "
+            "use 'eager' on the CPU."
+        )
+    if features.dtype not in _TYPES:
+        raise NotImplementedError(f"implementation='triton' does not take {features.dtype}; use 'eager'.")
+    if num_classes > MAX_CLASSES or features.shape[1] > MAX_CHANNELS:
+        raise NotImplementedError(
+            f"implementation='triton' takes up to {MAX_CLASSES} classes and {MAX_CHANNELS} channels, not "
+            f"{num_classes} and {features.shape[1]}; use 'eager'."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- what is compiled
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Everything about a call that decides what is compiled. Sizes of batch and image, strides and labels are not."""
+
+    channels: int
+    num_classes: int
+    dtype: torch.dtype
+    channels_last: bool
+    flat: bool
+    aligned: bool
+    wide: bool
+    normalize: bool
+    family: str
+
+    @property
+    def accumulate(self) -> Any:
+        return tl.float64 if self.dtype == torch.float64 else tl.float32
+
+    def constants(self, kernel: str) -> tuple[dict[str, Any], int]:
+        """Constexpr arguments of one kernel, and its warps."""
+        tiles = prototype_tiles(kernel, self.num_classes, self.channels, self.family)
+        constants: dict[str, Any] = {
+            "CHANNELS": self.channels,
+            "BLOCK_PIXELS": tiles.pixels,
+            "BLOCK_CHANNELS": tiles.channels,
+            "CHANNELS_LAST": self.channels_last,
+            "FLAT": self.flat,
+            "ALIGNED": self.aligned,
+            "WIDE": self.wide,
+            "ACCUMULATE": self.accumulate,
+        }
+        if kernel != "inverse_norms":
+            constants |= {"NUM_CLASSES": self.num_classes, "INTERPRET": INTERPRETED}
+        if kernel == "statistics":
+            constants |= {
+                "BLOCK_CLASSES": tiles.classes,
+                "TILES": tiles.steps,
+                "NORMALIZE": self.normalize,
+            }
+        elif kernel != "gradient":
+            constants["NORM_FLOOR"] = NORM_FLOOR
+        return constants, tiles.num_warps
+
+
+def _problem(features: Tensor, labels: Tensor, num_classes: int, normalize: bool) -> _Problem:
+    _, channels, height, width = features.shape
+    stride_image, stride_channel, stride_y, stride_x = features.stride()
+    channels_last = stride_channel == 1 and channels > 1
+    flat = stride_y == width * stride_x and labels.stride(1) == width * labels.stride(2) == width
+    flat = flat and (channels_last or stride_x == 1)
+    # 8 elements are 16 bytes of a 16-bit type: what a 128-bit load needs.
+    if channels_last:
+        aligned = all(stride % 8 == 0 for stride in (stride_image, stride_y, stride_x))
+    else:
+        aligned = flat and all(number % 8 == 0 for number in (stride_image, stride_channel, height * width))
+    reach = sum((size - 1) * abs(stride) for size, stride in zip(features.shape[1:], features.stride()[1:]))
+    wide = max(reach, features.shape[1:].numel()) >= WIDE_FROM
+    family = family_of(features.device)
+    return _Problem(channels, num_classes, features.dtype, channels_last, flat, aligned, wide, normalize, family)
+
+
+def _strides(tensor: Tensor, prefix: str = "") -> dict[str, int]:
+    axes = ("image", "channel", "y", "x") if tensor.dim() == 4 else ("image", "y", "x")
+    return {f"{prefix}stride_{axis}": stride for axis, stride in zip(axes, tensor.stride())}
+
+
+def _launch(kernel: Any, programs: int, arguments: dict[str, Any], num_warps: int) -> None:
+    device = arguments["features"].device
+    with torch.cuda.device(device.index if device.type == "cuda" else -1):
+        kernel[(programs,)](**arguments, num_warps=num_warps, num_stages=1)
+
+
+_INTEGERS = (
+    "pixels", "width", "chunks", "tiles", "ignore_index",
+    *(f"{prefix}stride_{axis}" for prefix in ("", "gradient_", "label_") for axis in ("image", "channel", "y", "x")),
+)  # fmt: skip
+
+
+def configurations(target: Target) -> Iterator[Configuration]:
+    """Every configuration the report compiles for a target.
+
+    Other sizes and layouts run the same code with the same tiles; `normalize` loads one more number a pixel.
+    """
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for num_classes, channels in REPORTED_SIZES if dtype != torch.float16 else ((19, 576),):
+            for channels_last in (True, False):
+                problem = _Problem(channels, num_classes, dtype, channels_last, True, True, False, False, target.family)
+                yield _configuration("statistics", statistics_kernel, problem)
+                yield _configuration("gradient", gradient_kernel, problem)
+        for channels_last in (True, False) if dtype != torch.float16 else ():
+            problem = _Problem(576, 19, dtype, channels_last, True, True, False, True, target.family)
+            yield _configuration("statistics", statistics_kernel, problem)
+            yield _configuration("inverse_norms", inverse_norms_kernel, problem)
+            yield _configuration("normalized_gradient", normalized_gradient_kernel, problem)
+
+
+REPORTED_SIZES = ((2, 256), (19, 96), (19, 576), (64, 576), (150, 2048))
+"""Classes and channels: one for each row of the table of tiles, from the students of the paper up to ADE20K."""
+
+
+def _configuration(name: str, kernel: Any, problem: _Problem) -> Configuration:
+    constants, num_warps = problem.constants(name)
+    element = f"*{_TYPES[problem.dtype]}"
+    types = dict.fromkeys(("features", "gradient"), element) | {"labels": "*i64"}
+    types |= dict.fromkeys(("inverse_norms", "counts", "means", "scatter", "slope", "offset"), "*fp32")
+    types |= dict.fromkeys(_INTEGERS, "i32")
+    if name == "statistics" and not problem.normalize:
+        constants["inverse_norms"] = None
+    writes = name in ("gradient", "normalized_gradient")
+    classes = f"x{constants['BLOCK_CLASSES']}" if name == "statistics" else ""
+    return Configuration(
+        operation="prototypes",
+        direction=f"{name} K={problem.num_classes}{' normalize' if problem.normalize else ''}",
+        kernel=kernel,
+        types={argument: types[argument] for argument in kernel.arg_names if argument not in constants},
+        constants=constants,
+        num_warps=num_warps,
+        details={
+            "dtype": _TYPES[problem.dtype],
+            "dim": problem.channels,
+            "layout": "channels_last" if problem.channels_last else "nchw",
+            "tile": f"{constants['BLOCK_PIXELS']}x{constants['BLOCK_CHANNELS']}{classes}",
+        },
+        # Features read once, their gradient written once; an int64 label.
+        ideal_bytes=problem.channels * problem.dtype.itemsize * (1 + writes) + 8,
+        flops=problem.channels * (4 * problem.num_classes + 4 if name == "statistics" else 2),
+        unit="pixel",
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- the operators
+
+
+def _statistics(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if labels.device.type == "cpu":
+        class_indices(labels, num_classes, ignore_index)  # for its check of the labels
+    batch, channels, height, width = features.shape
+    problem = _problem(features, labels, num_classes, normalize)
+    constants, num_warps = problem.constants("statistics")
+    precision = torch.promote_types(features.dtype, torch.float32)
+    chunks = math.ceil(height * width / (constants["BLOCK_PIXELS"] * constants["TILES"]))
+    channel_blocks = math.ceil(channels / constants["BLOCK_CHANNELS"])
+    counts = features.new_empty(batch * chunks, num_classes, dtype=precision)
+    means = features.new_empty(batch * chunks, num_classes, channels, dtype=precision)
+    scatter = features.new_empty(batch * chunks, channel_blocks, num_classes, dtype=precision)
+    arguments = {
+        "features": features,
+        "labels": labels,
+        "inverse_norms": _inverse_norms(features, problem) if normalize else None,
+        "counts": counts,
+        "means": means,
+        "scatter": scatter,
+        "pixels": height * width,
+        "width": width,
+        "chunks": chunks,
+        "ignore_index": ignore_index,
+        **_strides(features),
+        **_strides(labels, "label_"),
+        **constants,
+    }
+    class_blocks = math.ceil(num_classes / constants["BLOCK_CLASSES"])
+    _launch(statistics_kernel, batch * chunks * channel_blocks * class_blocks, arguments, num_warps)
+    return _merge(counts, means, scatter)
+
+
+def _merge(counts: Tensor, means: Tensor, scatter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The programs' statistics as one, by Chan's formula in float64 and in a fixed order."""
+    counts = counts.double()
+    total = counts.sum(0)
+    merged_means = (counts[:, :, None] * means).sum(0) / total.clamp(min=1)[:, None]
+    between = (counts * (means - merged_means).square().sum(2)).sum(0)
+    return total.long(), merged_means, scatter.sum((0, 1), dtype=torch.float64) + between
+
+
+def _inverse_norms(features: Tensor, problem: _Problem) -> Tensor:
+    batch, _, height, width = features.shape
+    constants, num_warps = problem.constants("inverse_norms")
+    tiles = math.ceil(height * width / constants["BLOCK_PIXELS"])
+    inverse_norms = features.new_empty(batch, height * width, dtype=torch.promote_types(features.dtype, torch.float32))
+    arguments = {
+        "features": features,
+        "inverse_norms": inverse_norms,
+        "pixels": height * width,
+        "width": width,
+        "tiles": tiles,
+        **_strides(features),
+        **constants,
+    }
+    _launch(inverse_norms_kernel, batch * tiles, arguments, num_warps)
+    return inverse_norms
+
+
+def _gradient(
+    features: Tensor, labels: Tensor, slope: Tensor, offset: Tensor, ignore_index: int, normalize: bool
+) -> Tensor:
+    batch, channels, height, width = features.shape
+    problem = _problem(features, labels, slope.shape[0], normalize)
+    name, kernel = ("normalized_gradient", normalized_gradient_kernel) if normalize else ("gradient", gradient_kernel)
+    constants, num_warps = problem.constants(name)
+    tiles = math.ceil(height * width / constants["BLOCK_PIXELS"])
+    channel_blocks = 1 if normalize else math.ceil(channels / constants["BLOCK_CHANNELS"])
+    gradient = _allocate_gradient(features, problem.channels_last)
+    arguments = {
+        "features": features,
+        "labels": labels,
+        "offset": offset.contiguous() if problem.channels_last else offset.T.contiguous(),
+        "gradient": gradient,
+        "pixels": height * width,
+        "width": width,
+        "tiles": tiles,
+        "ignore_index": ignore_index,
+        **_strides(features),
+        **_strides(gradient, "gradient_"),
+        **_strides(labels, "label_"),
+        **constants,
+    }
+    if not normalize:
+        arguments["slope"] = slope
+    _launch(kernel, batch * tiles * channel_blocks, arguments, num_warps)
+    return gradient
+
+
+def _allocate_gradient(features: Tensor, channels_last: bool) -> Tensor:
+    """Dense, in the memory format of the features, so that loads and stores are vectorised alike."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(features.shape, dtype=features.dtype, device=features.device, memory_format=memory_format)
+
+
+def _fake_statistics(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    counts = features.new_empty(num_classes, dtype=torch.int64)
+    means = features.new_empty(num_classes, features.shape[1], dtype=torch.float64)
+    return counts, means, features.new_empty(num_classes, dtype=torch.float64)
+
+
+def _fake_gradient(
+    features: Tensor, labels: Tensor, slope: Tensor, offset: Tensor, ignore_index: int, normalize: bool
+) -> Tensor:
+    return _allocate_gradient(features, features.stride(1) == 1 and features.shape[1] > 1)
+
+
+passes = Passes(
+    register(
+        "prototype_statistics_triton(Tensor features, Tensor labels, int num_classes, int ignore_index, bool normalize)"
+        " -> (Tensor counts, Tensor means, Tensor scatter)",
+        _statistics,
+        _fake_statistics,
+    ),
+    register(
+        "prototype_gradient_triton(Tensor features, Tensor labels, Tensor slope, Tensor offset, int ignore_index,"
+        " bool normalize) -> Tensor",
+        _gradient,
+        _fake_gradient,
+    ),
+)
