@@ -121,6 +121,7 @@ _WINDOWED_DISTILLATION: dict[tuple[str, str, int], tuple[tuple[int, int, Tiles],
     ("ampere", "backward", 16): (
         (16, 256, Tiles(32, 32, 32, 2)),
         (64, 256, Tiles(64, 64, 16, 4)),
+        (1024, 32, Tiles(32, 32, 16, 4)),
         (1024, 64, Tiles(32, 32, 32, 4)),
         (1024, 256, Tiles(32, 32, 32, 8)),
     ),
@@ -138,9 +139,12 @@ _WINDOWED_DISTILLATION: dict[tuple[str, str, int], tuple[tuple[int, int, Tiles],
     # Three TF32 products in place of one double the operands of every product: only small tiles stay in registers.
     ("ampere", "forward", 32): (
         (16, 256, Tiles(16, 16, 16, 1)),
-        (1024, 256, Tiles(16, 32, 16, 1)),
+        (1024, 256, Tiles(16, 32, 16, 2)),
     ),
-    ("ampere", "backward", 32): ((1024, 256, Tiles(16, 16, 16, 1)),),
+    ("ampere", "backward", 32): (
+        (16, 256, Tiles(16, 16, 16, 1)),
+        (1024, 256, Tiles(16, 16, 16, 8)),
+    ),
     # float64 serves the tests of the equations; the interpreter is slow by the step, and large tiles are few steps.
     ("ampere", "forward", 64): ((1024, 256, Tiles(16, 16, 16, 4)),),
     ("ampere", "backward", 64): ((1024, 256, Tiles(16, 16, 16, 4)),),

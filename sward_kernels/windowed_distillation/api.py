@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
 import warnings
 from collections.abc import Callable
@@ -186,14 +185,13 @@ def _check_weights(weights: tuple[float, float, float]) -> None:
 
 def _triton_launcher() -> Callable[..., Terms]:
     try:
-        launch = importlib.import_module("sward_kernels.windowed_distillation.launch")
+        from sward_kernels.windowed_distillation import launch  # a statement, which torch.compile can follow
     except ImportError as error:
         raise NotImplementedError(
             f"implementation='triton' of windowed_distillation cannot be loaded here ({error}); "
             "use 'eager' or 'compiled'."
         ) from error
-    run: Callable[..., Terms] = launch.windowed_distillation
-    return run
+    return launch.windowed_distillation
 
 
 _warned: set[str] = set()

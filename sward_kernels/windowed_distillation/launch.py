@@ -130,11 +130,10 @@ class _Layout:
 
     @staticmethod
     def of(qkv: Tensor) -> _Layout:
-        image, channel, row, column = qkv.stride()
-        dim = qkv.shape[1] // 3
-        channels_last = channel == 1
-        # 8 elements are 16 bytes of a 16-bit type: what a 128-bit load needs.
-        aligned = channels_last and all(stride % 8 == 0 for stride in (image, row, column, dim))
+        channels_last = qkv.stride(1) == 1
+        # 8 elements are 16 bytes of a 16-bit type: what a 128-bit load needs. An axis of one element has no stride.
+        steps = [stride for axis, stride in enumerate(qkv.stride()) if axis != 1 and qkv.shape[axis] > 1]
+        aligned = channels_last and all(step % 8 == 0 for step in (*steps, qkv.shape[1] // 3))
         return _Layout(channels_last, aligned)
 
 
@@ -169,10 +168,11 @@ class _Plan:
 
 def _plan(problem: _Problem, direction: str, **flags: bool) -> _Plan:
     tiles = windowed_distillation_tiles(problem.family, direction, problem.dtype, problem.tokens, problem.dim)
+    padded_dim = max(16, triton.next_power_of_2(problem.dim))  # products of fewer than 16 channels do not exist
     constants: dict[str, Any] = {
         "WINDOW": problem.window_size,
         "DIM": problem.dim,
-        "BLOCK_DIM": tiles.channels,
+        "BLOCK_DIM": min(tiles.channels, padded_dim),
         "ATTENTION": problem.terms[0],
         "VALUE": problem.terms[1],
         "CONTEXT": problem.terms[2],
@@ -192,7 +192,7 @@ def _plan(problem: _Problem, direction: str, **flags: bool) -> _Plan:
         kernel = forward_kernel if direction == "forward" else backward_kernel
         return _Plan(kernel, constants, tiles, windows, 1, 2)
     constants |= {
-        "PADDED_DIM": max(16, triton.next_power_of_2(problem.dim)),
+        "PADDED_DIM": padded_dim,
         "BLOCK_ROWS": tiles.rows,
         "BLOCK_KEYS": tiles.keys,
     }

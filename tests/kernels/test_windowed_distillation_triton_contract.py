@@ -1,0 +1,266 @@
+"""What the Triton implementation promises beyond its numbers: PyTorch's contracts, compilations, memory traffic."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import tests.support.interpreter  # noqa: F401  (quickens it)
+from sward_kernels import windowed_distillation
+from sward_kernels.windowed_distillation import launch
+from tests.support.distillation_cases import WEIGHTS, assert_same, maps_like, run
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def maps(height: int = 4, width: int = 3, dim: int = 8, **options: Any) -> tuple[Tensor, Tensor]:
+    teacher, student = maps_like((1, 3 * dim, height, width), **options)
+    return teacher.to(DEVICE), student.to(DEVICE)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_opcheck(layout: str) -> None:
+    teacher, student = maps(layout=layout)
+    shift = torch.tensor([1, 0], device=DEVICE)
+    for save in (True, False):
+        torch.library.opcheck(launch._forward_operator, (teacher, student, 2, (1, 0), None, WEIGHTS, save))
+    torch.library.opcheck(launch._forward_operator, (teacher, student, 2, (0, 0), shift, WEIGHTS, True))
+    _, statistics = launch._forward_operator(teacher, student, 2, (1, 0), None, WEIGHTS, True)
+    upstream = torch.ones((), dtype=torch.float64, device=DEVICE)
+    for sides in ((True, True), (False, True)):
+        arguments = (upstream, teacher, student, statistics, 2, (1, 0), None, WEIGHTS, *sides)
+        torch.library.opcheck(launch._backward_operator, arguments)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes the weights as fp32, too coarse for finite differences")
+@pytest.mark.parametrize("window_size", [2, pytest.param(9, marks=pytest.mark.slow)])
+def test_gradcheck(window_size: int) -> None:
+    sides = [side.requires_grad_() for side in maps(3, 4, dim=2)]
+
+    def loss(teacher: Tensor, student: Tensor) -> Tensor:
+        return windowed_distillation(
+            teacher, student, window_size, (1, 1), weights=WEIGHTS, implementation="triton"
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, sides, fast_mode=True)
+
+
+def test_one_graph_under_torch_compile_forward_and_backward() -> None:
+    def loss(teacher: Tensor, student: Tensor) -> Tensor:
+        return windowed_distillation(teacher, student, 4, (1, 2), weights=WEIGHTS, implementation="triton").loss * 3
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for height in (4, 5):
+        sides = [side.requires_grad_() for side in maps(height)]
+        expected = torch.autograd.grad(loss(*sides), sides)
+        actual = torch.autograd.grad(compiled(*sides), sides)
+        assert all(torch.equal(one, other) for one, other in zip(actual, expected))
+
+
+def test_autocast_leaves_the_precision_alone_and_takes_two_dtypes() -> None:
+    teacher, student = maps(dtype=torch.float32)
+    plain = windowed_distillation(teacher, student, 2, implementation="triton")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        same = windowed_distillation(teacher, student, 2, implementation="triton")
+        mixed = windowed_distillation(teacher.bfloat16(), student, 2, implementation="triton")
+    assert torch.equal(same.loss, plain.loss)
+    widened = windowed_distillation(teacher.bfloat16().float(), student, 2, implementation="triton")
+    assert torch.equal(mixed.loss, widened.loss)
+
+
+def test_nothing_is_saved_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = []
+    allocate = launch._allocate_forward
+
+    def spy(*arguments: Any) -> tuple[Tensor, Tensor]:
+        saved.append(allocate(*arguments)[1].numel())
+        return allocate(*arguments)
+
+    monkeypatch.setattr(launch, "_allocate_forward", spy)
+    teacher, student = maps()
+    losses = [windowed_distillation(teacher, student, 2, implementation="triton").loss]
+    student.requires_grad_()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            losses.append(windowed_distillation(teacher, student, 2, implementation="triton").loss)
+    assert saved == [0, 0, 0]
+    losses.append(windowed_distillation(teacher, student, 2, implementation="triton").loss)
+    assert saved[-1] == 2 * 4 * 4
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+
+
+def test_a_retained_graph_repeats_its_gradients_bit_for_bit() -> None:
+    teacher, student = (side.requires_grad_() for side in maps())
+    loss = windowed_distillation(teacher, student, 2, implementation="triton").loss
+    first = torch.autograd.grad(loss, (teacher, student), retain_graph=True)
+    copies = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(loss * 2, (teacher, student))
+    assert all(torch.equal(one, copy) for one, copy in zip(first, copies))
+    assert all(torch.equal(two, 2 * copy) for two, copy in zip(second, copies))
+
+
+def test_the_loss_may_be_changed_in_place() -> None:
+    teacher, student = (side.requires_grad_() for side in maps())
+    loss = windowed_distillation(teacher, student, 2, implementation="triton").loss
+    loss += 1
+    loss.backward()
+    assert student.grad is not None
+
+
+# Of what a launch does, only the request for a compilation: the real argument binding, no compiler and no GPU.
+SECOND_CALLS = """
+import json, torch, triton
+from triton.backends.compiler import GPUTarget
+
+class Driver:
+    get_current_target = lambda self: GPUTarget("cuda", 80, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device=None: 0
+
+triton.runtime.driver.set_active(Driver())
+compilations = []
+
+def record(kernel, key, signature, *_):
+    compilations.append(str(key))
+    kernel.device_caches[0][0][key] = triton.compiler.CompiledKernel.__new__(triton.compiler.CompiledKernel)
+
+triton.runtime.jit.JITFunction._do_compile = record
+from sward_kernels.windowed_distillation import launch
+
+def call(batch, height, width, shift, dim=16, window_size=4, dtype=torch.bfloat16):
+    sides = [torch.empty(batch, 3 * dim, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)] * 2
+    for direction, flags in (("forward", {"SAVE": True}), ("backward", {"TEACHER": True, "STUDENT": True})):
+        plan = launch._plan(launch._problem(*sides, window_size, (1.0, 1.0, 1.0)), direction, **flags)
+        arguments = launch._arguments(*sides, shift, None, (1.0, 1.0, 1.0))
+        float32 = torch.empty(16)
+        arguments |= dict(partials=float32, statistics=float32, upstream=float32, teacher_gradient=sides[0],
+                          student_gradient=sides[1], statistic_stride=batch * 16, inverse_count=1.0 / batch)
+        arguments = {name: value for name, value in arguments.items() if name in plan.kernel.arg_names}
+        plan.kernel.warmup(**arguments, **plan.constants, grid=(1,), num_warps=plan.tiles.num_warps, num_stages=1)
+    return len(compilations)
+
+counts = [call(1, 4, 4, (0, 0))]
+# 1 and multiples of 16 are what Triton would specialise integers for.
+for batch, height, width, shift in ((1, 1, 1, (0, 0)), (2, 16, 16, (1, 1)), (3, 33, 17, (2, 3)), (16, 48, 64, (0, 3))):
+    counts.append(call(batch, height, width, shift))
+counts.append(call(1, 4, 4, (0, 0), dim=32))
+print(json.dumps(counts))
+"""
+
+
+def test_no_shift_batch_or_size_compiles_anything_new() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    finished = subprocess.run(
+        [sys.executable, "-c", SECOND_CALLS], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert json.loads(finished.stdout) == [2, 2, 2, 2, 2, 4]  # the last is another D, which does
+
+
+class Traffic:
+    """Counts every element a launch loads or stores, by argument, and refuses any other address."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.runtime import interpreter
+
+        self.launches: list[dict[str, Counter[int]]] = []
+        self.programs = 0
+        self._arguments: dict[str, Tensor] = {}
+        builder = interpreter.interpreter_builder
+        load, store = builder.create_masked_load, builder.create_masked_store
+
+        def counted_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+            self._count("load", pointers.data, mask.data)
+            return load(pointers, mask, *rest)
+
+        def counted_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            self._count("store", pointers.data, mask.data)
+            return store(pointers, value, mask, *rest)
+
+        monkeypatch.setattr(builder, "create_masked_load", counted_load)
+        monkeypatch.setattr(builder, "create_masked_store", counted_store)
+        run_launch = launch._launch
+
+        def recorded(plan: Any, grid: Any, images: int, arguments: dict[str, Any]) -> None:
+            self._arguments = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+            self.launches.append({})
+            run_launch(plan, grid, images, arguments)
+
+        monkeypatch.setattr(launch, "_launch", recorded)
+
+    def _count(self, kind: str, addresses: np.ndarray, mask: np.ndarray) -> None:
+        addresses, mask = np.broadcast_arrays(addresses, mask)
+        remaining = addresses[mask].astype(np.int64)
+        for name, tensor in self._arguments.items():
+            first, last = tensor.data_ptr(), tensor.data_ptr() + _reach(tensor) * tensor.element_size()
+            here = (remaining >= first) & (remaining < last)
+            elements = (remaining[here] - first) // tensor.element_size()
+            self.launches[-1].setdefault(f"{kind} {name}", Counter()).update(elements.tolist())
+            remaining = remaining[~here]
+        assert remaining.size == 0, f"{kind} outside of every argument"
+
+
+def _reach(tensor: Tensor) -> int:
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+
+
+@pytest.fixture
+def traffic(monkeypatch: pytest.MonkeyPatch) -> Traffic:
+    if DEVICE == "cuda":
+        pytest.skip("memory traffic is counted in the interpreter")
+    return Traffic(monkeypatch)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_memory_traffic_of_whole_windows(traffic: Traffic, layout: str) -> None:
+    teacher, student = maps(9, 8, dim=24, layout=layout)
+    run(teacher, student, 8, (3, 1), implementation="triton")
+    forward, backward = traffic.launches
+    for pass_ in (forward, backward):
+        for side in ("load teacher", "load student"):
+            assert len(pass_[side]) == teacher.numel()
+            assert max(pass_[side].values()) <= 3
+    assert max(forward["load teacher"].values()) == 1
+    windows, tokens = 2, 64
+    assert len(forward["store statistics"]) == 2 * windows * tokens
+    assert len(forward["store partials"]) == 4 * windows
+    for name in ("store statistics", "store partials"):
+        assert set(forward[name].values()) == {1}
+    assert not forward["load statistics"]
+    for side in ("store teacher_gradient", "store student_gradient"):
+        assert len(backward[side]) == teacher.numel()
+        assert set(backward[side].values()) == {1}
+    stored = {name for pass_ in (forward, backward) for name, count in pass_.items() if count and "store" in name}
+    assert stored == {"store statistics", "store partials", "store teacher_gradient", "store student_gradient"}
+
+
+def test_memory_traffic_of_tiled_windows(traffic: Traffic) -> None:
+    teacher, student = maps(9, 10, dim=8)
+    run(teacher, student, 9, (3, 1), implementation="triton")
+    forward, backward = traffic.launches
+    for name, count in (*forward.items(), *backward.items()):
+        if name.startswith("store") and count:
+            assert set(count.values()) == {1}, name
+    for side in ("store teacher_gradient", "store student_gradient"):
+        assert len(backward[side]) == teacher.numel()
+    # A program reads its tile of queries once; keys pass by once for every tile of queries.
+    row_tiles = -(-81 // launch.windowed_distillation_tiles("interpreter", "forward", torch.float64, 81, 8).rows)
+    key_tiles = -(-81 // launch.windowed_distillation_tiles("interpreter", "forward", torch.float64, 81, 8).keys)
+    assert max(forward["load teacher"].values()) <= max(row_tiles + 1, key_tiles)
+
+
+def test_triton_and_eager_agree_when_auto_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, student = maps(dtype=torch.float32)
+    by_triton = run(teacher, student, 3, (1, 1), implementation="triton")
+    assert_same(by_triton, run(teacher, student, 3, (1, 1), implementation="eager"), 1e-5)
