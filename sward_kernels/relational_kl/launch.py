@@ -36,8 +36,15 @@ class RelationTiles:
     num_warps: int
 
 
-TILES = {"forward": RelationTiles(64, 64, 16, 0, 4), "backward": RelationTiles(64, 32, 32, 128, 8)}
-"""The largest tiles tried that spill no register on any target of the report, at TF32 and at fp32's own precision."""
+TILES = {
+    ("ampere", "forward"): RelationTiles(64, 64, 16, 0, 4),
+    ("ampere", "backward"): RelationTiles(64, 32, 16, 64, 8),
+    ("hopper", "forward"): RelationTiles(64, 64, 16, 0, 4),
+    ("hopper", "backward"): RelationTiles(64, 32, 16, 128, 8),
+    ("cdna", "forward"): RelationTiles(64, 64, 16, 0, 4),
+    ("cdna", "backward"): RelationTiles(64, 32, 16, 128, 8),
+}
+"""(family, direction) -> the largest tiles tried that spill no register, at TF32 and at fp32's own precision."""
 
 
 def relational_kl(teacher_units: Tensor, student_units: Tensor, temperature: float) -> Tensor:
@@ -70,30 +77,41 @@ class _RelationalKL(torch.autograd.Function):
         return None, _backward_operator(upstream, *ctx.saved_tensors, ctx.temperature), None
 
 
+SHIPPED_CHANNELS = ((64, 128), (256, 256))
+"""Student's and teacher's channels in the report: fewer channels of the gradient than a program can write, and more."""
+
+
 def configurations(target: Target) -> Iterator[Configuration]:
-    """Every configuration that ships for a target, for the report."""
-    for direction, channels in itertools.product(("forward", "backward"), ((64, 128), (256, 256), (512, 512))):
-        student_channels, teacher_channels = channels
-        tiles = TILES[direction]
-        precision = _float32_precision(target.family)
-        constants = _constants(tiles, direction, teacher_channels, student_channels, torch.float32, precision)
+    """Every configuration the report compiles for a target. Other channels run the same code in more or fewer steps."""
+    precisions = ("tf32", "ieee" if target.family == "cdna" else "tf32x3")
+    for precision, (student_channels, teacher_channels), direction in itertools.product(
+        precisions, SHIPPED_CHANNELS, ("forward", "backward")
+    ):
+        tiles = TILES[target.family, direction]
         pointers = ("teacher", "student", "statistics", "partials" if direction == "forward" else "gradient")
-        types = dict.fromkeys(pointers, "*fp32")
-        types |= {"images": "i32", "pixels": "i32", "inverse_temperature": "fp32"}
+        types = dict.fromkeys(pointers, "*fp32") | {"images": "i32", "pixels": "i32", "inverse_temperature": "fp32"}
         if direction == "backward":
             types["upstream"] = "*fp32"
-        # Both networks' products, and in backward the one with the vectors; a multiply-add is two operations.
+        # Both networks' scores, and in backward one product with the student's vectors; each counts two operations.
         products = teacher_channels + student_channels * (1 if direction == "forward" else 2)
         yield Configuration(
             operation="relational_kl",
             direction=direction,
             kernel=forward_kernel if direction == "forward" else backward_kernel,
             types=types,
-            constants=constants,
+            constants=_constants(tiles, direction, teacher_channels, student_channels, torch.float32, precision),
             num_warps=tiles.num_warps,
-            details={"dtype": "fp32", "dim": max(channels)},
+            details={
+                "dtype": "fp32",
+                "precision": precision,
+                "layout": "dense",
+                "dim": student_channels,
+                "tile": f"{tiles.rows}x{tiles.keys}x{tiles.chunk}",
+            },
+            # Keys are read once for every tile of rows, mostly from the cache: arithmetic is what bounds this.
+            ideal_bytes=4 * tiles.keys * (teacher_channels + student_channels),
             flops=2 * products * tiles.rows * tiles.keys,
-            unit="tile",
+            unit="score tile",
         )
 
 
@@ -130,7 +148,7 @@ def _float32_precision(family: str) -> str:
 def _launch(direction: str, teacher: Tensor, student: Tensor, temperature: float, **others: Tensor) -> None:
     images, pixels, student_channels = student.shape
     family = family_of(student.device)
-    tiles = TILES[direction]
+    tiles = TILES[family, direction]
     precision = _float32_precision(family) if student.dtype == torch.float32 else "ieee"
     constants = _constants(tiles, direction, teacher.shape[-1], student_channels, student.dtype, precision)
     programs = images * triton.cdiv(pixels, tiles.rows)
@@ -160,7 +178,7 @@ def _forward(teacher_units: Tensor, student_units: Tensor, temperature: float) -
 
 def _forward_fake(teacher_units: Tensor, student_units: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     images, pixels, _ = student_units.shape
-    rows = TILES["forward"].rows
+    rows = TILES[family_of(student_units.device), "forward"].rows
     programs = images * images * ((pixels + rows - 1) // rows)
     return student_units.new_empty(programs), student_units.new_empty(2, images, images, pixels)
 

@@ -281,6 +281,21 @@ def test_image_without_labels_leaves_the_banks_alone_and_costs_nothing_in_memory
     assert all(p.grad is not None and not p.grad.any() for p in method.projector.parameters())
 
 
+def test_image_without_labels_does_not_dilute_the_memory_terms_of_the_others() -> None:
+    method, inputs = build(), batch()
+    method(inputs)
+    method.eval()
+    inputs.labels[1] = 255
+    first = DistillationInputs(
+        {tap: maps[:1] for tap, maps in inputs.student.items()},
+        {tap: maps[:1] for tap, maps in inputs.teacher.items()},
+        inputs.labels[:1],
+    )
+    both, alone = method(inputs).terms, method(first).terms
+    for name in ("pixel", "region"):
+        torch.testing.assert_close(both[name], alone[name])
+
+
 def test_evaluation_does_not_fill_the_memory() -> None:
     method = build().eval()
     before = banks(method)
