@@ -4,7 +4,9 @@
     python benchmarks/mwad_throughput.py --sweep    # other window sides, dtypes and stages as well
     python benchmarks/mwad_throughput.py --quick    # one small stage, to see that everything runs
 
-Runs on the GPU when there is one, else on two CPU threads. Writes a CSV file to `benchmarks/results/`. Peak memory is
+Runs on the GPU when there is one, else on two CPU threads; there the Triton kernels are not timed, and what they need
+of each GPU target is printed instead. Writes a CSV file to `benchmarks/results/`, and after a sweep a picture of time
+and memory against the tokens of a window. Peak memory is
 what a call needs beyond its inputs, its results (the two gradients) included. The ideal reads both maps and writes
 both gradients once.
 """
@@ -48,11 +50,10 @@ class Stage(NamedTuple):
 
 QUOTED = Stage(4, 24, 128, 256, 8, (3, 5))
 DEFAULT = (QUOTED, QUOTED._replace(channels_last=True))
+WINDOWS = tuple(QUOTED._replace(window_size=side, shift=(side // 2, side // 2)) for side in (2, 4, 7, 8, 12, 16))
 SWEEP = (
     *DEFAULT,
-    QUOTED._replace(window_size=4, shift=(1, 2)),
-    QUOTED._replace(window_size=7, shift=(3, 5)),
-    QUOTED._replace(window_size=16),
+    *WINDOWS,
     QUOTED._replace(dtype=torch.bfloat16),
     Stage(4, 64, 64, 128, 8, (3, 5)),
     Stage(4, 64, 16, 32, 8, (3, 5)),
@@ -115,6 +116,52 @@ def compare(session: Session, stage: Stage, max_seconds: float) -> list[Measurem
     return rows
 
 
+def plot_windows(session: Session, path: Path) -> None:
+    """Time and memory of every provider against the tokens of a window, from the stages in `WINDOWS`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tokens = {str(stage): stage.window_size**2 for stage in WINDOWS}
+    rows = [row for row in session.measurements if row.case in tokens]
+    figure, (time_axis, memory_axis) = pyplot.subplots(1, 2, figsize=(10, 4))
+    for name in dict.fromkeys(row.provider for row in rows):
+        own = sorted(
+            (tokens[row.case], row.p50_ms, row.peak_extra_bytes / 2**20) for row in rows if row.provider == name
+        )
+        x, times, memory = zip(*own)
+        time_axis.plot(x, times, marker="o", label=name)
+        memory_axis.plot(x, memory, marker="o", label=name)
+    for axis, label in ((time_axis, "forward and backward, ms (median)"), (memory_axis, "peak beyond the inputs, MiB")):
+        axis.set(xscale="log", yscale="log", xlabel="tokens of a window", ylabel=label)
+        axis.grid(alpha=0.3)
+    time_axis.legend()
+    figure.suptitle(f"{session.device_name}; B={QUOTED.batch} D={QUOTED.dim} {QUOTED.height}x{QUOTED.width} fp32 NCHW")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    print(f"wrote {path}")
+
+
+def print_resources() -> None:
+    """What the Triton kernels need of each GPU target, compiled here without one."""
+    from sward_kernels import report
+    from sward_kernels.targets import TARGETS, Configuration
+
+    details = {"window_size": QUOTED.window_size, "dim": 64, "dtype": "bf16", "layout": "channels_last"}
+
+    def quoted(shipped: Configuration) -> bool:
+        return shipped.operation == "windowed_distillation" and details.items() <= shipped.details.items()
+
+    print("\nTriton kernels, M=8 D=64 bf16 channels_last, compiled ahead of time (resources, not measurements):")
+    for row in report.report(list(TARGETS), quoted):
+        print(
+            f"{row['target']:>6} {row['pass']:<8} registers {row['registers']:>3}  spill {row['spill_bytes']} B  "
+            f"shared {row['shared_bytes']:>5} of {row['shared_limit']} B  occupancy {row['occupancy']:.2f}  "
+            f"at least {row['bound_nanoseconds']:.1f} ns a window on a {TARGETS[row['target']].device} (bound)"
+        )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
@@ -131,7 +178,11 @@ def main() -> int:
     session.print_banner()
     for stage in QUICK if arguments.quick else SWEEP if arguments.sweep else DEFAULT:
         compare(session, stage, arguments.seconds)
+    if device.type == "cpu" and not arguments.quick:
+        print_resources()
     session.write_csv(arguments.results / f"mwad_throughput_{device.type}.csv")
+    if arguments.sweep:
+        plot_windows(session, arguments.results / f"mwad_throughput_{device.type}.png")
     return session.exit_code
 
 

@@ -164,7 +164,7 @@ def _nvidia_resources(compiled: Any) -> Row:
             source = Path(folder) / "kernel.ptx"
             source.write_text(ptx)
             architecture = re.search(r"\.target ([^\s,]+)", ptx)[1]  # type: ignore[index]
-            command = [tools / "ptxas", "-v", "--regAllocOptLevel=2", f"--gpu-name={architecture}", source]
+            command = [str(tools / "ptxas"), "-v", "--regAllocOptLevel=2", f"--gpu-name={architecture}", str(source)]
             log = subprocess.run([*command, "-o", os.devnull], capture_output=True, text=True, check=True).stderr
             spill = max(map(int, re.findall(r"(\d+) bytes spill stores", log)), default=0)
     loads = re.findall(r"\bld\.global\S*", ptx)
