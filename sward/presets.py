@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from sward.config import (
     DatasetConfig,
@@ -62,7 +64,9 @@ def get(name: str) -> Preset:
     if name not in _PRESETS:
         near = difflib.get_close_matches(name, _PRESETS, n=3, cutoff=0.4) or names()
         raise ValueError(f"unknown preset {name!r}; did you mean {' or '.join(map(repr, near))}?")
-    preset = _PRESETS[name]()
+    made = _PRESETS[name]()
+    # The recipes of a student and its teacher share their data set; whoever changes a copy changes that copy alone.
+    preset = Preset(made.description, copy.deepcopy(made.student), copy.deepcopy(made.teacher))
     preset.student.preset = preset.teacher.preset = name
     return preset
 
@@ -134,62 +138,48 @@ def _demo() -> Preset:
             sward=_short_schedule(embed_dim=32),
         ),
         TeacherTrainingConfig(
-            model="hiera_demo", dataset=dataset, optimizer=optimizer, batch=16, iterations=600, train_trunk=True
+            model="hiera_demo", dataset=dataset, optimizer=optimizer, batch=16, iterations=500, train_trunk=True
         ),
     )
 
 
-def _clinicdb_small() -> Preset:
-    dataset = DatasetConfig(name="cvc_clinicdb", image_size=(128, 128), split_by="sequence")
-    return Preset(
-        "CVC-ClinicDB at 128x128 split by sequence, ViT-S/14 to UNeXt, two cores",
-        DistillationConfig(
-            model="unext",
-            dataset=dataset,
-            optimizer=OptimizerConfig(lr=1e-3, schedule="cosine"),
-            batch=8,
-            epochs=30,
-            metric="dice",
-            evaluate_every=10,
-            teacher=TeacherConfig(name="vit_small_dinov2"),
-            sward=_short_schedule(),
-        ),
-        TeacherTrainingConfig(
-            model="vit_small_dinov2",
-            options={"token_stride": 16},
-            dataset=dataset,
-            optimizer=OptimizerConfig(lr=5e-4, schedule="cosine"),
-            batch=8,
-            epochs=12,
-            metric="dice",
-            evaluate_every=5,
-        ),
-    )
+def _small(
+    description: str,
+    model: str,
+    dataset: DatasetConfig,
+    *,
+    schedule: Literal["poly", "cosine"],
+    metric: Literal["mean_iou", "dice"],
+) -> Callable[[], Preset]:
+    """Real images at a size that two cores train: a student from scratch, a head on pretrained DINOv2."""
 
+    def make() -> Preset:
+        return Preset(
+            description,
+            DistillationConfig(
+                model=model,
+                dataset=dataset,
+                optimizer=OptimizerConfig(lr=1e-3, schedule=schedule),
+                batch=8,
+                epochs=30,
+                metric=metric,
+                evaluate_every=10,
+                teacher=TeacherConfig(name="vit_small_dinov2"),
+                sward=_short_schedule(),
+            ),
+            TeacherTrainingConfig(
+                model="vit_small_dinov2",
+                options={"token_stride": 16},
+                dataset=dataset,
+                optimizer=OptimizerConfig(lr=5e-4, schedule=schedule),
+                batch=8,
+                epochs=12,
+                metric=metric,
+                evaluate_every=5,
+            ),
+        )
 
-def _camvid_small() -> Preset:
-    dataset = DatasetConfig(name="camvid", image_size=(160, 224))
-    return Preset(
-        "CamVid at 160x224, ViT-S/14 to DeepLabV3+ MobileNetV3-Small, two cores",
-        DistillationConfig(
-            model="mbv3s_deeplabv3plus",
-            dataset=dataset,
-            optimizer=OptimizerConfig(lr=1e-3, schedule="poly"),
-            batch=8,
-            epochs=40,
-            evaluate_every=10,
-            teacher=TeacherConfig(name="vit_small_dinov2"),
-            sward=_short_schedule(),
-        ),
-        TeacherTrainingConfig(
-            model="vit_small_dinov2",
-            dataset=dataset,
-            optimizer=OptimizerConfig(lr=5e-4, schedule="poly"),
-            batch=8,
-            epochs=20,
-            evaluate_every=5,
-        ),
-    )
+    return make
 
 
 _PRESETS: dict[str, Callable[[], Preset]] = {
@@ -199,6 +189,18 @@ _PRESETS: dict[str, Callable[[], Preset]] = {
     "colondb-resunetpp": _polyps("cvc_colondb", "resunetpp", "ResUNet++"),
     "colondb-unext": _polyps("cvc_colondb", "unext", "UNeXt"),
     "demo": _demo,
-    "clinicdb-small": _clinicdb_small,
-    "camvid-small": _camvid_small,
+    "clinicdb-small": _small(
+        "CVC-ClinicDB at 128x128 split by sequence, ViT-S/14 to UNeXt, two cores",
+        "unext",
+        DatasetConfig(name="cvc_clinicdb", image_size=(128, 128), split_by="sequence"),
+        schedule="cosine",
+        metric="dice",
+    ),
+    "camvid-small": _small(
+        "CamVid at 160x224, ViT-S/14 to DeepLabV3+ MobileNetV3-Small, two cores",
+        "mbv3s_deeplabv3plus",
+        DatasetConfig(name="camvid", image_size=(160, 224)),
+        schedule="poly",
+        metric="mean_iou",
+    ),
 }
