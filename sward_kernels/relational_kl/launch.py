@@ -47,6 +47,11 @@ TILES = {
 """(family, direction) -> the largest tiles tried that spill no register, at TF32 and at fp32's own precision."""
 
 
+def tiles_of(family: str, direction: str) -> RelationTiles:
+    """The tiles of `direction` (`"forward"` or `"backward"`); the interpreter runs Ampere's."""
+    return TILES.get((family, direction)) or TILES["ampere", direction]
+
+
 def relational_kl(teacher_units: Tensor, student_units: Tensor, temperature: float) -> Tensor:
     """The loss as the reference computes it, from fp32 or fp64 vectors of length one.
 
@@ -87,7 +92,7 @@ def configurations(target: Target) -> Iterator[Configuration]:
     for precision, (student_channels, teacher_channels), direction in itertools.product(
         precisions, SHIPPED_CHANNELS, ("forward", "backward")
     ):
-        tiles = TILES[target.family, direction]
+        tiles = tiles_of(target.family, direction)
         pointers = ("teacher", "student", "statistics", "partials" if direction == "forward" else "gradient")
         types = dict.fromkeys(pointers, "*fp32") | {"images": "i32", "pixels": "i32", "inverse_temperature": "fp32"}
         if direction == "backward":
@@ -148,7 +153,7 @@ def _float32_precision(family: str) -> str:
 def _launch(direction: str, teacher: Tensor, student: Tensor, temperature: float, **others: Tensor) -> None:
     images, pixels, student_channels = student.shape
     family = family_of(student.device)
-    tiles = TILES[family, direction]
+    tiles = tiles_of(family, direction)
     precision = _float32_precision(family) if student.dtype == torch.float32 else "ieee"
     constants = _constants(tiles, direction, teacher.shape[-1], student_channels, student.dtype, precision)
     programs = images * triton.cdiv(pixels, tiles.rows)
@@ -178,7 +183,7 @@ def _forward(teacher_units: Tensor, student_units: Tensor, temperature: float) -
 
 def _forward_fake(teacher_units: Tensor, student_units: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     images, pixels, _ = student_units.shape
-    rows = TILES[family_of(student_units.device), "forward"].rows
+    rows = tiles_of(family_of(student_units.device), "forward").rows
     programs = images * images * ((pixels + rows - 1) // rows)
     return student_units.new_empty(programs), student_units.new_empty(2, images, images, pixels)
 
