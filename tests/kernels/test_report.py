@@ -1,0 +1,92 @@
+"""Shipped kernels compile for real targets and spill nothing. Needs no GPU; compilations run in subprocesses."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from sward_kernels import report
+from sward_kernels.targets import TARGETS, Configuration
+
+KEYS = {
+    "op", "pass", "target", "dtype", "window_size", "tokens", "dim", "num_warps", "registers", "spill_bytes",
+    "stack_bytes", "shared_bytes", "shared_limit", "occupancy",
+}  # fmt: skip
+
+
+def check(rows: list[report.Row]) -> None:
+    for row in rows:
+        what = " ".join(str(row[key]) for key in ("op", "pass", "target", "dtype", "window_size", "dim", "layout"))
+        assert row.keys() >= KEYS
+        assert row["spill_bytes"] == 0, what
+        assert row["stack_bytes"] == 0, what
+        assert row["shared_bytes"] <= row["shared_limit"], what
+        assert 0 < row["occupancy"] <= 1, what
+        if row["dtype"] in ("bf16", "fp16"):
+            assert row["tensor_core_instructions"] > 0, what
+        if row["layout"] == "channels_last":
+            assert row["vector_loads"] > 0, what
+
+
+def paper_default(shipped: Configuration) -> bool:
+    """The paper's window of 8 with D = 64, as a training step under autocast runs it."""
+    details = {"dtype": "bf16", "window_size": 8, "dim": 64, "layout": "channels_last"}
+    return shipped.operation == "windowed_distillation" and details.items() <= shipped.details.items()
+
+
+def test_the_papers_configuration_spills_nothing_on_any_target() -> None:
+    rows = report.report(list(TARGETS), paper_default)
+    assert len(rows) == 2 * len(TARGETS)
+    check(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_shipped_configuration_spills_nothing(target: str) -> None:
+    check(report.report([target]))
+
+
+def test_shipped_configurations_cover_what_the_tables_promise() -> None:
+    for target in TARGETS:
+        shipped = [c.details for c in report.configurations("windowed_distillation", target)]
+        for tokens in (16, 49, 64, 144, 196, 256):
+            for dim in (16, 32, 64, 128):
+                for dtype in ("bf16", "fp16", *(["fp32"] if dim <= 64 else [])):
+                    assert any((d["tokens"], d["dim"], d["dtype"]) == (tokens, dim, dtype) for d in shipped)
+
+
+@pytest.mark.parametrize(
+    ("num_warps", "registers", "shared", "expected"),
+    [
+        (4, 128, 0, 4 * 4 / 64),  # 65536 registers hold 512 threads of 128
+        (4, 255, 0, 2 * 4 / 64),  # 255 are given out as 256
+        (4, 32, 40000, 4 * 4 / 64),  # 167936 bytes hold four programs of 40000 + 1024
+        (1, 16, 0, 32 / 64),  # never more than 32 programs
+    ],
+)
+def test_occupancy_of_an_a100(num_warps: int, registers: int, shared: int, expected: float) -> None:
+    assert report.occupancy(TARGETS["sm_80"], num_warps, registers, shared) == expected
+
+
+def test_formats_of_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    row: dict[str, Any] = dict.fromkeys(report.COLUMNS, 1) | {"op": "windowed_distillation", "window_size": None}
+    monkeypatch.setattr(report, "report", lambda targets, **_: [row | {"target": target} for target in targets])
+    report.main(["--target", "sm_90", "--format", "json"])
+    (parsed,) = json.loads(capsys.readouterr().out)
+    assert parsed["target"] == "sm_90"
+    report.main(["--format", "markdown"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("|--")
+    assert lines[2].startswith("| ")
+    assert "not a measurement" in lines[-1]
+    report.main([])
+    assert capsys.readouterr().out.splitlines()[0].split()[:2] == ["op", "pass"]
+
+
+def test_a_failed_compilation_is_reported_with_its_reason() -> None:
+    with pytest.raises(RuntimeError, match=r"compiling windowed_distillation for sm_80 failed: .*IndexError"):
+        report._in_subprocess("windowed_distillation", "sm_80", [100000])
