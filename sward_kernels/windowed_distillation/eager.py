@@ -69,7 +69,7 @@ class _AttachGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, qkv: Tensor, gradient: Tensor, pixels: int) -> Tensor:
         ctx.save_for_backward(gradient)
-        ctx.pixels = pixels
+        ctx.pixels, ctx.dtype = pixels, qkv.dtype
         return loss.clone()
 
     @staticmethod
@@ -77,9 +77,9 @@ class _AttachGradient(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         # A new tensor: a second backward through a retained graph must find the buffer unscaled. A factor with an axis
-        # takes part in type promotion, so that it is not rounded to (and does not underflow in) a 16-bit dtype.
+        # takes part in type promotion, so that it is not rounded to a 16-bit dtype first.
         factor = (upstream / ctx.pixels).unsqueeze(0)
-        return upstream, torch.mul(gradient, factor, out=torch.empty_like(gradient)), None, None
+        return upstream, torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=ctx.dtype)), None, None
 
 
 def _run(
@@ -113,7 +113,7 @@ def _run(
         sums = []
         for chunk in _chunks(qkv_teacher, qkv_student, window_size, offsets, whole=compiled):
             terms, *chunk_gradients = run_chunk(chunk.teacher, chunk.student, chunk.real, scales, *wanted)
-            sums.append(terms)
+            sums.append(terms.sum(-1))
             for block, gradient in zip(chunk_gradients, gradients):
                 if block is not None:
                     chunk.write(block, gradient)
@@ -124,8 +124,12 @@ def _run(
 def _allocate_gradients(
     qkv_teacher: Tensor, qkv_student: Tensor, teacher_gradient: bool, student_gradient: bool
 ) -> tuple[Tensor, Tensor]:
+    # Not yet divided by the number of pixels, a gradient may exceed fp16; divided too early, it would vanish there.
+    dtype = torch.float32 if qkv_teacher.dtype == torch.float16 else qkv_teacher.dtype
     pairs = ((qkv_teacher, teacher_gradient), (qkv_student, student_gradient))
-    teacher, student = (torch.empty_like(qkv) if wanted else qkv.new_empty(0) for qkv, wanted in pairs)
+    teacher, student = (
+        torch.empty_like(qkv, dtype=dtype) if wanted else qkv.new_empty(0, dtype=dtype) for qkv, wanted in pairs
+    )
     return teacher, student
 
 
@@ -219,14 +223,14 @@ def distil_chunk(
     teacher_gradient: bool,
     student_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Sums of the three terms, `[3]`, and each wanted side's weighted gradient, `[strips, C, M, columns * M]`.
+    """The three terms, summed a window, `[3, windows]`, and the wanted sides' gradients `[strips, C, M, columns * M]`.
 
     Args and layout as in `_Chunk`, names as in equations.md, section 4. A term whose weight is None is skipped.
     """
     attention_weight, value_weight, context_weight = weights
     (q_t, k_t, v_t), (q_s, k_s, v_s) = _tokens(teacher).chunk(3, dim=-1), _tokens(student).chunk(3, dim=-1)
     mask = None if real is None else _tokens(real)
-    attention = value = context = teacher.new_zeros(())
+    attention = value = context = teacher.new_zeros(q_t.shape[0])
     ds_t = ds_s = dv_t = dv_s = through_t = through_s = None
     if attention_weight is not None or context_weight is not None:
         scores_t, log_sum_exp_t, a_t = _attend(q_t, k_t, mask)
@@ -235,13 +239,13 @@ def distil_chunk(
             log_ratio = (scores_t - scores_s).sub_(log_sum_exp_t - log_sum_exp_s)
             ds_t = a_t * log_ratio
             kl = ds_t.sum(-1, keepdim=True)
-            attention = kl.sum()
+            attention = kl.sum((1, 2))
             ds_t = ds_t.addcmul_(a_t, kl, value=-1).mul_(attention_weight)
             ds_s = (a_s - a_t).mul_(attention_weight)
         if context_weight is not None:
             z_t, z_s = _product(a_t, v_t), _product(a_s, v_s)
             difference = z_s - z_t
-            context = difference.square().sum()
+            context = difference.square().sum((1, 2))
             dz_s = difference * (2 * context_weight)
             through_t, through_s = (a_t, z_t, -dz_s), (a_s, z_s, dz_s)
     if value_weight is not None:
@@ -319,13 +323,13 @@ def _backward(
 
 
 def _value_term(v_t: Tensor, v_s: Tensor, mask: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of `1 - cosine` over the real tokens, and its weighted gradient to both sides."""
+    """Sum of `1 - cosine` over the real tokens of each window, and its weighted gradient to both sides."""
     square_t, square_s = v_t.square().sum(-1, keepdim=True), v_s.square().sum(-1, keepdim=True)
     norm_product = square_t.sqrt() * square_s.sqrt()
     inverse = torch.where(norm_product > 0, 1 / norm_product.clamp_min(COSINE_EPSILON), 0)
     cosine = (v_t * v_s).sum(-1, keepdim=True) * inverse
     distance = 1 - cosine
-    value = distance.sum() if mask is None else (distance * mask).sum()
+    value = (distance if mask is None else distance * mask).sum((1, 2))
     # Below the floor the denominator is a constant, without a gradient of its own. Padded tokens are zero vectors.
     pull = torch.where(norm_product >= COSINE_EPSILON, cosine, 0) * weight
     push = inverse * weight

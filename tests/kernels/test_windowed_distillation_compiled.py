@@ -32,11 +32,6 @@ def test_opcheck(layout: str, gradients: tuple[bool, bool]) -> None:
         opcheck(eager._operator, (teacher, student, 4, offsets, shift, WEIGHTS, *gradients, False))
 
 
-def test_opcheck_with_inputs_that_require_grad() -> None:
-    teacher, student = (maps.requires_grad_() for maps in maps_like((1, 6, 4, 4), dtype=torch.float32))
-    opcheck(eager._operator, (teacher, student, 4, (0, 0), None, WEIGHTS, True, True, False))
-
-
 def test_one_graph_in_a_users_compile(compilations: Callable[[], int]) -> None:
     def step(teacher: Tensor, student: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
         result = windowed_distillation(teacher * 2, student * 2, 4, shift, weights=WEIGHTS, implementation="eager")
