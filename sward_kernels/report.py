@@ -143,6 +143,8 @@ def compile_ahead(configuration: Configuration, target: Target) -> Any:
         },
     )
     options = {"num_warps": configuration.num_warps, "num_stages": 1}
+    if configuration.maxnreg:
+        options["maxnreg"] = configuration.maxnreg
     return triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
 
 

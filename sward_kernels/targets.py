@@ -69,6 +69,7 @@ class Configuration:
             Pointers are taken to be aligned to 16 bytes, as PyTorch allocates them.
         constants: the constexpr arguments.
         num_warps: warps of one program.
+        maxnreg: Triton's option of that name, the most registers of a thread; None leaves them to the assembler.
         details: columns for the report: `dtype`, `window_size`, `tokens`, `dim`, and what else tells rows apart.
         ideal_bytes, flops: device-memory traffic no implementation can avoid, and arithmetic done, a `unit`.
         unit: what those two are counted for, e.g. `"window"`.
@@ -80,6 +81,7 @@ class Configuration:
     types: dict[str, str]
     constants: dict[str, Any]
     num_warps: int
+    maxnreg: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
     ideal_bytes: int = 0
     flops: int = 0
@@ -121,6 +123,7 @@ _WINDOWED_DISTILLATION: dict[tuple[str, str, int], tuple[tuple[int, int, Tiles],
     ("ampere", "backward", 16): (
         (16, 256, Tiles(32, 32, 32, 2)),
         (64, 256, Tiles(64, 64, 16, 4)),
+        (1024, 16, Tiles(32, 32, 16, 2)),
         (1024, 32, Tiles(32, 32, 16, 4)),
         (1024, 64, Tiles(32, 32, 32, 4)),
         (1024, 256, Tiles(32, 32, 32, 8)),
@@ -128,12 +131,26 @@ _WINDOWED_DISTILLATION: dict[tuple[str, str, int], tuple[tuple[int, int, Tiles],
     ("hopper", "backward", 16): (
         (16, 256, Tiles(32, 32, 32, 2)),
         (64, 256, Tiles(64, 64, 32, 4)),
+        (1024, 16, Tiles(32, 32, 16, 2)),
         (1024, 64, Tiles(32, 32, 32, 4)),
         (1024, 256, Tiles(32, 32, 32, 8)),
     ),
-    ("cdna", "backward", 16): (
+    # Warps of 64 lanes: with 16 channels, fewer of them keep a lane's share of a load at 128 bits.
+    ("cdna", "forward", 16): (
+        (16, 16, Tiles(32, 32, 16, 1)),
         (16, 256, Tiles(32, 32, 32, 2)),
+        (1024, 16, Tiles(64, 64, 16, 2)),
         (64, 256, Tiles(64, 64, 32, 4)),
+        (1024, 64, Tiles(64, 64, 32, 4)),
+        (1024, 256, Tiles(32, 32, 32, 4)),
+    ),
+    ("cdna", "backward", 16): (
+        (16, 16, Tiles(32, 32, 16, 1)),
+        (16, 256, Tiles(32, 32, 32, 2)),
+        (64, 16, Tiles(64, 64, 16, 2)),
+        (64, 256, Tiles(64, 64, 32, 4)),
+        (1024, 16, Tiles(32, 32, 16, 1)),
+        (1024, 32, Tiles(32, 32, 32, 2)),
         (1024, 256, Tiles(32, 32, 32, 4)),
     ),
     # Three TF32 products in place of one double the operands of every product: only small tiles stay in registers.
@@ -143,6 +160,8 @@ _WINDOWED_DISTILLATION: dict[tuple[str, str, int], tuple[tuple[int, int, Tiles],
     ),
     ("ampere", "backward", 32): (
         (16, 256, Tiles(16, 16, 16, 1)),
+        (1024, 16, Tiles(16, 16, 16, 2)),
+        (1024, 32, Tiles(16, 16, 16, 4)),
         (1024, 256, Tiles(16, 16, 16, 8)),
     ),
     # float64 serves the tests of the equations; the interpreter is slow by the step, and large tiles are few steps.

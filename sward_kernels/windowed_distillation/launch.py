@@ -208,6 +208,11 @@ def owns_windows(tiles: Tiles, tokens: int) -> bool:
     return tiles.rows == tiles.keys >= tokens
 
 
+def _max_registers(family: str) -> int | None:
+    """On NVIDIA, all a thread can have: left to itself ptxas spills some bytes to make room for a third program."""
+    return 255 if family in ("ampere", "hopper") else None
+
+
 def _float32_precision(family: str) -> str:
     """Products of fp32 follow torch's setting: TF32 when it is on, else three TF32 products that keep fp32's digits."""
     if torch.backends.cuda.matmul.fp32_precision == "tf32":
@@ -264,9 +269,11 @@ def _arguments(
 def _launch(plan: _Plan, grid: WindowGrid, images: int, arguments: dict[str, Any]) -> None:
     groups = images * math.ceil(grid.windows / plan.windows_per_program)
     device = arguments["teacher"].device
+    max_registers = _max_registers(family_of(device))
+    options = {"maxnreg": max_registers} if max_registers else {}
     with torch.cuda.device(device.index if device.type == "cuda" else -1):
         plan.kernel[(groups * plan.programs_per_group,)](
-            **arguments, **plan.constants, num_warps=plan.tiles.num_warps, num_stages=1
+            **arguments, **plan.constants, **options, num_warps=plan.tiles.num_warps, num_stages=1
         )
 
 
@@ -421,6 +428,7 @@ def _configuration(problem: _Problem, direction: str, **flags: bool) -> Configur
         types={name: types[name] for name in plan.kernel.arg_names if name not in constants},
         constants=constants,
         num_warps=plan.tiles.num_warps,
+        maxnreg=_max_registers(problem.family),
         details={
             "dtype": _TYPES[problem.dtype],
             "window_size": problem.window_size,
