@@ -343,13 +343,22 @@ def _precision(maps: Tensor) -> torch.dtype:
 
 
 def _compiled_chunk(
-    teacher: Tensor, student: Tensor, real: Tensor | None, *rest: Any
+    teacher: Tensor,
+    student: Tensor,
+    real: Tensor | None,
+    weights: ActiveWeights,
+    teacher_gradient: bool,
+    student_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     assert real is not None
     for cells in (teacher, student, real):
         torch._dynamo.mark_dynamic(cells, (0, 3))  # strips and columns; all else is fixed by the key
-    key = (teacher.shape[1:3], teacher.dtype, teacher.device.type, teacher.stride(1) == 1, student.stride(1) == 1)
-    chunk: tuple[Tensor, Tensor | None, Tensor | None] = _compiler(*key)(teacher, student, real, *rest)
+    layouts = teacher.stride(1) == 1, student.stride(1) == 1
+    work = tuple(weight is not None for weight in weights), teacher_gradient, student_gradient
+    run = _compiler(teacher.shape[1:3], teacher.dtype, teacher.device.type, layouts, work)
+    chunk: tuple[Tensor, Tensor | None, Tensor | None] = run(
+        teacher, student, real, weights, teacher_gradient, student_gradient
+    )
     return chunk
 
 
