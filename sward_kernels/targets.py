@@ -129,7 +129,7 @@ _WINDOWED_DISTILLATION: dict[tuple[str, str, int], tuple[tuple[int, int, Tiles],
         (1024, 256, Tiles(32, 32, 32, 8)),
     ),
     ("hopper", "backward", 16): (
-        (16, 256, Tiles(32, 32, 32, 2)),
+        (16, 256, Tiles(32, 32, 16, 2)),
         (64, 256, Tiles(64, 64, 32, 4)),
         (1024, 16, Tiles(32, 32, 16, 2)),
         (1024, 64, Tiles(32, 32, 32, 4)),

@@ -436,7 +436,7 @@ def _configuration(problem: _Problem, direction: str, **flags: bool) -> Configur
             "dim": dim,
             "precision": problem.precision if problem.dtype == torch.float32 else "-",
             "layout": "channels_last" if problem.teacher.channels_last else "nchw",
-            "tile": f"{plan.tiles.rows}x{plan.tiles.keys}x{plan.tiles.channels}",
+            "tile": f"{plan.tiles.rows}x{plan.tiles.keys}x{plan.constants['BLOCK_DIM']}",
         },
         # Q, K, V of both sides read once, their gradients written once, the row statistics written or read once.
         ideal_bytes=tokens * (6 * dim * size * (1 + backward) + plan.statistics * 4),
