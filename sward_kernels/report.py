@@ -83,7 +83,7 @@ def _in_subprocess(operation: str, target: str, indices: Sequence[int]) -> list[
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
         finished = subprocess.run(command, capture_output=True, text=True, env=environment)
     if finished.returncode:
-        raise RuntimeError(f"compiling {operation} for {target} failed: {finished.stderr.strip()[-500:]}")
+        raise RuntimeError(f"compiling {operation} for {target} failed: {finished.stderr.strip().splitlines()[-1]}")
     return [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
 
 
@@ -217,13 +217,10 @@ def occupancy(target: Target, num_warps: int, registers: int, shared_bytes: int)
 def _table(rows: Sequence[Row], separator: str, rule: bool) -> str:
     cells = [list(COLUMNS), *[["-" if row[name] is None else str(row[name]) for name in COLUMNS] for row in rows]]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    edge = separator.strip()
-    lines = [
-        (edge + separator.join(cell.rjust(width) for cell, width in zip(line, widths)) + edge).rstrip()
-        for line in cells
-    ]
+    lines = [separator.join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
     if rule:
-        lines.insert(1, edge + edge.join("-" * (width + 1) + ":" for width in widths) + edge)
+        lines.insert(1, "|".join("-" * (width + 1) + ":" for width in widths))
+        lines = [f"|{line}|" if index == 1 else f"| {line} |" for index, line in enumerate(lines)]
     return "\n".join(lines)
 
 
