@@ -377,10 +377,8 @@ def test_auto_warns_once_when_triton_cannot_serve(monkeypatch: pytest.MonkeyPatc
 def test_triton_that_cannot_be_loaded_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    import sward_kernels.windowed_distillation as package
-
     # Both places an import looks in: an earlier test may have loaded the module already.
-    monkeypatch.delattr(package, "launch", raising=False)
+    monkeypatch.delattr(sys.modules["sward_kernels.windowed_distillation"], "launch", raising=False)
     monkeypatch.setitem(sys.modules, "sward_kernels.windowed_distillation.launch", None)
     with pytest.raises(NotImplementedError, match="implementation='triton' of windowed_distillation cannot be loaded"):
         windowed_distillation(*GOOD, 4, implementation="triton")
