@@ -116,7 +116,8 @@ class Tiles:
 _WINDOWED_DISTILLATION: dict[tuple[str, str, int], tuple[tuple[int, int, Tiles], ...]] = {
     ("ampere", "forward", 16): (
         (16, 256, Tiles(32, 32, 32, 2)),
-        (64, 256, Tiles(64, 64, 32, 4)),
+        (64, 64, Tiles(64, 64, 32, 4)),
+        (64, 256, Tiles(64, 64, 16, 4)),
         (1024, 64, Tiles(64, 64, 32, 4)),
         (1024, 256, Tiles(32, 32, 32, 4)),
     ),
