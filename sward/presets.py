@@ -34,7 +34,7 @@ class Preset:
     teacher: TeacherTrainingConfig
 
 
-def _short_schedule(embed_dim: int = 64) -> SWARDConfig:
+def _short_schedule() -> SWARDConfig:
     """SWARD for short runs on small images.
 
     The paper's weights make the gradient of MWAD and PDR ten to five hundred times that of the task loss in the first
@@ -43,7 +43,6 @@ def _short_schedule(embed_dim: int = 64) -> SWARDConfig:
     """
     return SWARDConfig(
         weights=(0.2, 0.05),
-        embed_dim=embed_dim,
         teacher_projections="frozen",
         context_reduction="mean",
         normalize=True,
@@ -135,7 +134,15 @@ def _demo() -> Preset:
             batch=16,
             iterations=400,
             teacher=TeacherConfig(name="hiera_demo"),
-            sward=_short_schedule(embed_dim=32),
+            # At 64 pixels the deepest map is 2x2: too few pixels for prototypes, so PDR looks at stride 8.
+            sward=SWARDConfig(
+                weights=(0.1, 0.02),
+                embed_dim=32,
+                teacher_projections="frozen",
+                context_reduction="mean",
+                normalize=True,
+                pdr_layer="encoder.2",
+            ),
         ),
         TeacherTrainingConfig(
             model="hiera_demo", dataset=dataset, optimizer=optimizer, batch=16, iterations=500, train_trunk=True
