@@ -133,6 +133,7 @@ def _demo() -> Preset:
             optimizer=optimizer,
             batch=16,
             iterations=400,
+            evaluate_every=2,
             teacher=TeacherConfig(name="hiera_demo"),
             # At 64 pixels the deepest map is 2x2: too few pixels for prototypes, so PDR looks at stride 8.
             sward=SWARDConfig(
@@ -145,7 +146,13 @@ def _demo() -> Preset:
             ),
         ),
         TeacherTrainingConfig(
-            model="hiera_demo", dataset=dataset, optimizer=optimizer, batch=16, iterations=500, train_trunk=True
+            model="hiera_demo",
+            dataset=dataset,
+            optimizer=optimizer,
+            batch=16,
+            iterations=500,
+            evaluate_every=2,
+            train_trunk=True,
         ),
     )
 
