@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
-import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from sward_kernels.fallback import warn_once
 from sward_kernels.prototypes import closed_form, eager, reference
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "compiled", "triton")
@@ -109,7 +109,7 @@ def _choose_passes(implementation: str, features: Tensor, num_classes: int) -> c
         except NotImplementedError as reason:
             if implementation == "triton":
                 raise
-            _warn_once(f"prototype_discrimination runs eager instead of triton: {reason}")
+            warn_once(f"prototype_discrimination runs eager instead of triton: {reason}", stacklevel=4)
     return eager.passes
 
 
@@ -159,12 +159,3 @@ def _check(
         raise ValueError(
             f"weights={tuple(weights)} must be two finite numbers of at least 0, for separation and compactness."
         )
-
-
-_warned: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sward_kernels.fallback import warn_once
 from sward_kernels.registration import register
 from sward_kernels.relational_kl import eager, reference
 
@@ -58,7 +58,7 @@ def relational_kl(
                 try:
                     return _triton()(teacher_units, student_units, temperature)
                 except NotImplementedError as reason:
-                    _warn_once(f"relational_kl runs eager instead of triton: {reason}")
+                    warn_once(f"relational_kl runs eager instead of triton: {reason}")
                     implementation = "eager"
         if implementation == "triton":
             return _triton()(teacher_units, student_units, temperature)
@@ -129,12 +129,3 @@ def _triton() -> Callable[[Tensor, Tensor, float], Tensor]:
             f"implementation='triton' of relational_kl cannot be loaded here ({error}); use 'eager'"
         ) from error
     return launch.relational_kl
-
-
-_warned: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=3)

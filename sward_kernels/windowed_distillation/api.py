@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sward_kernels.fallback import warn_once
 from sward_kernels.windowed_distillation import eager, reference
 from sward_kernels.windows import Shift
 
@@ -90,7 +90,7 @@ def windowed_distillation(
             try:
                 return _run("triton", qkv_teacher, qkv_student, window_size, shift, weights)
             except NotImplementedError as reason:
-                _warn_once(f"windowed_distillation runs eager instead of triton: {reason}")
+                warn_once(f"windowed_distillation runs eager instead of triton: {reason}")
                 implementation = "eager"
     return _run(implementation, qkv_teacher, qkv_student, window_size, shift, weights)
 
@@ -192,12 +192,3 @@ def _triton_launcher() -> Callable[..., Terms]:
             "use 'eager' or 'compiled'."
         ) from error
     return launch.windowed_distillation
-
-
-_warned: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=3)

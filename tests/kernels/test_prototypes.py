@@ -443,7 +443,7 @@ def test_warns_once_when_auto_leaves_triton(monkeypatch: pytest.MonkeyPatch) -> 
         is_cuda = True
 
     monkeypatch.setattr(api, "_triton_passes", refuse)
-    monkeypatch.setattr(api, "_warned", set())
+    monkeypatch.setattr("sward_kernels.fallback._warned", set())
     features = torch.randn(1, 2, 2, 2).as_subclass(OnGpu)
     with pytest.warns(RuntimeWarning, match="runs eager instead of triton: no such size"):
         assert api._choose_passes("auto", features, 2) is eager.passes

@@ -362,7 +362,7 @@ def test_auto_warns_once_when_triton_cannot_serve(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(api, "_preferred", lambda device: "triton")
     monkeypatch.setattr(api, "_triton_launcher", lambda: refuse)
-    monkeypatch.setattr(api, "_warned", set())
+    monkeypatch.setattr("sward_kernels.fallback._warned", set())
     teacher, student = maps_like((1, 6, 8, 8), dtype=torch.float32)
     with pytest.warns(RuntimeWarning, match="eager instead of triton: this size is not served"):
         actual = run(teacher, student, 4, implementation="auto")
