@@ -137,10 +137,11 @@ def seed_generators(seed: int) -> None:
 
 def _generator_states(loss: nn.Module | None) -> dict[str, Any]:
     # Nothing of ours draws from Python's and NumPy's global generators; a user's model or data set may.
+    version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
     return {
-        "python": random.getstate(),
-        "numpy": [name, np.asarray(keys).tolist(), *rest],
+        "python": [version, torch.tensor(words), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "loss": [generator.get_state() for generator in _own_generators(loss)],
@@ -148,8 +149,10 @@ def _generator_states(loss: nn.Module | None) -> dict[str, Any]:
 
 
 def _set_generator_states(loss: nn.Module | None, states: Mapping[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(tuple(states["numpy"]))  # noqa: NPY002
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

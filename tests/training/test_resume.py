@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,32 +37,46 @@ def wait_for_step(run: Path, step: int) -> None:
     raise AssertionError(f"the run did not reach step {step}")
 
 
+STEPS = 8
+Uninterrupted = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    """Runs that nothing happened to, each made once, in a process like those that they are compared with."""
+
+    @functools.cache
+    def make(method: str, steps: int = STEPS) -> Path:
+        folder = tmp_path_factory.mktemp("whole") / method
+        process = start(small(folder, distillation=method, iterations=steps, evaluate_every=1))
+        process.join(300)
+        assert process.exitcode == 0
+        return folder
+
+    return make
+
+
 def workers(count: int) -> DatasetConfig:
     return DatasetConfig(name="scenes", image_size=(64, 64), workers=count)
 
 
-@pytest.mark.parametrize("loader_workers", [0, 2])
-@pytest.mark.parametrize("method", ["none", "sward", "cirkd"])
+@pytest.mark.parametrize(("method", "loader_workers"), [("sward", 0), ("sward", 2), ("cirkd", 0)])
 def test_a_run_stopped_by_sigterm_ends_bit_for_bit_as_an_uninterrupted_one(
-    tmp_path: Path, method: str, loader_workers: int
+    tmp_path: Path, method: str, loader_workers: int, uninterrupted: Uninterrupted
 ) -> None:
-    if loader_workers and method != "sward":
-        pytest.skip("one method is enough to see that workers change nothing")
-    options = dict(distillation=method, iterations=10, evaluate_every=1, dataset=workers(loader_workers))
-    whole = start(small(tmp_path / "whole", **{**options, "dataset": workers(0)}))
+    options = dict(distillation=method, iterations=STEPS, evaluate_every=1, dataset=workers(loader_workers))
     parted = start(small(tmp_path / "parted", **options))
     wait_for_step(tmp_path / "parted", 2)
     parted.terminate()
     parted.join(60)
     assert parted.exitcode == 128 + signal.SIGTERM
     stopped = checkpoint(tmp_path / "parted")["step"]
-    assert 2 <= stopped < 10
+    assert 2 <= stopped < STEPS
     assert records(tmp_path / "parted")[-1]["step"] == stopped
     again = start(small(tmp_path / "parted", **options, resume=True))
-    for process in (whole, again):
-        process.join(120)
-        assert process.exitcode == 0
-    assert_equal_runs(tmp_path / "whole", tmp_path / "parted")
+    again.join(120)
+    assert again.exitcode == 0
+    assert_equal_runs(uninterrupted(method), tmp_path / "parted")
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -71,20 +87,20 @@ def test_a_signal_ends_the_command_with_a_checkpoint_and_a_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("sward.training.log_record", SignalAtStep(3, sent))
+    monkeypatch.setattr("sward.training.log_record", SignalAtStep(2, sent))
     before = signal.getsignal(sent)
-    options = ["--distillation", "none", "--dataset.image-size", "64", "64", "--batch", "4", "--iterations", "9"]
+    options = ["--distillation", "none", "--dataset.image-size", "64", "64", "--batch", "4", "--iterations", "5"]
     options += ["--log-every", "1", "--output", str(tmp_path / "run")]
     assert main(["train", "demo", *options]) == code
     assert (
-        f"stopped by {sent.name} after step 4 of 9, with a checkpoint in {tmp_path / 'run'}; "
+        f"stopped by {sent.name} after step 3 of 5, with a checkpoint in {tmp_path / 'run'}; "
         "continue with the same command and --resume"
     ) in capsys.readouterr().err
-    assert checkpoint(tmp_path / "run")["step"] == 4
+    assert checkpoint(tmp_path / "run")["step"] == 3
     assert signal.getsignal(sent) == before
     monkeypatch.undo()
     assert main(["train", "demo", *options, "--resume"]) == 0
-    assert checkpoint(tmp_path / "run")["step"] == 9
+    assert checkpoint(tmp_path / "run")["step"] == 5
 
 
 class SignalAtStep:
@@ -99,29 +115,22 @@ class SignalAtStep:
         return {"step": state.step, "loss": output.loss.item(), "task": 0.0}
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_never_killed(tmp_path: Path, kills: int) -> None:
-    options = dict(iterations=4 * kills, evaluate_every=1, checkpoint_every=1)
-    began = time.monotonic()
-    whole = start(small(tmp_path / "whole", **options))
-    whole.join(300)
-    assert whole.exitcode == 0
-    duration = time.monotonic() - began
-    moments, killed = random.Random(7), 0
-    while killed < kills:
+@pytest.mark.parametrize(("kills", "steps"), [(3, STEPS), pytest.param(20, 40, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_never_killed(
+    tmp_path: Path, kills: int, steps: int, uninterrupted: Uninterrupted
+) -> None:
+    options = dict(iterations=steps, evaluate_every=1, checkpoint_every=1)
+    moments = random.Random(7)
+    for _ in range(kills):
         process = start(small(tmp_path / "killed", **options, resume=True))
-        process.join(moments.uniform(0.2, 1.0) * duration / 2)
-        if process.exitcode is None:
-            process.kill()
-            killed += 1
+        process.join(moments.uniform(0.0, 3.0))
+        assert process.exitcode is None, "the run was over before it could be killed often enough"
+        process.kill()
         process.join(60)
-        if process.exitcode == 0:
-            break  # it was done before its time; what follows starts a new run with as many kills left
-    assert killed >= min(kills, 3), "the run was over before it could be killed often enough"
     last = start(small(tmp_path / "killed", **options, resume=True))
     last.join(300)
     assert last.exitcode == 0
-    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+    assert_equal_runs(uninterrupted("sward", steps), tmp_path / "killed")
 
 
 def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path: Path) -> None:
