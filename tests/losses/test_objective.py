@@ -77,7 +77,7 @@ def test_protocol_form_is_the_objective_without_its_task() -> None:
 def test_weighted_terms_add_up_to_the_loss(reduction: str) -> None:
     mwad, pdr = parts()
     mwad.weights, pdr.weights, mwad.context_reduction = (0.5, 2.0, 3.0), (0.3, 0.7), reduction
-    logits, labels, student, teacher = batch()
+    _, labels, student, teacher = batch()
     method = SWARDDistillation(mwad, pdr, student_taps=["a", "b"], teacher_taps=["x", "y"], weights=(0.2, 5.0))
     output = method(DistillationInputs(dict(zip("ab", student)), dict(zip("xy", teacher)), labels))
     torch.testing.assert_close(sum(output.weighted.values()), output.loss.detach(), check_dtype=False)
