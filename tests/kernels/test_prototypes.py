@@ -407,9 +407,9 @@ print(peak_extra_bytes(step, torch.device("cpu")) / (x.numel() * 4))
 def test_merging_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes' statistics, summed as all-reduce would, are those of the concatenated batch."""
     features, labels = close_clusters(4, 5, 6, 6, 5)
-    whole = closed_form.Statistics(*eager.statistics(features.detach(), labels, 5, 255, False))
+    whole = closed_form.Statistics(*eager.passes.statistics(features.detach(), labels, 5, 255, False))
     parts = [
-        closed_form.Statistics(*eager.statistics(features.detach()[part], labels[part], 5, 255, False))
+        closed_form.Statistics(*eager.passes.statistics(features.detach()[part], labels[part], 5, 255, False))
         for part in (slice(0, 1), slice(1, 4))
     ]
     sums: list[Tensor] = []
