@@ -211,15 +211,15 @@ class PrototypeTiles:
 
 
 # kernel -> rows of (most classes, tiles); the first that fits is taken. One table serves every family. The more
-# classes, the more pixels a program takes, so that its table of class means stays small against the features it reads.
-# More than 64 classes at once spill, whatever the tile: the product with their means wants them all in registers.
+# classes, the more pixels a program takes, so that the class sums it writes stay small against the features it reads,
+# and the fewer channels, so that all classes fit its registers.
 _PROTOTYPES: dict[str, tuple[tuple[int, PrototypeTiles], ...]] = {
     "statistics": (
         (16, PrototypeTiles(64, 32, 16, 8, 4)),
         (32, PrototypeTiles(64, 32, 32, 8, 4)),
         (64, PrototypeTiles(64, 32, 64, 16, 8)),
-        (128, PrototypeTiles(64, 32, 64, 32, 8)),
-        (256, PrototypeTiles(64, 32, 64, 64, 8)),
+        (128, PrototypeTiles(64, 32, 128, 32, 8)),
+        (256, PrototypeTiles(64, 16, 256, 64, 8)),
     ),
     "inverse_norms": ((256, PrototypeTiles(32, 64, 0, 1, 4)),),
     "gradient": ((256, PrototypeTiles(64, 64, 0, 1, 4)),),

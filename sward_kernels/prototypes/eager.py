@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sward_kernels.prototypes.closed_form import NORM_FLOOR, Passes
+from sward_kernels.prototypes.classes import class_indices, inverse_norms, one_pixel_of_each_class, statistics_about
+from sward_kernels.prototypes.closed_form import Passes
 from sward_kernels.registration import register
 
 # Features of one chunk, in bytes. A GPU needs larger products.
@@ -43,30 +44,6 @@ class Steps(NamedTuple):
 
     accumulate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     combine: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
-
-
-def class_indices(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """Labels of any integer dtype as int64 classes in `0..num_classes`, where `num_classes` means no class.
-
-    Raises:
-        ValueError: on the CPU, for a label that is neither a class nor `ignore_index`.
-    """
-    classes = labels.long()
-    ignored = classes == ignore_index
-    outside = ((classes < 0) | (classes >= num_classes)) & ~ignored
-    if labels.device.type == "cpu" and bool(outside.any()):
-        raise ValueError(
-            f"labels hold {int(classes[outside][0])}, which is neither a class in 0..{num_classes - 1} "
-            f"nor ignore_index={ignore_index}."
-        )
-    return classes.masked_fill(ignored | outside, num_classes)
-
-
-class_indices_op = register(
-    "prototype_class_indices(Tensor labels, int num_classes, int ignore_index) -> Tensor",
-    class_indices,
-    lambda labels, num_classes, ignore_index: torch.empty_like(labels, dtype=torch.int64),
-)
 
 
 def _chunks(features: Tensor) -> Iterator[tuple[slice, slice, slice, slice]]:
@@ -103,22 +80,6 @@ def _membership(classes: Tensor, num_classes: int, precision: torch.dtype) -> Te
     return member.scatter_(1, classes[:, None], 1.0)
 
 
-def _inverse_norms(matrices: Tensor) -> Tensor:
-    """`[b, 1, P]`: `1 / |f|` of each pixel, 0 for the zero vector."""
-    norm = matrices.square().sum(1, keepdim=True).sqrt()
-    return norm.reciprocal().masked_fill(norm <= NORM_FLOOR, 0)
-
-
-def _one_pixel_of_each_class(features: Tensor, classes: Tensor, num_classes: int) -> Tensor:
-    """`[K, C]`: the features of the first pixel of each class, and of any pixel for an absent class."""
-    count = classes.numel()
-    first = torch.full((num_classes + 1,), count - 1, device=classes.device)
-    first.scatter_reduce_(0, classes.flatten(), torch.arange(count, device=classes.device), "amin")
-    pixel = first[:num_classes]
-    height, width = features.shape[2:]
-    return features[pixel // (height * width), :, pixel // width % height, pixel % width]
-
-
 def _add_own_rows(matrices: Tensor, table: Tensor, member: Tensor, sign: int = 1) -> None:
     """Adds `sign * table[k]` to each pixel of class k, in place."""
     columns = _padded(table).T
@@ -148,13 +109,9 @@ def statistics(
     """Statistics of the whole batch: sums about one pixel of each class, over the chunks in float64."""
     classes = class_indices(labels, num_classes, ignore_index)
     precision = torch.promote_types(features.dtype, torch.float32)
-    shift = _one_pixel_of_each_class(features, classes, num_classes).to(precision)
-    if normalize:
-        shift *= _inverse_norms(shift.T[None])[0].T
-    counts = torch.zeros(num_classes + 1, dtype=torch.float64, device=features.device)
-    counts = counts.scatter_add_(0, classes.flatten(), counts.new_ones(classes.numel()))[:num_classes]
-    sums = counts.new_zeros(num_classes, features.shape[1])
-    squares = torch.zeros_like(counts)
+    shift = one_pixel_of_each_class(features, classes, num_classes, precision, normalize)
+    sums = torch.zeros_like(shift, dtype=torch.float64)
+    squares = sums.new_zeros(num_classes)
     room = _room(features, precision)
     for where in _chunks(features):
         images, _, rows, _ = where
@@ -164,14 +121,12 @@ def statistics(
         deviations = room[: len(matrices), :, : matrices.shape[2]]
         if normalize:
             deviations.copy_(matrices)
-            deviations *= _inverse_norms(deviations)
+            deviations *= inverse_norms(deviations)
             matrices = deviations
         chunk_sums, distances = steps.accumulate(matrices, own_classes, member, shift, deviations)
         sums += chunk_sums.double().sum(0).T[:num_classes]
         squares += torch.bmm(member, distances[:, :, None]).double().sum((0, 2))[:num_classes]
-    offset = sums / counts.clamp(min=1)[:, None]
-    means = (shift.double() + offset).where(counts[:, None] > 0, 0)
-    return counts.long(), means, (squares - counts * offset.square().sum(1)).clamp(min=0)
+    return statistics_about(shift, classes, sums, squares)
 
 
 def _room(features: Tensor, precision: torch.dtype) -> Tensor:
@@ -212,7 +167,7 @@ def gradient(
 def _combine_normalized(destination: Tensor, matrices: Tensor, member: Tensor, offset: Tensor) -> None:
     """`(offset[k] - (offset[k] . u) u) / |f|` with `u = f / |f|`."""
     _add_own_rows(destination.zero_(), offset, member)
-    inverse = _inverse_norms(matrices)
+    inverse = inverse_norms(matrices)
     along = (destination * matrices).sum(1, keepdim=True)
     destination.mul_(inverse).addcmul_(matrices, along * inverse**3, value=-1)
 
