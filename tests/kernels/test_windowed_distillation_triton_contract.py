@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 
 import tests.support.interpreter  # noqa: F401  (quickens it)
 from sward_kernels import windowed_distillation
+from sward_kernels.targets import windowed_distillation_tiles
 from sward_kernels.windowed_distillation import launch
 from tests.support.distillation_cases import WEIGHTS, assert_same, maps_like, run
 
@@ -137,11 +138,12 @@ def record(kernel, key, signature, *_):
 
 triton.runtime.jit.JITFunction._do_compile = record
 from sward_kernels.windowed_distillation import launch
+from sward_kernels.windowed_distillation.plan import plan_of, problem_of
 
 def call(batch, height, width, shift, dim=16, window_size=4, dtype=torch.bfloat16):
     sides = [torch.empty(batch, 3 * dim, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)] * 2
     for direction, flags in (("forward", {"SAVE": True}), ("backward", {"TEACHER": True, "STUDENT": True})):
-        plan = launch._plan(launch._problem(*sides, window_size, (1.0, 1.0, 1.0)), direction, **flags)
+        plan = plan_of(problem_of(*sides, window_size, (1.0, 1.0, 1.0)), direction, **flags)
         arguments = launch._arguments(*sides, shift, None, (1.0, 1.0, 1.0))
         float32 = torch.empty(16)
         arguments |= dict(partials=float32, statistics=float32, upstream=float32, teacher_gradient=sides[0],
@@ -255,8 +257,8 @@ def test_memory_traffic_of_tiled_windows(traffic: Traffic) -> None:
     for side in ("store teacher_gradient", "store student_gradient"):
         assert len(backward[side]) == teacher.numel()
     # A program reads its tile of queries once; keys pass by once for every tile of queries.
-    row_tiles = -(-81 // launch.windowed_distillation_tiles("interpreter", "forward", torch.float64, 81, 8).rows)
-    key_tiles = -(-81 // launch.windowed_distillation_tiles("interpreter", "forward", torch.float64, 81, 8).keys)
+    row_tiles = -(-81 // windowed_distillation_tiles("interpreter", "forward", torch.float64, 81, 8).rows)
+    key_tiles = -(-81 // windowed_distillation_tiles("interpreter", "forward", torch.float64, 81, 8).keys)
     assert max(forward["load teacher"].values()) <= max(row_tiles + 1, key_tiles)
 
 
