@@ -169,7 +169,10 @@ def side_gradient(
 
     if ATTENTION or CONTEXT:
         mean = tl.sum(tl.exp2(log_a) * da, 1)
-        ds = score_gradient(log_a, log_other, da, mean, real, attention_weight, dtype, TEACHER, ATTENTION, INTERPRET)
+        ds = score_gradient(
+            log_a, log_other, da, mean[:, None], real[:, None], attention_weight, dtype,
+            ATTENTION and not TEACHER, INTERPRET,
+        )  # fmt: skip
     scale = scale / DIM**0.5
     for first in range(0, DIM, BLOCK_DIM):
         dq = tl.zeros([BLOCK, BLOCK_DIM], ACCUMULATE)

@@ -20,6 +20,7 @@ from sward_kernels.windowed_distillation.plan import (
     Layout,
     Plan,
     Weights,
+    backward_plans,
     max_registers,
     plan_of,
     problem_of,
@@ -204,9 +205,6 @@ def _backward(
     teacher: bool,
     student: bool,
 ) -> tuple[Tensor, Tensor]:
-    plan = plan_of(
-        problem_of(qkv_teacher, qkv_student, window_size, weights), "backward", TEACHER=teacher, STUDENT=student
-    )
     gradients = _allocate_gradients(qkv_teacher, teacher), _allocate_gradients(qkv_student, student)
     batch, _, height, width = qkv_teacher.shape
     arguments = _arguments(qkv_teacher, qkv_student, offsets, shift, weights)
@@ -218,7 +216,8 @@ def _backward(
         "student_gradient": gradients[1],
         "inverse_count": 1.0 / (batch * height * width),
     }
-    _launch(plan, WindowGrid(height, width, window_size), batch, arguments)
+    for plan in backward_plans(problem_of(qkv_teacher, qkv_student, window_size, weights), teacher, student):
+        _launch(plan, WindowGrid(height, width, window_size), batch, arguments)
     return gradients
 
 

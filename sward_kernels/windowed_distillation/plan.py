@@ -113,8 +113,15 @@ def plan_of(problem: Problem, direction: str, **flags: bool) -> Plan:
     programs = math.ceil(problem.tokens / tiles.rows)
     if direction == "forward":
         return Plan(forward_tiled_kernel, constants, tiles, 1, programs, 4)
-    programs = (programs + math.ceil(problem.tokens / tiles.keys)) * sum(flags.values())
-    return Plan(backward_tiled_kernel, constants, tiles, 1, programs, 4)
+    return Plan(backward_tiled_kernel, constants, tiles, 1, 2 * programs * sum(flags.values()), 4)
+
+
+def backward_plans(problem: Problem, teacher: bool, student: bool) -> list[Plan]:
+    """The launches of one backward pass: one, or two where a tiled kernel meets sides of unlike layouts."""
+    plan = plan_of(problem, "backward", TEACHER=teacher, STUDENT=student)
+    if plan.kernel is backward_tiled_kernel and teacher and student and problem.teacher != problem.student:
+        return [plan_of(problem, "backward", TEACHER=side, STUDENT=not side) for side in (True, False)]
+    return [plan]
 
 
 def owns_windows(tiles: Tiles, tokens: int) -> bool:
