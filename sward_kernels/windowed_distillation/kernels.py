@@ -2,7 +2,7 @@
 
 One program owns a group of windows, reads their Q, K and V where the projection left them, and keeps scores and
 softmaxes in registers. Channels pass by in chunks of `BLOCK_DIM`, so the registers a program needs do not grow with D.
-Larger windows: `kernels_tiled.py`. Conventions: `tiles.py`. Grids and tiles: `launch.py`. Picture: `docs/kernels.md`.
+Larger windows: `kernels_tiled_*.py`. Conventions: `tiles.py`. Grids and tiles: `launch.py`. Picture: `docs/kernels.md`.
 """
 
 import triton

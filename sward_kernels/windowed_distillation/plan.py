@@ -18,7 +18,8 @@ from torch import Tensor
 
 from sward_kernels.targets import Configuration, Target, Tiles, family_of, windowed_distillation_tiles
 from sward_kernels.windowed_distillation.kernels import RUNTIME_INTEGERS, backward_kernel, forward_kernel
-from sward_kernels.windowed_distillation.kernels_tiled import backward_tiled_kernel, forward_tiled_kernel
+from sward_kernels.windowed_distillation.kernels_tiled_backward import backward_tiled_kernel
+from sward_kernels.windowed_distillation.kernels_tiled_forward import forward_tiled_kernel
 
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 """Whether kernels run in Triton's interpreter (on CPU tensors), decided when Triton was imported."""
@@ -81,7 +82,10 @@ class Plan:
 
 
 def plan_of(problem: Problem, direction: str, **flags: bool) -> Plan:
-    tiles = windowed_distillation_tiles(problem.family, direction, problem.dtype, problem.tokens, problem.dim)
+    channels_last = problem.teacher.channels_last and problem.student.channels_last
+    tiles = windowed_distillation_tiles(
+        problem.family, direction, problem.dtype, problem.tokens, problem.dim, channels_last
+    )
     padded_dim = max(16, triton.next_power_of_2(problem.dim))  # products of fewer than 16 channels do not exist
     constants: dict[str, Any] = {
         "WINDOW": problem.window_size,

@@ -1,6 +1,6 @@
 """What the kernels of windowed distillation share: where a token lies, how a tile is loaded, multiplied and stored.
 
-Conventions of every kernel here and in `kernels.py` and `kernels_tiled.py`:
+Conventions of every kernel here and in `kernels.py` and `kernels_tiled_*.py`:
 
 - Windows are taken in *groups* of `WINDOWS` consecutive windows of one image; more than one only where a single window
   is too small for a tile, and a block-diagonal mask then keeps them apart.

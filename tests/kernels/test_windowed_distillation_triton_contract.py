@@ -257,8 +257,8 @@ def test_memory_traffic_of_tiled_windows(traffic: Traffic) -> None:
     for side in ("store teacher_gradient", "store student_gradient"):
         assert len(backward[side]) == teacher.numel()
     # A program reads its tile of queries once; keys pass by once for every tile of queries.
-    row_tiles = -(-81 // windowed_distillation_tiles("interpreter", "forward", torch.float64, 81, 8).rows)
-    key_tiles = -(-81 // windowed_distillation_tiles("interpreter", "forward", torch.float64, 81, 8).keys)
+    row_tiles = -(-81 // windowed_distillation_tiles("interpreter", "forward", torch.float64, 81, 8, False).rows)
+    key_tiles = -(-81 // windowed_distillation_tiles("interpreter", "forward", torch.float64, 81, 8, False).keys)
     assert max(forward["load teacher"].values()) <= max(row_tiles + 1, key_tiles)
 
 
