@@ -35,8 +35,9 @@ COLUMNS = (
     "vector_loads", "loads", "compile_seconds", "ideal_bytes", "flops", "unit", "bound_nanoseconds",
 )  # fmt: skip
 """Keys of one row. `occupancy` is resident warps over the most possible; `spill_bytes` and `stack_bytes` count a
-thread; `vector_loads` are the 128-bit ones among `loads`; `ideal_bytes` and `flops` count a `unit`; `bound_nanoseconds`
-is `ideal_bytes` over the data sheet's bandwidth of the whole device: a bound and not a measurement."""
+thread; `vector_loads` are the 128-bit ones among `loads`; `compile_seconds` is processor time; `ideal_bytes` and
+`flops` count a `unit`; `bound_nanoseconds` is `ideal_bytes` over the data sheet's bandwidth of the whole device: a
+bound and not a measurement."""
 
 
 def configurations(operation: str, target: str) -> list[Configuration]:
