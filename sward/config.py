@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from sward.data.files import OnCorrupt
 from sward.losses.mwad import ContextReduction, ShiftStrategy, TeacherProjections
 
 MaskMethod = Literal["maskd", "freekd"]
@@ -27,6 +28,9 @@ class DatasetConfig:
         split_by: for polyps `"sequence"`, `"ratio"` or the path of a list file; None is the data set's own split.
         num_classes: classes of a `folder` of images and masks; every other data set knows its own.
         workers: loader processes; 0 loads in the training process. Results do not depend on it.
+        packed: `"auto"` reads the pack that `sward data pack` left in the data set's folder, if there is one;
+            `"none"` decodes the image files; a path is a pack that lies elsewhere. Results do not depend on it.
+        views: fixed augmented views an image, taken in turn epoch by epoch; None draws new ones each epoch.
     """
 
     name: str = "scenes"
@@ -35,6 +39,8 @@ class DatasetConfig:
     split_by: str | None = None
     num_classes: int | None = None
     workers: int = 0
+    packed: str = "auto"
+    views: int | None = None
 
 
 @dataclass
@@ -127,6 +133,8 @@ class TrainingConfig:
         device: where to train; None takes the GPU where there is one.
         output: run folder; None takes `runs/PRESET/METHOD-seedN`.
         resume: continue the run in `output` from its last checkpoint.
+        on_corrupt: about a training image or mask that cannot be read: `"stop"` ends the run with its path, `"skip"`
+            warns once a file and trains on the next image in its place.
     """
 
     preset: str = "demo"
@@ -143,6 +151,7 @@ class TrainingConfig:
     device: str | None = None
     output: Path | None = None
     resume: bool = False
+    on_corrupt: OnCorrupt = "stop"
 
     def check(self) -> None:
         """Raises a ValueError, in one sentence, for a field that no run could use."""
@@ -235,6 +244,7 @@ class MaskTrainingConfig:
         seed: of the masks' start and of the order of images.
         device: where to train; None takes the GPU where there is one.
         output: file to write; None takes `runs/PRESET/METHOD.pt`.
+        on_corrupt: as in a run.
     """
 
     preset: str = "demo"
@@ -246,6 +256,7 @@ class MaskTrainingConfig:
     seed: int = 0
     device: str | None = None
     output: Path | None = None
+    on_corrupt: OnCorrupt = "stop"
 
 
 def masks_path(preset: str, method: str) -> Path:

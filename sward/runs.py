@@ -175,6 +175,9 @@ def build_split(config: TrainingConfig | MaskTrainingConfig, split: str, *, trai
         seed=config.seed,
         split_by=settings.split_by,
         num_classes=settings.num_classes,
+        packed=settings.packed,
+        on_corrupt=config.on_corrupt if train else "stop",
+        views=settings.views if train else None,
     )
 
 
