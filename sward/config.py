@@ -71,12 +71,15 @@ class TeacherConfig:
         untrained: distil the teacher `name` with random weights instead, to try shapes and speed without a checkpoint.
         name: for `untrained`: a teacher that `sward.models.build` knows.
         masks: file that `sward train-masks` wrote, for `maskd` and `freekd`; None takes `runs/PRESET/METHOD.pt`.
+        cache: folder in which the teacher's features are kept, so that it runs once for each view of an image; needs
+            `dataset.views`. None runs it every step.
     """
 
     run: Path | None = None
     untrained: bool = False
     name: str = "hiera_demo"
     masks: Path | None = None
+    cache: Path | None = None
 
 
 @dataclass
@@ -198,6 +201,15 @@ class DistillationConfig(TrainingConfig):
     distillation: str = "sward"
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     sward: SWARDConfig = field(default_factory=SWARDConfig)
+
+    def check(self) -> None:
+        """As for every run; and features can be kept only of images that come again."""
+        super().check()
+        if self.teacher.cache is not None and self.dataset.views is None:
+            raise ValueError(
+                "teacher.cache keeps the features of images that come again, but every epoch draws new crops and "
+                "flips; fix them with --dataset.views N: N augmented views of each image, taken in turn"
+            )
 
     def teacher_masks(self) -> Path:
         """The file of the method's masks on this teacher.
