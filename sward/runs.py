@@ -20,6 +20,7 @@ from sward.config import (
 from sward.data import DatasetInfo, SegmentationDataset
 from sward.losses import SegmentationCrossEntropy, learn_masks, save_masks
 from sward.models.teachers import Teacher
+from sward.teacher_cache import TeacherCache
 from sward.tracking import Progress, RunFolder
 from sward.training import FrozenTeacher, TrainingResult, TrainingStep, batches, fit
 
@@ -41,12 +42,15 @@ def train_student(config: DistillationConfig) -> TrainingResult:
     # The student first: with or without distillation the same seed gives it the same weights.
     torch.manual_seed(config.seed)
     student = models.build(config.model, info.num_classes).to(device)
-    teacher = loss = None
+    loss = None
+    teacher: FrozenTeacher | TeacherCache | None = None
     if config.distillation != "none":
         name, network = load_teacher(config.teacher, config.preset, info)
         pair = distillation.DistillationPair(config, student, name, network.to(device), info)
         loss = distillation.build(config.distillation, pair).to(device)
         teacher = FrozenTeacher(network, loss.teacher_taps)
+        if config.teacher.cache is not None:
+            teacher = TeacherCache(teacher, loss.teacher_taps, config.teacher.cache)
     torch.manual_seed(config.seed)
     run = RunFolder(config.output or student_run(config))
     run.start(config, info)
@@ -175,6 +179,9 @@ def build_split(config: TrainingConfig | MaskTrainingConfig, split: str, *, trai
         seed=config.seed,
         split_by=settings.split_by,
         num_classes=settings.num_classes,
+        packed=settings.packed,
+        on_corrupt=config.on_corrupt if train else "stop",
+        views=settings.views if train else None,
     )
 
 

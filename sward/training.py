@@ -89,7 +89,7 @@ class EpochSampler(Sampler[int]):
 
 
 def batches(
-    dataset: SegmentationDataset, batch: int, *, seed: int, workers: int = 0, start: int = 0
+    dataset: SegmentationDataset, batch: int, *, seed: int, workers: int = 0, start: int = 0, pin_memory: bool = False
 ) -> Iterator[Sample]:
     """Training batches without end, from step `start`. The same seed gives the same batches, wherever it starts.
 
@@ -99,6 +99,10 @@ def batches(
         seed: of the order; augmentation follows the data set's own seed.
         workers: loader processes; they do not change what comes out.
         start: batches to pass over, without reading them.
+        pin_memory: put batches into page-locked memory, from where a GPU fetches them while it computes.
+
+    Raises:
+        CorruptFileError: an image cannot be read.
     """
     sampler = EpochSampler(len(dataset), seed)
     loader = DataLoader(
@@ -108,6 +112,7 @@ def batches(
         drop_last=True,
         num_workers=workers,
         persistent_workers=workers > 0,
+        pin_memory=pin_memory,
         # Its own generator: iterating must not move torch's global one, which dropout draws from.
         generator=torch.Generator().manual_seed(seed),
     )
@@ -115,7 +120,11 @@ def batches(
     sampler.skip = done * batch
     while True:
         dataset.set_epoch(sampler.epoch)
-        yield from loader
+        try:
+            yield from loader
+        except data.CorruptFileError as error:
+            # A loader process sends its traceback along; the sentence that names the file is its last line.
+            raise data.CorruptFileError(str(error).splitlines()[-1].rpartition("CorruptFileError: ")[2]) from error
         sampler.epoch, sampler.skip = sampler.epoch + 1, 0
 
 
@@ -156,7 +165,7 @@ def fit(
     validation_set: SegmentationDataset,
     run: RunFolder,
     *,
-    teacher: FrozenTeacher | None = None,
+    teacher: Callable[[Tensor], dict[str, Tensor]] | None = None,
 ) -> TrainingResult:
     """Trains `step_module` as `config` says and leaves a run folder that can be resumed, evaluated and repeated."""
     device = next(step_module.parameters()).device
@@ -169,7 +178,14 @@ def fit(
     if config.resume and run.last.exists():
         state.load_state_dict(checkpointing.load(run.last))
         run.drop_records_after(state.step)
-    stream = batches(train_set, config.batch, seed=config.seed, workers=config.dataset.workers, start=state.step)
+    stream = batches(
+        train_set,
+        config.batch,
+        seed=config.seed,
+        workers=config.dataset.workers,
+        start=state.step,
+        pin_memory=device.type == "cuda",
+    )
     evaluation = None
     step_module.train()
     with Progress(run.path.name, steps, start=state.step) as progress:
