@@ -1,13 +1,15 @@
 """The command line: `sward COMMAND ...`, the same as `python -m sward COMMAND ...`.
 
-A mistake of the user's ends in one sentence and exit code 2. To see where it was raised, run
-`python -X dev -m sward COMMAND ...`.
+A mistake of the user's ends in one sentence and exit code 2, a run that failed (a full disk, a loss that is not
+finite) in one sentence and exit code 1, Ctrl-C and SIGTERM in exit codes 130 and 143 after a checkpoint. To see where
+an error was raised, run `python -X dev -m sward COMMAND ...`.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +22,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {}
 """Name -> the function that runs it, and its line in the list of commands. Filled by `_command`."""
 
 USER_ERROR = 2
+RUN_FAILED = 1
 
 
 @dataclass
@@ -111,7 +114,7 @@ class Doctor:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, or 2 for a mistake of the user's."""
+    """Runs one command; returns the exit code: 0, or as the head of this file says."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -130,12 +133,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, IsADirectoryError, NotImplementedError, ModuleNotFoundError) as error:
         if sys.flags.dev_mode:
             raise
-        print(f"sward {name}: {error}", file=sys.stderr)
+        print(f"sward {name}{_process()}: {error}", file=sys.stderr)
         return USER_ERROR
-    except KeyboardInterrupt:
-        print(f"sward {name}: interrupted", file=sys.stderr)
-        return 130
+    except (OSError, FloatingPointError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"sward {name}{_process()}: {error}", file=sys.stderr)
+        return RUN_FAILED
+    except KeyboardInterrupt as stop:
+        print(f"sward {name}{_process()}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return getattr(stop, "exit_code", 130)
     return 0
+
+
+def _process() -> str:
+    rank = os.environ.get("RANK")
+    return "" if rank is None else f" (process {rank})"
 
 
 def _command(name: str, line: str) -> Callable[[Callable[[list[str]], None]], Callable[[list[str]], None]]:
@@ -337,6 +350,10 @@ def _doctor(words: list[str]) -> None:
 
 
 def _print_result(result: Any, metric: str) -> None:
+    from sward import distributed
+
+    if not distributed.is_main():
+        return
     _print_evaluation(result.evaluation, f"validation, {result.evaluation.images} images, last weights")
     print(f"best {metric} on validation: {100 * result.best_score:.2f} %")
     print(f"seconds in the training loop: {result.seconds:.0f}\nrun: {result.run}")

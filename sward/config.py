@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from sward.data.files import OnCorrupt
 from sward.losses.mwad import ContextReduction, ShiftStrategy, TeacherProjections
+from sward.precision import Precision
 
 MaskMethod = Literal["maskd", "freekd"]
 """The methods that learn something on the teacher before they distil it."""
@@ -53,6 +54,8 @@ class OptimizerConfig:
         schedule: `"poly"` is `lr (1 - step/steps)^power`, `"cosine"` anneals to 0, both per step.
         power: exponent of `"poly"`.
         warmup: steps over which the rate rises linearly to `lr` first.
+        clip_norm: greatest norm of the gradient of all parameters together; a longer one is scaled down to it.
+            None never clips.
     """
 
     lr: float = 1e-3
@@ -60,6 +63,7 @@ class OptimizerConfig:
     schedule: Literal["poly", "cosine"] = "poly"
     power: float = 0.9
     warmup: int = 0
+    clip_norm: float | None = None
 
 
 @dataclass
@@ -73,6 +77,7 @@ class TeacherConfig:
         masks: file that `sward train-masks` wrote, for `maskd` and `freekd`; None takes `runs/PRESET/METHOD.pt`.
         cache: folder in which the teacher's features are kept, so that it runs once for each view of an image; needs
             `dataset.views`. None runs it every step.
+        precision: of the teacher's forward pass, whatever the student's is.
     """
 
     run: Path | None = None
@@ -80,6 +85,7 @@ class TeacherConfig:
     name: str = "hiera_demo"
     masks: Path | None = None
     cache: Path | None = None
+    precision: Precision = "fp32"
 
 
 @dataclass
@@ -126,16 +132,22 @@ class TrainingConfig:
         model: the network that learns, a name that `sward.models.build` knows.
         dataset: images and labels.
         optimizer: AdamW and its schedule.
-        batch: images a step.
+        batch: images a step, on all processes together.
         iterations: steps of the run; exactly one of `iterations` and `epochs` is set.
         epochs: passes over the training set.
         seed: seeds weights, sampling, augmentation and window shifts, each from a stream of its own.
         metric: what picks the best checkpoint: mean IoU over classes, or the foreground's Dice averaged over images.
         evaluate_every: epochs between validations; None validates only at the end.
         log_every: steps between lines of `metrics.jsonl`.
+        checkpoint_every: steps between checkpoints; one is written at every validation too.
+        precision: of the forward pass: `"fp32"`, or autocast to `"bf16"` or `"fp16"` (the latter with loss scaling).
+        compile: run student and teacher through `torch.compile`.
+        channels_last: keep the networks' weights and maps in channels_last order, which suits GPU convolutions.
+        sync_batch_norm: with several processes, normalise over the global batch. Needs GPUs.
+        tensorboard: write `tensorboard/` into the run folder, with the numbers of `metrics.jsonl`.
         device: where to train; None takes the GPU where there is one.
         output: run folder; None takes `runs/PRESET/METHOD-seedN`.
-        resume: continue the run in `output` from its last checkpoint.
+        resume: continue the run in `output` from its last checkpoint, or begin it if there is none.
         on_corrupt: about a training image or mask that cannot be read: `"stop"` ends the run with its path, `"skip"`
             warns once a file and trains on the next image in its place.
     """
@@ -151,6 +163,12 @@ class TrainingConfig:
     metric: Literal["mean_iou", "dice"] = "mean_iou"
     evaluate_every: int | None = None
     log_every: int = 20
+    checkpoint_every: int = 500
+    precision: Precision = "fp32"
+    compile: bool = False
+    channels_last: bool = False
+    sync_batch_norm: bool = False
+    tensorboard: bool = False
     device: str | None = None
     output: Path | None = None
     resume: bool = False
@@ -168,12 +186,15 @@ class TrainingConfig:
             "iterations": self.iterations,
             "epochs": self.epochs,
             "log_every": self.log_every,
+            "checkpoint_every": self.checkpoint_every,
         }
         for name, value in lengths.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.optimizer.lr <= 0:
             raise ValueError(f"optimizer.lr must be positive, got {self.optimizer.lr}")
+        if self.optimizer.clip_norm is not None and self.optimizer.clip_norm <= 0:
+            raise ValueError(f"optimizer.clip_norm must be positive, got {self.optimizer.clip_norm}")
 
     def steps(self, images: int) -> int:
         """Optimiser steps of the run on a training set of `images` images; the last partial batch is dropped.
