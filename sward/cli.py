@@ -84,6 +84,31 @@ class Complexity:
 
 
 @dataclass
+class DataPack:
+    """Decode every image and mask of a data set once, into files that training maps into memory.
+
+    The pack goes to sward-pack in the data set's folder, where every run finds it, or to --output; then name it with
+    --dataset.packed. It can be interrupted at any moment and goes on where it was. Run again, it checks every
+    checksum and packs what has changed.
+    """
+
+    name: Annotated[str, tyro.conf.Positional]
+    """Data set: cityscapes, cvc_clinicdb, cvc_colondb, camvid or folder."""
+    root: Path | None = None
+    """Folder that holds the data set; None looks in $SWARD_DATA, then in ./data."""
+    output: Path | None = None
+    """Folder of the pack, for a data set that cannot be written to or a faster disk."""
+    split_by: str | None = None
+    """Polyps: path of a list of the frames to pack; all by default."""
+    num_classes: int | None = None
+    """For a folder of images and masks: the classes that its masks distinguish."""
+    on_corrupt: Literal["stop", "skip"] = "stop"
+    """About an image or mask that cannot be read: stop, or leave it out with a warning."""
+    workers: int | None = None
+    """Threads that decode; one a core by default, 8 at most."""
+
+
+@dataclass
 class Doctor:
     """Print what decides whether and how sward runs here."""
 
@@ -227,6 +252,42 @@ def _train_masks(words: list[str]) -> None:
     print(f"written: {train_masks(config)}")
 
 
+@_command("data", "data pack: decode a data set once, so that training never waits for it")
+def _data(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        from sward import data
+
+        print(
+            "usage: sward data pack NAME [--root FOLDER] [--output FOLDER] ...\n\n"
+            "  pack   decode every image and mask once into memory-mapped files (sward data pack --help)\n\n"
+            f"data sets: {', '.join(name for name in data.names() if name != 'scenes')}"
+        )
+        return
+    if words[0] != "pack":
+        raise ValueError(f"unknown command 'data {words[0]}'; did you mean 'data pack'?")
+    options = _parse(DataPack, "data pack", words[1:])
+    from sward import data
+    from sward.data.packing import pack
+    from sward.tracking import Progress
+
+    datasets = data.build_for_packing(
+        options.name, root=options.root, split_by=options.split_by, num_classes=options.num_classes
+    )
+    frames = len({pair.image for dataset in datasets for pair in dataset.pairs})
+    with Progress(f"pack {options.name}", frames) as progress:
+
+        def advance() -> None:
+            progress.advance()
+            progress.note("")
+
+        result = pack(datasets, options.output, on_corrupt=options.on_corrupt, workers=options.workers, advance=advance)
+    left_out = f", {result.corrupt} left out" if result.corrupt else ""
+    print(
+        f"{result.frames} frames, {result.bytes / 1e9:.2f} GB, {result.kept} of them there before and sound{left_out}"
+    )
+    print(f"pack: {result.folder}")
+
+
 @_command("evaluate", "score a run on a split, or on another data set")
 def _evaluate(words: list[str]) -> None:
 
@@ -239,7 +300,7 @@ def _evaluate(words: list[str]) -> None:
     device = choose_device(options.device)
     settings = config.dataset
     if options.dataset is not None and options.dataset != settings.name:
-        settings.name, settings.split_by = options.dataset, None
+        settings.name, settings.split_by, settings.packed = options.dataset, None, "auto"
     settings.root = options.root or settings.root
     settings.split_by = options.split_by or settings.split_by
     dataset = build_split(config, options.split, train=False)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from sward.data.files import OnCorrupt
 from sward.losses.mwad import ContextReduction, ShiftStrategy, TeacherProjections
 from sward.precision import Precision
 
@@ -28,6 +29,9 @@ class DatasetConfig:
         split_by: for polyps `"sequence"`, `"ratio"` or the path of a list file; None is the data set's own split.
         num_classes: classes of a `folder` of images and masks; every other data set knows its own.
         workers: loader processes; 0 loads in the training process. Results do not depend on it.
+        packed: `"auto"` reads the pack that `sward data pack` left in the data set's folder, if there is one;
+            `"none"` decodes the image files; a path is a pack that lies elsewhere. Results do not depend on it.
+        views: fixed augmented views an image, taken in turn epoch by epoch; None draws new ones each epoch.
     """
 
     name: str = "scenes"
@@ -36,6 +40,8 @@ class DatasetConfig:
     split_by: str | None = None
     num_classes: int | None = None
     workers: int = 0
+    packed: str = "auto"
+    views: int | None = None
 
 
 @dataclass
@@ -69,6 +75,8 @@ class TeacherConfig:
         untrained: distil the teacher `name` with random weights instead, to try shapes and speed without a checkpoint.
         name: for `untrained`: a teacher that `sward.models.build` knows.
         masks: file that `sward train-masks` wrote, for `maskd` and `freekd`; None takes `runs/PRESET/METHOD.pt`.
+        cache: folder in which the teacher's features are kept, so that it runs once for each view of an image; needs
+            `dataset.views`. None runs it every step.
         precision: of the teacher's forward pass, whatever the student's is.
     """
 
@@ -76,6 +84,7 @@ class TeacherConfig:
     untrained: bool = False
     name: str = "hiera_demo"
     masks: Path | None = None
+    cache: Path | None = None
     precision: Precision = "fp32"
 
 
@@ -139,6 +148,8 @@ class TrainingConfig:
         device: where to train; None takes the GPU where there is one.
         output: run folder; None takes `runs/PRESET/METHOD-seedN`.
         resume: continue the run in `output` from its last checkpoint, or begin it if there is none.
+        on_corrupt: about a training image or mask that cannot be read: `"stop"` ends the run with its path, `"skip"`
+            warns once a file and trains on the next image in its place.
     """
 
     preset: str = "demo"
@@ -161,6 +172,7 @@ class TrainingConfig:
     device: str | None = None
     output: Path | None = None
     resume: bool = False
+    on_corrupt: OnCorrupt = "stop"
 
     def check(self) -> None:
         """Raises a ValueError, in one sentence, for a field that no run could use."""
@@ -211,6 +223,15 @@ class DistillationConfig(TrainingConfig):
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     sward: SWARDConfig = field(default_factory=SWARDConfig)
 
+    def check(self) -> None:
+        """As for every run; and features can be kept only of images that come again."""
+        super().check()
+        if self.teacher.cache is not None and self.dataset.views is None:
+            raise ValueError(
+                "teacher.cache keeps the features of images that come again, but every epoch draws new crops and "
+                "flips; fix them with --dataset.views N: N augmented views of each image, taken in turn"
+            )
+
     def teacher_masks(self) -> Path:
         """The file of the method's masks on this teacher.
 
@@ -256,6 +277,7 @@ class MaskTrainingConfig:
         seed: of the masks' start and of the order of images.
         device: where to train; None takes the GPU where there is one.
         output: file to write; None takes `runs/PRESET/METHOD.pt`.
+        on_corrupt: as in a run.
     """
 
     preset: str = "demo"
@@ -267,6 +289,7 @@ class MaskTrainingConfig:
     seed: int = 0
     device: str | None = None
     output: Path | None = None
+    on_corrupt: OnCorrupt = "stop"
 
 
 def masks_path(preset: str, method: str) -> Path:

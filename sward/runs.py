@@ -20,6 +20,7 @@ from sward.config import (
 from sward.data import DatasetInfo, SegmentationDataset
 from sward.losses import DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
 from sward.models.teachers import Teacher
+from sward.teacher_cache import TeacherCache
 from sward.tracking import Progress, RunFolder
 from sward.training import FrozenTeacher, TrainingResult, TrainingStep, batches, fit
 from sward.training_state import seed_generators
@@ -48,7 +49,8 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
     # The student first: with or without distillation the same seed gives it the same weights.
     torch.manual_seed(config.seed)
     student = _placed(models.build(config.model, info.num_classes), config, device)
-    teacher = loss = None
+    loss = None
+    teacher: FrozenTeacher | TeacherCache | None = None
     if config.distillation != "none":
         name, network = load_teacher(config.teacher, config.preset, info)
         network = _placed(network, config, device)
@@ -63,6 +65,8 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
         )
         if config.compile:
             network.compile()
+        if config.teacher.cache is not None:
+            teacher = TeacherCache(teacher, loss.teacher_taps, config.teacher.cache)
     run = RunFolder(config.output or student_run(config))
     return _fit(student, loss, config, train_set, validation_set, run, teacher)
 
@@ -108,7 +112,7 @@ def _fit(
     train_set: SegmentationDataset,
     validation_set: SegmentationDataset,
     run: RunFolder,
-    teacher: FrozenTeacher | None,
+    teacher: FrozenTeacher | TeacherCache | None,
 ) -> TrainingResult:
     if config.sync_batch_norm:
         network = distributed.synchronise_batch_norm(network)
@@ -222,6 +226,9 @@ def build_split(config: TrainingConfig | MaskTrainingConfig, split: str, *, trai
         seed=config.seed,
         split_by=settings.split_by,
         num_classes=settings.num_classes,
+        packed=settings.packed,
+        on_corrupt=config.on_corrupt if train else "stop",
+        views=settings.views if train else None,
     )
 
 

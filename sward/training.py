@@ -137,7 +137,7 @@ class EpochSampler(Sampler[list[int]]):
 
 
 def batches(
-    dataset: SegmentationDataset, batch: int, *, seed: int, workers: int = 0, start: int = 0
+    dataset: SegmentationDataset, batch: int, *, seed: int, workers: int = 0, start: int = 0, pin_memory: bool = False
 ) -> Iterator[Sample]:
     """This process's part of the training batches, without end, from step `start`.
 
@@ -149,8 +149,10 @@ def batches(
         seed: of the order; augmentation follows the data set's own seed.
         workers: loader processes; they do not change what comes out.
         start: batches to pass over, without reading them.
+        pin_memory: put batches into page-locked memory, from where a GPU fetches them while it computes.
 
     Raises:
+        CorruptFileError: an image cannot be read.
         ValueError: if the processes cannot share a batch evenly.
     """
     distributed.share_of(batch)
@@ -160,6 +162,7 @@ def batches(
         batch_sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
+        pin_memory=pin_memory,
         worker_init_fn=_leave_interruption_to_the_trainer,
         # Its own generator: iterating must not move torch's global one, which dropout draws from.
         generator=torch.Generator().manual_seed(seed),
@@ -167,7 +170,11 @@ def batches(
     sampler.epoch, sampler.skip = divmod(start, len(dataset) // batch)
     while True:
         dataset.set_epoch(sampler.epoch)
-        yield from loader
+        try:
+            yield from loader
+        except data.CorruptFileError as error:
+            # A loader process sends its traceback along; the sentence that names the file is its last line.
+            raise data.CorruptFileError(str(error).splitlines()[-1].rpartition("CorruptFileError: ")[2]) from error
         sampler.epoch, sampler.skip = sampler.epoch + 1, 0
 
 
@@ -213,7 +220,7 @@ def fit(
     validation_set: SegmentationDataset,
     run: RunFolder,
     *,
-    teacher: FrozenTeacher | None = None,
+    teacher: Callable[[Tensor], dict[str, Tensor]] | None = None,
 ) -> TrainingResult:
     """Trains `step_module` as `config` says and leaves a run folder that can be resumed, evaluated and repeated.
 
@@ -234,7 +241,14 @@ def fit(
         step_module.model, step_module.distillation, optimizer, schedule, scaler, config.optimizer.clip_norm
     )
     state.restore(run)
-    stream = batches(train_set, config.batch, seed=config.seed, workers=config.dataset.workers, start=state.step)
+    stream = batches(
+        train_set,
+        config.batch,
+        seed=config.seed,
+        workers=config.dataset.workers,
+        start=state.step,
+        pin_memory=device.type == "cuda",
+    )
     replica = distributed.replicate(step_module.train(), device)
     evaluation, watch, throughput = None, LossWatch(), Throughput(config.batch, state.step, state.stopwatch.read())
     with Progress(run.path.name, steps, start=state.step) as progress, Interruption() as interruption:
