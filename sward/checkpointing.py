@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import pickle
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -57,18 +56,21 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
+        OSError: if it cannot be read.
         ValueError: if the file is not a checkpoint of this library, or is damaged.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
+    content = io.BytesIO(path.read_bytes())
     try:
         # torch does not look at the checksums it writes.
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(content) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"wrong checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        content.seek(0)
+        state = torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as error:  # a changed byte can make the two readers raise anything
         raise ValueError(f"{path} is not a readable checkpoint, it is damaged or not one at all") from error
     if not isinstance(state, dict) or "model" not in state:
         raise ValueError(f"{path} is not a checkpoint of a sward run: it holds no entry 'model'")
