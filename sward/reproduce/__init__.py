@@ -30,7 +30,7 @@ def reproduce(options: Options) -> list[Path]:
     if options.dry_run:
         print(plan(study, schedule))
         return []
-    notes = study.check(schedule, table.tests)
+    notes = study.check(table, schedule)
     costs = model_costs(table) if any(row.shows_cost for row in table.rows) else None
     written: list[Path] = []
     for _ in study.run_all(schedule):

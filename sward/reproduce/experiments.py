@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sward import distillation, presets
+from sward.config import SWARDConfig
+from sward.losses.mwad import ContextReduction, TeacherProjections
 
 Scale = Literal["paper", "small"]
 Scores = tuple[float | None, ...]
@@ -52,7 +54,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class TestSet:
+class EvaluationSet:
     """Where runs are scored; one group of columns.
 
     Attributes:
@@ -109,7 +111,7 @@ class Table:
 
     name: str
     caption: str
-    tests: tuple[TestSet, ...]
+    tests: tuple[EvaluationSet, ...]
     rows: tuple[Row, ...]
     costs: bool = False
     collapse: bool = False
@@ -154,7 +156,9 @@ def table1(scale: Scale) -> Table:
         "freekd": (67.99, 75.93),
         "sward": (69.97, 77.75),
     }
-    test = TestSet("Cityscapes" if scale == "paper" else "CamVid", "val", CLASSES, paper=_beside(scale, "Cityscapes"))
+    test = EvaluationSet(
+        "Cityscapes" if scale == "paper" else "CamVid", "val", CLASSES, paper=_beside(scale, "Cityscapes")
+    )
     return Table(
         f"table1-{scale}",
         _caption("Table 1", preset, scale),
@@ -165,9 +169,9 @@ def table1(scale: Scale) -> Table:
 
 def table2(scale: Scale) -> Table:
     """Table 2: polyps, with one more column for runs on ClinicDB tested on all of ColonDB. Small: UNeXt, ClinicDB."""
-    unseen = TestSet("CVC-ColonDB, unseen", "all", OVERLAP, dataset="cvc_colondb", optional=True)
-    clinic = TestSet("CVC-ClinicDB", "test", OVERLAP, paper=_beside(scale, "CVC-ClinicDB"))
-    colon = TestSet("CVC-ColonDB", "test", OVERLAP, paper="paper")
+    unseen = EvaluationSet("CVC-ColonDB, unseen", "all", OVERLAP, dataset="cvc_colondb", optional=True)
+    clinic = EvaluationSet("CVC-ClinicDB", "test", OVERLAP, paper=_beside(scale, "CVC-ClinicDB"))
+    colon = EvaluationSet("CVC-ColonDB", "test", OVERLAP, paper="paper")
     clinic_paper: dict[str, dict[str, Scores]] = {
         "resunetpp": {
             TEACHER: (94.60, 90.29),
@@ -270,37 +274,25 @@ def methods(preset: str) -> Table:
 def questions(preset: str) -> Table:
     """What the paper leaves open, each changed alone from the preset's settings; then the paper's words all at once."""
     base = presets.get(preset).student.sward
+    projections: TeacherProjections = "frozen" if base.teacher_projections == "learned" else "learned"
+    reduction: ContextReduction = "mean" if base.context_reduction == "sum" else "sum"
+    pdr = "as they are" if base.normalize else "normalised"
+    windows = [side for side in (2, 4, 8, 16) if (side,) != base.window_size]
+    paper = SWARDConfig()
+    literal = {
+        name: getattr(paper, name)
+        for name in ("weights", "window_size", "embed_dim", "teacher_projections", "context_reduction", "normalize")
+    }
     runs = {
         "student alone": method(preset, "none"),
         f"SWARD as {preset} sets it": method(preset, "sward"),
-        _projections(_other(base.teacher_projections, "learned", "frozen")): sward(
-            preset,
-            f"projections-{_other(base.teacher_projections, 'learned', 'frozen')}",
-            teacher_projections=_other(base.teacher_projections, "learned", "frozen"),
+        f"teacher projections {projections}": sward(
+            preset, f"projections-{projections}", teacher_projections=projections
         ),
-        f"context: {_other(base.context_reduction, 'sum', 'mean')} over channels": sward(
-            preset,
-            f"context-{_other(base.context_reduction, 'sum', 'mean')}",
-            context_reduction=_other(base.context_reduction, "sum", "mean"),
-        ),
-        f"PDR on features {'as they are' if base.normalize else 'normalised'}": sward(
-            preset, "pdr-plain" if base.normalize else "pdr-normalised", normalize=not base.normalize
-        ),
-        **{
-            f"window {side} x {side}": sward(preset, f"window-{side}", window_size=(side,))
-            for side in (2, 4, 8, 16)
-            if (side,) != base.window_size
-        },
-        "SWARD as the paper sets it": sward(
-            preset,
-            "paper",
-            weights=(2.0, 1.0),
-            window_size=(8,),
-            embed_dim=64,
-            teacher_projections="learned",
-            context_reduction="sum",
-            normalize=False,
-        ),
+        f"context: {reduction} over channels": sward(preset, f"context-{reduction}", context_reduction=reduction),
+        f"PDR on features {pdr}": sward(preset, f"pdr-{pdr.replace(' ', '-')}", normalize=not base.normalize),
+        **{f"window {side} x {side}": sward(preset, f"window-{side}", window_size=(side,)) for side in windows},
+        "SWARD as the paper sets it": sward(preset, "paper", **literal),
     }
     tests = own_tests(preset)
     rows = tuple(Row(title, (run,) * len(tests), ((),) * len(tests)) for title, run in runs.items())
@@ -314,15 +306,17 @@ def mwad(preset: str) -> Run:
     return sward(preset, "mwad", weights=(presets.get(preset).student.sward.weights[0], 0.0))
 
 
-def own_tests(preset: str) -> tuple[TestSet, ...]:
+def own_tests(preset: str) -> tuple[EvaluationSet, ...]:
     """Where runs of `preset` are scored: its own test images, and for ClinicDB also all of ColonDB."""
     config = presets.get(preset).student
     has_test_split = config.dataset.name in ("cvc_clinicdb", "cvc_colondb")
     metrics = OVERLAP if config.metric == "dice" else CLASSES
-    own = TestSet(_TITLES.get(config.dataset.name, config.dataset.name), "test" if has_test_split else "val", metrics)
+    own = EvaluationSet(
+        _TITLES.get(config.dataset.name, config.dataset.name), "test" if has_test_split else "val", metrics
+    )
     if config.dataset.name != "cvc_clinicdb":
         return (own,)
-    return own, TestSet("CVC-ColonDB, unseen", "all", OVERLAP, dataset="cvc_colondb", optional=True)
+    return own, EvaluationSet("CVC-ColonDB, unseen", "all", OVERLAP, dataset="cvc_colondb", optional=True)
 
 
 _TITLES = {
@@ -347,9 +341,9 @@ def _comparison(sets: tuple[str, ...], paper: Mapping[str, tuple[Scores, ...]]) 
     return rows
 
 
-def _polyp_tests(scale: Scale) -> tuple[TestSet, ...]:
+def _polyp_tests(scale: Scale) -> tuple[EvaluationSet, ...]:
     if scale == "paper":
-        return (TestSet("CVC-ColonDB", "test", OVERLAP, paper="paper"),)
+        return (EvaluationSet("CVC-ColonDB", "test", OVERLAP, paper="paper"),)
     own, unseen = own_tests("clinicdb-small")
     return dataclasses.replace(own, paper="paper, CVC-ColonDB and ResUNet++"), unseen
 
@@ -370,11 +364,3 @@ def _caption(title: str, preset: str, scale: Scale) -> str:
     return (
         f"{title}, {description.partition(': ')[2]}" if scale == "paper" else f"{title} at small scale, {description}"
     )
-
-
-def _projections(kind: str) -> str:
-    return f"teacher projections: {kind}"
-
-
-def _other(value: str, first: str, second: str) -> str:
-    return second if value == first else first

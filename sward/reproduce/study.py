@@ -22,7 +22,7 @@ from sward.config import (
 )
 from sward.data import DatasetNotFoundError
 from sward.evaluation import Evaluation
-from sward.reproduce.experiments import TEACHER, Run, Scale, TestSet, teacher_of
+from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, Scale, Table, teacher_of
 from sward.reproduce.memory import PeakMemory
 from sward.runs import (
     build_datasets,
@@ -96,7 +96,8 @@ class Options:
     preset: str = "clinicdb-small"
     """Pair and data set of methods and questions."""
     only: tuple[str, ...] = ()
-    """Names of runs to train (teacher, none, sward, sward-mwad, ...); the table shows whatever is finished."""
+    """Names of runs to train (none, sward, sward-mwad, ...), with the teacher they need; all by default.
+    The table shows whatever is finished."""
     iterations: int | None = None
     """Steps of every run, of the teacher and of masks too, for a quick trial."""
     epochs: int | None = None
@@ -244,15 +245,21 @@ class Study:
             if name not in known:
                 raise ValueError(f"only: there is no run {name!r} here; there are {', '.join(sorted(known))}")
         wanted = [run for run in runs if not self.options.only or run.name in self.options.only]
+        if any(run.distillation != "none" for run in wanted):
+            # Whoever asks for a student gets the teacher it needs.
+            wanted = [run for run in runs if run in wanted or run.name == TEACHER]
         return [(run, seed) for seed in range(self.options.seeds) for run in wanted if seed in self.seeds(run)]
 
-    def check(self, schedule: Iterable[tuple[Run, int]], tests: Iterable[TestSet]) -> list[str]:
-        """Looks for everything the runs need, before any work; returns one sentence for each empty column.
+    def check(self, table: Table, schedule: Iterable[tuple[Run, int]]) -> list[str]:
+        """Looks for everything a table needs, before any work; returns one sentence for each column left empty.
 
         Raises:
             ValueError, FileNotFoundError: if a folder holds another run, or data or a pretrained trunk is missing.
         """
         choose_device(self.options.device)
+        for run in table.runs():
+            for seed in self.seeds(run):
+                self.state(run, seed)
         seen: set[str] = set()
         notes = []
         for run, seed in schedule:
@@ -268,7 +275,7 @@ class Study:
                 seen.add(config.dataset.name)
                 train_set, _ = build_datasets(config)
                 config.steps(len(train_set))
-                for test in tests:
+                for test in table.tests:
                     if test.dataset is None:
                         continue
                     config.dataset.name, config.dataset.split_by = test.dataset, None
@@ -311,7 +318,7 @@ class Study:
         path = self.folder(run, seed).path / "cost.json"
         return Cost(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
-    def evaluation(self, run: Run, seed: int, test: TestSet) -> Evaluation | None:
+    def evaluation(self, run: Run, seed: int, test: EvaluationSet) -> Evaluation | None:
         """Scores of a run, computed once; None before it is finished or where the test images are missing."""
         if self.cost(run, seed) is None:
             return None
