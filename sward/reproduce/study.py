@@ -22,7 +22,7 @@ from sward.config import (
 )
 from sward.data import DatasetNotFoundError
 from sward.evaluation import Evaluation
-from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, Scale, Table, teacher_of
+from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, Scale, teacher_of
 from sward.reproduce.memory import PeakMemory
 from sward.runs import (
     build_datasets,
@@ -94,7 +94,7 @@ class Options:
     output: Path = Path("runs/reproduce")
     """Folder of the runs, tables and figures."""
     preset: str = "clinicdb-small"
-    """Pair and data set of methods and questions."""
+    """Pair and data set of methods, questions and attention."""
     only: tuple[str, ...] = ()
     """Names of runs to train (none, sward, sward-mwad, ...), with the teacher they need; all by default.
     The table shows whatever is finished."""
@@ -105,11 +105,11 @@ class Options:
     untrained_trunk: bool = False
     """Start the teacher from random weights where its pretrained trunk is not at hand, for a quick trial."""
     image: int = 0
-    """For figures: index of the first image in the test split."""
+    """For figures of single images: index of the first one in the split that is scored."""
+    target: str | None = None
+    """For figure1: class that the maps are of; car or polyp by default."""
     pixel: tuple[int, int] | None = None
     """For attention: row and column of the query pixel at the network's input size; the centre by default."""
-    stage: int = 2
-    """For attention: which pair of feature maps, from 0, the finest."""
     device: str | None = None
     """Where to run; the GPU where there is one."""
     dry_run: bool = False
@@ -250,19 +250,24 @@ class Study:
             wanted = [run for run in runs if run in wanted or run.name == TEACHER]
         return [(run, seed) for seed in range(self.options.seeds) for run in wanted if seed in self.seeds(run)]
 
-    def check(self, table: Table, schedule: Iterable[tuple[Run, int]]) -> list[str]:
-        """Looks for everything a table needs, before any work; returns one sentence for each column left empty.
+    def check(self, runs: Iterable[Run], tests: Iterable[EvaluationSet]) -> list[str]:
+        """Looks for everything a table or figure needs, before any work; one sentence for each column left empty.
+
+        Args:
+            runs: what it consists of, whether it is to be trained now or not.
+            tests: where they are scored.
 
         Raises:
             ValueError, FileNotFoundError: if a folder holds another run, or data or a pretrained trunk is missing.
         """
         choose_device(self.options.device)
-        for run in table.runs():
+        runs, tests = list(runs), list(tests)
+        for run in runs:
             for seed in self.seeds(run):
                 self.state(run, seed)
         seen: set[str] = set()
         notes = []
-        for run, seed in schedule:
+        for run, seed in self.schedule(runs):
             state, config = self.state(run, seed), self.config(run, seed)
             config.check()
             trunk = config.trunk_checkpoint if isinstance(config, TeacherTrainingConfig) else None
@@ -275,7 +280,7 @@ class Study:
                 seen.add(config.dataset.name)
                 train_set, _ = build_datasets(config)
                 config.steps(len(train_set))
-                for test in table.tests:
+                for test in tests:
                     if test.dataset is None:
                         continue
                     config.dataset.name, config.dataset.split_by = test.dataset, None

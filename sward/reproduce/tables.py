@@ -17,6 +17,14 @@ from sward.reproduce.study import Study
 
 NOTHING = "-"
 
+COLLAPSE = (
+    ("rank of V_t", 1, "effective_rank"),
+    ("|cos| of V_t", 2, "mean_cosine"),
+    ("norm of V_t", 3, "norm"),
+    ("attention KL", 3, "attention"),
+)
+"""Header, decimals and name in `Collapse` of each measure."""
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -96,7 +104,7 @@ def fill(
     if table.costs:
         columns += [Column("s/step", 3), Column("peak memory (MB)", 0)]
     if table.collapse:
-        columns += [Column("rank of teacher's V", 1), Column("|cos| of teacher's V"), Column("attention KL", 3)]
+        columns += [Column(header, digits) for header, digits, _ in COLLAPSE]
     rows = []
     for row in table.rows:
         own = row.runs[0]
@@ -254,10 +262,7 @@ def _collapse(run: Run, study: Study) -> list[Value]:
         Collapse.of_run(study.folder(run, seed).path, study.options.data) if study.cost(run, seed) is not None else None
         for seed in study.seeds(run)
     ]
-    return [
-        average(None if each is None else getattr(each, name) for each in measured)
-        for name in ("effective_rank", "mean_cosine", "attention")
-    ]
+    return [average(None if each is None else getattr(each, name) for each in measured) for _, _, name in COLLAPSE]
 
 
 def _standing_notes(table: Table, *, with_costs: bool) -> list[str]:
@@ -278,7 +283,8 @@ def _standing_notes(table: Table, *, with_costs: bool) -> list[str]:
         )
     if table.collapse:
         notes.append(
-            "Teacher's V on validation images, mean over stages: effective rank (of at most the width of V), and mean "
-            "|cos| between V of different pixels (1: all point the same way). Attention KL: Eq. 11 on the same images."
+            "V_t, the teacher's projected values on validation images, mean over stages: effective rank (from 1 to the "
+            "width of V), mean |cos| between different pixels, root mean square length. Attention KL: Eq. 11 on the same "
+            "images. A collapse is a rank near 1, |cos| near 1 or a norm near 0."
         )
     return notes
