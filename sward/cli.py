@@ -72,6 +72,21 @@ class Predict:
 
 
 @dataclass
+class Report:
+    """Write one HTML page about one or more runs: scores, curves, classes, predictions, configuration, environment.
+
+    The page holds its pictures and works offline.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders."""
+    output: Path | None = None
+    """The page; report.html in the first run folder by default."""
+    root: Path | None = None
+    """Folder that holds the data sets; each run's own by default."""
+
+
+@dataclass
 class Complexity:
     """Count parameters and FLOPs at 3x512x512 and print them beside the paper's columns."""
 
@@ -256,6 +271,15 @@ def _reproduce(words: list[str]) -> None:
 
     for path in reproduce(_parse(Options, "reproduce", words)):
         print(f"written: {path}")
+
+
+@_command("report", "write one HTML page about one or more runs")
+def _report(words: list[str]) -> None:
+
+    options = _parse(Report, "report", words)
+    from sward.report import write_report
+
+    print(f"written: {write_report(options.runs, options.output, root=options.root)}")
 
 
 @_command("complexity", "parameters and FLOPs of every teacher and student beside the paper's")

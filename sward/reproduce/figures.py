@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from sward import models
 from sward.alignment import resize
 from sward.config import TrainingConfig
-from sward.data import DatasetInfo, Sample, SegmentationDataset
-from sward.evaluation import predicted_labels
+from sward.data import DatasetInfo, SegmentationDataset
+from sward.evaluation import predict_sample
 from sward.figures.attention import attention_figure, window_attention
 from sward.figures.gradcam import ActivationRow, activation_figure, grad_cam
 from sward.figures.predictions import prediction_grid
@@ -117,12 +117,8 @@ def _figure3(study: Study, sets: list[str]) -> Iterator[Path]:
             chosen = [(study.options.image + row * (len(dataset) // ROWS)) % len(dataset) for row in range(ROWS)]
             samples = [dataset[index] for index in chosen]
             columns = {"ground truth": [sample.labels for sample in samples]}
-            with torch.no_grad():
-                for title, each in networks.items():
-                    columns[title] = [
-                        predicted_labels(each.network(sample.image[None]), _size(sample.labels))[0]
-                        for sample in samples
-                    ]
+            for title, each in networks.items():
+                columns[title] = [predict_sample(each.network, sample) for sample in samples]
             images = [dataset.read(index)[0] for index in chosen]
             name = f"figure3-{dataset.info.name}{'' if test.dataset is None else '-unseen'}"
             yield prediction_grid(images, columns, dataset.info, _path(study, name))
@@ -187,11 +183,6 @@ def _first_with(dataset: SegmentationDataset, target: int, start: int) -> int:
         if (dataset[index].labels == target).float().mean() >= LEAST_SHARE:
             return index
     return start % len(dataset)
-
-
-def _predict(network: nn.Module, sample: Sample) -> Tensor:
-    size = (sample.labels.shape[-2], sample.labels.shape[-1])
-    return predicted_labels(network(sample.image[None]), size)[0]
 
 
 def _path(study: Study, name: str) -> Path:

@@ -284,7 +284,7 @@ def _standing_notes(table: Table, *, with_costs: bool) -> list[str]:
     if table.collapse:
         notes.append(
             "V_t, the teacher's projected values on validation images, mean over stages: effective rank (from 1 to the "
-            "width of V), mean |cos| between different pixels, root mean square length. Attention KL: Eq. 11 on the same "
-            "images. A collapse is a rank near 1, |cos| near 1 or a norm near 0."
+            "width of V), mean |cos| between different pixels, root mean square length. Attention KL: Eq. 11 on the "
+            "same images. A collapse is a rank near 1, |cos| near 1 or a norm near 0."
         )
     return notes
