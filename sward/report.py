@@ -21,6 +21,7 @@ from sward.runs import build_split, load_run
 from sward.tracking import RunFolder
 
 IMAGES = 4
+VALIDATION = "last validation during training"
 SCORES = (
     ("mIoU %", "mean_iou"),
     ("mAcc %", "mean_accuracy"),
@@ -38,7 +39,7 @@ th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid var(--line); }
 tbody tr:hover { background: var(--soft); }
 td.best { font-weight: 600; color: var(--accent); }
-td.text { text-align: left; }
+td.text, th.text { text-align: left; } .scroll + .scroll { margin-top: 1.2rem; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
 figcaption, .note { color: #888; font-size: .9rem; }
 pre { overflow-x: auto; padding: .8rem; background: var(--soft); border-radius: 4px; font-size: 13px; }
@@ -55,7 +56,7 @@ class ReportedRun:
     config: TrainingConfig
     info: DatasetInfo
     evaluations: dict[str, dict[str, Any]]
-    """`"validation"` and the names of `evaluation-*.json` -> scores."""
+    """`VALIDATION` and the names of `evaluation-*.json` -> scores."""
 
 
 def write_report(paths: Sequence[Path], output: Path | None = None, *, root: Path | None = None) -> Path:
@@ -78,6 +79,7 @@ def write_report(paths: Sequence[Path], output: Path | None = None, *, root: Pat
     with TemporaryDirectory() as folder:
         sections = [
             _section("Scores", _scores(runs)),
+            _section("Training", _training(runs)),
             _section("Curves", _curves(runs, Path(folder))),
             _section("Results per class", _per_class(runs)),
             _section("Predictions", _predictions(runs, Path(folder), root)),
@@ -104,7 +106,7 @@ def _read(path: Path, title: str) -> ReportedRun:
     }
     validated = [record for record in folder.records() if "validation" in record]
     if validated:
-        evaluations = {"validation": validated[-1]["validation"], **evaluations}
+        evaluations = {VALIDATION: validated[-1]["validation"], **evaluations}
     return ReportedRun(title, folder, config, info, evaluations)
 
 
@@ -146,6 +148,20 @@ def _per_class(runs: Sequence[ReportedRun]) -> str:
         header = [f"IoU %, {name}", *(run.title for run in scored)]
         tables.append(_table(header, classes, numbers, best="row"))
     return "".join(tables) or '<p class="note">No run has been validated yet.</p>'
+
+
+def _training(runs: Sequence[ReportedRun]) -> str:
+    rows = []
+    for run in runs:
+        logged = [record for record in run.folder.records() if "loss" in record]
+        if not logged:
+            rows.append(["0", "-", "-", "-"])
+            continue
+        last = logged[-1]
+        seconds, step = last["seconds"], last["step"]
+        rows.append([f"{step:,}", f"{seconds:,.0f}", f"{seconds / step:.3f}", f"{last['loss']:.4f}"])
+    header = ["run", "steps", "seconds in the loop", "seconds a step", "last loss"]
+    return _table(header, [run.title for run in runs], rows)
 
 
 def _curves(runs: Sequence[ReportedRun], folder: Path) -> str:
@@ -243,7 +259,8 @@ def _table(
             group: Iterable[Any] = columns[position] if best == "column" else rows[index]
             cells.append(_cell(value, [each for each in group if isinstance(each, float) and not math.isnan(each)]))
         lines.append(f"<tr><td>{html.escape(name)}</td>{''.join(cells)}</tr>")
-    head = "".join(f"<th>{html.escape(each)}</th>" for each in header)
+    kind = ' class="text"' if any(isinstance(value, str) for row in rows for value in row) else ""
+    head = "".join(f"<th{kind}>{html.escape(each)}</th>" for each in header)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
@@ -252,7 +269,7 @@ def _cell(value: float | str | None, group: Sequence[float]) -> str:
         return f'<td class="text">{html.escape(value)}</td>'
     if value is None or math.isnan(value):
         return "<td>-</td>"
-    mark = ' class="best"' if len(group) > 1 and value == max(group) else ""
+    mark = ' class="best"' if group and value == max(group) > min(group) else ""
     return f"<td{mark}>{100 * value:.2f}</td>"
 
 

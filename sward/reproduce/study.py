@@ -60,8 +60,15 @@ TRUNK_FILES = {
 MASK_STEPS = {"clinicdb-small": 300, "camvid-small": 300, "demo": 100}
 """Steps of learning MasKD's tokens and FreeKD's prompts at the small scale; elsewhere the papers' own."""
 
+CACHED_PRESETS = ("clinicdb-small", "camvid-small")
+VIEWS = 8
+"""Augmented views of each training image that runs of these presets draw from."""
+
 UNCOMPARED = {
     "resume",
+    "log_every",
+    "checkpoint_every",
+    "tensorboard",
     "device",
     "output",
     "dataset.root",
@@ -185,8 +192,7 @@ class Study:
             config.teacher.masks = self.masks_file(run)
         for name, value in run.overrides.items():
             _set(config, name, value)
-        if config.distillation != "none":
-            self._cache_teacher(config)
+        self._cache_teacher(config)
         return config
 
     def masks_file(self, run: Run) -> Path:
@@ -367,7 +373,17 @@ class Study:
         record.write_text(to_json(config) + "\n", encoding="utf-8")
 
     def _cache_teacher(self, config: DistillationConfig) -> None:
-        """The one place that decides whether students read the frozen teacher's maps from a cache."""
+        """The one place that switches the cache of the teacher's features on: at the small scale, where it pays most.
+
+        A cache needs augmented views that come again. Every student sees the same views, or the comparison would not be
+        fair. Only SWARD's features are kept: all its variants read the same maps, so that one cache serves them all
+        (0.4 to 0.9 MB a view), while each peer would need gigabytes of its own.
+        """
+        if config.preset not in CACHED_PRESETS or not hasattr(config.dataset, "views"):
+            return
+        _set(config, "dataset.views", VIEWS)
+        if config.distillation == "sward":
+            _set(config, "teacher.cache", self.folder(teacher_of(config.preset), 0).path / "features")
 
 
 def differences(stored: Any, wanted: Any) -> list[str]:
