@@ -51,10 +51,10 @@ class RunFolder:
         """
         if self.holds_checkpoint() and not (config.resume or distributed.restarted()):
             raise ValueError(f"{self.path} already holds a run; continue it with --resume, or choose another --output")
-        if not distributed.is_main():
-            return
         if config.tensorboard:
             self._tensorboard = _TensorBoard(self.path / "tensorboard")
+        if not distributed.is_main():
+            return
         for folder in (self.last.parent, self.figures):
             folder.mkdir(parents=True, exist_ok=True)
         _write_text(self.config, to_json(config))

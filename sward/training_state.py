@@ -76,11 +76,11 @@ class TrainingState:
         best = score is not None and score > self.best_score
         if best and score is not None:
             self.best_score = score
-        state = self.state_dict()
+        generators = distributed.gather(_generator_states(self.distillation))
         if distributed.is_main():
             if best:
-                checkpointing.save(run.best, {"model": state["model"], "step": self.step})
-            checkpointing.save(run.last, state, keep=run.previous)
+                checkpointing.save(run.best, {"model": self.model.state_dict(), "step": self.step})
+            checkpointing.save(run.last, self.state_dict(generators), keep=run.previous)
 
     def restore(self, run: RunFolder) -> None:
         """Goes on from the newest checkpoint of `run` that is whole; from the beginning if there is none.
@@ -100,15 +100,15 @@ class TrainingState:
                 ) from error
         run.drop_records_after(self.step)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values. All processes call this together: it collects their random generators."""
+    def state_dict(self, generators: list[dict[str, Any]]) -> dict[str, Any]:
+        """Tensors and plain values; `generators` are the random states of all processes, by rank."""
         return {
             "model": self.model.state_dict(),
             "distillation": {} if self.distillation is None else self.distillation.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "generators": distributed.gather(_generator_states(self.distillation)),
+            "generators": generators,
             "step": self.step,
             "seconds": self.stopwatch.read(),
             "best_score": self.best_score,

@@ -73,6 +73,25 @@ def test_protocol_form_is_the_objective_without_its_task() -> None:
     torch.testing.assert_close(method(inputs).loss, whole.loss - F.cross_entropy(logits, labels))
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_weighted_terms_add_up_to_the_loss(reduction: str) -> None:
+    mwad, pdr = parts()
+    mwad.weights, pdr.weights, mwad.context_reduction = (0.5, 2.0, 3.0), (0.3, 0.7), reduction
+    _, labels, student, teacher = batch()
+    method = SWARDDistillation(mwad, pdr, student_taps=["a", "b"], teacher_taps=["x", "y"], weights=(0.2, 5.0))
+    output = method(DistillationInputs(dict(zip("ab", student)), dict(zip("xy", teacher)), labels))
+    torch.testing.assert_close(sum(output.weighted.values()), output.loss.detach(), check_dtype=False)
+    torch.testing.assert_close(output.weighted["context"], 0.2 * 3.0 * output.terms["context"])
+
+
+def test_without_weight_mwad_neither_learns_nor_reports() -> None:
+    mwad, pdr = parts()
+    _, labels, student, teacher = batch()
+    method = SWARDDistillation(mwad, pdr, student_taps=["a", "b"], teacher_taps=["x", "y"], weights=(0.0, 1.0))
+    assert not any(parameter.requires_grad for parameter in method.parameters())
+    assert method.diagnostics(DistillationInputs(dict(zip("ab", student)), dict(zip("xy", teacher)), labels)) == {}
+
+
 def test_cross_entropy_leaves_ignored_pixels_out_of_the_mean() -> None:
     logits, labels = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
     labels[0, :2] = 255

@@ -41,6 +41,8 @@ def check(method: DistillationLoss, inputs: DistillationInputs) -> Tensor:
         assert term.shape == ()
         assert term.dtype == torch.float32
         assert not term.requires_grad
+    assert set(output.weighted) <= set(output.terms)
+    torch.testing.assert_close(sum(output.weighted.values()), output.loss.detach(), check_dtype=False)
     output.loss.backward()
     for tap in method.student_taps:
         gradient = inputs.student[tap].grad

@@ -1,5 +1,7 @@
 """Checkpoints are whole or absent, and damaged ones are refused."""
 
+import os
+import random
 from pathlib import Path
 
 import pytest
@@ -13,16 +15,34 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "last.pt"
     checkpointing.save(path, {"model": {"weight": torch.ones(3)}})
 
-    def full_disk(state: object, file: object) -> None:
-        file.write(b"half a file")  # type: ignore[attr-defined]
+    def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         checkpointing.save(path, {"model": {"weight": torch.zeros(3)}})
     monkeypatch.undo()
     assert torch.equal(checkpointing.load(path)["model"]["weight"], torch.ones(3))
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_changed_bit_is_noticed_or_does_no_harm(tmp_path: Path) -> None:
+    path, weight = tmp_path / "last.pt", torch.randn(50)
+    checkpointing.save(path, {"model": {"weight": weight}, "step": 3})
+    whole, refused = path.read_bytes(), 0
+    positions = random.Random(0)
+    for _ in range(300):
+        content = bytearray(whole)
+        content[positions.randrange(len(content))] ^= 1 << positions.randrange(8)
+        path.write_bytes(content)
+        try:
+            state = checkpointing.load(path)
+        except ValueError:
+            refused += 1
+        else:
+            assert torch.equal(state["model"]["weight"], weight)
+            assert state["step"] == 3
+    assert refused > 50
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, -1])
@@ -32,6 +52,26 @@ def test_a_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"last\.pt is not a readable checkpoint, it is damaged or not one at all"):
         checkpointing.load(path)
+
+
+def test_the_file_before_is_kept_and_used_if_the_newest_is_damaged(tmp_path: Path) -> None:
+    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    assert checkpointing.load_newest([last, previous]) is None
+    for step in (1, 2):
+        checkpointing.save(last, {"model": {}, "step": step}, keep=previous)
+    assert checkpointing.load_newest([last, previous])["step"] == 2
+    last.write_bytes(b"rubbish")
+    with pytest.warns(UserWarning, match=r"last\.pt is not a readable checkpoint"):
+        assert checkpointing.load_newest([last, previous])["step"] == 1
+    # Out of the way, so that the next save does not put it in the place of the good one.
+    assert not last.exists()
+    checkpointing.save(last, {"model": {}, "step": 2}, keep=previous)
+    assert checkpointing.load_newest([previous])["step"] == 1
+    last.write_bytes(b"rubbish")
+    previous.write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match="there is no earlier checkpoint to go on from"):
+        checkpointing.load_newest([last, previous])
+    assert last.exists()
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:

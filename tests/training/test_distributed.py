@@ -203,6 +203,12 @@ def test_what_several_processes_cannot_do_is_said_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
+def test_masks_are_learned_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="train-masks runs in one process; start it without torchrun"):
+        train_masks(MaskTrainingConfig())
+
+
 def test_sync_batch_norm_converts_student_and_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     network = nn.Sequential(nn.Conv2d(3, 4, 1, device="meta"), nn.BatchNorm2d(4, device="meta"))
