@@ -146,10 +146,9 @@ def plot(classes: Sequence[list[Measurement]], pixels: Sequence[list[Measurement
             pixels,
             [shape.batch * shape.height * shape.width for shape in PIXEL_SWEEP],
             "pixels",
-            PIXEL_SWEEP[0]._replace(batch=0),
         ),
     )
-    for axis, cases, positions, label, _ in panels:
+    for axis, cases, positions, label in panels:
         for index, row in enumerate(cases[0]):
             series = [case[index] for case in cases]
             (line,) = axis.plot(positions, [item.p50_ms for item in series], marker="o", label=row.provider)

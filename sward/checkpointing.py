@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import pickle
+import warnings
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state` to `path` so that `path` holds either the old file or the whole new one, never a part.
+def write(path: Path, content: bytes | memoryview, *, keep: Path | None = None) -> None:
+    """Writes a file so that `path` holds either the old content or the whole new one, never a part.
+
+    Args:
+        path: the file.
+        content: what it shall hold.
+        keep: where the old file goes. In the moment between two renames only this one exists.
 
     Raises:
         OSError: if the disk is full or not writable; what was at `path` before is still there.
@@ -19,16 +29,31 @@ def save(path: Path, state: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
-            torch.save(state, file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            path.replace(keep)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def save(path: Path, state: dict[str, Any], *, keep: Path | None = None) -> None:
+    """Writes `state` as `write` does; tensors and plain values only.
+
+    Raises:
+        OSError: as `write` does.
+    """
+    # Not straight into the file: torch turns a full disk into a RuntimeError about positions in its archive.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write(path, buffer.getbuffer(), keep=keep)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads what `save` wrote, on the CPU. Tensors and plain values only; no code is run.
+    """Reads what `save` wrote, on the CPU, and checks its checksums. No code is run.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -37,12 +62,47 @@ def load(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:
+        # torch does not look at the checksums it writes.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a readable checkpoint, it is damaged or not one at all") from error
     if not isinstance(state, dict) or "model" not in state:
         raise ValueError(f"{path} is not a checkpoint of a sward run: it holds no entry 'model'")
     return state
+
+
+def load_newest(paths: Sequence[Path]) -> dict[str, Any] | None:
+    """The first of `paths` that exists and is whole; None if none exists.
+
+    Damaged files before it are passed over with a warning, and renamed so that no later write takes them for good.
+
+    Raises:
+        ValueError: if there are files, but all of them are damaged.
+    """
+    damaged: list[Path] = []
+    reasons: list[str] = []
+    for path in paths:
+        try:
+            state = load(path)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            damaged.append(path)
+            reasons.append(str(error))
+            continue
+        for old in damaged:
+            with contextlib.suppress(FileNotFoundError):  # another process of the run was first
+                old.rename(old.with_name(f"{old.name}.damaged"))
+        if reasons:
+            warnings.warn(f"{'; '.join(reasons)}; going on from the checkpoint before it, {path}", stacklevel=2)
+        return state
+    if reasons:
+        raise ValueError(f"{'; '.join(reasons)}; there is no earlier checkpoint to go on from")
+    return None
 
 
 def load_model(model: torch.nn.Module, path: Path) -> None:
@@ -60,3 +120,13 @@ def load_model(model: torch.nn.Module, path: Path) -> None:
         raise ValueError(
             f"{path} does not fit {type(model).__name__}, it was saved from another model: {detail}"
         ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename survives a power cut only once the folder itself is on the disk. Windows cannot open folders.
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,12 +1,14 @@
 """The command line: `sward COMMAND ...`, the same as `python -m sward COMMAND ...`.
 
-A mistake of the user's ends in one sentence and exit code 2. To see where it was raised, run
-`python -X dev -m sward COMMAND ...`.
+A mistake of the user's ends in one sentence and exit code 2, a run that failed (a full disk, a loss that is not
+finite) in one sentence and exit code 1, Ctrl-C and SIGTERM in exit codes 130 and 143 after a checkpoint. To see where
+an error was raised, run `python -X dev -m sward COMMAND ...`.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {}
 """Name -> the function that runs it, and its line in the list of commands. Filled by `_command`."""
 
 USER_ERROR = 2
+RUN_FAILED = 1
 
 
 @dataclass
@@ -95,12 +98,37 @@ class Complexity:
 
 
 @dataclass
+class DataPack:
+    """Decode every image and mask of a data set once, into files that training maps into memory.
+
+    The pack goes to sward-pack in the data set's folder, where every run finds it, or to --output; then name it with
+    --dataset.packed. It can be interrupted at any moment and goes on where it was. Run again, it checks every
+    checksum and packs what has changed.
+    """
+
+    name: Annotated[str, tyro.conf.Positional]
+    """Data set: cityscapes, cvc_clinicdb, cvc_colondb, camvid or folder."""
+    root: Path | None = None
+    """Folder that holds the data set; None looks in $SWARD_DATA, then in ./data."""
+    output: Path | None = None
+    """Folder of the pack, for a data set that cannot be written to or a faster disk."""
+    split_by: str | None = None
+    """Polyps: path of a list of the frames to pack; all by default."""
+    num_classes: int | None = None
+    """For a folder of images and masks: the classes that its masks distinguish."""
+    on_corrupt: Literal["stop", "skip"] = "stop"
+    """About an image or mask that cannot be read: stop, or leave it out with a warning."""
+    workers: int | None = None
+    """Threads that decode; one a core by default, 8 at most."""
+
+
+@dataclass
 class Doctor:
     """Print what decides whether and how sward runs here."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, or 2 for a mistake of the user's."""
+    """Runs one command; returns the exit code: 0, or as the head of this file says."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -119,12 +147,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, IsADirectoryError, NotImplementedError, ModuleNotFoundError) as error:
         if sys.flags.dev_mode:
             raise
-        print(f"sward {name}: {error}", file=sys.stderr)
+        print(f"sward {name}{_process()}: {error}", file=sys.stderr)
         return USER_ERROR
-    except KeyboardInterrupt:
-        print(f"sward {name}: interrupted", file=sys.stderr)
-        return 130
+    except (OSError, FloatingPointError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"sward {name}{_process()}: {error}", file=sys.stderr)
+        return RUN_FAILED
+    except KeyboardInterrupt as stop:
+        print(f"sward {name}{_process()}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return getattr(stop, "exit_code", 130)
     return 0
+
+
+def _process() -> str:
+    rank = os.environ.get("RANK")
+    return "" if rank is None else f" (process {rank})"
 
 
 def _command(name: str, line: str) -> Callable[[Callable[[list[str]], None]], Callable[[list[str]], None]]:
@@ -228,6 +266,42 @@ def _train_masks(words: list[str]) -> None:
     print(f"written: {train_masks(config)}")
 
 
+@_command("data", "data pack: decode a data set once, so that training never waits for it")
+def _data(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        from sward import data
+
+        print(
+            "usage: sward data pack NAME [--root FOLDER] [--output FOLDER] ...\n\n"
+            "  pack   decode every image and mask once into memory-mapped files (sward data pack --help)\n\n"
+            f"data sets: {', '.join(name for name in data.names() if name != 'scenes')}"
+        )
+        return
+    if words[0] != "pack":
+        raise ValueError(f"unknown command 'data {words[0]}'; did you mean 'data pack'?")
+    options = _parse(DataPack, "data pack", words[1:])
+    from sward import data
+    from sward.data.packing import pack
+    from sward.tracking import Progress
+
+    datasets = data.build_for_packing(
+        options.name, root=options.root, split_by=options.split_by, num_classes=options.num_classes
+    )
+    frames = len({pair.image for dataset in datasets for pair in dataset.pairs})
+    with Progress(f"pack {options.name}", frames) as progress:
+
+        def advance() -> None:
+            progress.advance()
+            progress.note("")
+
+        result = pack(datasets, options.output, on_corrupt=options.on_corrupt, workers=options.workers, advance=advance)
+    left_out = f", {result.corrupt} left out" if result.corrupt else ""
+    print(
+        f"{result.frames} frames, {result.bytes / 1e9:.2f} GB, {result.kept} of them there before and sound{left_out}"
+    )
+    print(f"pack: {result.folder}")
+
+
 @_command("evaluate", "score a run on a split, or on another data set")
 def _evaluate(words: list[str]) -> None:
 
@@ -301,6 +375,10 @@ def _doctor(words: list[str]) -> None:
 
 
 def _print_result(result: Any, metric: str) -> None:
+    from sward import distributed
+
+    if not distributed.is_main():
+        return
     _print_evaluation(result.evaluation, f"validation, {result.evaluation.images} images, last weights")
     print(f"best {metric} on validation: {100 * result.best_score:.2f} %")
     print(f"seconds in the training loop: {result.seconds:.0f}\nrun: {result.run}")

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from sward.data.files import OnCorrupt
 from sward.losses.mwad import ContextReduction, ShiftStrategy, TeacherProjections
+from sward.precision import Precision
 
 MaskMethod = Literal["maskd", "freekd"]
 """The methods that learn something on the teacher before they distil it."""
@@ -27,6 +29,9 @@ class DatasetConfig:
         split_by: for polyps `"sequence"`, `"ratio"` or the path of a list file; None is the data set's own split.
         num_classes: classes of a `folder` of images and masks; every other data set knows its own.
         workers: loader processes; 0 loads in the training process. Results do not depend on it.
+        packed: `"auto"` reads the pack that `sward data pack` left in the data set's folder, if there is one;
+            `"none"` decodes the image files; a path is a pack that lies elsewhere. Results do not depend on it.
+        views: fixed augmented views an image, taken in turn epoch by epoch; None draws new ones each epoch.
     """
 
     name: str = "scenes"
@@ -35,6 +40,8 @@ class DatasetConfig:
     split_by: str | None = None
     num_classes: int | None = None
     workers: int = 0
+    packed: str = "auto"
+    views: int | None = None
 
 
 @dataclass
@@ -47,6 +54,8 @@ class OptimizerConfig:
         schedule: `"poly"` is `lr (1 - step/steps)^power`, `"cosine"` anneals to 0, both per step.
         power: exponent of `"poly"`.
         warmup: steps over which the rate rises linearly to `lr` first.
+        clip_norm: greatest norm of the gradient of all parameters together; a longer one is scaled down to it.
+            None never clips.
     """
 
     lr: float = 1e-3
@@ -54,6 +63,7 @@ class OptimizerConfig:
     schedule: Literal["poly", "cosine"] = "poly"
     power: float = 0.9
     warmup: int = 0
+    clip_norm: float | None = None
 
 
 @dataclass
@@ -65,12 +75,17 @@ class TeacherConfig:
         untrained: distil the teacher `name` with random weights instead, to try shapes and speed without a checkpoint.
         name: for `untrained`: a teacher that `sward.models.build` knows.
         masks: file that `sward train-masks` wrote, for `maskd` and `freekd`; None takes `runs/PRESET/METHOD.pt`.
+        cache: folder in which the teacher's features are kept, so that it runs once for each view of an image; needs
+            `dataset.views`. None runs it every step.
+        precision: of the teacher's forward pass, whatever the student's is.
     """
 
     run: Path | None = None
     untrained: bool = False
     name: str = "hiera_demo"
     masks: Path | None = None
+    cache: Path | None = None
+    precision: Precision = "fp32"
 
 
 @dataclass
@@ -117,16 +132,24 @@ class TrainingConfig:
         model: the network that learns, a name that `sward.models.build` knows.
         dataset: images and labels.
         optimizer: AdamW and its schedule.
-        batch: images a step.
+        batch: images a step, on all processes together.
         iterations: steps of the run; exactly one of `iterations` and `epochs` is set.
         epochs: passes over the training set.
         seed: seeds weights, sampling, augmentation and window shifts, each from a stream of its own.
         metric: what picks the best checkpoint: mean IoU over classes, or the foreground's Dice averaged over images.
         evaluate_every: epochs between validations; None validates only at the end.
         log_every: steps between lines of `metrics.jsonl`.
+        checkpoint_every: steps between checkpoints; one is written at every validation too.
+        precision: of the forward pass: `"fp32"`, or autocast to `"bf16"` or `"fp16"` (the latter with loss scaling).
+        compile: run student and teacher through `torch.compile`.
+        channels_last: keep the networks' weights and maps in channels_last order, which suits GPU convolutions.
+        sync_batch_norm: with several processes, normalise over the global batch. Needs GPUs.
+        tensorboard: write `tensorboard/` into the run folder, with the numbers of `metrics.jsonl`.
         device: where to train; None takes the GPU where there is one.
         output: run folder; None takes `runs/PRESET/METHOD-seedN`.
-        resume: continue the run in `output` from its last checkpoint.
+        resume: continue the run in `output` from its last checkpoint, or begin it if there is none.
+        on_corrupt: about a training image or mask that cannot be read: `"stop"` ends the run with its path, `"skip"`
+            warns once a file and trains on the next image in its place.
     """
 
     preset: str = "demo"
@@ -140,9 +163,16 @@ class TrainingConfig:
     metric: Literal["mean_iou", "dice"] = "mean_iou"
     evaluate_every: int | None = None
     log_every: int = 20
+    checkpoint_every: int = 500
+    precision: Precision = "fp32"
+    compile: bool = False
+    channels_last: bool = False
+    sync_batch_norm: bool = False
+    tensorboard: bool = False
     device: str | None = None
     output: Path | None = None
     resume: bool = False
+    on_corrupt: OnCorrupt = "stop"
 
     def check(self) -> None:
         """Raises a ValueError, in one sentence, for a field that no run could use."""
@@ -156,12 +186,15 @@ class TrainingConfig:
             "iterations": self.iterations,
             "epochs": self.epochs,
             "log_every": self.log_every,
+            "checkpoint_every": self.checkpoint_every,
         }
         for name, value in lengths.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.optimizer.lr <= 0:
             raise ValueError(f"optimizer.lr must be positive, got {self.optimizer.lr}")
+        if self.optimizer.clip_norm is not None and self.optimizer.clip_norm <= 0:
+            raise ValueError(f"optimizer.clip_norm must be positive, got {self.optimizer.clip_norm}")
 
     def steps(self, images: int) -> int:
         """Optimiser steps of the run on a training set of `images` images; the last partial batch is dropped.
@@ -189,6 +222,15 @@ class DistillationConfig(TrainingConfig):
     distillation: str = "sward"
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     sward: SWARDConfig = field(default_factory=SWARDConfig)
+
+    def check(self) -> None:
+        """As for every run; and features can be kept only of images that come again."""
+        super().check()
+        if self.teacher.cache is not None and self.dataset.views is None:
+            raise ValueError(
+                "teacher.cache keeps the features of images that come again, but every epoch draws new crops and "
+                "flips; fix them with --dataset.views N: N augmented views of each image, taken in turn"
+            )
 
     def teacher_masks(self) -> Path:
         """The file of the method's masks on this teacher.
@@ -235,6 +277,7 @@ class MaskTrainingConfig:
         seed: of the masks' start and of the order of images.
         device: where to train; None takes the GPU where there is one.
         output: file to write; None takes `runs/PRESET/METHOD.pt`.
+        on_corrupt: as in a run.
     """
 
     preset: str = "demo"
@@ -246,6 +289,7 @@ class MaskTrainingConfig:
     seed: int = 0
     device: str | None = None
     output: Path | None = None
+    on_corrupt: OnCorrupt = "stop"
 
 
 def masks_path(preset: str, method: str) -> Path:

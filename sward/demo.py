@@ -71,7 +71,7 @@ def run(output: Path = Path("runs/demo"), *, seed: int = 0, iterations: int | No
     for title, config in configs.items():
         if iterations is not None:
             config.iterations = iterations
-        RunFolder(config.output or output).last.unlink(missing_ok=True)
+        RunFolder(config.output or output).forget_checkpoints()
         results[title] = train_teacher(config) if isinstance(config, TeacherTrainingConfig) else train_student(config)
 
     networks = {title: load_run(result.run, "last")[2] for title, result in results.items()}

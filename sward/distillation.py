@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sward import models
+from sward import distributed, models
 from sward.config import DistillationConfig, MaskMethod
 from sward.data import DatasetInfo
 from sward.features import FeatureTaps
@@ -103,7 +103,7 @@ def _sward(pair: DistillationPair) -> SWARDDistillation:
         teacher_projections=settings.teacher_projections,
         context_reduction=settings.context_reduction,
         # A stream of its own: a run with and one without distillation see the same images and the same dropout.
-        generator=torch.Generator().manual_seed(pair.config.seed),
+        generator=torch.Generator().manual_seed(distributed.rank_seed(pair.config.seed)),
     )
     pdr = PDRLoss(
         pair.info.num_classes,
@@ -111,6 +111,7 @@ def _sward(pair: DistillationPair) -> SWARDDistillation:
         weights=settings.pdr_weights,
         ignore_index=pair.info.ignore_index,
         normalize=settings.normalize,
+        process_group=distributed.group(),
     )
     return SWARDDistillation(
         mwad,
@@ -123,7 +124,7 @@ def _sward(pair: DistillationPair) -> SWARDDistillation:
 
 
 def _kd(pair: DistillationPair) -> KDLoss:
-    return KDLoss(ignore_index=pair.info.ignore_index)
+    return KDLoss(ignore_index=pair.info.ignore_index, process_group=distributed.group())
 
 
 def _cwd(pair: DistillationPair) -> CWDLoss:

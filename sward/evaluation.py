@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader
 
 from sward.data import Sample, SegmentationDataset, collate_evaluation
@@ -79,6 +81,7 @@ def evaluate(
     batch: int = 8,
     device: torch.device | str = "cpu",
     advance: Callable[[], None] | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Evaluation:
     """Scores `model` on `dataset`.
 
@@ -88,13 +91,20 @@ def evaluate(
         batch: images a forward pass.
         device: where the model is.
         advance: called after each batch, for a progress bar.
+        process_group: processes that share the batches; all of them call this and get the same scores, exactly those
+            of one process. Default: this process alone.
     """
+    rank, processes = (0, 1) if process_group is None else (dist.get_rank(process_group), process_group.size())
+    # Whole batches are shared out: the same images meet as in one process, so that not a bit of the logits changes.
+    everyone = [list(range(start, min(start + batch, len(dataset)))) for start in range(0, len(dataset), batch)]
     info = dataset.info
     matrix = ConfusionMatrix(info.num_classes, info.ignore_index)
     overlap = PerImageOverlap(ignore_index=info.ignore_index) if info.num_classes == 2 else None
     training = model.training
     model.eval()
-    for images, labels, _ in DataLoader(dataset, batch_size=batch, collate_fn=collate_evaluation):
+    for images, labels, _ in DataLoader(
+        dataset, batch_sampler=everyone[rank::processes], collate_fn=collate_evaluation
+    ):
         logits = model(images.to(device))
         for index, label in enumerate(labels):
             size = (label.shape[-2], label.shape[-1])
@@ -105,6 +115,10 @@ def evaluate(
         if advance is not None:
             advance()
     model.train(training)
+    if process_group is not None:
+        dist.all_reduce(matrix.counts, group=process_group)
+        if overlap is not None:
+            overlap.counts = _in_order(overlap.counts, everyone, process_group)
     return Evaluation(
         images=len(dataset),
         mean_iou=matrix.mean_iou(),
@@ -114,3 +128,11 @@ def evaluate(
         iou=None if overlap is None else overlap.mean_iou(),
         pooled_dice=None if overlap is None else overlap.pooled_dice(),
     )
+
+
+def _in_order(counts: Tensor, everyone: list[list[int]], process_group: ProcessGroup) -> Tensor:
+    mine = everyone[dist.get_rank(process_group) :: process_group.size()]
+    rows = counts.new_zeros(sum(map(len, everyone)), counts.shape[1])
+    rows[[index for indices in mine for index in indices]] = counts
+    dist.all_reduce(rows, group=process_group)
+    return rows

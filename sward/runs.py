@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sward import checkpointing, data, distillation, models
+from sward import checkpointing, data, distillation, distributed, models
 from sward.config import (
     DistillationConfig,
     MaskTrainingConfig,
@@ -23,8 +23,10 @@ from sward.data import DatasetInfo, SegmentationDataset
 from sward.evaluation import Evaluation, evaluate
 from sward.losses import DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
 from sward.models.teachers import Teacher
+from sward.teacher_cache import TeacherCache
 from sward.tracking import Progress, RunFolder
 from sward.training import FrozenTeacher, TrainingResult, TrainingStep, batches, fit
+from sward.training_state import seed_generators
 
 
 def train_student(config: DistillationConfig) -> TrainingResult:
@@ -38,23 +40,38 @@ def train_student(config: DistillationConfig) -> TrainingResult:
     if config.distillation != "none":
         distillation.check_name(config.distillation)
     device = choose_device(config.device)
+    with distributed.joined(device):
+        return _train_student(config, device)
+
+
+def _train_student(config: DistillationConfig, device: torch.device) -> TrainingResult:
     train_set, validation_set = build_datasets(config)
     config.steps(len(train_set))
+    distributed.share_of(config.batch)
     info = train_set.info
     # The student first: with or without distillation the same seed gives it the same weights.
     torch.manual_seed(config.seed)
-    student = models.build(config.model, info.num_classes).to(device)
-    teacher = loss = None
+    student = _placed(models.build(config.model, info.num_classes), config, device)
+    loss = None
+    teacher: FrozenTeacher | TeacherCache | None = None
     if config.distillation != "none":
         name, network = load_teacher(config.teacher, config.preset, info)
-        pair = distillation.DistillationPair(config, student, name, network.to(device), info)
+        network = _placed(network, config, device)
+        pair = distillation.DistillationPair(config, student, name, network, info)
         loss = distillation.build(config.distillation, pair).to(device)
-        teacher = FrozenTeacher(network, loss.teacher_taps)
-    torch.manual_seed(config.seed)
+        teacher = FrozenTeacher(
+            network,
+            loss.teacher_taps,
+            precision=config.teacher.precision,
+            # Outside of autocast a float32 student cannot meet maps of another dtype.
+            dtype=torch.float32 if config.precision == "fp32" else None,
+        )
+        if config.compile:
+            network.compile()
+        if config.teacher.cache is not None:
+            teacher = TeacherCache(teacher, loss.teacher_taps, config.teacher.cache)
     run = RunFolder(config.output or student_run(config))
-    run.start(config, info)
-    step_module = TrainingStep(student, SegmentationCrossEntropy(info.ignore_index), loss)
-    return fit(step_module, config, train_set, validation_set, run, teacher=teacher)
+    return _fit(student, loss, config, train_set, validation_set, run, teacher)
 
 
 def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
@@ -66,8 +83,14 @@ def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
     config.check()
     models.describe(config.model)
     device = choose_device(config.device)
+    with distributed.joined(device):
+        return _train_teacher(config, device)
+
+
+def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> TrainingResult:
     train_set, validation_set = build_datasets(config)
     config.steps(len(train_set))
+    distributed.share_of(config.batch)
     torch.manual_seed(config.seed)
     network = models.build(config.model, train_set.info.num_classes, **config.options)
     if config.trunk_checkpoint is not None:
@@ -77,9 +100,35 @@ def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
             raise ValueError(f"model {config.model!r} has no trunk to freeze; train all of it with --train-trunk")
         network.freeze_trunk()
     run = RunFolder(config.output or teacher_run(config.preset))
+    return _fit(_placed(network, config, device), None, config, train_set, validation_set, run, None)
+
+
+def _placed(network: nn.Module, config: TrainingConfig, device: torch.device) -> nn.Module:
+    network = network.to(device)
+    return network.to(memory_format=torch.channels_last) if config.channels_last else network
+
+
+def _fit(
+    network: nn.Module,
+    loss: DistillationLoss | None,
+    config: TrainingConfig,
+    train_set: SegmentationDataset,
+    validation_set: SegmentationDataset,
+    run: RunFolder,
+    teacher: FrozenTeacher | TeacherCache | None,
+) -> TrainingResult:
+    if config.sync_batch_norm:
+        network = distributed.synchronise_batch_norm(network)
+        loss = None if loss is None else distributed.synchronise_batch_norm(loss)
+    # Dropout differs between processes; the weights drawn before do not.
+    seed_generators(distributed.rank_seed(config.seed))
     run.start(config, train_set.info)
-    step_module = TrainingStep(network.to(device), SegmentationCrossEntropy(train_set.info.ignore_index))
-    return fit(step_module, config, train_set, validation_set, run)
+    task = SegmentationCrossEntropy(train_set.info.ignore_index, process_group=distributed.group())
+    step_module = TrainingStep(network, task, loss, precision=config.precision)
+    if config.compile:
+        # In place, so that the keys of the state dict stay; and after the taps, which are traced with it.
+        network.compile()
+    return fit(step_module, config, train_set, validation_set, run, teacher=teacher)
 
 
 def train_masks(config: MaskTrainingConfig) -> Path:
@@ -88,6 +137,8 @@ def train_masks(config: MaskTrainingConfig) -> Path:
     Raises:
         ValueError, FileNotFoundError: for a configuration that cannot run, before any work.
     """
+    if distributed.launched_processes() > 1:
+        raise ValueError("train-masks runs in one process; start it without torchrun")
     device = choose_device(config.device)
     steps = config.steps or (10_000 if config.method == "maskd" else 2_000)
     dataset = build_split(config, "train", train=True)
@@ -193,7 +244,7 @@ def evaluate_run(
     target = choose_device(device)
     settings = config.dataset
     if dataset is not None and dataset != settings.name:
-        settings.name, settings.split_by = dataset, None
+        settings.name, settings.split_by, settings.packed = dataset, None, "auto"
     settings.root = root or settings.root
     settings.split_by = split_by or settings.split_by
     images = build_split(config, split, train=False)
@@ -266,21 +317,33 @@ def build_split(config: TrainingConfig | MaskTrainingConfig, split: str, *, trai
         seed=config.seed,
         split_by=settings.split_by,
         num_classes=settings.num_classes,
+        packed=settings.packed,
+        on_corrupt=config.on_corrupt if train else "stop",
+        views=settings.views if train else None,
     )
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The named device; without a name the GPU where there is one, else the CPU.
+    """The named device; without a name the GPU where there is one, else the CPU. Under `torchrun` each process of a
+    node takes a GPU of its own.
 
     Raises:
         ValueError: if the name is no device, or the device is not there.
     """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device {name!r} is not a device; use 'cpu' or 'cuda'") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but torch sees no GPU here; use 'cpu'")
+    if device.type == "cuda" and distributed.launched_processes() > 1:
+        if distributed.local_rank() >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {distributed.local_rank()} of this node has no GPU of its own, torch sees "
+                f"{torch.cuda.device_count()} here; start as many processes as GPUs (--nproc-per-node), or use "
+                "--device cpu"
+            )
+        return torch.device("cuda", distributed.local_rank())
     return device

@@ -1,12 +1,13 @@
-"""The folder of a run and what the user sees while it works."""
+"""The folder of a run and what the user sees while it works. With several processes, only that of rank 0 writes."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from sward import checkpointing, distributed
 from sward.config import DistillationConfig, TeacherTrainingConfig, TrainingConfig, from_json, to_json
 from sward.data import DatasetInfo
 
@@ -31,28 +33,42 @@ class RunFolder:
         self.dataset = path / "dataset.json"
         self.metrics = path / "metrics.jsonl"
         self.last = path / "checkpoints" / "last.pt"
+        self.previous = path / "checkpoints" / "previous.pt"
         self.best = path / "checkpoints" / "best.pt"
         self.figures = path / "figures"
+        self._tensorboard: _TensorBoard | None = None
 
     def start(self, config: TrainingConfig, info: DatasetInfo) -> None:
-        """Makes the folder, or goes on in it.
+        """Makes the folder, or goes on in it if `config.resume` is set or torchrun has started the run again.
 
         Args:
             config: of the run.
             info: classes and colours of its data set, so that the run can be used without the data.
 
         Raises:
-            ValueError: if it holds a run already and `config.resume` is not set.
+            ValueError: if it holds a run already and is not to go on.
+            ModuleNotFoundError: if `config.tensorboard` is set and the package is missing.
         """
-        if self.last.exists() and not config.resume:
+        if self.holds_checkpoint() and not (config.resume or distributed.restarted()):
             raise ValueError(f"{self.path} already holds a run; continue it with --resume, or choose another --output")
+        if not distributed.is_main():
+            return
+        if config.tensorboard:
+            self._tensorboard = _TensorBoard(self.path / "tensorboard")
         for folder in (self.last.parent, self.figures):
             folder.mkdir(parents=True, exist_ok=True)
-        if not config.resume:
-            self.metrics.unlink(missing_ok=True)
-        self.config.write_text(to_json(config) + "\n", encoding="utf-8")
-        self.dataset.write_text(to_json(info) + "\n", encoding="utf-8")
-        (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+        _write_text(self.config, to_json(config))
+        _write_text(self.dataset, to_json(info))
+        _write_text(self.path / "environment.json", json.dumps(environment(), indent=2))
+
+    def holds_checkpoint(self) -> bool:
+        """Whether there is a run to go on with."""
+        return self.last.exists() or self.previous.exists()
+
+    def forget_checkpoints(self) -> None:
+        """Makes room for another run."""
+        for path in (self.last, self.previous, self.best):
+            path.unlink(missing_ok=True)
 
     def read(self) -> tuple[TrainingConfig, DatasetInfo]:
         """The configuration and the classes that `start` wrote.
@@ -68,9 +84,16 @@ class RunFolder:
         return from_json(kind, text), from_json(DatasetInfo, self.dataset.read_text(encoding="utf-8"))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Appends one line to `metrics.jsonl`."""
+        """Appends one line to `metrics.jsonl`, and hands its numbers to TensorBoard if that was asked for."""
+        if not distributed.is_main():
+            return
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+            file.flush()
+            # On the disk before the checkpoint that follows it: what is resumed has its lines.
+            os.fsync(file.fileno())
+        if self._tensorboard is not None:
+            self._tensorboard.add(record)
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`, oldest first; a line cut short by a crash is left out."""
@@ -86,8 +109,43 @@ class RunFolder:
 
     def drop_records_after(self, step: int) -> None:
         """Forgets lines of steps that a resumed run will take again."""
-        kept = [record for record in self.records() if record["step"] <= step]
-        self.metrics.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        if distributed.is_main():
+            kept = [record for record in self.records() if record["step"] <= step]
+            _write_text(self.metrics, "\n".join(json.dumps(record) for record in kept))
+
+
+def _write_text(path: Path, text: str) -> None:
+    checkpointing.write(path, f"{text}\n".encode() if text else b"")
+
+
+class _TensorBoard:
+    """The numbers of `metrics.jsonl` as TensorBoard events; nested names are joined by slashes."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                "--tensorboard needs the package tensorboard; install it with 'pip install tensorboard'"
+            ) from error
+        self._folder, self._open = folder, SummaryWriter
+        self._writer: SummaryWriter | None = None
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            # Only now is the first step known: events of it and later ones, from before an interruption, are void.
+            self._writer = self._open(self._folder, purge_step=record["step"])
+        for name, value in _numbers(record):
+            self._writer.add_scalar(name, value, record["step"])
+        self._writer.flush()
+
+
+def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and name != "step":
+            yield f"{prefix}{name}", value
 
 
 def environment() -> dict[str, Any]:
@@ -104,6 +162,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": versions,
         "threads": torch.get_num_threads(),
+        "processes": distributed.world_size(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "command": sys.argv,
     }
@@ -127,9 +186,10 @@ class Progress:
         self.title, self.total, self.done = title, total, start
         self._seconds = seconds
         self._printed = time.monotonic()
+        self._shown = distributed.is_main()
         self._bar: Any = Progress._shared
         self._is_outermost = self._bar is None
-        if self._bar is None and sys.stderr.isatty():
+        if self._bar is None and sys.stderr.isatty() and self._shown:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as RichProgress
@@ -155,7 +215,7 @@ class Progress:
         """Shows `text` beside the bar, or as a line if the last one is old enough."""
         if self._bar is not None:
             self._bar.update(self._task, note=text)
-        elif time.monotonic() - self._printed >= self._seconds or self.done == self.total:
+        elif self._shown and (time.monotonic() - self._printed >= self._seconds or self.done == self.total):
             self._printed = time.monotonic()
             print(f"{self.title}: {self.done}/{self.total} {text}", file=sys.stderr, flush=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,17 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 
-from sward import checkpointing, data
+from sward import data, distributed
 from sward.config import OptimizerConfig, TrainingConfig
 from sward.data import Sample, SegmentationDataset
 from sward.evaluation import Evaluation, evaluate
 from sward.features import FeatureTaps
+from sward.interruption import Interruption, TrainingInterrupted
 from sward.losses import LOGITS, DistillationInputs, DistillationLoss
+from sward.observation import LossWatch, StepOutput, Throughput, losses_of, peak_memory
+from sward.precision import Precision, autocast
 from sward.tracking import Progress, RunFolder
+from sward.training_state import TrainingState
 
 
 class FrozenTeacher:
@@ -30,17 +33,30 @@ class FrozenTeacher:
     Args:
         network: the teacher. Its parameters stop asking for gradients.
         layers: layers to catch, or `"logits"` for its output.
+        precision: of its forward pass.
+        dtype: of the maps it hands out. Default: whatever the forward pass gives.
     """
 
-    def __init__(self, network: nn.Module, layers: Sequence[str]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        layers: Sequence[str],
+        *,
+        precision: Precision = "fp32",
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.network = network.eval().requires_grad_(False)
+        self.layers = tuple(layers)
         self.taps = FeatureTaps(network, [layer for layer in layers if layer != LOGITS], detach=True).open()
+        self.precision: Precision = precision
+        self.dtype = dtype
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """`images [B, 3, H, W]` -> tap name -> `[B, C, h, w]`, with the logits."""
-        logits = self.network(images)
-        return {**self.taps.collect(), LOGITS: logits}
+        """`images [B, 3, H, W]` -> name -> `[B, C, h, w]` for each of `layers`."""
+        with torch.inference_mode(), autocast(images.device, self.precision):
+            caught = {LOGITS: self.network(images), **self.taps.collect()}
+        # Copied outside of inference mode: autograd may not keep a tensor that was made inside.
+        return {layer: caught[layer].to(self.dtype or caught[layer].dtype, copy=True) for layer in self.layers}
 
 
 class TrainingStep(nn.Module):
@@ -50,10 +66,19 @@ class TrainingStep(nn.Module):
         model: the network that learns.
         task: `(logits, labels) -> scalar`.
         distillation: None to train on the labels alone.
+        precision: of the forward pass, losses included (they keep to float32 where they need it).
     """
 
-    def __init__(self, model: nn.Module, task: nn.Module, distillation: DistillationLoss | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        task: nn.Module,
+        distillation: DistillationLoss | None = None,
+        *,
+        precision: Precision = "fp32",
+    ) -> None:
         super().__init__()
+        self.precision: Precision = precision
         self.model = model
         self.task = task
         self.distillation = distillation
@@ -61,62 +86,101 @@ class TrainingStep(nn.Module):
         self.taps = FeatureTaps(model, layers).open()
 
     def forward(
-        self, images: Tensor, labels: Tensor, teacher: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one batch with gradient, and its terms, unweighted and detached."""
-        logits = self.model(images)
-        task = self.task(logits, labels)
-        terms = {"task": task.detach().float()}
-        if self.distillation is None:
-            return task, terms
-        student = {**self.taps.collect(), LOGITS: logits}
-        output = self.distillation(DistillationInputs(student, teacher, labels))
-        return task + output.loss, terms | output.terms
+        self, images: Tensor, labels: Tensor, teacher: Mapping[str, Tensor], diagnose: bool = False
+    ) -> StepOutput:
+        """The losses of one batch, with the distillation loss's own signs of health if `diagnose` is set."""
+        with autocast(images.device, self.precision):
+            logits = self.model(images)
+            task = self.task(logits, labels)
+            terms = {"task": task.detach().float()}
+            if self.distillation is None:
+                return StepOutput(task, terms, terms, {})
+            inputs = DistillationInputs({**self.taps.collect(), LOGITS: logits}, teacher, labels)
+            output = self.distillation(inputs)
+            diagnostics: dict[str, Tensor] = {}
+            if diagnose:
+                with torch.no_grad():
+                    diagnostics = self.distillation.diagnostics(inputs)
+        return StepOutput(task + output.loss, terms | output.terms, terms | (output.weighted or {}), diagnostics)
 
 
-class EpochSampler(Sampler[int]):
-    """A new order of `length` indices each epoch, a function of the seed and the epoch; can start inside an epoch."""
+class EpochSampler(Sampler[list[int]]):
+    """Batches of indices in a new order each epoch, a function of the seed and the epoch; can start inside an epoch.
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed, self.epoch, self.skip = length, seed, 0, 0
+    The global batch of a step does not depend on the number of processes: each takes its part of the same one.
 
-    def __iter__(self) -> Iterator[int]:
+    Args:
+        length: images of the data set; those that do not fill a last batch sit this epoch out.
+        batch: images a step, on all processes together.
+        seed: of the order.
+        part: number of this process, from 0.
+        parts: processes.
+
+    Attributes:
+        epoch: which order.
+        skip: batches of the epoch to pass over.
+    """
+
+    def __init__(self, length: int, batch: int, seed: int, *, part: int = 0, parts: int = 1) -> None:
+        self.length, self.batch, self.seed, self.part, self.parts = length, batch, seed, part, parts
+        self.epoch = self.skip = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(data.sample_seed(self.seed, self.epoch, self.length))
-        yield from torch.randperm(self.length, generator=generator).tolist()[self.skip :]
+        order = torch.randperm(self.length, generator=generator)
+        size = self.batch // self.parts
+        for index in range(self.skip, self.length // self.batch):
+            yield order[index * self.batch + self.part * size :][:size].tolist()
 
     def __len__(self) -> int:
-        return self.length - self.skip
+        return self.length // self.batch - self.skip
 
 
 def batches(
-    dataset: SegmentationDataset, batch: int, *, seed: int, workers: int = 0, start: int = 0
+    dataset: SegmentationDataset, batch: int, *, seed: int, workers: int = 0, start: int = 0, pin_memory: bool = False
 ) -> Iterator[Sample]:
-    """Training batches without end, from step `start`. The same seed gives the same batches, wherever it starts.
+    """This process's part of the training batches, without end, from step `start`.
+
+    The same seed gives the same batches, wherever it starts, with any number of workers and of processes.
 
     Args:
         dataset: images and labels of equal size.
-        batch: images a batch; the last, smaller batch of an epoch is dropped.
+        batch: images a batch, on all processes together; the last, smaller batch of an epoch is dropped.
         seed: of the order; augmentation follows the data set's own seed.
         workers: loader processes; they do not change what comes out.
         start: batches to pass over, without reading them.
+        pin_memory: put batches into page-locked memory, from where a GPU fetches them while it computes.
+
+    Raises:
+        CorruptFileError: an image cannot be read.
+        ValueError: if the processes cannot share a batch evenly.
     """
-    sampler = EpochSampler(len(dataset), seed)
+    distributed.share_of(batch)
+    sampler = EpochSampler(len(dataset), batch, seed, part=distributed.rank(), parts=distributed.world_size())
     loader = DataLoader(
         dataset,
-        batch_size=batch,
-        sampler=sampler,
-        drop_last=True,
+        batch_sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_interruption_to_the_trainer,
         # Its own generator: iterating must not move torch's global one, which dropout draws from.
         generator=torch.Generator().manual_seed(seed),
     )
-    sampler.epoch, done = divmod(start, len(dataset) // batch)
-    sampler.skip = done * batch
+    sampler.epoch, sampler.skip = divmod(start, len(dataset) // batch)
     while True:
         dataset.set_epoch(sampler.epoch)
-        yield from loader
+        try:
+            yield from loader
+        except data.CorruptFileError as error:
+            # A loader process sends its traceback along; the sentence that names the file is its last line.
+            raise data.CorruptFileError(str(error).splitlines()[-1].rpartition("CorruptFileError: ")[2]) from error
         sampler.epoch, sampler.skip = sampler.epoch + 1, 0
+
+
+def _leave_interruption_to_the_trainer(worker: int) -> None:
+    # Ctrl-C in a terminal reaches the workers too; without them the trainer could not finish its step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
@@ -156,108 +220,96 @@ def fit(
     validation_set: SegmentationDataset,
     run: RunFolder,
     *,
-    teacher: FrozenTeacher | None = None,
+    teacher: Callable[[Tensor], dict[str, Tensor]] | None = None,
 ) -> TrainingResult:
-    """Trains `step_module` as `config` says and leaves a run folder that can be resumed, evaluated and repeated."""
+    """Trains `step_module` as `config` says and leaves a run folder that can be resumed, evaluated and repeated.
+
+    Goes on from the newest whole checkpoint in `run`, if there is one. Called by every process of a group.
+
+    Raises:
+        TrainingInterrupted: after Ctrl-C or SIGTERM, with a checkpoint written.
+        NonFiniteLossError: if the loss is no longer a number; nothing is saved from then on.
+    """
     device = next(step_module.parameters()).device
     steps, epoch = config.steps(len(train_set)), len(train_set) // config.batch
     validate_every = epoch * config.evaluate_every if config.evaluate_every else steps
     learnable = [parameter for parameter in step_module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learnable, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay)
     schedule = LambdaLR(optimizer, learning_rate(config.optimizer, steps))
-    state = TrainingState(step_module, optimizer, schedule)
-    if config.resume and run.last.exists():
-        state.load_state_dict(checkpointing.load(run.last))
-        run.drop_records_after(state.step)
-    stream = batches(train_set, config.batch, seed=config.seed, workers=config.dataset.workers, start=state.step)
-    evaluation = None
-    step_module.train()
-    with Progress(run.path.name, steps, start=state.step) as progress:
+    scaler = torch.amp.GradScaler(device.type, enabled=step_module.precision == "fp16")
+    state = TrainingState(
+        step_module.model, step_module.distillation, optimizer, schedule, scaler, config.optimizer.clip_norm
+    )
+    state.restore(run)
+    stream = batches(
+        train_set,
+        config.batch,
+        seed=config.seed,
+        workers=config.dataset.workers,
+        start=state.step,
+        pin_memory=device.type == "cuda",
+    )
+    replica = distributed.replicate(step_module.train(), device)
+    evaluation, watch, throughput = None, LossWatch(), Throughput(config.batch, state.step, state.stopwatch.read())
+    with Progress(run.path.name, steps, start=state.step) as progress, Interruption() as interruption:
         while state.step < steps:
-            started = time.perf_counter()
-            images, labels, _ = next(stream)
+            logs, saves, validates = (
+                (state.step + 1) % every == 0 or state.step + 1 == steps
+                for every in (config.log_every, config.checkpoint_every, validate_every)
+            )
+            images, labels, names = next(stream)
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             features = {} if teacher is None else teacher(images)
-            loss, terms = step_module(images, labels, features)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            state.step += 1
-            state.seconds += time.perf_counter() - started
+            output = replica(images, labels, features, diagnose=logs)
+            gradient_norm = state.update(output.loss, measure=logs)
+            watch.remember(state.step, output, names)
             progress.advance()
-            if state.step % config.log_every == 0 or state.step == steps:
-                record = log_record(
-                    state, loss, terms, images_per_second=config.batch / (time.perf_counter() - started)
-                )
+            # Several processes agree on a signal only where they meet anyway.
+            stop = interruption.agreed() if logs or distributed.world_size() == 1 else None
+            if logs or saves or validates or stop:
+                watch.check()
+            if logs:
+                record = log_record(state, output, gradient_norm, throughput, device)
                 run.log(record)
                 progress.note(f"loss {record['loss']:.3f}")
-            if state.step % validate_every == 0 or state.step == steps:
-                evaluation = evaluate(step_module.model, validation_set, device=device)
+            score = None
+            if validates:
+                with state.stopwatch.paused():
+                    evaluation = validate(step_module.model, validation_set, device)
                 run.log({"step": state.step, "validation": asdict(evaluation)})
-                state.keep(run, evaluation.score(config.metric))
-    evaluation = evaluation or evaluate(step_module.model, validation_set, device=device)
-    return TrainingResult(run.path, evaluation, state.best_score, state.seconds)
+                score = evaluation.score(config.metric)
+            if saves or validates or stop:
+                state.save(run, score)
+            if stop:
+                raise TrainingInterrupted(stop, state.step, steps, run.path)
+    seconds = state.stopwatch.read()
+    evaluation = evaluation or validate(step_module.model, validation_set, device)
+    return TrainingResult(run.path, evaluation, state.best_score, seconds)
+
+
+def validate(model: nn.Module, dataset: SegmentationDataset, device: torch.device) -> Evaluation:
+    """Scores the model as it will be saved, by all processes together. Never compiled: label sizes may vary."""
+    distributed.broadcast_buffers(model)
+    with torch.compiler.set_stance("force_eager"):
+        return evaluate(model, dataset, device=device, process_group=distributed.group())
 
 
 def log_record(
-    state: TrainingState, loss: Tensor, terms: Mapping[str, Tensor], images_per_second: float
+    state: TrainingState,
+    output: StepOutput,
+    gradient_norm: Tensor | None,
+    throughput: Throughput,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """One line of `metrics.jsonl`. The only place of the loop that waits for the device."""
+    """One line of `metrics.jsonl`. Here the loop waits for the device."""
+    losses = losses_of(output)
+    seconds = state.stopwatch.read()
     return {
         "step": state.step,
-        "loss": loss.item(),
-        **{name: value.item() for name, value in terms.items()},
+        **losses,
         "lr": state.schedule.get_last_lr()[0],
-        "images_per_second": images_per_second,
-        "seconds": state.seconds,
+        "gradient_norm": None if gradient_norm is None else gradient_norm.item(),
+        "images_per_second": throughput.until(state.step, seconds),
+        "peak_memory_bytes": peak_memory(device),
+        "seconds": seconds,
     }
-
-
-class TrainingState:
-    """Everything that changes while a run trains, and its place in the run folder."""
-
-    def __init__(self, step_module: TrainingStep, optimizer: Optimizer, schedule: LambdaLR) -> None:
-        self.step_module, self.optimizer, self.schedule = step_module, optimizer, schedule
-        self.step = 0
-        self.seconds = 0.0
-        self.best_score = -math.inf
-
-    def keep(self, run: RunFolder, score: float) -> None:
-        """Saves the last checkpoint, and the best one if `score` beats every earlier one."""
-        if score > self.best_score:
-            self.best_score = score
-            checkpointing.save(run.best, {"model": self.step_module.model.state_dict(), "step": self.step})
-        checkpointing.save(run.last, self.state_dict())
-
-    def state_dict(self) -> dict[str, Any]:
-        loss = self.step_module.distillation
-        return {
-            "model": self.step_module.model.state_dict(),
-            "distillation": {} if loss is None else loss.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "generators": [torch.get_rng_state(), *(generator.get_state() for generator in _generators(loss))],
-            "step": self.step,
-            "seconds": self.seconds,
-            "best_score": self.best_score,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        loss = self.step_module.distillation
-        self.step_module.model.load_state_dict(state["model"])
-        if loss is not None:
-            loss.load_state_dict(state["distillation"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["generators"][0])
-        for generator, saved in zip(_generators(loss), state["generators"][1:], strict=True):
-            generator.set_state(saved)
-        self.step, self.seconds, self.best_score = state["step"], state["seconds"], state["best_score"]
-
-
-def _generators(loss: DistillationLoss | None) -> list[torch.Generator]:
-    if loss is None:
-        return []
-    found = (getattr(module, "generator", None) for module in loss.modules())
-    return [generator for generator in found if isinstance(generator, torch.Generator)]

@@ -2,7 +2,8 @@
 
 Each configuration is compiled ahead of time in a subprocess (Triton decides once a process whether it interprets), and
 its registers, spills, stack and shared memory are read from the compiler's output. Times are bounds from the data
-sheet's bandwidth, not measurements. Needs `triton.compiler.ASTSource` as Triton 3.8 has it.
+sheet's bandwidth, not measurements. Rows are kept in Triton's cache, so a report that was cut short goes on where it
+was.
 """
 
 from __future__ import annotations
@@ -10,22 +11,21 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import importlib
+import itertools
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from sward_kernels.resources import Row, resources_of
 from sward_kernels.targets import TARGETS, Configuration, Target
 
-OPERATIONS = ("windowed_distillation", "prototypes", "relational_kl")
-"""Packages under `sward_kernels` whose `launch.configurations(target)` yields what ships."""
+OPERATIONS = {"windowed_distillation": "plan", "prototypes": "launch", "relational_kl": "launch"}
+"""Packages under `sward_kernels`, and the module of each whose `configurations(target)` yields what ships."""
 
 SECONDS_PER_CONFIGURATION = 600
 
@@ -35,16 +35,15 @@ COLUMNS = (
     "vector_loads", "loads", "compile_seconds", "ideal_bytes", "flops", "unit", "bound_nanoseconds",
 )  # fmt: skip
 """Keys of one row. `occupancy` is resident warps over the most possible; `spill_bytes` and `stack_bytes` count a
-thread; `vector_loads` are the 128-bit ones among `loads`; `ideal_bytes` and `flops` count a `unit`; `bound_nanoseconds`
-is `ideal_bytes` over the data sheet's bandwidth of the whole device: a bound and not a measurement."""
-
-Row = dict[str, Any]
+thread; `vector_loads` are the 128-bit ones among `loads`; `compile_seconds` is processor time; `ideal_bytes` and
+`flops` count a `unit`; `bound_nanoseconds` is `ideal_bytes` over the data sheet's bandwidth of the whole device: a
+bound and not a measurement."""
 
 
 def configurations(operation: str, target: str) -> list[Configuration]:
     """What ships of one operation for one target."""
-    launch = importlib.import_module(f"sward_kernels.{operation}.launch")
-    return list(launch.configurations(TARGETS[target]))
+    module = importlib.import_module(f"sward_kernels.{operation}.{OPERATIONS[operation]}")
+    return list(module.configurations(TARGETS[target]))
 
 
 def report(
@@ -60,31 +59,50 @@ def report(
     Raises:
         RuntimeError: if a configuration does not compile, with the compiler's last lines.
     """
-    jobs = []
-    for target in targets:
-        for operation in OPERATIONS:
-            wanted = [index for index, shipped in enumerate(configurations(operation, target)) if select(shipped)]
-            jobs += [(operation, target, wanted[first : first + 8]) for first in range(0, len(wanted), 8)]
-    rows: list[Row] = []
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in pool.map(lambda job: _in_subprocess(*job), jobs):
-            rows += done
+    processes = os.cpu_count() or 1
+    wanted = {
+        (operation, target): [
+            index for index, shipped in enumerate(configurations(operation, target)) if select(shipped)
+        ]
+        for target in targets
+        for operation in OPERATIONS
+    }
+    total = sum(map(len, wanted.values()))
+    # Few, so that little time goes to starting them; some for each process, so that all end at about the same time.
+    length = max(8, total // (4 * processes))
+    jobs = [
+        (*which, indices[first : first + length])
+        for which, indices in wanted.items()
+        for first in range(0, len(indices), length)
+    ]
+    count = itertools.count(1)
+
+    def rows_of(job: tuple[str, str, Sequence[int]]) -> list[Row]:
+        rows = []
+        for row in _in_subprocess(*job):
+            rows.append(row)
             if progress:
-                print(f"{len(rows)} configurations compiled", file=sys.stderr, flush=True)
-    return rows
+                print(f"{next(count)} of {total} configurations compiled", file=sys.stderr, flush=True)
+        return rows
+
+    with concurrent.futures.ThreadPoolExecutor(processes) as pool:
+        return [row for rows in pool.map(rows_of, jobs) for row in rows]
 
 
-def _in_subprocess(operation: str, target: str, indices: Sequence[int]) -> list[Row]:
+def _in_subprocess(operation: str, target: str, indices: Sequence[int]) -> Iterator[Row]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "sward_kernels.report", "--compile", operation, target, *map(str, indices)]
-    with tempfile.TemporaryDirectory() as cache:
-        environment.setdefault("TRITON_CACHE_DIR", cache)
-        root = str(Path(__file__).parents[1])
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-        finished = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if finished.returncode:
-        raise RuntimeError(f"compiling {operation} for {target} failed: {finished.stderr.strip().splitlines()[-1]}")
-    return [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        assert process.stdout is not None
+        with process:
+            yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
+        if process.returncode:
+            errors.seek(0)
+            reason = (errors.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+            raise RuntimeError(f"compiling {operation} for {target} failed: {reason}")
 
 
 # -------------------------------------------------------------------------------------------------- in the subprocess
@@ -103,97 +121,21 @@ def _compile_and_print(operation: str, target: str, indices: Iterable[int]) -> N
 
 
 def _row(configuration: Configuration, target: Target) -> Row:
-    began = time.perf_counter()
-    compiled = compile_ahead(configuration, target)
-    seconds = time.perf_counter() - began
-    resources = _nvidia_resources(compiled) if target.backend == "cuda" else _amd_resources(compiled)
-    shared = compiled.metadata.shared
+    resources = resources_of(configuration, target)
     row = dict.fromkeys(COLUMNS) | configuration.details | resources
     return row | {
         "op": configuration.operation,
         "pass": configuration.direction,
         "target": target.name,
         "num_warps": configuration.num_warps,
-        "shared_bytes": shared,
         "shared_limit": target.shared_limit,
-        "occupancy": round(occupancy(target, configuration.num_warps, resources["registers"], shared), 3),
-        "compile_seconds": round(seconds, 2),
+        "occupancy": round(
+            occupancy(target, configuration.num_warps, resources["registers"], resources["shared_bytes"]), 3
+        ),
         "ideal_bytes": configuration.ideal_bytes,
         "flops": configuration.flops,
         "unit": configuration.unit,
         "bound_nanoseconds": round(configuration.ideal_bytes / target.bandwidth * 1e9, 3),
-    }
-
-
-def compile_ahead(configuration: Configuration, target: Target) -> Any:
-    """Triton's compiled kernel, as a launch on the target would make it. Not for a process that interprets."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = configuration.kernel.arg_names
-    source = ASTSource(
-        fn=configuration.kernel,
-        signature={name: configuration.types.get(name, "constexpr") for name in names},
-        constexprs=configuration.constants,
-        attrs={
-            (index,): [["tt.divisibility", 16]]
-            for index, name in enumerate(names)
-            if configuration.types.get(name, "").startswith("*")
-        },
-    )
-    options = {"num_warps": configuration.num_warps, "num_stages": 1}
-    if configuration.maxnreg:
-        options["maxnreg"] = configuration.maxnreg
-    return triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
-
-
-def _nvidia_resources(compiled: Any) -> Row:
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    ptx = compiled.asm["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run(
-            [tools / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-        ).stdout
-        stack = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
-        registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
-        spill = 0
-        if stack:  # without a stack nothing is spilled; with one, the assembler says how much of it is
-            source = Path(folder) / "kernel.ptx"
-            source.write_text(ptx)
-            architecture = re.search(r"\.target ([^\s,]+)", ptx)[1]  # type: ignore[index]
-            command = [str(tools / "ptxas"), "-v", "--regAllocOptLevel=2", f"--gpu-name={architecture}", str(source)]
-            log = subprocess.run([*command, "-o", os.devnull], capture_output=True, text=True, check=True).stderr
-            spill = max(map(int, re.findall(r"(\d+) bytes spill stores", log)), default=0)
-    loads = re.findall(r"\bld\.global\S*", ptx)
-    return {
-        "registers": registers,
-        "spill_bytes": spill,
-        "stack_bytes": stack,
-        "tensor_core_instructions": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", ptx)),
-        "vector_loads": sum("v4.b32" in load or "v2.b64" in load for load in loads),
-        "loads": len(loads),
-    }
-
-
-def _amd_resources(compiled: Any) -> Row:
-    assembly = compiled.asm["amdgcn"]
-
-    def metadata(key: str) -> int:
-        return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])  # type: ignore[index]
-
-    loads = re.findall(r"\b(?:global|buffer)_load_\S+", assembly)
-    return {
-        "registers": metadata("vgpr_count"),
-        "spill_bytes": 4 * metadata("vgpr_spill_count"),
-        "stack_bytes": metadata("private_segment_fixed_size"),
-        "tensor_core_instructions": len(re.findall(r"\bv_mfma", assembly)),
-        "vector_loads": sum("dwordx4" in load for load in loads),
-        "loads": len(loads),
     }
 
 

@@ -101,9 +101,10 @@ def family_of(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile shape of a windowed-distillation kernel: query rows, keys, channels a step, and warps a program.
+    """Tile shape of a windowed-distillation kernel: tokens a program owns, tokens and channels a step, and its warps.
 
-    `rows == keys >= tokens` selects the kernels in which one program owns whole windows; otherwise a window is tiled.
+    `rows == keys >= tokens` selects the kernels in which one program owns whole windows; otherwise a window is tiled,
+    and a program owns `rows` queries, or backward as many keys.
     """
 
     rows: int
@@ -113,7 +114,9 @@ class Tiles:
 
 
 # (family, direction, bits of the inputs) -> rows of (most tokens, most channels, tiles); the first that fits is taken.
-_WINDOWED_DISTILLATION: dict[tuple[str, str, int], tuple[tuple[int, int, Tiles], ...]] = {
+# A key with "nchw" in front serves maps that are not channels_last: each of their elements has an address of its own,
+# so tiles are smaller; where it is missing, the key without it serves them too. A missing family takes Ampere's rows.
+_WINDOWED_DISTILLATION: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles], ...]] = {
     ("ampere", "forward", 16): (
         (16, 256, Tiles(32, 32, 32, 2)),
         (64, 64, Tiles(64, 64, 32, 4)),
@@ -125,10 +128,19 @@ _WINDOWED_DISTILLATION: dict[tuple[str, str, int], tuple[tuple[int, int, Tiles],
         (16, 256, Tiles(32, 32, 32, 2)),
         (64, 64, Tiles(64, 64, 16, 4)),
         (64, 256, Tiles(64, 64, 32, 8)),
-        (1024, 16, Tiles(32, 32, 16, 2)),
-        (1024, 32, Tiles(32, 32, 16, 4)),
-        (1024, 64, Tiles(32, 32, 32, 4)),
+        (1024, 32, Tiles(128, 32, 32, 8)),
+        (1024, 64, Tiles(128, 16, 16, 8)),
+        (1024, 128, Tiles(64, 32, 32, 8)),
         (1024, 256, Tiles(32, 32, 32, 8)),
+    ),
+    ("nchw", "ampere", "backward", 16): (
+        (16, 256, Tiles(32, 32, 16, 2)),
+        (64, 16, Tiles(64, 64, 16, 8)),
+        (64, 64, Tiles(64, 64, 16, 4)),
+        (64, 256, Tiles(64, 64, 32, 8)),
+        (1024, 32, Tiles(128, 16, 16, 8)),
+        (1024, 64, Tiles(64, 16, 16, 8)),
+        (1024, 256, Tiles(32, 16, 16, 8)),
     ),
     ("hopper", "forward", 16): (
         (16, 256, Tiles(32, 32, 32, 2)),
@@ -139,9 +151,17 @@ _WINDOWED_DISTILLATION: dict[tuple[str, str, int], tuple[tuple[int, int, Tiles],
     ("hopper", "backward", 16): (
         (16, 256, Tiles(32, 32, 16, 2)),
         (64, 256, Tiles(64, 64, 32, 4)),
-        (1024, 16, Tiles(32, 32, 16, 2)),
-        (1024, 64, Tiles(32, 32, 32, 4)),
+        (1024, 32, Tiles(128, 32, 32, 8)),
+        (1024, 64, Tiles(128, 16, 16, 8)),
+        (1024, 128, Tiles(64, 32, 32, 8)),
         (1024, 256, Tiles(32, 32, 32, 8)),
+    ),
+    ("nchw", "hopper", "backward", 16): (
+        (16, 256, Tiles(32, 32, 16, 2)),
+        (64, 256, Tiles(64, 64, 16, 8)),
+        (1024, 32, Tiles(128, 16, 16, 8)),
+        (1024, 64, Tiles(64, 16, 16, 8)),
+        (1024, 256, Tiles(32, 16, 16, 8)),
     ),
     # Warps of 64 lanes: with 16 channels, fewer of them keep a lane's share of a load at 128 bits.
     ("cdna", "forward", 16): (
@@ -157,9 +177,19 @@ _WINDOWED_DISTILLATION: dict[tuple[str, str, int], tuple[tuple[int, int, Tiles],
         (16, 256, Tiles(32, 32, 32, 2)),
         (64, 16, Tiles(64, 64, 16, 2)),
         (64, 256, Tiles(64, 64, 32, 4)),
-        (1024, 16, Tiles(32, 32, 16, 1)),
-        (1024, 32, Tiles(32, 32, 32, 2)),
+        (1024, 16, Tiles(128, 32, 16, 4)),
+        (1024, 64, Tiles(128, 32, 32, 4)),
+        (1024, 128, Tiles(64, 32, 32, 4)),
         (1024, 256, Tiles(32, 32, 32, 4)),
+    ),
+    ("nchw", "cdna", "backward", 16): (
+        (16, 16, Tiles(32, 32, 16, 1)),
+        (16, 256, Tiles(32, 32, 32, 2)),
+        (64, 16, Tiles(64, 64, 16, 2)),
+        (64, 256, Tiles(64, 64, 32, 4)),
+        (1024, 32, Tiles(128, 32, 16, 4)),
+        (1024, 64, Tiles(64, 32, 32, 4)),
+        (1024, 256, Tiles(32, 32, 16, 4)),
     ),
     # Three TF32 products in place of one double the operands of every product: only small tiles stay in registers.
     ("ampere", "forward", 32): (
@@ -168,9 +198,15 @@ _WINDOWED_DISTILLATION: dict[tuple[str, str, int], tuple[tuple[int, int, Tiles],
     ),
     ("ampere", "backward", 32): (
         (16, 256, Tiles(16, 16, 16, 1)),
-        (1024, 16, Tiles(16, 16, 16, 2)),
-        (1024, 32, Tiles(16, 16, 16, 4)),
+        (1024, 32, Tiles(64, 16, 16, 8)),
+        (1024, 64, Tiles(32, 16, 16, 8)),
         (1024, 256, Tiles(16, 16, 16, 8)),
+    ),
+    ("cdna", "backward", 32): (
+        (16, 256, Tiles(16, 16, 16, 1)),
+        (1024, 32, Tiles(64, 16, 16, 4)),
+        (1024, 64, Tiles(32, 16, 16, 4)),
+        (1024, 256, Tiles(16, 16, 16, 4)),
     ),
     # float64 serves the tests of the equations; the interpreter is slow by the step, and large tiles are few steps.
     ("ampere", "forward", 64): ((1024, 256, Tiles(16, 16, 16, 4)),),
@@ -189,13 +225,20 @@ _WINDOWED_DISTILLATION: dict[tuple[str, str, int], tuple[tuple[int, int, Tiles],
 }
 
 
-def windowed_distillation_tiles(family: str, direction: str, dtype: torch.dtype, tokens: int, dim: int) -> Tiles:
+def windowed_distillation_tiles(
+    family: str, direction: str, dtype: torch.dtype, tokens: int, dim: int, channels_last: bool
+) -> Tiles:
     """The tiles of `direction` (`"forward"` or `"backward"`) for windows of `tokens` tokens and `dim` channels.
 
-    A family without rows of its own takes Ampere's: the interpreter so runs tiles that ship.
+    `channels_last` tells whether both maps are. A family without rows of its own takes Ampere's: the interpreter so
+    runs tiles that ship.
     """
-    bits = dtype.itemsize * 8
-    rows = _WINDOWED_DISTILLATION.get((family, direction, bits)) or _WINDOWED_DISTILLATION["ampere", direction, bits]
+    key = (family, direction, dtype.itemsize * 8)
+    if key not in _WINDOWED_DISTILLATION:
+        key = ("ampere", *key[1:])
+    rows = _WINDOWED_DISTILLATION[key]
+    if not channels_last:
+        rows = _WINDOWED_DISTILLATION.get(("nchw", *key), rows)
     return next(tiles for most_tokens, most_dim, tiles in rows if tokens <= most_tokens and dim <= most_dim)
 
 
@@ -211,15 +254,15 @@ class PrototypeTiles:
 
 
 # kernel -> rows of (most classes, tiles); the first that fits is taken. One table serves every family. The more
-# classes, the more pixels a program takes, so that its table of class means stays small against the features it reads.
-# More than 64 classes at once spill, whatever the tile: the product with their means wants them all in registers.
+# classes, the more pixels a program takes, so that the class sums it writes stay small against the features it reads,
+# and the fewer channels, so that all classes fit its registers.
 _PROTOTYPES: dict[str, tuple[tuple[int, PrototypeTiles], ...]] = {
     "statistics": (
         (16, PrototypeTiles(64, 32, 16, 8, 4)),
         (32, PrototypeTiles(64, 32, 32, 8, 4)),
         (64, PrototypeTiles(64, 32, 64, 16, 8)),
-        (128, PrototypeTiles(64, 32, 64, 32, 8)),
-        (256, PrototypeTiles(64, 32, 64, 64, 8)),
+        (128, PrototypeTiles(64, 32, 128, 32, 8)),
+        (256, PrototypeTiles(64, 16, 256, 64, 8)),
     ),
     "inverse_norms": ((256, PrototypeTiles(32, 64, 0, 1, 4)),),
     "gradient": ((256, PrototypeTiles(64, 64, 0, 1, 4)),),

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sward.data import camvid, cityscapes, folder, polyps, scenes
-from sward.data.files import read_image
+from sward.data.files import CorruptFileError, OnCorrupt, PairedFiles, read_image
 from sward.data.sample import (
     IGNORE_INDEX,
     DatasetInfo,
@@ -40,13 +40,16 @@ __all__ = [
     "IGNORE_INDEX",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "CorruptFileError",
     "DatasetInfo",
     "DatasetNotFoundError",
     "EvaluationBatch",
     "EvaluationTransform",
+    "OnCorrupt",
     "Sample",
     "SegmentationDataset",
     "build",
+    "build_for_packing",
     "collate_evaluation",
     "default_image_size",
     "denormalise",
@@ -110,6 +113,9 @@ def build(
     split_by: str | None = None,
     num_classes: int | None = None,
     count: int | None = None,
+    packed: str = "auto",
+    on_corrupt: OnCorrupt = "stop",
+    views: int | None = None,
 ) -> SegmentationDataset:
     """Build a data set.
 
@@ -126,10 +132,15 @@ def build(
         split_by: `cvc_clinicdb` and `cvc_colondb` only; None for `"sequence"`. See `polyps.Polyps`.
         num_classes: `folder` only, where it is required.
         count: `scenes` only: number of images.
+        packed: `"auto"` reads the pack in the data set's folder if there is one (`sward.data.packed`), `"none"` decodes
+            the files, a path names a pack that lies elsewhere. The samples are the same, bit for bit.
+        on_corrupt: what to do about an image or mask that cannot be read: `"stop"` raises an error that names it,
+            `"skip"` warns once a file and hands out the next frame in its place. For training sets only.
+        views: fixed augmented views an image, for a cache of teacher features; None draws new ones each epoch.
 
     Raises:
         DatasetNotFoundError: the data set is missing or incomplete.
-        ValueError: unknown name or split, or an argument this data set does not take.
+        ValueError: unknown name or split, an argument this data set does not take, or a pack that is stale.
     """
     info = describe(name, num_classes=num_classes)
     size = parse_size(default_image_size(name) if image_size is None else image_size)
@@ -137,18 +148,72 @@ def build(
         raise ValueError(f"split_by is for cvc_clinicdb and cvc_colondb; {name} comes with its own split")
     if count is not None and name != "scenes":
         raise ValueError(f"count is for scenes, whose images are generated; {name} has the images it has")
+    if views is not None and (views < 1 or not train):
+        raise ValueError(f"views must be at least 1 and is for training sets, got {views}")
+    if on_corrupt != "stop" and not train:
+        raise ValueError("on_corrupt is for training sets: a score without some of the images is another score")
+    dataset: SegmentationDataset
     if name == "scenes":
-        return scenes.Scenes(split, size, train=train, seed=seed, count=count)
+        if packed not in ("auto", "none"):
+            raise ValueError(f"packed is {packed!r}, but scenes are generated: there is nothing to pack")
+        dataset = scenes.Scenes(split, size, train=train, seed=seed, count=count)
+    else:
+        dataset = _from_files(info, _root(root), split, size, split_by=split_by, train=train, seed=seed)
+        dataset.set_on_corrupt(on_corrupt)
+        dataset.use_pack(packed)
+    dataset.views = views
+    return dataset
 
-    where = Path(root or os.environ.get("SWARD_DATA") or "data")
-    if name == "cityscapes":
+
+def build_for_packing(
+    name: str, *, root: str | Path | None = None, split_by: str | None = None, num_classes: int | None = None
+) -> list[PairedFiles]:
+    """Every split of a data set, for `sward.data.packing.pack`; arguments as in `build`.
+
+    Args:
+        split_by: polyps only; None packs every frame, a list packs the frames that it names.
+
+    Raises:
+        DatasetNotFoundError: the data set is missing or incomplete, or has none of its splits.
+        ValueError: unknown name, or `scenes`, which has no files.
+    """
+    info = describe(name, num_classes=num_classes)
+    where = _root(root)
+    size = default_image_size(name)
+    if name == "scenes":
+        raise ValueError("scenes are generated: there is nothing to pack")
+    if name in ("cvc_clinicdb", "cvc_colondb"):
+        # Any one rule that puts every frame into some split will do.
+        by = split_by or "ratio"
+        return [_from_files(info, where, split, size, split_by=by, train=False) for split in polyps.SPLITS]
+    if split_by is not None:
+        raise ValueError(f"split_by is for cvc_clinicdb and cvc_colondb; {name} comes with its own split")
+    module = {"cityscapes": cityscapes, "camvid": camvid, "folder": folder}[name]
+    return [_from_files(info, where, split, size, train=False) for split in module.splits(where)]
+
+
+def _from_files(
+    info: DatasetInfo,
+    where: Path,
+    split: str,
+    size: tuple[int, int],
+    *,
+    train: bool,
+    split_by: str | None = None,
+    seed: int = 0,
+) -> PairedFiles:
+    if info.name == "cityscapes":
         return cityscapes.Cityscapes(where, split, size, train=train, seed=seed)
-    if name == "camvid":
+    if info.name == "camvid":
         return camvid.CamVid(where, split, size, train=train, seed=seed)
-    if name == "folder":
+    if info.name == "folder":
         return folder.ImageFolder(where, split, size, info=info, train=train, seed=seed)
-    release = polyps.CLINICDB if name == "cvc_clinicdb" else polyps.COLONDB
+    release = polyps.CLINICDB if info.name == "cvc_clinicdb" else polyps.COLONDB
     return polyps.Polyps(release, where, split, size, split_by=split_by or "sequence", train=train, seed=seed)
+
+
+def _root(root: str | Path | None) -> Path:
+    return Path(root or os.environ.get("SWARD_DATA") or "data")
 
 
 def _check_name(name: str) -> None:

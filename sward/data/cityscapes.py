@@ -44,6 +44,7 @@ INFO = DatasetInfo(
 )
 HIGHEST_LABEL_ID = 33
 
+SPLITS = ("train", "val")
 SOURCE = (
     "register at https://www.cityscapes-dataset.com, download leftImg8bit_trainvaltest.zip and "
     "gtFine_trainvaltest.zip, and unpack both into one folder named cityscapes"
@@ -72,11 +73,11 @@ class Cityscapes(PairedFiles):
     def __init__(self, root: Path, split: str, image_size: tuple[int, int], *, train: bool, seed: int = 0) -> None:
         if split == "test":
             raise ValueError("cityscapes keeps the labels of its test images to itself: evaluate on the split 'val'")
-        if split not in ("train", "val"):
+        if split not in SPLITS:
             raise ValueError(f"cityscapes has the splits train and val, not {split!r}")
-        folder = locate("Cityscapes", root, ("cityscapes", "Cityscapes"), (("leftImg8bit", "gtFine"),), SOURCE)
+        folder = _locate(root)
         transform = street_training(image_size) if train else EvaluationTransform()
-        super().__init__(INFO, _find(folder, split), transform, seed)
+        super().__init__(INFO, folder, _find(folder, split), transform, seed)
 
     def decode(self, mask: Image, path: Path) -> NDArray[np.uint8]:
         """labelIds 0 to 33 (255: no label) to trainIds 0 to 18 and 255."""
@@ -87,6 +88,23 @@ class Cityscapes(PairedFiles):
                 f"mask {path} holds the value {values[wrong][0]}, but Cityscapes labelIds are 0 to {HIGHEST_LABEL_ID}"
             )
         return TRAIN_IDS[values]
+
+
+def splits(root: Path) -> list[str]:
+    """The splits that are there.
+
+    Raises:
+        DatasetNotFoundError: there is none.
+    """
+    folder = _locate(root)
+    found = [split for split in SPLITS if (folder / "leftImg8bit" / split).is_dir()]
+    if not found:
+        raise DatasetNotFoundError(f"Cityscapes in {folder} is incomplete: it has no split; {SOURCE}")
+    return found
+
+
+def _locate(root: Path) -> Path:
+    return locate("Cityscapes", root, ("cityscapes", "Cityscapes"), (("leftImg8bit", "gtFine"),), SOURCE)
 
 
 def _train_ids() -> NDArray[np.uint8]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import struct
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sward.data.packed import PackedFrames, find_pack
 from sward.data.sample import DatasetInfo, DatasetNotFoundError, SegmentationDataset, Transform
 
 if TYPE_CHECKING:
@@ -20,7 +22,20 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
+# What Pillow raises, depending on the format and on where the damage is.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+
+OnCorrupt = Literal["stop", "skip"]
+"""What to do about an image or a mask that cannot be read."""
+
+
+class CorruptFileError(ValueError):
+    """An image or a mask is damaged, or is no image at all. The message names the file."""
+
+
 class Pair(NamedTuple):
+    """A frame's name and its two files."""
+
     name: str
     image: Path
     mask: Path
@@ -30,18 +45,60 @@ class PairedFiles(SegmentationDataset):
     """A data set of image files and mask files.
 
     Subclasses override `decode` where a mask file does not hold class indices.
+
+    Args:
+        folder: the data set's own, above all its files.
+        pairs: the frames.
+        transform, seed: see `SegmentationDataset`.
     """
 
-    def __init__(self, info: DatasetInfo, pairs: Sequence[Pair], transform: Transform, seed: int) -> None:
+    def __init__(self, info: DatasetInfo, folder: Path, pairs: Sequence[Pair], transform: Transform, seed: int) -> None:
         super().__init__(info, transform, seed)
+        self.folder = folder
         self.pairs = list(pairs)
+        self.on_corrupt: OnCorrupt = "stop"
+        self.packed: PackedFrames | None = None
+        # Shared memory: a file that one loader process has warned of is not worth a second line from another.
+        self._warned = torch.zeros(len(self.pairs), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def use_pack(self, where: str) -> None:
+        """Reads from a pack from now on: `"auto"`, `"none"` or a path; see `sward.data.packed.find_pack`."""
+        self.packed = find_pack(where, self.info.name, self.info.num_classes, self.folder, self.pairs)
+
+    def set_on_corrupt(self, on_corrupt: OnCorrupt) -> None:
+        """With `"skip"`, the next frame that can be read takes the place of one that cannot, with one warning a file.
+
+        Raises:
+            ValueError: neither `"stop"` nor `"skip"`.
+        """
+        if on_corrupt not in get_args(OnCorrupt):
+            raise ValueError(f"on_corrupt must be 'stop' or 'skip', got {on_corrupt!r}")
+        self.on_corrupt = on_corrupt
+
     def read(self, index: int) -> tuple[Tensor, Tensor, str]:
         """Raises ValueError, naming the file, for a file that cannot be read, sizes that differ, or a wrong label."""
+        for candidate in (*range(index, len(self)), *range(index)):
+            try:
+                return self._read(candidate)
+            except CorruptFileError as error:
+                if self.on_corrupt == "stop":
+                    raise
+                if not self._warned[candidate]:
+                    self._warned[candidate] = True
+                    warnings.warn(f"skipped: {error}", stacklevel=2)
+        raise CorruptFileError(f"none of the {len(self)} images of {self.info.name} in {self.folder} can be read")
+
+    def _read(self, index: int) -> tuple[Tensor, Tensor, str]:
         pair = self.pairs[index]
+        if self.packed is not None and index in self.packed:
+            return *self.packed.read(index), pair.name
+        return *self.read_files(pair), pair.name
+
+    def read_files(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """Decodes an image and its mask; see `read`."""
         image = read_image(pair.image)
         labels = self.decode(_open(pair.mask), pair.mask)
         if labels.shape != image.shape[1:]:
@@ -49,7 +106,7 @@ class PairedFiles(SegmentationDataset):
                 f"image {pair.image} is {image.shape[2]} x {image.shape[1]} pixels but its mask {pair.mask} is "
                 f"{labels.shape[1]} x {labels.shape[0]}: they must be the same size"
             )
-        return image, torch.from_numpy(labels), pair.name
+        return image, torch.from_numpy(labels)
 
     def decode(self, mask: Image, path: Path) -> NDArray[np.uint8]:
         """Class indices and ignore_index, `[H, W]` uint8, from a mask file that holds exactly these."""
@@ -68,9 +125,20 @@ def read_image(path: str | Path) -> Tensor:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an image, or damaged.
+        CorruptFileError: not an image, or damaged.
     """
     return torch.from_numpy(np.array(_open(Path(path)).convert("RGB"))).permute(2, 0, 1)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """`(height, width)` from the head of an image file; `(0, 0)` if that cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except _DAMAGE:
+        return 0, 0
 
 
 def indices(mask: Image, path: Path) -> NDArray[np.integer]:
@@ -168,6 +236,6 @@ def _open(path: Path) -> Image:
             image.load()
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no image file {path}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise ValueError(f"cannot read {path} as an image: it is damaged or not an image ({error})") from error
+    except _DAMAGE as error:
+        raise CorruptFileError(f"cannot read {path} as an image: it is damaged or not an image ({error})") from error
     return image

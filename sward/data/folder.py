@@ -51,7 +51,20 @@ class ImageFolder(PairedFiles):
                 f"the folder data set in {folder} is empty: images/{split} holds no image; {SOURCE}"
             )
         transform = street_training(image_size, resize_first=True) if train else EvaluationTransform(image_size)
-        super().__init__(info, pairs, transform, seed)
+        super().__init__(info, folder, pairs, transform, seed)
+
+
+def splits(root: Path) -> list[str]:
+    """The splits that are there: sub-folders that `images` and `masks` share.
+
+    Raises:
+        DatasetNotFoundError: there is none.
+    """
+    folder = locate("the folder data set", root, (), (("images", "masks"),), SOURCE)
+    images, masks = ({path.name for path in (folder / kind).iterdir() if path.is_dir()} for kind in ("images", "masks"))
+    if not images & masks:
+        raise DatasetNotFoundError(f"the folder data set in {folder} is empty: it has no split; {SOURCE}")
+    return sorted(images & masks)
 
 
 def describe(num_classes: int | None) -> DatasetInfo:

@@ -114,7 +114,8 @@ class Polyps(PairedFiles):
         images, masks = next(layout for layout in LAYOUTS if all((folder / part).is_dir() for part in layout))
         frames = {pair.name: pair for pair in pair_by_name(folder / images, folder / masks)}
         transform = polyp_training(image_size) if train else EvaluationTransform(image_size)
-        super().__init__(release.info, _select(release, folder, frames, split, split_by), transform, seed)
+        pairs = _select(release, folder, frames, split, split_by)
+        super().__init__(release.info, folder, pairs, transform, seed)
 
     def decode(self, mask: Image, path: Path) -> NDArray[np.uint8]:
         return (np.asarray(mask.convert("L")) > MASK_THRESHOLD).astype(np.uint8)

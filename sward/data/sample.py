@@ -93,7 +93,8 @@ class SegmentationDataset(Dataset[Sample], ABC):
 
     The random draws of `dataset[index]` depend on `(seed, epoch, index)` alone. They do not depend on the number
     of workers, on the order of the samples, or on what else draws from torch's random state, and they leave that
-    state as it was. Call `set_epoch` before each pass; it reaches persistent workers too.
+    state as it was. Call `set_epoch` before each pass; it reaches persistent workers too. Set `views` to `K` and only
+    `epoch % K` counts: each image then has `K` fixed views, whose teacher features can be kept.
 
     Args:
         info: the facts of the data set.
@@ -110,6 +111,7 @@ class SegmentationDataset(Dataset[Sample], ABC):
         self.info = info
         self.transform = transform
         self.seed = seed
+        self.views: int | None = None
         # Shared memory: a worker that outlives the epoch sees the new number without being started again.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -137,7 +139,8 @@ class SegmentationDataset(Dataset[Sample], ABC):
         # torchvision draws from torch's global generator and takes no other. Only the CPU generator is seeded:
         # torch.manual_seed would reset the GPU's as well.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(sample_seed(self.seed, self.epoch, index))
+            view = self.epoch if self.views is None else self.epoch % self.views
+            torch.default_generator.manual_seed(sample_seed(self.seed, view, index))
             return Sample(*self.transform(image, labels), name)
 
 

@@ -27,9 +27,14 @@ IMAGE_FILL = 0
 
 
 def normalise(image: Tensor) -> Tensor:
-    """`[..., 3, H, W]` uint8 to float32 with ImageNet's statistics."""
-    mean, std = (image.new_tensor(values, dtype=torch.float32)[:, None, None] for values in _STATISTICS)
-    return (image / 255 - mean) / std
+    """`[..., 3, H, W]` uint8 to contiguous float32 with ImageNet's statistics."""
+    result = torch.empty(image.shape, device=image.device)
+    # One channel at a time and in place: a third of the time, as a channel stays in the cache. Decoded images have
+    # their channels innermost; to part them here costs less than to stack such images into a batch.
+    for channel, (mean, std) in enumerate(zip(*_STATISTICS)):
+        plane = result[..., channel, :, :]
+        plane.copy_(image[..., channel, :, :]).div_(255).sub_(mean).div_(std)
+    return result
 
 
 def denormalise(image: Tensor) -> Tensor:

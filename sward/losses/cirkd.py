@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from sward.alignment import resize_labels, resize_to_common
 from sward.losses.class_queue import ClassQueue, ClassRows, pick_rows
 from sward.losses.classic import pixel_divergence
+from sward.losses.global_mean import mean_count
 from sward.losses.pairs import TapComparison, require_same_classes
 from sward.losses.protocol import LOGITS, DistillationOutput
 from sward_kernels import relational_kl
@@ -160,8 +161,12 @@ class CIRKDLoss(TapComparison):
             classes = self._classes(resize_labels(labels, (height, width))).flatten(1)
             terms |= self._memory_terms(self.projector(student_map), teacher_map, classes)
         terms = {name: terms.get(name, student_map.new_zeros(())) for name in _TERMS}
-        loss = torch.stack([weight * term for weight, term in zip(self.weights, terms.values())]).sum()
-        return DistillationOutput(loss, {name: term.detach().float() for name, term in terms.items()})
+        weighted = {name: weight * term for weight, (name, term) in zip(self.weights, terms.items())}
+        return DistillationOutput(
+            torch.stack(list(weighted.values())).sum(),
+            {name: term.detach().float() for name, term in terms.items()},
+            {name: term.detach().float() for name, term in weighted.items()},
+        )
 
     def _pooled(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         if self.max_pixels is None:
@@ -195,7 +200,7 @@ class CIRKDLoss(TapComparison):
         # The step seeds the draw, so that a resumed run goes on as it would have and all ranks draw alike.
         generator = torch.Generator().manual_seed(_mixed(self.seed, self._step, 1))
         labelled = classes != self.num_classes
-        row_weights = labelled / labelled.sum().clamp(min=1)
+        row_weights = labelled / mean_count(labelled, self._processes())
         terms = {}
         queues = (self.pixel_queue, self.region_queue)
         for name, queue, count, weight in zip(_TERMS[2:], queues, self.keys, self.weights[2:]):
@@ -211,10 +216,15 @@ class CIRKDLoss(TapComparison):
                 )
         return terms
 
+    def _processes(self) -> ProcessGroup | None:
+        if self.process_group is None and dist.is_available() and dist.is_initialized():
+            return dist.group.WORLD
+        return self.process_group
+
     def _remember(self, teacher_units: Tensor, classes: Tensor) -> None:
-        distributed = dist.is_available() and dist.is_initialized()
-        ranks = dist.get_world_size(self.process_group) if distributed else 1
-        rank = dist.get_rank(self.process_group) if distributed else 0
+        processes = self._processes()
+        ranks = 1 if processes is None else dist.get_world_size(processes)
+        rank = 0 if processes is None else dist.get_rank(processes)
         images, pixels = classes.shape
         self._step += 1
         # Drawn for the whole global batch: one process and several then store the same pixels.
@@ -222,7 +232,7 @@ class CIRKDLoss(TapComparison):
         scores = torch.rand(ranks * images, pixels, generator=generator)[rank * images : (rank + 1) * images]
         rows = pick_rows(teacher_units, classes, self.num_classes, scores.to(classes.device), official=self.official)
         if ranks > 1:
-            rows = ClassRows(*(_gathered(part, ranks, self.process_group) for part in rows))
+            rows = ClassRows(*(_gathered(part, ranks, processes) for part in rows))
         self.pixel_queue.enqueue(rows.pixels, rows.pixel_counts)
         self.region_queue.enqueue(rows.regions, rows.region_counts)
 

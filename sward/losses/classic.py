@@ -10,8 +10,10 @@ from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from sward.alignment import ChannelProjection, aligned_size, resize_labels, resize_to_common
+from sward.losses.global_mean import mean_count
 from sward.losses.pairs import TapComparison, require_same_classes, weighted
 from sward.losses.protocol import LOGITS, DistillationOutput
 
@@ -37,13 +39,22 @@ class KDLoss(TapComparison):
         weight: Default 1. (TorchDistiller and SKD average over classes too and leave out `T^2`: their weight of 10
             is a weight of `10 / K` here.)
         ignore_index: pixels with this label are left out; None keeps every pixel, as CIRKD's code does. Default 255.
+        process_group: processes over whose valid pixels the mean runs. Default: this process alone.
     """
 
-    def __init__(self, *, temperature: float = 1.0, weight: float = 1.0, ignore_index: int | None = 255) -> None:
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        weight: float = 1.0,
+        ignore_index: int | None = 255,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
         super().__init__((LOGITS,), (LOGITS,), (None,), (None,))
         self.temperature = temperature
         self.weight = weight
         self.ignore_index = ignore_index
+        self.process_group = process_group
 
     def compare(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor) -> DistillationOutput:
         require_same_classes(student[0], teacher[0])
@@ -52,7 +63,7 @@ class KDLoss(TapComparison):
         if self.ignore_index is None:
             return weighted(self.weight, {"kd": divergence.mean()})
         valid = resize_labels(labels, aligned_size(student_logits, teacher_logits)) != self.ignore_index
-        mean = divergence.where(valid, 0.0).sum() / valid.sum().clamp(min=1)
+        mean = divergence.where(valid, 0.0).sum() / mean_count(valid, self.process_group)
         return weighted(self.weight, {"kd": mean})
 
 

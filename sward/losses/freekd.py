@@ -202,11 +202,13 @@ class FreeKDLoss(TapComparison):
             )
         loss = self.weight * frequency
         terms = {"freekd": frequency.detach().float()}
+        weighted = {"freekd": self.weight * terms["freekd"]}
         if self.mse_weight:
             squared = F.mse_loss(student_map, teacher_map)
             loss = loss + self.mse_weight * squared
             terms["mse"] = squared.detach().float()
-        return DistillationOutput(loss, terms)
+            weighted["mse"] = self.mse_weight * terms["mse"]
+        return DistillationOutput(loss, terms, weighted)
 
 
 def _check_preset(name: str) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sward.alignment import ChannelProjection, aligned_size, resize
+from sward.losses.relation_health import relation_health
 from sward_kernels import WindowedDistillation, windowed_distillation
 
 ShiftStrategy = Literal["stochastic", "deterministic", "none"]
@@ -57,7 +58,8 @@ class MWADLoss(nn.Module):
         teacher_projections: `"learned"` trains `phi` and the teacher's `Theta` with the student, as in the paper;
             `"frozen"` keeps both at a semi-orthogonal start.
         context_reduction: `"sum"` over the `embed_dim` channels as Eq. 13 is written, or `"mean"`.
-        generator: source of the offsets. Default: torch's global generator of the features' device.
+        generator: source of the offsets. Default: torch's global generator of the features' device, the only one
+            that `torch.compile` can trace without a graph break.
         implementation: handed to `sward_kernels.windowed_distillation`.
 
     Shapes:
@@ -149,6 +151,28 @@ class MWADLoss(nn.Module):
         size = aligned_size(teacher, student)
         qkv_student = cast(ChannelProjection, self.theta_student[index]).project_and_resize(student, size)
         return self._project_teacher(index, teacher, size), qkv_student
+
+    @torch.no_grad()
+    def diagnostics(self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Whether the projections still carry a relation worth matching, stage by stage and side by side.
+
+        A pair of projections can lower its loss by forgetting: values that all point one way, attention that is the
+        same everywhere. Then `value_rank` falls towards 1, `value_cosine` and `attention_entropy` rise towards 1.
+
+        Args:
+            student_features: as for `forward`.
+            teacher_features: as for `forward`.
+
+        Returns:
+            `stage0/teacher/value_rank`, `.../value_cosine`, `.../attention_entropy`, the same for `student` and the
+            other stages: fp32 scalars, see `sward.losses.relation_health`. Windows are not shifted.
+        """
+        health: dict[str, Tensor] = {}
+        for index, (student, teacher) in enumerate(zip(student_features, teacher_features)):
+            for side, qkv in zip(("teacher", "student"), self.project(index, student, teacher)):
+                for name, value in relation_health(qkv, self.window_size[index])._asdict().items():
+                    health[f"stage{index}/{side}/{name}"] = value
+        return health
 
     def extra_repr(self) -> str:
         return (

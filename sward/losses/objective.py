@@ -8,8 +8,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from sward.losses.global_mean import mean_count
 from sward.losses.mwad import MWADLoss
+from sward.losses.pairs import full_precision
 from sward.losses.pdr import PDRLoss
 from sward.losses.protocol import DistillationInputs, DistillationLoss, DistillationOutput
 
@@ -19,18 +22,22 @@ class SegmentationCrossEntropy(nn.Module):
 
     Args:
         ignore_index: label that is left out of the mean. Default 255.
+        process_group: processes over whose labelled pixels the mean runs: averaged over them, as
+            `DistributedDataParallel` does, the gradients are those of the global batch. Default: this process alone.
 
     Shapes:
-        logits: `[B, K, H, W]`, or `[B, 1, H, W]` for a binary task with labels 0 and 1; labels: `[B, H, W]` integers.
+        logits: `[B, K, H, W]`, or `[B, 1, H, W]` for a binary task with labels 0 and 1, computed in float32 at least;
+        labels: `[B, H, W]` integers.
         Where no pixel is labelled the loss is 0 with zero gradient, where plain cross-entropy gives NaN.
     """
 
-    def __init__(self, ignore_index: int = 255) -> None:
+    def __init__(self, ignore_index: int = 255, *, process_group: ProcessGroup | None = None) -> None:
         super().__init__()
         self.ignore_index = ignore_index
+        self.process_group = process_group
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        labels = labels.long()
+        logits, labels = full_precision(logits), labels.long()
         valid = labels != self.ignore_index
         if logits.shape[1] == 1:
             target = labels.where(valid, 0).to(logits.dtype)
@@ -38,7 +45,7 @@ class SegmentationCrossEntropy(nn.Module):
             total = pixels.where(valid, 0.0).sum()
         else:
             total = F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="sum")
-        return total / valid.sum().clamp(min=1)
+        return total / mean_count(valid, self.process_group)
 
 
 class SWARDOutput(NamedTuple):
@@ -142,17 +149,21 @@ class SWARDDistillation(DistillationLoss):
         self.mwad = mwad
         self.pdr = pdr
         self.weights = weights
+        if not weights[0]:
+            # Parameters that never get a gradient are a mistake to DDP.
+            mwad.requires_grad_(False)
 
     def forward(self, inputs: DistillationInputs) -> DistillationOutput:
         return _mwad_and_pdr(
-            self.mwad,
-            self.pdr,
-            self.weights,
-            [inputs.student[tap] for tap in self.stage_taps],
-            [inputs.teacher[tap] for tap in self.teacher_taps],
-            inputs.student[self.pdr_tap],
-            inputs.labels,
+            self.mwad, self.pdr, self.weights, *self._stages(inputs), inputs.student[self.pdr_tap], inputs.labels
         )
+
+    def diagnostics(self, inputs: DistillationInputs) -> dict[str, Tensor]:
+        """The health of MWAD's projections, see `MWADLoss.diagnostics`; nothing where MWAD has no weight."""
+        return self.mwad.diagnostics(*self._stages(inputs)) if self.weights[0] else {}
+
+    def _stages(self, inputs: DistillationInputs) -> tuple[list[Tensor], list[Tensor]]:
+        return [inputs.student[tap] for tap in self.stage_taps], [inputs.teacher[tap] for tap in self.teacher_taps]
 
 
 def _mwad_and_pdr(
@@ -168,6 +179,10 @@ def _mwad_and_pdr(
     zero = torch.zeros((), device=pdr_features.device)
     loss = zero
     terms = dict.fromkeys(("mwad", "attention", "value", "context", "pdr", "separation", "compactness"), zero)
+    factors = {
+        **{name: beta * weight for name, weight in zip(("attention", "value", "context"), mwad.weights)},
+        **{name: gamma * weight for name, weight in zip(("separation", "compactness"), pdr.weights)},
+    }
     if beta:
         relations = mwad(student_features, teacher_features)
         loss = loss + beta * relations.loss
@@ -185,4 +200,4 @@ def _mwad_and_pdr(
             "separation": prototypes.separation,
             "compactness": prototypes.compactness,
         }
-    return DistillationOutput(loss, terms)
+    return DistillationOutput(loss, terms, {name: factor * terms[name] for name, factor in factors.items()})

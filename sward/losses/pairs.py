@@ -87,8 +87,11 @@ def require_same_classes(student: Tensor, teacher: Tensor) -> None:
 
 def weighted(weight: float, terms: Mapping[str, Tensor]) -> DistillationOutput:
     """The output of a method whose loss is `weight` times its first term; the other terms are for the log."""
-    first = next(iter(terms.values()))
-    return DistillationOutput(weight * first, {name: term.detach().float() for name, term in terms.items()})
+    name, first = next(iter(terms.items()))
+    loss = weight * first
+    return DistillationOutput(
+        loss, {name: term.detach().float() for name, term in terms.items()}, {name: loss.detach().float()}
+    )
 
 
 def _caught(maps: Mapping[str, Tensor], tap: str, channels: int | None, network: str) -> Tensor:

@@ -35,10 +35,13 @@ class DistillationOutput(NamedTuple):
     Attributes:
         loss: scalar with gradient, all of the method's own weights applied; added to the task loss as it is.
         terms: name -> detached fp32 scalar, unweighted, for the log.
+        weighted: name -> detached fp32 scalar, each term that enters `loss` as it enters it; they add up to `loss`.
+            None if the method does not say.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
+    weighted: dict[str, Tensor] | None = None
 
 
 class DistillationLoss(nn.Module):
@@ -60,3 +63,11 @@ class DistillationLoss(nn.Module):
     def forward(self, inputs: DistillationInputs) -> DistillationOutput:
         """Compares student and teacher for one batch."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(inputs)")
+
+    def diagnostics(self, inputs: DistillationInputs) -> dict[str, Tensor]:
+        """Numbers that show whether the method is healthy, for the log: name -> fp32 scalar. Default: none.
+
+        A trainer calls it now and then, without gradient. It changes no state and draws from no generator, so that a
+        run does not depend on how often it is logged.
+        """
+        return {}

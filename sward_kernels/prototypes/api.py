@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from sward_kernels.fallback import warn_once
 from sward_kernels.prototypes import closed_form, eager, reference
+from sward_kernels.prototypes.classes import class_indices_op
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "compiled", "triton")
 
@@ -90,7 +91,7 @@ def prototype_discrimination(
     # Every implementation chooses its own precision; autocast would lower it in the middle of the formulas.
     with torch.autocast(features.device.type, enabled=False):
         if implementation == "reference":
-            classes = eager.class_indices_op(labels, num_classes, ignore_index)
+            classes = class_indices_op(labels, num_classes, ignore_index)
             loss, *terms, prototypes, counts = reference.prototype_discrimination(
                 features, classes, num_classes, margin, weights, normalize, process_group
             )

@@ -1,52 +1,49 @@
 """Prototype statistics and their gradient in PyTorch, chunk by chunk, for any device.
 
-A chunk is small enough to stay in the processor's cache between the products that read it. The class scatter and
-the gather of class rows are products with the one-hot membership matrix, which run at the speed of the matrix units.
+A chunk is small enough to stay in the processor's cache between the steps that read it. Each class is summed about
+one of its own pixels, so that features far from 0 keep their digits and one pass is enough. The scatter into classes
+and the gather of class rows are products with the one-hot membership matrix, at the speed of the matrix units.
+
+`compiled` fuses the gather of a few classes with the arithmetic around it through `torch.compile`; for more classes
+the products are faster, and `compiled` is `eager`.
 """
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sward_kernels.prototypes.closed_form import NORM_FLOOR, Passes
+from sward_kernels.prototypes.classes import class_indices, inverse_norms, one_pixel_of_each_class, statistics_about
+from sward_kernels.prototypes.closed_form import Passes
 from sward_kernels.registration import register
 
-# Features of one chunk, in bytes. On two CPU threads with 32 MiB of shared cache 8 MiB is best of 1 to 16: smaller
-# chunks wait for threads, larger ones for memory. A GPU needs larger products.
-_CHUNK_BYTES = {"cpu": 8 * 2**20}
+# Features of one chunk, in bytes. A GPU needs larger products.
+_CHUNK_BYTES = {"cpu": 5 * 2**20}
 _CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 # Longest sum over pixels in fp32; the rest is summed in float64.
 _CHUNK_PIXELS = 4096
+# Up to this many classes comparing with each costs less than the product with the membership matrix.
+_COMPARED_CLASSES = 8
 
 
-def class_indices(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """Labels of any integer dtype as int64 classes in `0..num_classes`, where `num_classes` means no class.
+class Steps(NamedTuple):
+    """What `eager` and `compiled` do differently. Matrices are `[b, C, P]`, with P pixels; tables `[K, C]`.
 
-    Raises:
-        ValueError: on the CPU, for a label that is neither a class nor `ignore_index`.
+    Attributes:
+        accumulate: `(matrices, classes [b, P], member [b, K, P], shift, room [b, C, P])` returns of the deviations
+            `f - shift[k]` the sums `[b, C, K]` and each pixel's sum of squares `[b, P]`. Works in `room`, which may be
+            `matrices`.
+        combine: `(destination, matrices, classes, member, slope [K], offset)` writes `slope[k] f + offset[k]`, and 0
+            for a pixel of no class, into `destination [b, C, P]`.
     """
-    classes = labels.long()
-    ignored = classes == ignore_index
-    outside = ((classes < 0) | (classes >= num_classes)) & ~ignored
-    if labels.device.type == "cpu" and bool(outside.any()):
-        raise ValueError(
-            f"labels hold {int(classes[outside][0])}, which is neither a class in 0..{num_classes - 1} "
-            f"nor ignore_index={ignore_index}."
-        )
-    return classes.masked_fill(ignored | outside, num_classes)
 
-
-class_indices_op = register(
-    "prototype_class_indices(Tensor labels, int num_classes, int ignore_index) -> Tensor",
-    class_indices,
-    lambda labels, num_classes, ignore_index: torch.empty_like(labels, dtype=torch.int64),
-)
+    accumulate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    combine: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 def _chunks(features: Tensor) -> Iterator[tuple[slice, slice, slice, slice]]:
@@ -63,139 +60,116 @@ def _chunks(features: Tensor) -> Iterator[tuple[slice, slice, slice, slice]]:
             yield slice(image, image + images), slice(None), slice(row, row + rows), slice(None)
 
 
-def _as_matrices(features: Tensor) -> tuple[Tensor, bool]:
-    """`[b, C, h, w]` as `[b, h*w, C]` (and True) where a pixel's channels lie together, else as `[b, C, h*w]`.
+def _rows_of(num_classes: int) -> int:
+    """Rows of a membership matrix: the classes, one row for pixels of no class, and more up to a multiple of 8.
 
-    A view for NCHW and channels_last features, also for slices of them.
+    CPU products are fastest there.
     """
-    pixel_major = features.stride(1) == 1 and features.stride(3) >= features.shape[1]
-    matrices = features.permute(0, 2, 3, 1).flatten(1, 2) if pixel_major else features.flatten(2)
-    return matrices, pixel_major
+    return (num_classes // 8 + 1) * 8
+
+
+def _padded(table: Tensor) -> Tensor:
+    """The table with zero rows for what is no class."""
+    return torch.cat([table, table.new_zeros(_rows_of(len(table)) - len(table), *table.shape[1:])])
 
 
 def _membership(classes: Tensor, num_classes: int, precision: torch.dtype) -> Tensor:
-    """One-hot `[b, K, h*w]`; the column of a pixel of no class is 0."""
-    class_ids = torch.arange(num_classes, device=classes.device)[:, None]
-    return (classes.flatten(1)[:, None] == class_ids).to(precision)
+    """One-hot `[b, _rows_of(K), P]` of `classes [b, P]`."""
+    batch, pixels = classes.shape
+    member = torch.zeros(batch, _rows_of(num_classes), pixels, dtype=precision, device=classes.device)
+    return member.scatter_(1, classes[:, None], 1.0)
 
 
-def _gather_operands(table: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-    """`[b, K, C]` and `[b, K, h*w]` whose product over K picks each pixel's row of the table.
-
-    CPU libraries take twice as long for an inner dimension of 2 as for one of 8, hence the zero rows.
-    """
-    missing = max(0, 8 - table.shape[0])
-    if missing:
-        table = torch.nn.functional.pad(table, (0, 0, 0, missing))
-        member = torch.nn.functional.pad(member, (0, 0, 0, missing))
-    return table.expand(member.shape[0], *table.shape), member
+def _add_own_rows(matrices: Tensor, table: Tensor, member: Tensor, sign: int = 1) -> None:
+    """Adds `sign * table[k]` to each pixel of class k, in place."""
+    columns = _padded(table).T
+    for image, own in zip(matrices, member):  # the batched product of MKL takes twice as long
+        image.addmm_(columns, own, alpha=sign)
 
 
-def _inverse_norms(matrices: Tensor, channel_axis: int) -> Tensor:
-    """`1 / |f|` of each pixel, 0 for the zero vector; keeps the reduced axis."""
-    norm = matrices.square().sum(channel_axis, keepdim=True).sqrt()
-    return norm.reciprocal().masked_fill(norm <= NORM_FLOOR, 0)
+def _accumulate(
+    matrices: Tensor, classes: Tensor, member: Tensor, shift: Tensor, room: Tensor
+) -> tuple[Tensor, Tensor]:
+    deviations = room.copy_(matrices)
+    _add_own_rows(deviations, shift, member, sign=-1)
+    sums = torch.bmm(deviations, member.mT)
+    return sums, deviations.square_().sum(1)
 
 
-def _sum_over_pixels(member: Tensor, matrices: Tensor, pixel_major: bool) -> Tensor:
-    """Float64 `[K, C]`: sum of the pixels of each class."""
-    return torch.bmm(member, matrices if pixel_major else matrices.mT).double().sum(0)
-
-
-def chunk_statistics(
-    features: Tensor, classes: Tensor, num_classes: int, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Float64 `(counts [K], means [K, C], scatter [K])` of one chunk `[b, C, h, w]`, about its own means."""
-    matrices, pixel_major = _as_matrices(features)
-    matrices = matrices.to(torch.promote_types(features.dtype, torch.float32))
-    channel_axis = 2 if pixel_major else 1
-    if normalize:
-        matrices = matrices * _inverse_norms(matrices, channel_axis)
-    member = _membership(classes, num_classes, matrices.dtype)
-
-    counts = member.sum(2).double().sum(0)
-    divisor = counts.clamp(min=1)
-    per_class = _sum_over_pixels(member, matrices, pixel_major) / divisor[:, None]
-    rough_means = per_class.to(matrices.dtype)
-    rows, selector = _gather_operands(rough_means, member)
-    if pixel_major:
-        deviations = torch.baddbmm(matrices, selector.mT, rows, alpha=-1)
-    else:
-        deviations = torch.baddbmm(matrices, rows.mT, selector, alpha=-1)
-    # An fp32 sum of features around 1000 has lost digits that the gradient is made of; the deviations' sum has them.
-    correction = _sum_over_pixels(member, deviations, pixel_major) / divisor[:, None]
-    means = rough_means.double() + correction
-    distances = deviations.square_().sum(channel_axis)
-    scatter = torch.bmm(member, distances[:, :, None]).double().sum(0)[:, 0]
-    scatter = (scatter - counts * correction.square().sum(1)).clamp(min=0)
-    return counts, means, scatter
-
-
-def chunk_gradient(features: Tensor, classes: Tensor, slope: Tensor, offset: Tensor, normalize: bool) -> Tensor:
-    """Gradient of one chunk `[b, C, h, w]` as `Passes.gradient` defines it, in the tables' dtype."""
-    matrices, pixel_major = _as_matrices(features)
-    matrices = matrices.to(slope.dtype)
-    member = _membership(classes, slope.shape[0], slope.dtype)
-    rows, selector = _gather_operands(offset, member)
-    gradient = torch.bmm(selector.mT, rows) if pixel_major else torch.bmm(rows.mT, selector)
-    channel_axis = 2 if pixel_major else 1
-    if normalize:
-        inverse = _inverse_norms(matrices, channel_axis)
-        along = (gradient * matrices).sum(channel_axis, keepdim=True) * inverse * inverse
-        gradient = gradient.addcmul_(matrices, along, value=-1).mul_(inverse)
-    else:
-        slopes = torch.cat([slope, slope.new_zeros(1)])[classes.flatten(1)]  # the last one serves pixels of no class
-        gradient.addcmul_(matrices, slopes.unsqueeze(channel_axis))
-    return (gradient.mT if pixel_major else gradient).unflatten(2, features.shape[2:])
+def _combine(
+    destination: Tensor, matrices: Tensor, classes: Tensor, member: Tensor, slope: Tensor, offset: Tensor
+) -> None:
+    torch.mul(matrices, (_padded(slope) @ member)[:, None], out=destination)
+    _add_own_rows(destination, offset, member)
 
 
 def statistics(
-    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool, steps: Steps
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of the whole batch: the chunks' statistics merged in order by Chan's formula, in float64."""
+    """Statistics of the whole batch: sums about one pixel of each class, over the chunks in float64."""
     classes = class_indices(labels, num_classes, ignore_index)
-    counts = torch.zeros(num_classes, dtype=torch.float64, device=features.device)
-    means = counts.new_zeros(num_classes, features.shape[1])
-    scatter = torch.zeros_like(counts)
-    for block in _chunks(features):
-        images, _, rows, _ = block
-        chunk_counts, chunk_means, chunk_scatter = chunk_statistics(
-            features[block], classes[images, rows], num_classes, normalize
-        )
-        total = counts + chunk_counts
-        share = chunk_counts / total.clamp(min=1)
-        step = chunk_means - means
-        scatter += chunk_scatter + step.square().sum(1) * counts * share
-        means += step * share[:, None]
-        counts = total
-    return counts.long(), means, scatter
+    precision = torch.promote_types(features.dtype, torch.float32)
+    shift = one_pixel_of_each_class(features, classes, num_classes, precision, normalize)
+    sums = torch.zeros_like(shift, dtype=torch.float64)
+    squares = sums.new_zeros(num_classes)
+    room = _room(features, precision)
+    for where in _chunks(features):
+        images, _, rows, _ = where
+        own_classes = classes[images, rows].flatten(1)
+        matrices = features[where].flatten(2)
+        member = _membership(own_classes, num_classes, precision)
+        deviations = room[: len(matrices), :, : matrices.shape[2]]
+        if normalize:
+            deviations.copy_(matrices)
+            deviations *= inverse_norms(deviations)
+            matrices = deviations
+        chunk_sums, distances = steps.accumulate(matrices, own_classes, member, shift, deviations)
+        sums += chunk_sums.double().sum(0).T[:num_classes]
+        squares += torch.bmm(member, distances[:, :, None]).double().sum((0, 2))[:num_classes]
+    return statistics_about(shift, classes, sums, squares)
 
 
-def _in_huge_pages(fresh: Tensor) -> Tensor:
-    """Ask Linux to back a tensor that nobody has touched yet by 2 MiB pages; elsewhere, leave it alone.
-
-    First touches of 4 KiB pages cost more than all arithmetic of a gradient of tens of megabytes.
-    """
-    size = fresh.numel() * fresh.element_size()
-    if fresh.device.type == "cpu" and sys.platform == "linux" and size >= 2**22:
-        page = 4096
-        begin = -(-fresh.data_ptr() // page) * page
-        advice = 14  # MADV_HUGEPAGE; a refusal changes nothing but the speed
-        length = fresh.data_ptr() + size - begin
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), advice)
-    return fresh
+def _room(features: Tensor, precision: torch.dtype) -> Tensor:
+    """Uninitialised `[b, C, P]` of a chunk's size, in the layout of the features."""
+    first = features[next(_chunks(features))].flatten(2)
+    return torch.empty_like(first, dtype=precision)
 
 
 def gradient(
-    features: Tensor, labels: Tensor, slope: Tensor, offset: Tensor, ignore_index: int, normalize: bool
+    features: Tensor,
+    labels: Tensor,
+    slope: Tensor,
+    offset: Tensor,
+    ignore_index: int,
+    normalize: bool,
+    steps: Steps,
 ) -> Tensor:
     """The features' gradient, in their dtype and, where they are dense, in their strides."""
-    classes = class_indices(labels, slope.shape[0], ignore_index)
-    result = _in_huge_pages(torch.empty_like(features))
-    for block in _chunks(features):
-        images, _, rows, _ = block
-        result[block] = chunk_gradient(features[block], classes[images, rows], slope, offset, normalize)
+    num_classes = len(slope)
+    classes = class_indices(labels, num_classes, ignore_index)
+    result = torch.empty_like(features)
+    for where in _chunks(features):
+        images, _, rows, _ = where
+        own_classes = classes[images, rows].flatten(1)
+        matrices = features[where].flatten(2).to(slope.dtype)
+        member = _membership(own_classes, num_classes, slope.dtype)
+        block = result[where]
+        destination = block.flatten(2).to(slope.dtype)
+        if normalize:
+            _combine_normalized(destination, matrices, member, offset)
+        else:
+            steps.combine(destination, matrices, own_classes, member, slope, offset)
+        if destination.data_ptr() != block.data_ptr():  # other dtypes, and strides that do not join rows
+            block.copy_(destination.unflatten(2, block.shape[2:]))
     return result
+
+
+def _combine_normalized(destination: Tensor, matrices: Tensor, member: Tensor, offset: Tensor) -> None:
+    """`(offset[k] - (offset[k] . u) u) / |f|` with `u = f / |f|`."""
+    _add_own_rows(destination.zero_(), offset, member)
+    inverse = inverse_norms(matrices)
+    along = (destination * matrices).sum(1, keepdim=True)
+    destination.mul_(inverse).addcmul_(matrices, along * inverse**3, value=-1)
 
 
 def _fake_statistics(
@@ -212,35 +186,63 @@ def _fake_gradient(
     return torch.empty_like(features)
 
 
-passes = Passes(
-    register(
-        "prototype_statistics_eager(Tensor features, Tensor labels, int num_classes, int ignore_index, bool normalize)"
-        " -> (Tensor counts, Tensor means, Tensor scatter)",
-        statistics,
-        _fake_statistics,
-    ),
-    register(
-        "prototype_gradient_eager(Tensor features, Tensor labels, Tensor slope, Tensor offset, int ignore_index,"
-        " bool normalize) -> Tensor",
-        gradient,
-        _fake_gradient,
-    ),
-)
+def _register(name: str, steps: Steps) -> Passes:
+    return Passes(
+        register(
+            f"prototype_statistics_{name}(Tensor features, Tensor labels, int num_classes, int ignore_index,"
+            " bool normalize) -> (Tensor counts, Tensor means, Tensor scatter)",
+            functools.partial(statistics, steps=steps),
+            _fake_statistics,
+        ),
+        register(
+            f"prototype_gradient_{name}(Tensor features, Tensor labels, Tensor slope, Tensor offset, int ignore_index,"
+            " bool normalize) -> Tensor",
+            functools.partial(gradient, steps=steps),
+            _fake_gradient,
+        ),
+    )
 
 
-def _compiled_statistics(
-    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    classes = class_indices_op(labels, num_classes, ignore_index)
-    counts, means, scatter = torch.compile(chunk_statistics)(features, classes, num_classes, normalize)
-    return counts.long(), means, scatter
+def _own_rows(table: Tensor, classes: Tensor) -> Tensor:
+    """`table[k]` of each pixel, `[b, C, P]`; 0 for a pixel of no class."""
+    narrow = classes[:, None].int()  # as many to a vector register as there are features
+    rows = table.new_zeros(())
+    for k, row in enumerate(table):
+        rows = torch.where(narrow == k, row[:, None], rows)
+    return rows
 
 
-def _compiled_gradient(
-    features: Tensor, labels: Tensor, slope: Tensor, offset: Tensor, ignore_index: int, normalize: bool
-) -> Tensor:
-    classes = class_indices_op(labels, slope.shape[0], ignore_index)
-    return torch.compile(chunk_gradient)(features, classes, slope, offset, normalize).to(features.dtype)
+def _fused_deviate(matrices: Tensor, classes: Tensor, shift: Tensor, room: Tensor) -> Tensor:
+    deviations = matrices - _own_rows(shift, classes)
+    room.copy_(deviations)
+    return deviations.square().sum(1)
 
 
-compiled_passes = Passes(_compiled_statistics, _compiled_gradient)
+def _fused_combine(destination: Tensor, matrices: Tensor, classes: Tensor, slope: Tensor, offset: Tensor) -> None:
+    destination.copy_(matrices * _own_rows(slope[:, None], classes) + _own_rows(offset, classes))
+
+
+_compiled_deviate = torch.compile(_fused_deviate)
+_compiled_combine = torch.compile(_fused_combine)
+
+
+def _accumulate_compiled(
+    matrices: Tensor, classes: Tensor, member: Tensor, shift: Tensor, room: Tensor
+) -> tuple[Tensor, Tensor]:
+    if len(shift) > _COMPARED_CLASSES:
+        return _accumulate(matrices, classes, member, shift, room)
+    distances = _compiled_deviate(matrices, classes, shift, room)
+    return torch.bmm(room, member.mT), distances
+
+
+def _combine_compiled(
+    destination: Tensor, matrices: Tensor, classes: Tensor, member: Tensor, slope: Tensor, offset: Tensor
+) -> None:
+    if len(slope) > _COMPARED_CLASSES:
+        _combine(destination, matrices, classes, member, slope, offset)
+    else:
+        _compiled_combine(destination, matrices, classes, slope, offset)
+
+
+passes = _register("eager", Steps(_accumulate, _combine))
+compiled_passes = _register("compiled", Steps(_accumulate_compiled, _combine_compiled))

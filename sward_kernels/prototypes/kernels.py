@@ -7,9 +7,8 @@ columns are told apart. `ALIGNED` promises strides, and for NCHW pixel counts, t
 `ACCUMULATE` is float32, or float64 for float64 features. `INTERPRET` is true in Triton's interpreter only, which cannot
 multiply bfloat16.
 
-The scatter into classes and the gather of class means are products with a one-hot tile. They are exact, whatever the
-tensor cores round their operands to: ones and zeros are exact in bfloat16, and an fp32 number is the exact sum of three
-bfloat16 ones.
+The scatter into classes is a product with a one-hot tile. It is exact, whatever the tensor cores round their operands
+to: ones and zeros are exact in bfloat16, and an fp32 number is the exact sum of three bfloat16 ones.
 """
 
 import triton
@@ -26,23 +25,46 @@ def round_to(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def exact_product(one_hot, values, PARTS: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr):
-    """`one_hot @ values` with every product exact; sums in `ACCUMULATE`. `PARTS` bfloat16 numbers stand for a value."""
+def bfloat16_parts(values):
+    """Three bfloat16 numbers whose sum is the fp32 value, the largest first."""
+    high = values.to(tl.bfloat16)
+    rest = values - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def add_scattered(sums, one_hot, values, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr):
+    """`sums + one_hot @ values` with every product exact; sums in `ACCUMULATE`."""
     if INTERPRET or ACCUMULATE == tl.float64:
-        result = tl.dot(one_hot.to(ACCUMULATE), values.to(ACCUMULATE), out_dtype=ACCUMULATE)
-    elif PARTS == 1:  # 16-bit values, exact as they are
-        result = tl.dot(one_hot.to(values.dtype), values)
+        sums += tl.dot(one_hot.to(ACCUMULATE), values.to(ACCUMULATE), out_dtype=ACCUMULATE)
+    elif values.dtype.primitive_bitwidth <= 16:  # exact as they are
+        sums = tl.dot(one_hot.to(values.dtype), values, sums)
     else:
         selector = one_hot.to(tl.bfloat16)
-        high = values.to(tl.bfloat16)
-        rest = values - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        result = tl.dot(selector, middle)
-        if PARTS == 3:
-            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-            result = tl.dot(selector, low, result)
-        result = tl.dot(selector, high, result)
-    return result
+        high, middle, low = bfloat16_parts(values)
+        sums = tl.dot(selector, low, sums)
+        sums = tl.dot(selector, middle, sums)
+        sums = tl.dot(selector, high, sums)
+    return sums
+
+
+@triton.jit
+def add_scattered_scalars(sums, one_hot, values, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr):
+    """`sums [K, 16]` plus the class sums of one value a pixel, spread over the row: add the row up at the end.
+
+    Products take 16 columns at the least; the three parts of a value are three of them.
+    """
+    column = tl.arange(0, 16)[None, :]
+    if INTERPRET or ACCUMULATE == tl.float64:
+        spread = tl.where(column == 0, values[:, None], 0.0)
+        sums += tl.dot(one_hot.to(ACCUMULATE), spread.to(ACCUMULATE), out_dtype=ACCUMULATE)
+    else:
+        high, middle, low = bfloat16_parts(values)
+        spread = tl.where(column == 1, middle[:, None], tl.where(column == 2, low[:, None], 0.0))
+        spread = tl.where(column == 0, high[:, None], spread).to(tl.bfloat16)
+        sums = tl.dot(one_hot.to(tl.bfloat16), spread, sums)
+    return sums
 
 
 @triton.jit
@@ -115,6 +137,17 @@ def tile_mask(inside, channel, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constex
         return (channel < CHANNELS)[:, None] & inside[None, :]
 
 
+@triton.jit
+def load_row(table, own_class, channel, CHANNELS: tl.constexpr, NUM_CLASSES: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """The table's row of each pixel's class, 0 for no class. The table is `[K, C]`, or `[C, K]` for NCHW tiles."""
+    mask = tile_mask(own_class >= 0, channel, CHANNELS, CHANNELS_LAST)
+    if CHANNELS_LAST:
+        place = (own_class * CHANNELS)[:, None] + channel[None, :]
+    else:
+        place = (channel * NUM_CLASSES)[:, None] + own_class[None, :]
+    return tl.load(table + place, mask=mask, other=0.0)
+
+
 @triton.jit(
     do_not_specialize=[
         "pixels", "width", "chunks", "stride_image", "stride_channel", "stride_y", "stride_x",
@@ -122,7 +155,7 @@ def tile_mask(inside, channel, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constex
     ]
 )  # fmt: skip
 def statistics_kernel(
-    features, labels, inverse_norms, counts, means, scatter,
+    features, labels, shift, inverse_norms, sums, squares,
     pixels, width, chunks, stride_image, stride_channel, stride_y, stride_x,
     label_stride_image, label_stride_y, label_stride_x, ignore_index,
     CHANNELS: tl.constexpr, NUM_CLASSES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
@@ -130,31 +163,25 @@ def statistics_kernel(
     CHANNELS_LAST: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
     NORMALIZE: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Count, mean and scatter of `BLOCK_CLASSES` classes over `TILES` tiles of pixels and one block of channels.
+    """Class sums of `f - shift[k]` and of its square over `TILES` tiles of pixels and one block of channels.
 
-    Each tile is loaded once. Its statistics are taken about its own class means and merged into the program's by Chan's
-    formula. Programs that differ in their classes alone are neighbours, so that all but one find the tile in cache.
-    Outputs, a row for each chunk of tiles: `counts [chunks, K]`, `means [chunks, K, C]`,
-    `scatter [chunks, channel blocks, K]`.
+    Each element is loaded once. `shift`, laid out as `load_row` wants it, holds one pixel of each class: about it, sums
+    of features far from 0 keep their digits. Outputs, a row for each chunk of tiles: `sums [chunks, K, C]`,
+    `squares [chunks, channel blocks, K]`.
     """
-    WIDE_VALUES: tl.constexpr = NORMALIZE or features.dtype.element_ty.primitive_bitwidth > 16
     channel_blocks: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
-    class_blocks: tl.constexpr = (NUM_CLASSES + BLOCK_CLASSES - 1) // BLOCK_CLASSES
-    class_block = tl.program_id(0) % class_blocks
-    channel_block = tl.program_id(0) // class_blocks % channel_blocks
-    chunk = tl.program_id(0) // (class_blocks * channel_blocks)
+    channel_block = tl.program_id(0) % channel_blocks
+    chunk = tl.program_id(0) // channel_blocks
     image = chunk // chunks
     first = (chunk - image * chunks) * (BLOCK_PIXELS * TILES)
     tiles = tl.minimum((pixels - first + BLOCK_PIXELS - 1) // BLOCK_PIXELS, TILES)
     features = image_pointer(features, image, stride_image, ALIGNED)
     labels = image_pointer(labels, image, label_stride_image, False)
     channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    classes = class_block * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
+    classes = tl.arange(0, BLOCK_CLASSES)
 
-    shift = tl.zeros([BLOCK_CHANNELS], ACCUMULATE)
-    count = tl.zeros([BLOCK_CLASSES], ACCUMULATE)
-    mean = tl.zeros([BLOCK_CLASSES, BLOCK_CHANNELS], ACCUMULATE)
-    total_scatter = tl.zeros([BLOCK_CLASSES], ACCUMULATE)
+    total = tl.zeros([BLOCK_CLASSES, BLOCK_CHANNELS], ACCUMULATE)
+    total_squares = tl.zeros([BLOCK_CLASSES, 16], ACCUMULATE)
     for tile in range(0, tiles):
         pixel = first + tile * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
         inside = inside_image(pixel, pixels, ALIGNED and not CHANNELS_LAST)
@@ -165,46 +192,24 @@ def statistics_kernel(
             pixel, channel, width, stride_channel, stride_y, stride_x, CHANNELS_LAST, FLAT, ALIGNED, WIDE
         )
         x = tl.load(features + offsets, mask=tile_mask(inside, channel, CHANNELS, CHANNELS_LAST), other=0.0)
-        if not CHANNELS_LAST:
-            x = tl.trans(x)
+        x = x.to(ACCUMULATE)
         if NORMALIZE:
             inverse = tl.load(inverse_norms + image.to(tl.int64) * pixels + pixel, mask=inside, other=0.0)
-            x = x.to(ACCUMULATE) * inverse[:, None]
-        if WIDE_VALUES:
-            # Sums of features far from 0 lose digits; about any one pixel of the map they do not.
-            if tile == 0:
-                is_first = tl.arange(0, BLOCK_PIXELS) == 0
-                shift = tl.sum(tl.where(is_first[:, None], x, 0.0), 0)
-            x = x - shift[None, :]
-
+            x = x * (inverse[:, None] if CHANNELS_LAST else inverse[None, :])
+        deviation = x - load_row(shift, own_class, channel, CHANNELS, NUM_CLASSES, CHANNELS_LAST)
+        distance = tl.sum(deviation * deviation, 1 if CHANNELS_LAST else 0)
+        if not CHANNELS_LAST:
+            deviation = tl.trans(deviation)
         one_hot = classes[:, None] == own_class[None, :]
-        tile_count = tl.sum(one_hot.to(ACCUMULATE), 1)
-        sums = exact_product(one_hot, x, 3 if WIDE_VALUES else 1, ACCUMULATE, INTERPRET)
-        tile_mean = sums / tl.maximum(tile_count, 1.0)[:, None]
-        selector = own_class[:, None] == classes[None, :]
-        # A 16-bit feature has fewer digits than the two parts of its mean.
-        own_mean = exact_product(selector, tile_mean, 3 if WIDE_VALUES else 2, ACCUMULATE, INTERPRET)
-        deviation = x.to(ACCUMULATE) - own_mean
-        distance = tl.sum(deviation * deviation, 1)
-        tile_scatter = tl.sum(tl.where(one_hot, distance[None, :], 0.0), 1)
-
-        new_count = count + tile_count
-        share = tile_count / tl.maximum(new_count, 1.0)
-        step = tile_mean - mean
-        total_scatter += tile_scatter + tl.sum(step * step, 1) * count * share
-        mean += step * share[:, None]
-        count = new_count
+        total = add_scattered(total, one_hot, deviation, ACCUMULATE, INTERPRET)
+        total_squares = add_scattered_scalars(total_squares, one_hot, distance, ACCUMULATE, INTERPRET)
 
     is_class = classes < NUM_CLASSES
     row = chunk.to(tl.int64) * NUM_CLASSES + classes
-    mean = tl.where((count > 0)[:, None], mean + shift[None, :], 0.0)
-    tl.store(
-        means + row[:, None] * CHANNELS + channel[None, :], mean, mask=is_class[:, None] & (channel < CHANNELS)[None, :]
-    )
-    partial = (chunk.to(tl.int64) * channel_blocks + channel_block) * NUM_CLASSES + classes
-    tl.store(scatter + partial, total_scatter, mask=is_class)
-    if channel_block == 0:
-        tl.store(counts + row, count, mask=is_class)
+    mask = is_class[:, None] & (channel < CHANNELS)[None, :]
+    tl.store(sums + row[:, None] * CHANNELS + channel[None, :], total, mask=mask)
+    row = (chunk.to(tl.int64) * channel_blocks + channel_block) * NUM_CLASSES + classes
+    tl.store(squares + row, tl.sum(total_squares, 1), mask=is_class)
 
 
 @triton.jit(do_not_specialize=["pixels", "width", "tiles", "stride_image", "stride_channel", "stride_y", "stride_x"])
@@ -230,18 +235,6 @@ def inverse_norms_kernel(
     norm = tl.sqrt(square)
     inverse = tl.where(norm > NORM_FLOOR, 1.0 / tl.maximum(norm, NORM_FLOOR), 0.0)
     tl.store(inverse_norms + image.to(tl.int64) * pixels + pixel, inverse, mask=inside)
-
-
-@triton.jit
-def load_offset(offset, own_class, channel, CHANNELS: tl.constexpr, NUM_CLASSES: tl.constexpr,
-                CHANNELS_LAST: tl.constexpr):  # fmt: skip
-    """The table's row of each pixel's class, 0 for no class. The table is `[K, C]`, or `[C, K]` for NCHW tiles."""
-    mask = tile_mask(own_class >= 0, channel, CHANNELS, CHANNELS_LAST)
-    if CHANNELS_LAST:
-        place = (own_class * CHANNELS)[:, None] + channel[None, :]
-    else:
-        place = (channel * NUM_CLASSES)[:, None] + own_class[None, :]
-    return tl.load(offset + place, mask=mask, other=0.0)
 
 
 @triton.jit(
@@ -280,7 +273,7 @@ def gradient_kernel(
         pixel, channel, width, stride_channel, stride_y, stride_x, CHANNELS_LAST, FLAT, ALIGNED, WIDE
     )
     x = tl.load(features + offsets, mask=mask, other=0.0).to(ACCUMULATE)
-    own_offset = load_offset(offset, own_class, channel, CHANNELS, NUM_CLASSES, CHANNELS_LAST)
+    own_offset = load_row(offset, own_class, channel, CHANNELS, NUM_CLASSES, CHANNELS_LAST)
     if CHANNELS_LAST:
         result = own_slope[:, None] * x + own_offset
     else:
@@ -330,7 +323,7 @@ def normalized_gradient_kernel(
             pixel, channel, width, stride_channel, stride_y, stride_x, CHANNELS_LAST, FLAT, ALIGNED, WIDE
         )
         x = tl.load(features + offsets, mask=mask, other=0.0).to(ACCUMULATE)
-        own_offset = load_offset(offset, own_class, channel, CHANNELS, NUM_CLASSES, CHANNELS_LAST)
+        own_offset = load_row(offset, own_class, channel, CHANNELS, NUM_CLASSES, CHANNELS_LAST)
         square += tl.sum(x * x, 1 if CHANNELS_LAST else 0)
         inner += tl.sum(x * own_offset, 1 if CHANNELS_LAST else 0)
     norm = tl.sqrt(square)
@@ -343,7 +336,7 @@ def normalized_gradient_kernel(
             pixel, channel, width, stride_channel, stride_y, stride_x, CHANNELS_LAST, FLAT, ALIGNED, WIDE
         )
         x = tl.load(features + offsets, mask=mask, other=0.0).to(ACCUMULATE)
-        own_offset = load_offset(offset, own_class, channel, CHANNELS, NUM_CLASSES, CHANNELS_LAST)
+        own_offset = load_row(offset, own_class, channel, CHANNELS, NUM_CLASSES, CHANNELS_LAST)
         if CHANNELS_LAST:
             result = (own_offset - along[:, None] * x) * inverse[:, None]
         else:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sward_kernels.prototypes.classes import class_indices, one_pixel_of_each_class, statistics_about
 from sward_kernels.prototypes.closed_form import NORM_FLOOR, Passes
-from sward_kernels.prototypes.eager import class_indices
 from sward_kernels.prototypes.kernels import (
     gradient_kernel,
     inverse_norms_kernel,
@@ -152,7 +152,7 @@ def configurations(target: Target) -> Iterator[Configuration]:
             yield _configuration("normalized_gradient", normalized_gradient_kernel, problem)
 
 
-REPORTED_SIZES = ((2, 256), (19, 96), (19, 576), (64, 576), (150, 2048))
+REPORTED_SIZES = ((2, 256), (19, 96), (19, 576), (64, 576), (100, 576), (150, 2048))
 """Classes and channels: one for each row of the table of tiles, from the students of the paper up to ADE20K."""
 
 
@@ -160,7 +160,7 @@ def _configuration(name: str, kernel: Any, problem: _Problem) -> Configuration:
     constants, num_warps = problem.constants(name)
     element = f"*{_TYPES[problem.dtype]}"
     types = dict.fromkeys(("features", "gradient"), element) | {"labels": "*i64"}
-    types |= dict.fromkeys(("inverse_norms", "counts", "means", "scatter", "slope", "offset"), "*fp32")
+    types |= dict.fromkeys(("inverse_norms", "shift", "sums", "squares", "slope", "offset"), "*fp32")
     types |= dict.fromkeys(_INTEGERS, "i32")
     if name == "statistics" and not problem.normalize:
         constants["inverse_norms"] = None
@@ -192,24 +192,23 @@ def _configuration(name: str, kernel: Any, problem: _Problem) -> Configuration:
 def _statistics(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if labels.device.type == "cpu":
-        class_indices(labels, num_classes, ignore_index)  # for its check of the labels
     batch, channels, height, width = features.shape
     problem = _problem(features, labels, num_classes, normalize)
     constants, num_warps = problem.constants("statistics")
     precision = torch.promote_types(features.dtype, torch.float32)
+    classes = class_indices(labels, num_classes, ignore_index)
+    shift = one_pixel_of_each_class(features, classes, num_classes, precision, normalize)
     chunks = math.ceil(height * width / (constants["BLOCK_PIXELS"] * constants["TILES"]))
     channel_blocks = math.ceil(channels / constants["BLOCK_CHANNELS"])
-    counts = features.new_empty(batch * chunks, num_classes, dtype=precision)
-    means = features.new_empty(batch * chunks, num_classes, channels, dtype=precision)
-    scatter = features.new_empty(batch * chunks, channel_blocks, num_classes, dtype=precision)
+    sums = features.new_empty(batch * chunks, num_classes, channels, dtype=precision)
+    squares = features.new_empty(batch * chunks * channel_blocks, num_classes, dtype=precision)
     arguments = {
         "features": features,
         "labels": labels,
+        "shift": _table(shift, problem),
         "inverse_norms": _inverse_norms(features, problem) if normalize else None,
-        "counts": counts,
-        "means": means,
-        "scatter": scatter,
+        "sums": sums,
+        "squares": squares,
         "pixels": height * width,
         "width": width,
         "chunks": chunks,
@@ -218,18 +217,14 @@ def _statistics(
         **_strides(labels, "label_"),
         **constants,
     }
-    class_blocks = math.ceil(num_classes / constants["BLOCK_CLASSES"])
-    _launch(statistics_kernel, batch * chunks * channel_blocks * class_blocks, arguments, num_warps)
-    return _merge(counts, means, scatter)
+    _launch(statistics_kernel, batch * chunks * channel_blocks, arguments, num_warps)
+    # In float64 and in a fixed order: bitwise repeatable.
+    return statistics_about(shift, classes, sums.sum(0, dtype=torch.float64), squares.sum(0, dtype=torch.float64))
 
 
-def _merge(counts: Tensor, means: Tensor, scatter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The programs' statistics as one, by Chan's formula in float64 and in a fixed order."""
-    counts = counts.double()
-    total = counts.sum(0)
-    merged_means = (counts[:, :, None] * means).sum(0) / total.clamp(min=1)[:, None]
-    between = (counts * (means - merged_means).square().sum(2)).sum(0)
-    return total.long(), merged_means, scatter.sum((0, 1), dtype=torch.float64) + between
+def _table(table: Tensor, problem: _Problem) -> Tensor:
+    """A table of classes `[K, C]` as the kernels read it: along the axis in which the features are contiguous."""
+    return table.contiguous() if problem.channels_last else table.T.contiguous()
 
 
 def _inverse_norms(features: Tensor, problem: _Problem) -> Tensor:
@@ -263,7 +258,7 @@ def _gradient(
     arguments = {
         "features": features,
         "labels": labels,
-        "offset": offset.contiguous() if problem.channels_last else offset.T.contiguous(),
+        "offset": _table(offset, problem),
         "gradient": gradient,
         "pixels": height * width,
         "width": width,

@@ -2,7 +2,7 @@
 
 One program owns a group of windows, reads their Q, K and V where the projection left them, and keeps scores and
 softmaxes in registers. Channels pass by in chunks of `BLOCK_DIM`, so the registers a program needs do not grow with D.
-Larger windows: `kernels_tiled.py`. Conventions: `tiles.py`. Grids and tiles: `launch.py`. Picture: `docs/kernels.md`.
+Larger windows: `kernels_tiled_*.py`. Conventions: `tiles.py`. Grids and tiles: `launch.py`. Picture: `docs/kernels.md`.
 """
 
 import triton
@@ -169,7 +169,10 @@ def side_gradient(
 
     if ATTENTION or CONTEXT:
         mean = tl.sum(tl.exp2(log_a) * da, 1)
-        ds = score_gradient(log_a, log_other, da, mean, real, attention_weight, dtype, TEACHER, ATTENTION, INTERPRET)
+        ds = score_gradient(
+            log_a, log_other, da, mean[:, None], real[:, None], attention_weight, dtype,
+            ATTENTION and not TEACHER, INTERPRET,
+        )  # fmt: skip
     scale = scale / DIM**0.5
     for first in range(0, DIM, BLOCK_DIM):
         dq = tl.zeros([BLOCK, BLOCK_DIM], ACCUMULATE)

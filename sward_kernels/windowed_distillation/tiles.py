@@ -1,6 +1,6 @@
 """What the kernels of windowed distillation share: where a token lies, how a tile is loaded, multiplied and stored.
 
-Conventions of every kernel here and in `kernels.py` and `kernels_tiled.py`:
+Conventions of every kernel here and in `kernels.py` and `kernels_tiled_*.py`:
 
 - Windows are taken in *groups* of `WINDOWS` consecutive windows of one image; more than one only where a single window
   is too small for a tile, and a block-diagonal mask then keeps them apart.
@@ -172,6 +172,21 @@ def scores_tile(
 
 
 @triton.jit
+def scores_of_keys(
+    image, query_pixels, query_real, key_pixels, key_real, stride_channel,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """`scores_tile` transposed, `[keys, rows]`, for a program whose keys lie in one window; none is masked."""
+    scores = tl.zeros([BLOCK_KEYS, BLOCK_ROWS], ACCUMULATE)
+    for first in range(0, DIM, BLOCK_DIM):
+        k = load_tile(image, key_pixels, key_real, stride_channel, 1, first, DIM, BLOCK_DIM, CHANNELS_LAST)
+        q = load_tile(image, query_pixels, query_real, stride_channel, 0, first, DIM, BLOCK_DIM, CHANNELS_LAST)
+        scores += product(k, tl.trans(q), PRECISION, ACCUMULATE, INTERPRET)
+    return scores * (LOG2_E / DIM**0.5)
+
+
+@triton.jit
 def cosine_sums(v_t, v_s, ACCUMULATE: tl.constexpr):
     """`(<V_s, V_t>, |V_t|^2, |V_s|^2)` a row."""
     v_t = v_t.to(ACCUMULATE)
@@ -218,18 +233,20 @@ def cosine_gradient(inner, square_t, square_s):
 
 @triton.jit
 def score_gradient(
-    log_a, log_other, da, mean, real, attention_weight, DTYPE: tl.constexpr,
-    TEACHER: tl.constexpr, ATTENTION: tl.constexpr, INTERPRET: tl.constexpr,
+    log_a, log_other, da, mean, real, student_weight, DTYPE: tl.constexpr,
+    STUDENT_ATTENTION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """dS of one side, without the upstream gradient and 1/n, from `da = d loss / dA` and its mean under A, a row.
 
-    The student's part of the KL has its gradient in closed form: its dA is a ratio that can overflow.
+    The student's part of the KL has its gradient in closed form, since its dA is a ratio that can overflow:
+    `STUDENT_ATTENTION` adds it, times `student_weight`. `mean` and `real` are a row's, shaped to go with the tile:
+    `[rows, 1]`, or `[1, rows]` where its keys come first.
     """
     a = tl.exp2(log_a)
-    gradient = a * (da - mean[:, None])
-    if ATTENTION and not TEACHER:
-        gradient += attention_weight * (a - tl.exp2(log_other))
-    return round_to(tl.where(real[:, None], gradient, 0.0), DTYPE, INTERPRET)
+    gradient = a * (da - mean)
+    if STUDENT_ATTENTION:
+        gradient += student_weight * (a - tl.exp2(log_other))
+    return round_to(tl.where(real, gradient, 0.0), DTYPE, INTERPRET)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sward_kernels import prototype_discrimination
-from sward_kernels.prototypes import api, closed_form, eager
+from sward_kernels.prototypes import api, classes, closed_form, eager
 from tests.support.prototype_cases import by_loops, close_clusters, run
 
 EVERY = ("reference", "eager", "compiled")
@@ -335,7 +335,7 @@ def test_compiles_into_one_graph(implementation: str) -> None:
 def test_opcheck(layout: torch.memory_format, normalize: bool) -> None:
     features, labels = close_clusters(2, 6, 8, 5, 4, dtype=torch.float32)
     features = features.detach().contiguous(memory_format=layout)
-    torch.library.opcheck(eager.class_indices_op, (labels, 4, 255))
+    torch.library.opcheck(classes.class_indices_op, (labels, 4, 255))
     torch.library.opcheck(eager.passes.statistics, (features, labels, 4, 255, normalize))
     slope, offset = torch.rand(4), torch.rand(4, 6)
     torch.library.opcheck(eager.passes.gradient, (features, labels, slope, offset, 255, normalize))
@@ -407,9 +407,9 @@ print(peak_extra_bytes(step, torch.device("cpu")) / (x.numel() * 4))
 def test_merging_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes' statistics, summed as all-reduce would, are those of the concatenated batch."""
     features, labels = close_clusters(4, 5, 6, 6, 5)
-    whole = closed_form.Statistics(*eager.statistics(features.detach(), labels, 5, 255, False))
+    whole = closed_form.Statistics(*eager.passes.statistics(features.detach(), labels, 5, 255, False))
     parts = [
-        closed_form.Statistics(*eager.statistics(features.detach()[part], labels[part], 5, 255, False))
+        closed_form.Statistics(*eager.passes.statistics(features.detach()[part], labels[part], 5, 255, False))
         for part in (slice(0, 1), slice(1, 4))
     ]
     sums: list[Tensor] = []

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import tests.support.interpreter  # noqa: F401  (quickens it)
 from sward_kernels import prototype_discrimination
+from sward_kernels.prototypes import classes
 from tests.support.error_budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
 from tests.support.prototype_cases import by_loops, close_clusters, run
 
@@ -177,7 +178,7 @@ def test_label_outside_the_classes() -> None:
 
 def test_kernels_ignore_what_the_launcher_did_not_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU nothing is checked; the kernels themselves must leave out-of-range labels alone."""
-    monkeypatch.setattr(launch, "class_indices", lambda *_: None)
+    monkeypatch.setattr(classes, "require_classes", lambda *_: None)
     features, labels = case(1, 3, 4, 4, 4, ignored=0.0)
     ignored, wrong = labels.clone(), labels.clone()
     ignored[0, 1] = 255
@@ -287,7 +288,7 @@ class Traffic:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("num_classes", [2, 19, 64])
+@pytest.mark.parametrize("num_classes", [2, 19, 64, 150, 256])
 def test_features_and_gradient_move_once(monkeypatch: pytest.MonkeyPatch, layout: str, num_classes: int) -> None:
     features, labels = case(2, 40, 10, 7, num_classes, dtype=torch.float32, layout=layout)
     values = features.detach()
@@ -323,7 +324,7 @@ def test_kernels_compile_within_the_limits_of_a_target(target: str) -> None:
             and not shipped.constants.get("NORMALIZE")
         ),
     )
-    assert {row["pass"] for row in rows} >= {"statistics K=19", "gradient K=19", "statistics K=64"}
+    assert {row["pass"] for row in rows} >= {"statistics K=19", "gradient K=19", "statistics K=64", "statistics K=100"}
     for row in rows:
         assert row["spill_bytes"] == row["stack_bytes"] == 0, row
         assert row["shared_bytes"] <= row["shared_limit"], row

@@ -89,4 +89,4 @@ def test_formats_of_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 def test_a_failed_compilation_is_reported_with_its_reason() -> None:
     with pytest.raises(RuntimeError, match=r"compiling windowed_distillation for sm_80 failed: .*IndexError"):
-        report._in_subprocess("windowed_distillation", "sm_80", [100000])
+        list(report._in_subprocess("windowed_distillation", "sm_80", [100000]))

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 import tests.support.interpreter  # noqa: F401  (quickens it)
 from sward_kernels import windowed_distillation
-from sward_kernels.windowed_distillation import launch
+from sward_kernels.windowed_distillation import plan
 from sward_kernels.windows import WindowGrid
 from tests.support.distillation_cases import TERMS, WEIGHTS, Outcome, assert_same, maps_like, run
 
@@ -219,18 +219,18 @@ def test_any_shape_layout_shift_and_weights(
 def test_64_bit_offsets_give_the_same_bits(window_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sides = maps(2, 9, 4, layout="channels_last")
     narrow = run(*sides, window_size, (1, 2), implementation="triton")
-    monkeypatch.setattr(launch, "WIDE_FROM", 0)
+    monkeypatch.setattr(plan, "WIDE_FROM", 0)
     assert_same(run(*sides, window_size, (1, 2), implementation="triton"), narrow, 0.0)
 
 
 def test_float32_products_follow_the_setting_of_torch() -> None:
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    assert launch._float32_precision("ampere") == "tf32x3"
-    assert launch._float32_precision("cdna") == "ieee"
+    assert plan.float32_precision("ampere") == "tf32x3"
+    assert plan.float32_precision("cdna") == "ieee"
     try:
         matmul.fp32_precision = "tf32"
-        assert launch._float32_precision("hopper") == "tf32"
+        assert plan.float32_precision("hopper") == "tf32"
     finally:
         matmul.fp32_precision = before
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ pytest.importorskip("triton")
 
 import tests.support.interpreter  # noqa: F401  (quickens it)
 from sward_kernels import windowed_distillation
-from sward_kernels.windowed_distillation import launch
+from sward_kernels.targets import Tiles
+from sward_kernels.windowed_distillation import launch, plan
 from tests.support.distillation_cases import WEIGHTS, assert_same, maps_like, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,11 +137,12 @@ def record(kernel, key, signature, *_):
 
 triton.runtime.jit.JITFunction._do_compile = record
 from sward_kernels.windowed_distillation import launch
+from sward_kernels.windowed_distillation.plan import plan_of, problem_of
 
 def call(batch, height, width, shift, dim=16, window_size=4, dtype=torch.bfloat16):
     sides = [torch.empty(batch, 3 * dim, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)] * 2
     for direction, flags in (("forward", {"SAVE": True}), ("backward", {"TEACHER": True, "STUDENT": True})):
-        plan = launch._plan(launch._problem(*sides, window_size, (1.0, 1.0, 1.0)), direction, **flags)
+        plan = plan_of(problem_of(*sides, window_size, (1.0, 1.0, 1.0)), direction, **flags)
         arguments = launch._arguments(*sides, shift, None, (1.0, 1.0, 1.0))
         float32 = torch.empty(16)
         arguments |= dict(partials=float32, statistics=float32, upstream=float32, teacher_gradient=sides[0],
@@ -169,15 +170,14 @@ def test_no_shift_batch_or_size_compiles_anything_new() -> None:
 
 
 class Traffic:
-    """Counts every element a launch loads or stores, by argument, and refuses any other address."""
+    """Counts every element a launch loads or stores, by argument and program, and refuses any other address."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from triton.runtime import interpreter
 
-        self.launches: list[dict[str, Counter[int]]] = []
-        self.programs = 0
+        self.launches: list[dict[str, dict[int, np.ndarray]]] = []  # "load teacher" -> program -> times, by element
         self._arguments: dict[str, Tensor] = {}
-        builder = interpreter.interpreter_builder
+        builder = self._builder = interpreter.interpreter_builder
         load, store = builder.create_masked_load, builder.create_masked_store
 
         def counted_load(pointers: Any, mask: Any, *rest: Any) -> Any:
@@ -203,12 +203,28 @@ class Traffic:
         addresses, mask = np.broadcast_arrays(addresses, mask)
         remaining = addresses[mask].astype(np.int64)
         for name, tensor in self._arguments.items():
-            first, last = tensor.data_ptr(), tensor.data_ptr() + _reach(tensor) * tensor.element_size()
-            here = (remaining >= first) & (remaining < last)
-            elements = (remaining[here] - first) // tensor.element_size()
-            self.launches[-1].setdefault(f"{kind} {name}", Counter()).update(elements.tolist())
+            first, reach = tensor.data_ptr(), _reach(tensor)
+            here = (remaining >= first) & (remaining < first + reach * tensor.element_size())
+            if here.any():
+                elements = (remaining[here] - first) // tensor.element_size()
+                programs = self.launches[-1].setdefault(f"{kind} {name}", {})
+                counts = programs.setdefault(self._builder.grid_idx[0], np.zeros(reach, dtype=np.int64))
+                counts += np.bincount(elements, minlength=reach)
             remaining = remaining[~here]
         assert remaining.size == 0, f"{kind} outside of every argument"
+
+    def times(self, index: int, name: str) -> np.ndarray:
+        """How often launch `index` touched each element of an argument, all programs together."""
+        return sum(self.launches[index][name].values())
+
+    def stored(self) -> dict[str, np.ndarray]:
+        """Every argument that was written, and how often each of its elements, all launches together."""
+        written: dict[str, np.ndarray] = {}
+        for index, launched in enumerate(self.launches):
+            for name in launched:
+                if name.startswith("store"):
+                    written[name] = written.get(name, 0) + self.times(index, name)
+        return written
 
 
 def _reach(tensor: Tensor) -> int:
@@ -222,42 +238,68 @@ def traffic(monkeypatch: pytest.MonkeyPatch) -> Traffic:
     return Traffic(monkeypatch)
 
 
+OUTPUTS = {"store statistics", "store partials", "store teacher_gradient", "store student_gradient"}
+
+
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_memory_traffic_of_whole_windows(traffic: Traffic, layout: str) -> None:
     teacher, student = maps(9, 8, dim=24, layout=layout)
     run(teacher, student, 8, (3, 1), implementation="triton")
-    forward, backward = traffic.launches
-    for pass_ in (forward, backward):
-        for side in ("load teacher", "load student"):
-            assert len(pass_[side]) == teacher.numel()
-            assert max(pass_[side].values()) <= 3
-    assert max(forward["load teacher"].values()) == 1
+    assert len(traffic.launches) == 2
+    for side in ("load teacher", "load student"):
+        assert set(traffic.times(0, side)) == {1}
+        assert set(traffic.times(1, side)) <= {1, 2, 3}
+    assert "load statistics" not in traffic.launches[0]
+    written = traffic.stored()
+    assert written.keys() == OUTPUTS
+    assert all(set(times) == {1} for times in written.values())
     windows, tokens = 2, 64
-    assert len(forward["store statistics"]) == 2 * windows * tokens
-    assert len(forward["store partials"]) == 4 * windows
-    for name in ("store statistics", "store partials"):
-        assert set(forward[name].values()) == {1}
-    assert not forward["load statistics"]
-    for side in ("store teacher_gradient", "store student_gradient"):
-        assert len(backward[side]) == teacher.numel()
-        assert set(backward[side].values()) == {1}
-    stored = {name for pass_ in (forward, backward) for name, count in pass_.items() if count and "store" in name}
-    assert stored == {"store statistics", "store partials", "store teacher_gradient", "store student_gradient"}
+    assert written["store statistics"].size == 2 * windows * tokens
+    assert written["store partials"].size == 4 * windows
 
 
-def test_memory_traffic_of_tiled_windows(traffic: Traffic) -> None:
-    teacher, student = maps(9, 10, dim=8)
-    run(teacher, student, 9, (3, 1), implementation="triton")
-    forward, backward = traffic.launches
-    for name, count in (*forward.items(), *backward.items()):
-        if name.startswith("store") and count:
-            assert set(count.values()) == {1}, name
-    for side in ("store teacher_gradient", "store student_gradient"):
-        assert len(backward[side]) == teacher.numel()
-    # A program reads its tile of queries once; keys pass by once for every tile of queries.
-    row_tiles = -(-81 // launch.windowed_distillation_tiles("interpreter", "forward", torch.float64, 81, 8).rows)
-    key_tiles = -(-81 // launch.windowed_distillation_tiles("interpreter", "forward", torch.float64, 81, 8).keys)
-    assert max(forward["load teacher"].values()) <= max(row_tiles + 1, key_tiles)
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Tiles:
+    """The kernels of large windows for one of 25 tokens: two programs of each kind, two steps each."""
+    tiles = Tiles(rows=16, keys=16, channels=16, num_warps=1)
+    monkeypatch.setattr(plan, "windowed_distillation_tiles", lambda *_: tiles)
+    return tiles
+
+
+def test_programs_of_a_tiled_window_store_once_and_read_no_other_window(traffic: Traffic, small_tiles: Tiles) -> None:
+    height, width, dim, side, shift = 5, 6, 8, 5, (3, 1)
+    teacher, student = maps(height, width, dim)
+    run(teacher, student, side, shift, implementation="triton")
+    assert len(traffic.launches) == 2
+    written = traffic.stored()
+    assert written.keys() == OUTPUTS
+    assert all(set(times) == {1} for times in written.values())
+    tokens, windows, tiles = side * side, 2, 2
+    assert written["store statistics"].size == 4 * windows * tokens
+    assert written["store partials"].size == 4 * windows * tiles
+
+    # Beyond 64 tokens a program loads an element once or twice a step. Those re-reads come from cache, and device
+    # memory sees one of them, because only neighbouring programs, those of one window, touch an element.
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    window_of = ((y - shift[0]) % height // side) * 2 + (x - shift[1]) % width // side
+    owner = window_of.expand(3 * dim, height, width).flatten().numpy()
+    for index, programs_of_a_window, most in ((0, tiles, tiles), (1, 4 * tiles, 2 * tiles + 2)):
+        for name in ("load teacher", "load student"):
+            assert traffic.times(index, name).min() > 0
+            for program, times in traffic.launches[index][name].items():
+                assert set(owner[times > 0]) == {program // programs_of_a_window}
+                assert times.max() <= most
+
+
+def test_sides_of_unlike_layouts_take_a_launch_each(traffic: Traffic, small_tiles: Tiles) -> None:
+    teacher, _ = maps(4, 5)
+    _, student = maps(4, 5, layout="channels_last")
+    run(teacher, student, 5, implementation="triton")
+    assert [{name for name in launched if "gradient" in name} for launched in traffic.launches[1:]] == [
+        {"store teacher_gradient"},
+        {"store student_gradient"},
+    ]
+    assert all(set(times) == {1} for times in traffic.stored().values())
 
 
 def test_triton_and_eager_agree_when_auto_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,42 +8,33 @@ import pytest
 import torch
 
 from sward import data
-from sward.config import DatasetConfig, DistillationConfig, OptimizerConfig, SWARDConfig, TeacherConfig
+from sward.config import OptimizerConfig, TeacherConfig
 from sward.runs import train_student
 from sward.training import EpochSampler, batches, learning_rate
-
-
-def small(tmp_path: Path, **changes: object) -> DistillationConfig:
-    config = DistillationConfig(
-        model="unext",
-        dataset=DatasetConfig(name="scenes", image_size=(64, 64)),
-        optimizer=OptimizerConfig(lr=1e-3),
-        batch=4,
-        iterations=4,
-        log_every=1,
-        teacher=TeacherConfig(name="hiera_demo", untrained=True),
-        sward=SWARDConfig(window_size=(4,), embed_dim=8),
-        output=tmp_path / "run",
-    )
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return config
+from tests.support.training_runs import SPLITS, small
 
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(data.scenes.SPLITS, "train", 18)
-    monkeypatch.setitem(data.scenes.SPLITS, "val", 4)
+    for split, count in SPLITS.items():
+        monkeypatch.setitem(data.scenes.SPLITS, split, count)
 
 
 def test_sampler_visits_every_image_once_and_differently_each_epoch() -> None:
-    sampler = EpochSampler(10, seed=1)
+    sampler = EpochSampler(11, 5, seed=1)
     first = list(sampler)
     sampler.epoch = 1
-    assert sorted(first) == list(range(10))
+    assert [len(batch) for batch in first] == [5, 5]
+    assert len({index for batch in first for index in batch}) == 10
     assert list(sampler) != first
-    sampler.epoch, sampler.skip = 0, 4
-    assert list(sampler) == first[4:]
+    sampler.epoch, sampler.skip = 0, 1
+    assert list(sampler) == first[1:]
+
+
+def test_processes_take_parts_of_the_same_global_batch() -> None:
+    whole = list(EpochSampler(20, 6, seed=1))
+    parts = [list(EpochSampler(20, 6, seed=1, part=part, parts=3)) for part in range(3)]
+    assert [[index for part in batch for index in part] for batch in zip(*parts)] == whole
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -73,10 +64,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
-    runs = [
-        train_student(small(tmp_path, output=tmp_path / name, seed=seed))
-        for name, seed in (("a", 0), ("b", 0), ("c", 1))
-    ]
+    runs = [train_student(small(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     a, b, c = (weights(run.run / "checkpoints" / "last.pt") for run in runs)
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not all(torch.equal(a[key], c[key]) for key in a)
@@ -85,48 +73,14 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Pat
 def test_student_starts_from_the_same_weights_with_and_without_distillation(tmp_path: Path) -> None:
     tiny = OptimizerConfig(lr=1e-12, weight_decay=0.0)
     for method in ("none", "sward"):
-        train_student(small(tmp_path, output=tmp_path / method, distillation=method, optimizer=tiny, iterations=1))
+        train_student(small(tmp_path / method, distillation=method, optimizer=tiny, iterations=1))
     none, sward = (weights(tmp_path / method / "checkpoints" / "last.pt") for method in ("none", "sward"))
     for key in none:
         torch.testing.assert_close(none[key], sward[key], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["none", "sward"])
-def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path: Path, method: str) -> None:
-    # 18 images in batches of 4 are 4 steps an epoch; the interruption falls into the second epoch.
-    whole = small(tmp_path, output=tmp_path / "whole", distillation=method, iterations=8)
-    train_student(whole)
-    parted = small(tmp_path, output=tmp_path / "parted", distillation=method, iterations=8)
-    parted.evaluate_every = 1
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sward.training.log_record", InterruptedAfter(5))
-        with pytest.raises(KeyboardInterrupt):
-            train_student(parted)
-    parted.resume = True
-    train_student(parted)
-    a, b = (torch.load(each.output / "checkpoints" / "last.pt", weights_only=True) for each in (whole, parted))
-    assert a["step"] == b["step"] == 8
-    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
-    assert all(torch.equal(a["distillation"][key], b["distillation"][key]) for key in a["distillation"])
-    steps = [json.loads(line)["step"] for line in (tmp_path / "parted" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps)
-    assert set(steps) == set(range(1, 9))
-
-
-class InterruptedAfter:
-    """Stands in for `log_record` and raises what Ctrl-C raises at a given step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def __call__(self, state, loss, terms, images_per_second):
-        if state.step > self.step:
-            raise KeyboardInterrupt
-        return {"step": state.step, "loss": loss.item()}
-
-
 def test_metrics_name_every_term_and_the_loss_is_their_weighted_sum(tmp_path: Path) -> None:
-    result = train_student(small(tmp_path))
+    result = train_student(small(tmp_path / "run"))
     records = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
     for record in records[:4]:
         assert record["loss"] == pytest.approx(record["task"] + 2 * record["mwad"] + record["pdr"], rel=1e-5)
@@ -137,16 +91,16 @@ def test_metrics_name_every_term_and_the_loss_is_their_weighted_sum(tmp_path: Pa
 
 
 def test_distillation_lowers_its_own_loss(tmp_path: Path) -> None:
-    result = train_student(small(tmp_path, iterations=40))
+    result = train_student(small(tmp_path / "run", iterations=40))
     records = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
     mwad = [record["mwad"] for record in records if "mwad" in record]
     assert sum(mwad[-5:]) < 0.5 * sum(mwad[:5])
 
 
 def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
-    train_student(small(tmp_path, distillation="none"))
+    train_student(small(tmp_path / "run", distillation="none"))
     with pytest.raises(ValueError, match="already holds a run; continue it with --resume"):
-        train_student(small(tmp_path, distillation="none"))
+        train_student(small(tmp_path / "run", distillation="none"))
 
 
 def test_mistakes_are_found_before_any_work(tmp_path: Path) -> None:
@@ -158,7 +112,7 @@ def test_mistakes_are_found_before_any_work(tmp_path: Path) -> None:
         (dict(device="tpu9"), "device 'tpu9' is not a device"),
     ):
         with pytest.raises(ValueError, match=message):
-            train_student(small(tmp_path, **changes))
+            train_student(small(tmp_path / "run", **changes))
     with pytest.raises(FileNotFoundError, match="train it with 'sward train-teacher demo'"):
-        train_student(small(tmp_path, teacher=TeacherConfig(name="hiera_demo", run=tmp_path / "nowhere")))
+        train_student(small(tmp_path / "run", teacher=TeacherConfig(name="hiera_demo", run=tmp_path / "nowhere")))
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -1,0 +1,200 @@
+"""Images per second out of the data sets: a pack mapped into memory against decoding the image files.
+
+    python benchmarks/data_loading.py
+    python benchmarks/data_loading.py --clinicdb /datasets        # folder that holds cvc_clinicdb
+
+Street scenes of 2048x1024 pixels that compress like Cityscapes' photographs (2.4 MB a PNG) are generated into a
+temporary folder in the official tree and cropped to 512x1024 by the training transform. Three stages are timed:
+
+    frame    image and labels of a frame in memory, all pixels, before any transform
+    sample   `dataset[index]`: the training transform included
+    batch    a collated batch, as the training loop gets it
+
+The samples of both ways are compared first; they must be the same bit for bit. Everything is in the page cache, so a
+disk is not measured. Rounds of the two ways alternate. Writes `benchmarks/results/data_loading.csv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from harness import Session
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from sward import data
+from sward.data.files import PairedFiles
+from sward.data.packing import pack
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = ("benchmark", "device", "torch", "case", "stage", "workers", "decoded_per_s", "packed_per_s", "speed_up")
+TARGET = 8.0
+
+
+def write_street_scene(root: Path, split: str, number: int) -> None:
+    """One frame of a made-up city: octaves of noise, a tint a class, and a sensor's grain, as PNG."""
+    generator = torch.Generator().manual_seed(number)
+    height, width = 1024, 2048
+    light = torch.zeros(1, 3, height, width)
+    for octave in range(8):
+        cells = (4 * 2**octave, 8 * 2**octave)
+        grey, colour = (torch.randn(1, channels, *cells, generator=generator) for channels in (1, 3))
+        light += F.interpolate(grey + 0.3 * colour, (height, width), mode="bicubic") * 60 * 0.5**octave
+    regions = F.interpolate(torch.randn(1, 34, 8, 16, generator=generator), (height // 4, width // 4), mode="bicubic")
+    label_ids = F.interpolate(regions.argmax(1, keepdim=True).float(), (height, width))[0, 0].long()
+    tint = torch.rand(34, 3, generator=generator) * 80 + 30
+    grain = 1.2 * torch.randn(1, height, width, generator=generator)
+    grain = grain + 0.6 * torch.randn(3, height, width, generator=generator)
+    image = (light[0] + tint[label_ids].permute(2, 0, 1) + grain).clamp(0, 255).round().byte()
+    frame = f"benchmark_{number:06d}_000019"
+    for kind, suffix, pixels in (
+        ("leftImg8bit", "leftImg8bit", image.permute(1, 2, 0)),
+        ("gtFine", "gtFine_labelIds", label_ids.byte()),
+    ):
+        path = root / kind / split / "benchmark" / f"{frame}_{suffix}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(path)
+
+
+def both(name: str, root: Path, packs: Path, size: tuple[int, int]) -> tuple[PairedFiles, PairedFiles]:
+    """The training set decoded and packed, after a check that their samples are the same."""
+    folder = packs / name
+    if not folder.exists():
+        pack(data.build_for_packing(name, root=root), folder)
+    made = [data.build(name, "train", root=root, image_size=size, train=True, packed=w) for w in ("none", str(folder))]
+    decoded, packed = made
+    assert isinstance(decoded, PairedFiles)
+    assert isinstance(packed, PairedFiles)
+    # Every packed frame is read once, so that no checksum is computed while the clock runs.
+    for index in range(len(packed)):
+        packed.read(index)
+    for epoch in range(3):
+        for dataset in made:
+            dataset.set_epoch(epoch)
+        for index in range(min(len(decoded), 24)):
+            one, other = decoded[index], packed[index]
+            if not (torch.equal(one.image, other.image) and torch.equal(one.labels, other.labels)):
+                raise SystemExit(f"{name}: sample {index} of epoch {epoch} differs between packed and decoded")
+    return decoded, packed
+
+
+def frames(dataset: PairedFiles) -> Iterator[int]:
+    for index in range(len(dataset)):
+        image, labels, _ = dataset.read(index)
+        image.clone(), labels.clone()
+        yield 1
+
+
+def samples(dataset: PairedFiles) -> Iterator[int]:
+    for index in range(len(dataset)):
+        _ = dataset[index]
+        yield 1
+
+
+def batches(workers: int) -> Callable[[PairedFiles], Iterator[int]]:
+    def run(dataset: PairedFiles) -> Iterator[int]:
+        loader = DataLoader(dataset, batch_size=8, num_workers=workers, persistent_workers=workers > 0)
+        for _ in loader:  # starts the loader processes
+            break
+        for image, _, _ in loader:
+            yield len(image)
+
+    return run
+
+
+def per_second(run: Callable[[PairedFiles], Iterator[int]], dataset: PairedFiles, most: float) -> float:
+    """Images per second over one epoch, or the first `most` seconds of it."""
+    stream = run(dataset)
+    next(stream)
+    started = time.perf_counter()
+    count = 0
+    for images in stream:
+        count += images
+        if time.perf_counter() - started > most:
+            break
+    return count / (time.perf_counter() - started)
+
+
+def compare(case: str, sets: tuple[PairedFiles, PairedFiles], rounds: int) -> list[dict[str, object]]:
+    print(f"\n{case}, {len(sets[0])} images\n{'stage':<18}{'decoded /s':>12}{'packed /s':>12}{'speed-up':>10}")
+    rows: list[dict[str, object]] = []
+    stages = [("frame", 0, frames), ("sample", 0, samples), *(("batch", w, batches(w)) for w in (0, 2))]
+    for stage, workers, run in stages:
+        rates: tuple[list[float], list[float]] = ([], [])
+        for epoch in range(rounds):
+            for dataset, measured in zip(sets, rates):
+                dataset.set_epoch(epoch)
+                measured.append(per_second(run, dataset, most=3.0))
+        decoded, packed = (statistics.median(measured) for measured in rates)
+        label = f"{stage}, {workers} workers" if stage == "batch" else stage
+        print(f"{label:<18}{decoded:>12.1f}{packed:>12.1f}{packed / decoded:>9.1f}x")
+        rows.append(
+            dict(
+                case=case,
+                stage=stage,
+                workers=workers,
+                decoded_per_s=f"{decoded:.2f}",
+                packed_per_s=f"{packed:.2f}",
+                speed_up=f"{packed / decoded:.2f}",
+            )
+        )
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clinicdb", type=Path, default=os.environ.get("SWARD_DATA"), help="default: $SWARD_DATA")
+    parser.add_argument("--frames", type=int, default=32, help="street scenes to generate")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+
+    # As in a loader process.
+    torch.set_num_threads(1)
+    session = Session("data_loading", torch.device("cpu"))
+    print(f"{session.benchmark} on {session.device_name} (torch {torch.__version__})")
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="sward-data-loading-") as folder:
+        root, packs = Path(folder) / "data", Path(folder) / "packs"
+        for number in range(options.frames):
+            write_street_scene(root / "cityscapes", "train", number)
+        sizes = [path.stat().st_size for path in root.rglob("*_leftImg8bit.png")]
+        print(f"generated {len(sizes)} street scenes, {statistics.mean(sizes) / 1e6:.2f} MB a PNG")
+        rows += compare(
+            "Cityscapes shape, 2048x1024 to 512x1024",
+            both("cityscapes", root, packs, (512, 1024)),
+            options.rounds,
+        )
+        street = rows[1]
+        if options.clinicdb is None:
+            print("\nClinicDB is not measured: name the folder that holds it with --clinicdb or SWARD_DATA")
+        else:
+            for side in (512, 128):
+                sets = both("cvc_clinicdb", Path(options.clinicdb), packs, (side, side))
+                rows += compare(f"ClinicDB, 384x288 to {side}x{side}", sets, options.rounds)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / "data_loading.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(
+                dict(benchmark=session.benchmark, device=session.device_name, torch=torch.__version__, **row)
+            )
+    print(f"\nwrote {path}")
+    reached = float(str(street["speed_up"])) >= TARGET
+    print(f"target, {TARGET:.0f}x of decoding for samples of the Cityscapes shape: {'met' if reached else 'missed'}")
+    return 0 if reached else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""What one training step costs: data, teacher, student, each loss, backward pass, optimiser, and the memory it needs.
+
+    python benchmarks/training_step.py                             # shapes that fit two cores
+    python benchmarks/training_step.py --preset clinicdb-unext --image-size 256 256 --batch 8
+    python benchmarks/training_step.py --preset clinicdb-small --distillation cirkd
+
+`student` is the forward pass, the task loss and their backward pass, what training without a teacher would do. Each
+distillation loss is timed alone, forward and backward, from the student's maps; `share` is their sum over `student`.
+Teacher features are computed once, as they are with `--teacher.cache`; the teacher's own time stands beside. `step` is
+everything a training step does with such features, data excluded, and `memory` the most it has alive at once beyond
+weights, optimiser and batch. Runs on the GPU when there is one. Rows go to `benchmarks/results/training_step_*.csv`, in
+place of earlier rows of the same shapes and method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from harness import Session, peak_extra_bytes
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from sward import data, distillation, models, presets
+from sward.config import DistillationConfig
+from sward.losses import LOGITS, DistillationInputs, SegmentationCrossEntropy, SWARDDistillation
+from sward.training import FrozenTeacher, TrainingStep
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Shape(NamedTuple):
+    preset: str
+    image_size: tuple[int, int]
+    batch: int
+
+
+# The presets' own shapes where two cores take seconds for them, smaller ones where they would take minutes.
+SHAPES = (
+    Shape("demo", (64, 64), 16),
+    Shape("clinicdb-small", (128, 128), 8),
+    Shape("camvid-small", (160, 224), 8),
+    Shape("clinicdb-unext", (256, 256), 8),
+    Shape("clinicdb-resunetpp", (256, 256), 2),
+    Shape("cityscapes-mbv3", (256, 512), 2),
+)
+
+
+class Clock:
+    """Median seconds of a call; on a GPU up to the end of what it launched."""
+
+    def __init__(self, device: torch.device, rounds: int) -> None:
+        self.device, self.rounds = device, rounds
+
+    def __call__(self, run: Callable[[], object], rounds: int | None = None) -> float:
+        run()
+        times = []
+        for _ in range(rounds or self.rounds):
+            self._wait()
+            started = time.perf_counter()
+            run()
+            self._wait()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def load_batch(config: DistillationConfig) -> Callable[[], object] | None:
+    """Assembles a batch in this process; None if the data set is not here."""
+    settings = config.dataset
+    try:
+        dataset = data.build(
+            settings.name, "train", train=True, image_size=settings.image_size, split_by=settings.split_by
+        )
+    except FileNotFoundError:
+        return None
+    return lambda: default_collate([dataset[index] for index in range(config.batch)])
+
+
+def losses_of(
+    loss: distillation.DistillationLoss, inputs: DistillationInputs, method: str
+) -> dict[str, Callable[[], Tensor]]:
+    """The parts of a distillation loss that can be timed alone: MWAD and PDR of SWARD, any other method as a whole."""
+    if not isinstance(loss, SWARDDistillation):
+        return {method: lambda: loss(inputs).loss}
+    student = [inputs.student[tap] for tap in loss.stage_taps]
+    teacher = [inputs.teacher[tap] for tap in loss.teacher_taps]
+    return {
+        "mwad": lambda: loss.mwad(student, teacher).loss,
+        "pdr": lambda: loss.pdr(inputs.student[loss.pdr_tap], inputs.labels).loss,
+    }
+
+
+def measure(shape: Shape, method: str, device: torch.device, rounds: int) -> dict[str, float | str]:
+    """Milliseconds of each part, the share of distillation, and the peak memory of a step in MiB."""
+    config = presets.get(shape.preset).student
+    config.dataset.image_size, config.batch = shape.image_size, shape.batch
+    info = data.describe(config.dataset.name)
+    torch.manual_seed(0)
+    student: nn.Module = models.build(config.model, info.num_classes).to(device)
+    network = models.build(config.teacher.name, info.num_classes).to(device)
+    pair = distillation.DistillationPair(config, student, config.teacher.name, network, info)
+    loss = distillation.build(method, pair).to(device)
+    teacher = FrozenTeacher(network, loss.teacher_taps)
+    task = SegmentationCrossEntropy(info.ignore_index)
+    step = TrainingStep(student, task, loss).train()
+    optimizer = torch.optim.AdamW(step.parameters(), lr=1e-4)
+
+    images = torch.randn(shape.batch, 3, *shape.image_size, device=device)
+    # Regions of 32 pixels, as labels have regions.
+    cells = torch.randint(info.num_classes, (shape.batch, *(side // 32 for side in shape.image_size)), device=device)
+    labels = cells.repeat_interleave(32, 1).repeat_interleave(32, 2)
+    features = teacher(images)
+    logits = student(images)
+    maps = {name: each.detach().requires_grad_() for name, each in step.taps.collect().items()}
+    inputs = DistillationInputs({**maps, LOGITS: logits.detach().requires_grad_()}, features, labels)
+
+    def student_alone() -> None:
+        task(student(images), labels).backward()
+
+    def whole_step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        step(images, labels, features)[0].backward()
+        optimizer.step()
+
+    clock = Clock(device, rounds)
+    batch = load_batch(config)
+    row: dict[str, float | str] = {"data": "" if batch is None else 1e3 * clock(batch)}
+    row["teacher"] = 1e3 * clock(lambda: teacher(images), rounds=2)
+    with torch.no_grad():
+        row["student forward"] = 1e3 * clock(lambda: student(images))
+        row["task loss"] = 1e3 * clock(lambda: task(logits, labels))
+    row["student"] = 1e3 * clock(student_alone)
+    shares = []
+    for name, run in losses_of(loss, inputs, method).items():
+        row[f"{name} forward"] = 1e3 * clock(run)
+        # With the graph of the forward pass: a loss that works out its gradient there would look free otherwise.
+        shares.append(1e3 * clock(lambda run=run: run().backward()))
+        row[name] = shares[-1]
+    row["distillation"] = sum(shares)
+    row["share"] = sum(shares) / float(row["student"])
+    whole_step()
+    row["optimizer"] = 1e3 * clock(optimizer.step)
+    row["step"] = 1e3 * clock(whole_step)
+    row["memory"] = peak_extra_bytes(whole_step, device) / 2**20
+    return row
+
+
+def show(shape: Shape, method: str, row: dict[str, float | str]) -> None:
+    height, width = shape.image_size
+    print(f"\n{shape.preset}, {height}x{width}, batch {shape.batch}, {method}")
+    for name, value in row.items():
+        if value == "":
+            print(f"  {name:<18}{'not here':>12}")
+        elif name == "share":
+            print(f"  {name:<18}{100 * float(value):>10.1f} %   of the student's own forward and backward")
+        else:
+            print(f"  {name:<18}{float(value):>10.1f} {'MiB' if name == 'memory' else 'ms'}")
+
+
+def write(path: Path, context: dict[str, str], rows: dict[tuple[str, ...], dict[str, str]]) -> None:
+    """Merges rows, one a part, into the file; earlier rows of the same key are replaced."""
+    key = ("preset", "image_size", "batch", "distillation")
+    kept = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if tuple(row[name] for name in key) not in rows]
+    for place, parts in rows.items():
+        kept += [{**context, **dict(zip(key, place)), "part": part, "value": value} for part, value in parts.items()]
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*context, *key, "part", "value"])
+        writer.writeheader()
+        writer.writerows(kept)
+    print(f"\nwrote {path}; milliseconds, share as a fraction, memory in MiB")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=presets.names(), help="one preset instead of all shapes")
+    parser.add_argument("--image-size", type=int, nargs=2, help="with --preset; the preset's own by default")
+    parser.add_argument("--batch", type=int, help="with --preset; the preset's own by default")
+    parser.add_argument(
+        "--distillation", default="sward", choices=sorted({*distillation.METHODS} - {"maskd", "freekd"})
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+
+    shapes = SHAPES
+    if options.preset:
+        student = presets.get(options.preset).student
+        size = tuple(options.image_size or student.dataset.image_size)
+        shapes = (Shape(options.preset, size, options.batch or student.batch),)
+    session = Session("training_step", torch.device(options.device))
+    print(f"{session.benchmark} on {session.device_name} (torch {torch.__version__}), fp32, {options.rounds} rounds")
+    if "SWARD_DATA" not in os.environ:
+        print("set SWARD_DATA to the folder of the data sets to see what loading a batch costs")
+    rows = {}
+    for shape in shapes:
+        row = measure(shape, options.distillation, session.device, options.rounds)
+        show(shape, options.distillation, row)
+        place = (shape.preset, "x".join(map(str, shape.image_size)), str(shape.batch), options.distillation)
+        rows[place] = {part: f"{value:.4f}" if isinstance(value, float) else value for part, value in row.items()}
+    context = {"device": session.device_name, "torch": torch.__version__}
+    write(RESULTS / f"training_step_{session.device.type}.csv", context, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

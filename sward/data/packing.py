@@ -1,0 +1,266 @@
+"""Writing a pack: every frame of a data set decoded once; see `sward.data.packed` for what comes out.
+
+Safe to interrupt at any moment: a shard gets its name only when it is on the disk, and is listed in the index only
+after that. Started again, packing checks what is there against its checksums, keeps what is sound and whose sources
+have not changed, and goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import os
+import shutil
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sward.data.files import CorruptFileError, OnCorrupt, Pair, PairedFiles, image_size
+from sward.data.packed import FOLDER, Frame, Index, Shard, Source, map_file
+
+SHARD_BYTES = 2**28
+"""A shard is closed once it is larger: what an interruption costs at most."""
+
+
+@dataclass
+class PackResult:
+    """What `pack` has done.
+
+    Attributes:
+        folder: of the pack.
+        frames: in the pack.
+        kept: of these, how many were there before and are sound.
+        corrupt: images that were left out.
+        bytes: size of all shards.
+    """
+
+    folder: Path
+    frames: int
+    kept: int
+    corrupt: int
+    bytes: int
+
+
+def pack(
+    datasets: Sequence[PairedFiles],
+    output: Path | None = None,
+    *,
+    on_corrupt: OnCorrupt = "stop",
+    workers: int | None = None,
+    advance: Callable[[], None] | None = None,
+) -> PackResult:
+    """Packs the frames of all splits of one data set.
+
+    Args:
+        datasets: the splits, of one folder; a frame in two of them is packed once.
+        output: where to; None for `sward-pack` in the data set's folder.
+        on_corrupt: `"stop"`, or `"skip"` to leave out, with a warning, an image that cannot be read. Loaders then find
+            it missing and treat it as they would the damaged file.
+        workers: threads that decode; None for one a core, 8 at most.
+        advance: called after each frame, for a progress bar.
+
+    Raises:
+        ValueError: a file that cannot be read (with `"stop"`), sizes that differ, a wrong label, a folder that cannot
+            be written, a disk that is too small, or another process that is packing to the same folder.
+    """
+    first = datasets[0]
+    folder = output or first.folder / FOLDER
+    work = {pair.image: (dataset, pair) for dataset in datasets for pair in dataset.pairs}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _only_one(folder):
+            return _pack(folder, first, work, on_corrupt, workers or min(8, os.cpu_count() or 1), advance)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = f"the disk of {folder} is full: make room and start again, the shards written so far are kept"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
+            reason = f"cannot write a pack to {folder} ({error.strerror}): choose another folder with --output"
+        else:
+            raise
+        raise ValueError(reason) from error
+
+
+def _pack(
+    folder: Path,
+    first: PairedFiles,
+    work: dict[Path, tuple[PairedFiles, Pair]],
+    on_corrupt: OnCorrupt,
+    workers: int,
+    advance: Callable[[], None] | None,
+) -> PackResult:
+    for partial in folder.glob("*.partial"):
+        partial.unlink()
+    wanted = {path.relative_to(first.folder).as_posix(): each for path, each in work.items()}
+    before = _index_before(folder, first)
+    sound = [shard for shard in before.shards if _is_sound(folder, shard, wanted, first.folder, advance)]
+    kept = sum(len(shard.frames) for shard in sound)
+    there = {frame.image.path for shard in sound for frame in shard.frames}
+    missing = [each for path, each in wanted.items() if path not in there]
+    if before.complete and not missing and sound == before.shards:
+        return PackResult(folder, kept, kept, 0, sum(shard.size for shard in sound))
+
+    _check_space(folder, missing)
+    index = Index(first.info.name, first.info.num_classes, sound)
+    index.write(folder)
+    listed = {shard.file for shard in sound}
+    for stray in folder.glob("*.bin"):
+        if stray.name not in listed:
+            stray.unlink()
+    numbers = (f"{number:05d}.bin" for number in itertools.count())
+    unused = (file for file in numbers if file not in listed)
+    frames = _decoded(missing, first.folder, workers)
+    try:
+        while shard := _write_shard(folder, next(unused), frames, index.corrupt, on_corrupt, advance):
+            index.shards.append(shard)
+            index.write(folder)
+        index.complete = True
+        index.write(folder)
+    finally:
+        frames.close()
+    total = sum(shard.size for shard in index.shards)
+    return PackResult(folder, sum(len(shard.frames) for shard in index.shards), kept, len(index.corrupt), total)
+
+
+class _Decoded(NamedTuple):
+    """A frame as its files hold it, or the error that stands for it."""
+
+    image: Source
+    mask: Source
+    pixels: tuple[NDArray[np.uint8], NDArray[np.uint8]] | CorruptFileError
+
+
+def _write_shard(
+    folder: Path,
+    file: str,
+    decoded: Iterator[_Decoded],
+    corrupt: dict[str, str],
+    on_corrupt: OnCorrupt,
+    advance: Callable[[], None] | None,
+) -> Shard | None:
+    """Writes the next frames to a shard, whole or not at all; None if there are none left."""
+    frames: list[Frame] = []
+    offset = 0
+    partial = folder / f"{file}.partial"
+    try:
+        with partial.open("wb") as target:
+            for image, mask, pixels in decoded:
+                if advance is not None:
+                    advance()
+                if isinstance(pixels, CorruptFileError):
+                    if on_corrupt == "stop":
+                        raise pixels
+                    warnings.warn(f"skipped: {pixels}", stacklevel=2)
+                    corrupt[image.path] = str(pixels)
+                    continue
+                checksum = 0
+                for part in pixels:
+                    checksum = zlib.crc32(part.data, checksum)
+                    target.write(part.data)
+                height, width = pixels[1].shape
+                frames.append(Frame(image, mask, offset, height, width, checksum))
+                offset += frames[-1].size
+                if offset >= SHARD_BYTES:
+                    break
+            target.flush()
+            os.fsync(target.fileno())
+        if not frames:
+            return None
+        partial.replace(folder / file)
+        return Shard(file, tuple(frames))
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _decoded(work: Sequence[tuple[PairedFiles, Pair]], source: Path, workers: int) -> Generator[_Decoded, None, None]:
+    """Frames in the order of `work`, decoded a few ahead."""
+    ahead: deque[Future[_Decoded]] = deque()
+    with ThreadPoolExecutor(workers) as executor:
+        try:
+            for dataset, pair in work:
+                ahead.append(executor.submit(_decode, dataset, pair, source))
+                if len(ahead) > 2 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def _decode(dataset: PairedFiles, pair: Pair, source: Path) -> _Decoded:
+    # Before the files are read: one that changes meanwhile then makes the pack stale, not wrong.
+    sources = Source.of(pair.image, source), Source.of(pair.mask, source)
+    try:
+        image, labels = dataset.read_files(pair)
+    except CorruptFileError as error:
+        return _Decoded(*sources, error)
+    interleaved = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    return _Decoded(*sources, (interleaved, np.ascontiguousarray(labels.numpy())))
+
+
+def _index_before(folder: Path, dataset: PairedFiles) -> Index:
+    """The index that is there, if it is readable and of this data set; else an empty one."""
+    empty = Index(dataset.info.name, dataset.info.num_classes)
+    try:
+        index = Index.read(folder)
+    except (FileNotFoundError, ValueError):
+        return empty
+    return index if (index.dataset, index.num_classes) == (empty.dataset, empty.num_classes) else empty
+
+
+def _is_sound(
+    folder: Path,
+    shard: Shard,
+    wanted: dict[str, tuple[PairedFiles, Pair]],
+    source: Path,
+    advance: Callable[[], None] | None,
+) -> bool:
+    """Whether a shard is whole, all its frames are wanted, and their files are what they were."""
+    path = folder / shard.file
+    if not path.is_file() or path.stat().st_size != shard.size:
+        return False
+    data = map_file(path)
+    for frame in shard.frames:
+        if frame.image.path not in wanted:
+            return False
+        _, pair = wanted[frame.image.path]
+        if (frame.image, frame.mask) != (Source.of(pair.image, source), Source.of(pair.mask, source)):
+            return False
+        if zlib.crc32(data[frame.offset : frame.offset + frame.size].data) != frame.checksum:
+            return False
+    if advance is not None:
+        for _ in shard.frames:
+            advance()
+    return True
+
+
+def _check_space(folder: Path, missing: Sequence[tuple[PairedFiles, Pair]]) -> None:
+    """Raises ValueError if the disk cannot hold the frames still to come."""
+    needed = sum(4 * height * width for height, width in (image_size(pair.image) for _, pair in missing))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"packing needs {needed / 1e9:.1f} GB more in {folder}, but only {free / 1e9:.1f} GB are free; choose "
+            "another folder with --output"
+        )
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Holds the pack's lock. The system lets go of it when the process ends, however it ends."""
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is packing to {folder}: wait until it has finished") from None
+        yield

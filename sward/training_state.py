@@ -1,0 +1,165 @@
+"""Everything that changes while a run trains: how one step changes it, and how it is saved and restored."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from sward import checkpointing, distributed
+from sward.observation import Stopwatch
+from sward.tracking import RunFolder
+
+
+class TrainingState:
+    """Networks, optimiser, schedule, generators and counters of a run, and its place in the run folder.
+
+    Args:
+        model: the network that learns.
+        distillation: the distillation loss, or None.
+        optimizer: over the parameters of both.
+        schedule: of its learning rate.
+        scaler: of the loss, for fp16.
+        clip_norm: greatest norm of the gradient; None never clips.
+
+    Attributes:
+        step: optimiser steps taken.
+        stopwatch: seconds of training.
+        best_score: best validation score so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        distillation: nn.Module | None,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        scaler: torch.amp.GradScaler,
+        clip_norm: float | None = None,
+    ) -> None:
+        self.model, self.distillation = model, distillation
+        self.optimizer, self.schedule, self.scaler, self.clip_norm = optimizer, schedule, scaler, clip_norm
+        self.step = 0
+        self.stopwatch = Stopwatch()
+        self.best_score = -math.inf
+
+    def update(self, loss: Tensor, *, measure: bool = False) -> Tensor | None:
+        """One step against the gradient of `loss`; returns the gradient's norm before clipping if `measure` is set."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        norm = None
+        if measure or self.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [parameter for each in self.optimizer.param_groups for parameter in each["params"]]
+            norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+            if self.clip_norm is not None:
+                clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        self.step += 1
+        return norm
+
+    def save(self, run: RunFolder, score: float | None = None) -> None:
+        """Writes the last checkpoint and keeps the one before it; and the best one, if `score` beats every earlier one.
+
+        All processes call this at the same steps; rank 0 writes.
+        """
+        best = score is not None and score > self.best_score
+        if best and score is not None:
+            self.best_score = score
+        state = self.state_dict()
+        if distributed.is_main():
+            if best:
+                checkpointing.save(run.best, {"model": state["model"], "step": self.step})
+            checkpointing.save(run.last, state, keep=run.previous)
+
+    def restore(self, run: RunFolder) -> None:
+        """Goes on from the newest checkpoint of `run` that is whole; from the beginning if there is none.
+
+        Raises:
+            ValueError: if all checkpoints are damaged, or belong to another network, loss or version.
+        """
+        state = checkpointing.load_newest([run.last, run.previous])
+        if state is not None:
+            try:
+                self.load_state_dict(state)
+            except (KeyError, RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(
+                    f"the checkpoint in {run.last.parent} does not belong to this configuration, so the run cannot be "
+                    f"resumed with it: {reason}"
+                ) from error
+        run.drop_records_after(self.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values. All processes call this together: it collects their random generators."""
+        return {
+            "model": self.model.state_dict(),
+            "distillation": {} if self.distillation is None else self.distillation.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "generators": distributed.gather(_generator_states(self.distillation)),
+            "step": self.step,
+            "seconds": self.stopwatch.read(),
+            "best_score": self.best_score,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned. A process that was not there then keeps its fresh generators."""
+        self.model.load_state_dict(state["model"])
+        if self.distillation is not None:
+            self.distillation.load_state_dict(state["distillation"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        if distributed.rank() < len(state["generators"]):
+            _set_generator_states(self.distillation, state["generators"][distributed.rank()])
+        self.step, self.best_score = state["step"], state["best_score"]
+        self.stopwatch.start(state["seconds"])
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds the global generators of Python, NumPy and torch, of which a run saves the states."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def _generator_states(loss: nn.Module | None) -> dict[str, Any]:
+    # Nothing of ours draws from Python's and NumPy's global generators; a user's model or data set may.
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": [version, torch.tensor(words), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "loss": [generator.get_state() for generator in _own_generators(loss)],
+    }
+
+
+def _set_generator_states(loss: nn.Module | None, states: Mapping[str, Any]) -> None:
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    for generator, state in zip(_own_generators(loss), states["loss"], strict=True):
+        generator.set_state(state)
+
+
+def _own_generators(loss: nn.Module | None) -> list[torch.Generator]:
+    found = [] if loss is None else [getattr(module, "generator", None) for module in loss.modules()]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]

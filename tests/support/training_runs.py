@@ -1,0 +1,131 @@
+"""Runs of seconds on a few generated images, in this process and in others."""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import sys
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sward import data, distillation
+from sward.config import DatasetConfig, DistillationConfig, OptimizerConfig, SWARDConfig, TeacherConfig
+from sward.losses import CIRKDLoss
+
+SPLITS = {"train": 18, "val": 4}
+
+_full_cirkd = distillation.METHODS["cirkd"]
+
+# Imports sward once; every process of a test is forked from there and starts in no time.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.support.training_runs", "sward.cli", "sward.runs"])
+
+
+def small(output: Path, **changes: Any) -> DistillationConfig:
+    """Four steps of four images; 18 images make an epoch of four steps."""
+    config = DistillationConfig(
+        model="unext",
+        dataset=DatasetConfig(name="scenes", image_size=(64, 64)),
+        optimizer=OptimizerConfig(lr=1e-3),
+        batch=4,
+        iterations=4,
+        log_every=1,
+        teacher=TeacherConfig(name="hiera_demo", untrained=True),
+        sward=SWARDConfig(window_size=(4,), embed_dim=8),
+        output=output,
+    )
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def small_cirkd(
+    pair: distillation.DistillationPair, weights: tuple[float, float, float, float] = (1.0, 1.0, 0.1, 0.1)
+) -> CIRKDLoss:
+    """`cirkd` as `sward.distillation` builds it, with a memory that a CPU fills and reads in no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            distillation,
+            "CIRKDLoss",
+            functools.partial(
+                CIRKDLoss,
+                weights=weights,
+                pixel_queue_size=128,
+                region_queue_size=8,
+                pixel_keys=64,
+                region_keys=32,
+                max_pixels=256,
+            ),
+        )
+        return _full_cirkd(pair)
+
+
+def start(config: DistillationConfig) -> BaseProcess:
+    """Trains in a process of its own, which ends with the command line's exit codes."""
+    process = SERVER.Process(target=_train, args=(config,))
+    process.start()
+    return process
+
+
+def _train(config: DistillationConfig) -> None:
+    from sward import runs
+
+    torch.set_num_threads(1)
+    data.scenes.SPLITS.update(SPLITS)
+    distillation.METHODS["cirkd"] = small_cirkd
+    sys.exit(_as_the_command_line_does(lambda: runs.train_student(config)))
+
+
+def _as_the_command_line_does(work: Any) -> int:
+    from sward import cli
+
+    cli.COMMANDS["test"] = (lambda words: work(), "")
+    return cli.main(["test"])
+
+
+def checkpoint(run: Path, name: str = "last") -> dict[str, Any]:
+    return torch.load(run / "checkpoints" / f"{name}.pt", weights_only=True)
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal_runs(first: Path, second: Path) -> None:
+    """Both runs hold the same weights, optimiser, banks and generators, bit for bit, and logged the same numbers."""
+    for name in ("last", "best"):
+        _assert_equal(checkpoint(first, name), checkpoint(second, name), name)
+    assert _without_timings(records(first)) == _without_timings(records(second))
+
+
+def _assert_equal(first: Any, second: Any, where: str) -> None:
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            if key != "seconds":
+                _assert_equal(first[key], second[key], f"{where}/{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), where
+        for index, (one, other) in enumerate(zip(first, second)):
+            _assert_equal(one, other, f"{where}/{index}")
+    elif isinstance(first, Tensor):
+        assert torch.equal(first, second), where
+    else:
+        assert first == second, where
+
+
+def _without_timings(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            name: value
+            for name, value in line.items()
+            if name not in ("seconds", "images_per_second", "peak_memory_bytes")
+        }
+        for line in lines
+    ]

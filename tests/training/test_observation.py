@@ -1,0 +1,133 @@
+"""What a run logs, and the alarm when its loss is no longer a number."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sward import data
+from sward.cli import main
+from sward.losses import SegmentationCrossEntropy
+from sward.observation import LossWatch, NonFiniteLossError, StepOutput, Stopwatch
+from sward.runs import train_student
+from sward.tracking import RunFolder
+from tests.support.training_runs import SPLITS, checkpoint, records, small
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    for split, count in SPLITS.items():
+        monkeypatch.setitem(data.scenes.SPLITS, split, count)
+
+
+def test_a_log_line_holds_raw_and_weighted_terms_health_and_cost(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", log_every=2)
+    train_student(config)
+    lines = [record for record in records(config.output) if "loss" in record]
+    assert [line["step"] for line in lines] == [2, 4]
+    for line in lines:
+        weighted = line["weighted"]
+        assert set(weighted) == {"task", "attention", "value", "context", "separation", "compactness"}
+        assert sum(weighted.values()) == pytest.approx(line["loss"], rel=1e-5)
+        assert weighted["attention"] == pytest.approx(2 * line["attention"], rel=1e-5)
+        assert weighted["separation"] == pytest.approx(line["separation"], rel=1e-5)
+        assert {f"stage{stage}/student/value_rank" for stage in range(4)} <= set(line["diagnostics"])
+        assert line["gradient_norm"] > 0
+        assert line["lr"] > 0 or line["step"] == 4
+        assert 2**27 < line["peak_memory_bytes"] < 2**40
+    elapsed = lines[1]["seconds"] - lines[0]["seconds"]
+    assert lines[1]["images_per_second"] == pytest.approx(2 * config.batch / elapsed, rel=1e-6)
+
+
+def test_how_often_a_run_is_logged_changes_nothing(tmp_path: Path) -> None:
+    for every in (1, 4):
+        train_student(small(tmp_path / str(every), log_every=every))
+    often, seldom = (checkpoint(tmp_path / name)["model"] for name in ("1", "4"))
+    assert all(torch.equal(often[key], seldom[key]) for key in often)
+
+
+class PoisonedAt(SegmentationCrossEntropy):
+    """A task loss that is not a number from its third call on."""
+
+    calls = 0
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        PoisonedAt.calls += 1
+        return super().forward(logits, labels) * (float("nan") if PoisonedAt.calls >= 3 else 1.0)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_terms_and_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    PoisonedAt.calls = 0
+    monkeypatch.setattr("sward.runs.SegmentationCrossEntropy", PoisonedAt)
+    run = tmp_path / "run"
+    options = ["--distillation", "none", "--dataset.image-size", "64", "64", "--batch", "4", "--iterations", "8"]
+    # Five steps pass between two looks; the first bad one is named all the same.
+    options += ["--log-every", "5", "--checkpoint-every", "2", "--output", str(run)]
+    assert main(["train", "demo", *options]) == 1
+    printed = capsys.readouterr().err
+    assert "the loss of step 3 is not finite (task nan) for the images" in printed
+    dataset = data.build("scenes", "train", image_size=(64, 64), train=True, seed=0)
+    names = printed.split("for the images ")[1].split(";")[0].split(", ")
+    assert len(set(names)) == 4
+    assert set(names) <= {dataset.read(index)[2] for index in range(len(dataset))}
+    assert checkpoint(run)["step"] == 2
+    assert all(value.isfinite().all() for value in checkpoint(run)["model"].values())
+
+
+def test_a_watch_forgets_what_it_has_looked_at() -> None:
+    watch = LossWatch()
+    watch.check()
+    for step, loss in ((1, 1.0), (2, 2.0)):
+        watch.remember(step, StepOutput(torch.tensor(loss, requires_grad=True), {}, {}, {}), ["a"])
+    watch.check()
+    for step, loss in ((3, 1.0), (4, float("inf")), (5, float("nan"))):
+        terms = {"task": torch.tensor(loss)}
+        watch.remember(step, StepOutput(torch.tensor(loss), terms, terms, {}), [f"image {step}"])
+    with pytest.raises(NonFiniteLossError, match=r"step 4 is not finite \(task inf\) for the images image 4;"):
+        watch.check()
+
+
+def test_a_paused_stopwatch_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    watch = Stopwatch()
+    now[0] = 103.0
+    with watch.paused():
+        now[0] = 150.0
+    now[0] = 151.0
+    assert watch.read() == 4.0
+    watch.start(10.0)
+    now[0] = 152.0
+    assert watch.read() == 11.0
+
+
+def test_tensorboard_gets_the_numbers_of_the_log(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="needs the package tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = small(tmp_path / "run", iterations=2, tensorboard=True)
+    train_student(config)
+    events = EventAccumulator(str(config.output / "tensorboard"))
+    events.Reload()
+    for line in RunFolder(config.output).records():
+        if "loss" in line:
+            for name, value in (("loss", line["loss"]), ("weighted/value", line["weighted"]["value"])):
+                (logged,) = [event.value for event in events.Scalars(name) if event.step == line["step"]]
+                assert logged == pytest.approx(value)
+    assert "validation/mean_iou" in events.Tags()["scalars"]
+
+
+def test_tensorboard_without_its_package_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    options = ["--distillation", "none", "--dataset.image-size", "64", "64", "--batch", "4", "--iterations", "1"]
+    assert main(["train", "demo", *options, "--tensorboard", "--output", str(tmp_path / "run")]) == 2
+    assert "--tensorboard needs the package tensorboard; install it" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

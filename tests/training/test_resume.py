@@ -1,0 +1,214 @@
+"""Runs that are interrupted, killed, damaged or out of disk, and go on."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sward import data
+from sward.cli import main
+from sward.config import DatasetConfig
+from sward.runs import train_student
+from sward.tracking import RunFolder
+from tests.support.training_runs import SPLITS, assert_equal_runs, checkpoint, records, small, start
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    for split, count in SPLITS.items():
+        monkeypatch.setitem(data.scenes.SPLITS, split, count)
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if any(record["step"] >= step for record in RunFolder(run).records()):
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"the run did not reach step {step}")
+
+
+STEPS = 8
+Uninterrupted = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    """Runs that nothing happened to, each made once, in a process like those that they are compared with."""
+
+    @functools.cache
+    def make(method: str, steps: int = STEPS) -> Path:
+        folder = tmp_path_factory.mktemp("whole") / method
+        process = start(small(folder, distillation=method, iterations=steps, evaluate_every=1))
+        process.join(300)
+        assert process.exitcode == 0
+        return folder
+
+    return make
+
+
+def workers(count: int) -> DatasetConfig:
+    return DatasetConfig(name="scenes", image_size=(64, 64), workers=count)
+
+
+@pytest.mark.parametrize(("method", "loader_workers"), [("sward", 0), ("sward", 2), ("cirkd", 0)])
+def test_a_run_stopped_by_sigterm_ends_bit_for_bit_as_an_uninterrupted_one(
+    tmp_path: Path, method: str, loader_workers: int, uninterrupted: Uninterrupted
+) -> None:
+    options = dict(distillation=method, iterations=STEPS, evaluate_every=1, dataset=workers(loader_workers))
+    parted = start(small(tmp_path / "parted", **options))
+    wait_for_step(tmp_path / "parted", 2)
+    parted.terminate()
+    parted.join(60)
+    assert parted.exitcode == 128 + signal.SIGTERM
+    stopped = checkpoint(tmp_path / "parted")["step"]
+    assert 2 <= stopped < STEPS
+    assert records(tmp_path / "parted")[-1]["step"] == stopped
+    again = start(small(tmp_path / "parted", **options, resume=True))
+    again.join(120)
+    assert again.exitcode == 0
+    assert_equal_runs(uninterrupted(method), tmp_path / "parted")
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_command_with_a_checkpoint_and_a_sentence(
+    sent: signal.Signals,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sward.training.log_record", SignalAtStep(2, sent))
+    before = signal.getsignal(sent)
+    options = ["--distillation", "none", "--dataset.image-size", "64", "64", "--batch", "4", "--iterations", "5"]
+    options += ["--log-every", "1", "--output", str(tmp_path / "run")]
+    assert main(["train", "demo", *options]) == code
+    assert (
+        f"stopped by {sent.name} after step 3 of 5, with a checkpoint in {tmp_path / 'run'}; "
+        "continue with the same command and --resume"
+    ) in capsys.readouterr().err
+    assert checkpoint(tmp_path / "run")["step"] == 3
+    assert signal.getsignal(sent) == before
+    monkeypatch.undo()
+    assert main(["train", "demo", *options, "--resume"]) == 0
+    assert checkpoint(tmp_path / "run")["step"] == 5
+
+
+class SignalAtStep:
+    """Stands in for `log_record` and sends this process a signal at a given step."""
+
+    def __init__(self, step: int, sent: signal.Signals) -> None:
+        self.step, self.sent = step, sent
+
+    def __call__(self, state, output, *others):
+        if state.step == self.step:
+            os.kill(os.getpid(), self.sent)
+        return {"step": state.step, "loss": output.loss.item(), "task": 0.0}
+
+
+@pytest.mark.parametrize(("kills", "steps"), [(3, STEPS), pytest.param(20, 40, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_never_killed(
+    tmp_path: Path, kills: int, steps: int, uninterrupted: Uninterrupted
+) -> None:
+    options = dict(iterations=steps, evaluate_every=1, checkpoint_every=1)
+    moments = random.Random(7)
+    for _ in range(kills):
+        process = start(small(tmp_path / "killed", **options, resume=True))
+        process.join(moments.uniform(0.0, 3.0))
+        assert process.exitcode is None, "the run was over before it could be killed often enough"
+        process.kill()
+        process.join(60)
+    last = start(small(tmp_path / "killed", **options, resume=True))
+    last.join(300)
+    assert last.exitcode == 0
+    assert_equal_runs(uninterrupted("sward", steps), tmp_path / "killed")
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path: Path) -> None:
+    train_student(small(tmp_path / "whole", iterations=6))
+    train_student(small(tmp_path / "run", iterations=6, checkpoint_every=2))
+    folder = tmp_path / "run" / "checkpoints"
+    assert checkpoint(tmp_path / "run", "previous")["step"] == 4
+    content = bytearray((folder / "last.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "last.pt").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"last\.pt is not a readable checkpoint, .* going on from .*previous\.pt"):
+        train_student(small(tmp_path / "run", iterations=6, checkpoint_every=2, resume=True))
+    assert (folder / "last.pt.damaged").read_bytes() == content
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_nothing_whole_to_go_on_from_is_said_and_nothing_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_student(small(tmp_path / "run", iterations=2, checkpoint_every=1))
+    folder = tmp_path / "run" / "checkpoints"
+    for name in ("last.pt", "previous.pt"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="there is no earlier checkpoint to go on from"):
+        train_student(small(tmp_path / "run", iterations=4, resume=True))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
+    assert {"last.pt", "previous.pt", "best.pt"} <= set(os.listdir(folder))
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    train_student(small(tmp_path / "run", iterations=1))
+    with pytest.raises(ValueError, match="does not belong to this configuration, so the run cannot be resumed"):
+        train_student(small(tmp_path / "run", iterations=2, distillation="kd", resume=True))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a file that is always full")
+def test_a_full_disk_loses_nothing_that_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_student(small(tmp_path / "whole", iterations=8, evaluate_every=1))
+    options = dict(iterations=8, evaluate_every=1, checkpoint_every=2)
+    folder = tmp_path / "run" / "checkpoints"
+    monkeypatch.setattr("sward.training.log_record", FullDiskAtStep(5, folder / "last.pt.partial"))
+    with pytest.raises(OSError, match="No space left") as error:
+        train_student(small(tmp_path / "run", **options))
+    assert error.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    for split, count in SPLITS.items():
+        monkeypatch.setitem(data.scenes.SPLITS, split, count)
+    assert sorted(os.listdir(folder)) == ["best.pt", "last.pt", "previous.pt"]
+    assert checkpoint(tmp_path / "run")["step"] == 4
+    train_student(small(tmp_path / "run", **options, resume=True))
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+class FullDiskAtStep:
+    """Stands in for `log_record` and makes the next checkpoint meet a full disk."""
+
+    def __init__(self, step: int, partial: Path) -> None:
+        from sward.training import log_record
+
+        self.step, self.partial, self.log_record = step, partial, log_record
+
+    def __call__(self, state, *others):
+        if state.step == self.step:
+            self.partial.symlink_to("/dev/full")
+        return self.log_record(state, *others)
+
+
+def test_a_line_cut_short_by_a_crash_is_not_resumed_into(tmp_path: Path) -> None:
+    train_student(small(tmp_path / "run", iterations=3, checkpoint_every=2))
+    run = RunFolder(tmp_path / "run")
+    run.last.unlink()
+    with run.metrics.open("a") as file:
+        file.write('{"step": 4, "lo')
+    train_student(small(tmp_path / "run", iterations=3, resume=True))
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 3]
+
+
+def test_resuming_what_never_began_begins_it(tmp_path: Path) -> None:
+    assert train_student(small(tmp_path / "run", iterations=1, resume=True)).evaluation.images == 4

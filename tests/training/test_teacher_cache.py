@@ -1,0 +1,170 @@
+"""Teacher features on disk: the same training with and without, and never the features of another image or teacher."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sward import data
+from sward.config import DatasetConfig, DistillationConfig, SWARDConfig, TeacherConfig
+from sward.losses import LOGITS
+from sward.runs import train_student
+from sward.teacher_cache import TeacherCache
+from sward.training import FrozenTeacher
+
+
+class Network(nn.Module):
+    """Counts the images it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = nn.Conv2d(3, 5, 3, stride=2)
+        self.head = nn.Conv2d(5, 2, 1)
+        self.seen = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen += len(images)
+        return self.head(self.stage(images))
+
+
+LAYERS = ("stage", LOGITS)
+
+
+def cache(folder: Path, network: nn.Module, layers: tuple[str, ...] = LAYERS) -> TeacherCache:
+    return TeacherCache(FrozenTeacher(network, layers), layers, folder)
+
+
+def test_the_teacher_runs_once_for_each_image(tmp_path: Path) -> None:
+    network, images = Network(), torch.randn(4, 3, 17, 23)
+    kept = cache(tmp_path, network)
+    first = kept(images[:3])
+    assert network.seen == 3
+    again = kept(images[[2, 0, 3]])
+    assert network.seen == 4
+    assert (kept.hits, kept.misses) == (2, 4)
+    direct = FrozenTeacher(network, LAYERS)(images)
+    for layer in LAYERS:
+        assert torch.equal(first[layer][[2, 0]], again[layer][:2])
+        torch.testing.assert_close(again[layer], direct[layer][[2, 0, 3]])
+    # Another process finds them too.
+    seen = network.seen
+    assert all(torch.equal(cache(tmp_path, network)(images[:3])[layer], first[layer]) for layer in LAYERS)
+    assert network.seen == seen
+
+
+def test_an_entry_does_not_depend_on_its_batch(tmp_path: Path) -> None:
+    network, images = Network(), torch.randn(8, 3, 33, 33)
+    whole = cache(tmp_path / "a", network)(images)
+    single = [cache(tmp_path / "b", network)(image[None]) for image in images]
+    for layer in LAYERS:
+        assert torch.equal(whole[layer], torch.cat([each[layer] for each in single]))
+
+
+def test_another_image_layer_weight_or_setting_is_another_entry(tmp_path: Path) -> None:
+    network, images = Network(), torch.randn(1, 3, 17, 23)
+    cache(tmp_path, network)(images)
+    for other in (images.nextafter(images + 1), images.flip(-1), images.double().float() * 2):
+        seen = network.seen
+        cache(tmp_path, network)(other)
+        assert network.seen == seen + 1
+    cache(tmp_path, network, ("stage",))(images)
+    teacher = FrozenTeacher(network, LAYERS)
+    teacher.precision = "bf16"  # a setting that a teacher may have
+    TeacherCache(teacher, LAYERS, tmp_path)(images)
+    with torch.no_grad():
+        network.head.bias[0] += 1e-6
+    before = network.seen
+    cache(tmp_path, network)(images)
+    assert network.seen == before + 1
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a bit", "empty", "checksum alone"])
+def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
+    network, images = Network(), torch.randn(1, 3, 17, 23)
+    whole = cache(tmp_path, network)(images)
+    (path,) = tmp_path.glob("*/*.features")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    damaged = {"cut short": content[:-9], "a bit": content, "empty": b"", "checksum alone": content[:4]}[damage]
+    path.write_bytes(damaged)
+    with pytest.warns(UserWarning, match=r"\.features is damaged: its teacher features are computed again"):
+        again = cache(tmp_path, network)(images)
+    assert all(torch.equal(whole[layer], again[layer]) for layer in LAYERS)
+    seen = network.seen
+    cache(tmp_path, network)(images)
+    assert network.seen == seen
+
+
+def test_a_full_disk_leaves_the_training_going(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, images = Network(), torch.randn(3, 3, 17, 23)
+    kept = cache(tmp_path, network)
+
+    def full(self: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.warns(UserWarning, match=r"can no longer be kept in .* \(No space left on device\)") as warned:
+        features = kept(images)
+    assert len(warned) == 1
+    torch.testing.assert_close(features["stage"], FrozenTeacher(network, LAYERS)(images)["stage"])
+    assert not list(tmp_path.glob("*/*"))
+
+
+# Whole runs
+
+
+@pytest.fixture
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(data.scenes.SPLITS, "train", 6)
+    monkeypatch.setitem(data.scenes.SPLITS, "val", 2)
+
+
+def small(tmp_path: Path, name: str, cached: bool = True, **changes: object) -> DistillationConfig:
+    config = DistillationConfig(
+        dataset=DatasetConfig(name="scenes", image_size=(64, 64), views=2),
+        batch=2,
+        iterations=9,
+        log_every=1,
+        teacher=TeacherConfig(untrained=True, cache=tmp_path / "cache" if cached else None),
+        sward=SWARDConfig(window_size=(4,), embed_dim=8),
+        output=tmp_path / name,
+    )
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return config
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return torch.load(run / "checkpoints" / "last.pt", weights_only=True)["model"]
+
+
+def losses(run: Path) -> list[float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.mark.usefixtures("few_images")
+def test_a_run_is_the_same_from_an_empty_and_from_a_full_cache_and_close_to_one_without(tmp_path: Path) -> None:
+    empty, full, without = (
+        train_student(small(tmp_path, name, cached)).run
+        for name, cached in (("empty", True), ("full", True), ("without", False))
+    )
+    found = weights(full)
+    for key, value in weights(empty).items():
+        assert torch.equal(value, found[key]), key
+    # Teacher maps of one image and of a batch may differ in their last bits, and AdamW makes steps of rounding errors.
+    for one, other in zip(losses(empty), losses(without), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+    # 6 images in 2 views; nothing else was written.
+    assert len(list((tmp_path / "cache").glob("*/*"))) == 12
+
+
+def test_training_without_fixed_views_is_refused(tmp_path: Path) -> None:
+    config = small(tmp_path, "run", dataset=DatasetConfig(name="scenes", image_size=(64, 64)))
+    with pytest.raises(ValueError, match=r"teacher.cache keeps .* fix them with --dataset.views N"):
+        train_student(config)
+    assert not (tmp_path / "cache").exists()
