@@ -100,7 +100,7 @@ def attention_figure(image: Tensor, stages: Sequence[WindowAttention], path: Pat
     plt = plot_library()
     height, width = image.shape[-2:]
     figure, axes = plt.subplots(
-        len(stages), 3, figsize=(8.0, 2.5 * len(stages) + 0.3), squeeze=False, layout="constrained"
+        len(stages), 3, figsize=(8.0, 2.6 * len(stages) + 0.2), squeeze=False, layout="constrained"
     )
     for (whole, *sides), stage in zip(axes, stages, strict=True):
         tall, wide = height / stage.grid[0], width / stage.grid[1]
@@ -118,7 +118,9 @@ def attention_figure(image: Tensor, stages: Sequence[WindowAttention], path: Pat
             shown = axis.imshow(attention.cpu().numpy(), cmap="viridis", vmin=0, vmax=largest)
             local = (stage.query[1] - stage.corner[1], stage.query[0] - stage.corner[0])
             axis.plot(*local, marker="+", color="red", markersize=10, markeredgewidth=2)
-        sides[1].set_ylabel(f"KL {stage.divergence:.3f}")
+            padding = 1 - float(attention.sum())
+            axis.set_xlabel(f"{100 * padding:.0f} % on padding" if padding > 0.005 else "")
+        whole.set_xlabel(f"KL(teacher || student) = {stage.divergence:.3f}")
         figure.colorbar(shown, ax=sides, shrink=0.85, pad=0.02, label="attention")
         for axis in (whole, *sides):
             axis.set(xticks=[], yticks=[])

@@ -84,7 +84,7 @@ def activation_figure(rows: Sequence[ActivationRow], path: Path) -> Path:
     figure, axes = plt.subplots(
         len(rows),
         len(titles),
-        figsize=(2.2 * len(titles), 2.2 * sum(heights) + 0.8),
+        figsize=(2.0 * len(titles) + 1.0, 2.05 * sum(heights) + 0.35),
         height_ratios=heights,
         squeeze=False,
         layout="constrained",
