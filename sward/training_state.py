@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +48,9 @@ class TrainingState:
     ) -> None:
         self.model, self.distillation = model, distillation
         self.optimizer, self.schedule, self.scaler, self.clip_norm = optimizer, schedule, scaler, clip_norm
+        if scaler.is_enabled():
+            # While it looks for its scale it leaves out steps, which the schedule takes for a mistake of ours.
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before", UserWarning)
         self.step = 0
         self.stopwatch = Stopwatch()
         self.best_score = -math.inf
