@@ -22,8 +22,8 @@ from sward.config import (
 )
 from sward.data import DatasetNotFoundError
 from sward.evaluation import Evaluation
+from sward.observation import forget_peak_memory, peak_memory
 from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, Scale, teacher_of
-from sward.reproduce.memory import PeakMemory
 from sward.runs import (
     build_datasets,
     build_split,
@@ -315,12 +315,14 @@ class Study:
         if isinstance(config, DistillationConfig) and config.distillation in ("maskd", "freekd"):
             self._learn_masks(run)
         config.resume = folder.last.exists()
-        with PeakMemory(choose_device(config.device)) as memory:
-            if isinstance(config, TeacherTrainingConfig):
-                result = train_teacher(config)
-            else:
-                result = train_student(config)
-        cost = Cost(steps=folder.records()[-1]["step"], seconds=result.seconds, peak_memory=memory.bytes)
+        device = choose_device(config.device)
+        is_fresh = forget_peak_memory(device)
+        if isinstance(config, TeacherTrainingConfig):
+            result = train_teacher(config)
+        else:
+            result = train_student(config)
+        memory = peak_memory(device) if is_fresh else None
+        cost = Cost(steps=folder.records()[-1]["step"], seconds=result.seconds, peak_memory=memory)
         text = json.dumps(dataclasses.asdict(cost), indent=2)
         (folder.path / "cost.json").write_text(text + "\n", encoding="utf-8")
 
@@ -379,11 +381,11 @@ class Study:
         fair. Only SWARD's features are kept: all its variants read the same maps, so that one cache serves them all
         (0.4 to 0.9 MB a view), while each peer would need gigabytes of its own.
         """
-        if config.preset not in CACHED_PRESETS or not hasattr(config.dataset, "views"):
+        if config.preset not in CACHED_PRESETS:
             return
-        _set(config, "dataset.views", VIEWS)
+        config.dataset.views = VIEWS
         if config.distillation == "sward":
-            _set(config, "teacher.cache", self.folder(teacher_of(config.preset), 0).path / "features")
+            config.teacher.cache = self.folder(teacher_of(config.preset), 0).path / "features"
 
 
 def differences(stored: Any, wanted: Any) -> list[str]:

@@ -8,22 +8,24 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sward import data, presets
 from sward.models.complexity import complexity
-from sward.reproduce.collapse import Collapse
 from sward.reproduce.experiments import TEACHER, Run, Table
 from sward.reproduce.study import Study
 
 NOTHING = "-"
 
-COLLAPSE = (
-    ("rank of V_t", 1, "effective_rank"),
-    ("|cos| of V_t", 2, "mean_cosine"),
-    ("norm of V_t", 3, "norm"),
-    ("attention KL", 3, "attention"),
+HEALTH = (
+    ("rank of V_t", 1, "value_rank"),
+    ("|cos| of V_t", 2, "value_cosine"),
+    ("entropy of A_t", 3, "attention_entropy"),
 )
-"""Header, decimals and name in `Collapse` of each measure."""
+"""Header, decimals and name in `sward.losses.relation_health` of each sign of collapse of the teacher's projections."""
+TERMS = ("attention", "value", "context")
+LAST_SHARE = 0.1
+"""Of a run's steps, over whose log lines signs and terms are averaged."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def fill(
     if table.costs:
         columns += [Column("s/step", 3), Column("peak memory (MB)", 0)]
     if table.collapse:
-        columns += [Column(header, digits) for header, digits, _ in COLLAPSE]
+        columns += [Column(header, digits) for header, digits, _ in HEALTH]
+        columns += [Column(f"{term} loss", 3) for term in TERMS]
     rows = []
     for row in table.rows:
         own = row.runs[0]
@@ -258,11 +261,28 @@ def _model(run: Run) -> str:
 
 
 def _collapse(run: Run, study: Study) -> list[Value]:
-    measured = [
-        Collapse.of_run(study.folder(run, seed).path, study.options.data) if study.cost(run, seed) is not None else None
-        for seed in study.seeds(run)
-    ]
-    return [average(None if each is None else getattr(each, name) for each in measured) for _, _, name in COLLAPSE]
+    signs = [signs_of_collapse(study.folder(run, seed).records()) for seed in study.seeds(run) if study.cost(run, seed)]
+    return [average(each.get(name) for each in signs) for name in (*(name for _, _, name in HEALTH), *TERMS)]
+
+
+def signs_of_collapse(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Signs of collapse and MWAD's terms over the last steps of a run, mean over stages; empty without MWAD."""
+    logged = [record for record in records if "diagnostics" in record]
+    recent = [record for record in logged if record["step"] > (1 - LAST_SHARE) * logged[-1]["step"]]
+    found = {}
+    for _, _, name in HEALTH:
+        # Keys are "stage0/teacher/value_rank".
+        values = [
+            value
+            for record in recent
+            for key, value in record["diagnostics"].items()
+            if key.endswith(f"/teacher/{name}")
+        ]
+        if values:
+            found[name] = statistics.fmean(values)
+    if found:
+        found |= {term: statistics.fmean(record[term] for record in recent) for term in TERMS}
+    return found
 
 
 def _standing_notes(table: Table, *, with_costs: bool) -> list[str]:
@@ -283,8 +303,9 @@ def _standing_notes(table: Table, *, with_costs: bool) -> list[str]:
         )
     if table.collapse:
         notes.append(
-            "V_t, the teacher's projected values on validation images, mean over stages: effective rank (from 1 to the "
-            "width of V), mean |cos| between different pixels, root mean square length. Attention KL: Eq. 11 on the "
-            "same images. A collapse is a rank near 1, |cos| near 1 or a norm near 0."
+            "Teacher's projections and MWAD's terms, mean over stages and the last tenth of the steps, on training "
+            "images. Effective rank of the values (1 to their width), mean |cos| of two values in a window, entropy of "
+            "the attention as a share of the greatest, Eq. 11-13. A collapse is a rank or |cos| near 1 while the value "
+            "and context terms are near 0."
         )
     return notes

@@ -20,6 +20,7 @@ from sward.reproduce.tables import (
     latex,
     markdown,
     model_costs,
+    signs_of_collapse,
     write,
 )
 
@@ -85,3 +86,19 @@ def test_costs_follow_the_paper_s_counting_rule() -> None:
     pytest.importorskip("ptflops")
     costs = model_costs(table2("small"))["unext"]
     assert (round(costs.params_millions, 2), round(costs.gflops, 2)) == (1.47, 4.63)
+
+
+def test_signs_of_collapse_are_averaged_over_stages_and_over_the_last_tenth() -> None:
+    def record(step: int, first: float, second: float) -> dict[str, object]:
+        diagnostics = {
+            "stage0/teacher/value_rank": first,
+            "stage1/teacher/value_rank": second,
+            "stage0/student/value_rank": 99.0,
+        }
+        terms = {"attention": first, "value": second, "context": 0.0}
+        return {"step": step, "diagnostics": diagnostics, **terms}
+
+    records = [record(90, 50.0, 50.0), record(95, 1.0, 3.0), {"step": 100, "validation": {}}, record(100, 5.0, 7.0)]
+    signs = signs_of_collapse(records)
+    assert signs == {"value_rank": 4.0, "attention": 3.0, "value": 5.0, "context": 0.0}
+    assert signs_of_collapse([{"step": 1, "loss": 2.0}]) == {}
