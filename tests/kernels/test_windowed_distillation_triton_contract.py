@@ -142,7 +142,7 @@ def test_a_call_allocates_and_launches_and_does_nothing_else(monkeypatch: pytest
                 _, statistics = launch._forward(*sides, window_size, (0, 0), shift, WEIGHTS, True)
                 launch._backward(upstream, *sides, statistics, window_size, (0, 0), shift, WEIGHTS, True, True)
     assert len(launched) == 4
-    assert operations <= {torch.ops.aten.empty, torch.ops.aten.new_empty}
+    assert operations <= {torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.promote_types}
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
