@@ -144,7 +144,7 @@ def plot_sweeps(results: Path, device: torch.device, path: Path) -> None:
 
     tables = {name: table_of(results, device, name) for name in SWEEPS}
     tables = {name: table for name, table in tables.items() if table.exists()}
-    figure, axes = pyplot.subplots(2, len(tables), figsize=(4.2 * len(tables), 7), squeeze=False, sharey="row")
+    figure, axes = pyplot.subplots(2, len(tables), figsize=(1 + 4.2 * len(tables), 8), squeeze=False, sharey="row")
     for (name, table), (time_axis, memory_axis) in zip(tables.items(), axes.T):
         with table.open(newline="") as file:
             rows = {(row["case"], row["provider"]): row for row in csv.DictReader(file)}
@@ -160,11 +160,11 @@ def plot_sweeps(results: Path, device: torch.device, path: Path) -> None:
             axis.set_xticks(list(SWEEPS[name].stages), [str(x) for x in SWEEPS[name].stages], minor=False)
             axis.minorticks_off()
             axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("forward and backward, ms (median, 20 to 80 %)")
+    axes[0, 0].set_ylabel("forward and backward, ms\n(median, band from 20 to 80 %)")
     axes[1, 0].set_ylabel("peak beyond the inputs, MiB")
     axes[0, 0].legend()
     device_name = next(iter(rows.values()))["device"]
-    figure.suptitle(f"Windowed distillation on {device_name}, fp32 NCHW")
+    figure.suptitle(f"Windowed distillation, fp32 NCHW\n{device_name}")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     print(f"wrote {path}")
