@@ -252,18 +252,22 @@ def test_torchrun_restarts_a_run_whose_process_died_and_it_goes_on(tmp_path: Pat
     command += ["--batch", "4", "--iterations", "6", "--log-every", "1", "--checkpoint-every", "3"]
     command += ["--dataset.image-size", "32", "32"]
     root = str(Path(__file__).resolve().parents[2])
-    done = subprocess.run(
+    torchrun = subprocess.Popen(
         command,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
-        check=False,
     )
-    assert done.returncode == 0, done.stderr
+    try:
+        printed, errors = torchrun.communicate(timeout=240)
+    finally:
+        torchrun.terminate()  # it ends its processes, which a kill would leave behind
+        torchrun.wait(60)
+    assert torchrun.returncode == 0, errors
     assert checkpoint(tmp_path / "run")["step"] == 6
     steps = [record["step"] for record in records(tmp_path / "run") if "loss" in record]
     assert steps == [1, 2, 3, 4, 5, 6]
     # Rank 0 alone speaks and writes: one table, one line a step.
-    assert done.stdout.count("best mean_iou on validation") == 1
+    assert printed.count("best mean_iou on validation") == 1
