@@ -134,7 +134,7 @@ def compare(case: str, sets: tuple[PairedFiles, PairedFiles], rounds: int) -> li
         for epoch in range(rounds):
             for dataset, measured in zip(sets, rates):
                 dataset.set_epoch(epoch)
-                measured.append(per_second(run, dataset, most=3.0))
+                measured.append(per_second(run, dataset, most=1.5))
         decoded, packed = (statistics.median(measured) for measured in rates)
         label = f"{stage}, {workers} workers" if stage == "batch" else stage
         print(f"{label:<18}{decoded:>12.1f}{packed:>12.1f}{packed / decoded:>9.1f}x")

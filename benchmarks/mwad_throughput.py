@@ -1,19 +1,20 @@
 """Time and memory of windowed distillation, forward and backward, one stage.
 
-    python benchmarks/mwad_throughput.py            # the stage quoted in the documentation, NCHW and channels_last
-    python benchmarks/mwad_throughput.py --sweep    # other window sides, dtypes and stages as well
-    python benchmarks/mwad_throughput.py --quick    # one small stage, to see that everything runs
+    python benchmarks/mwad_throughput.py                 # the stage quoted in the documentation, NCHW and channels_last
+    python benchmarks/mwad_throughput.py --sweep         # against the map's tokens, the window side M, the channels D
+    python benchmarks/mwad_throughput.py --sweep tokens  # one of the three; the picture shows those measured so far
+    python benchmarks/mwad_throughput.py --quick         # one small stage, to see that everything runs
 
 Runs on the GPU when there is one, else on two CPU threads; there the Triton kernels are not timed, and what they need
 of each GPU target is printed instead. Writes a CSV file to `benchmarks/results/`, and after a sweep a picture of time
-and memory against the tokens of a window. Peak memory is
-what a call needs beyond its inputs, its results (the two gradients) included. The ideal reads both maps and writes
-both gradients once.
+and memory. Peak memory is what a call needs beyond its inputs, its results (the two gradients) included. The ideal
+reads both maps and writes both gradients once.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,14 +51,28 @@ class Stage(NamedTuple):
 
 QUOTED = Stage(4, 24, 128, 256, 8, (3, 5))
 DEFAULT = (QUOTED, QUOTED._replace(channels_last=True))
-WINDOWS = tuple(QUOTED._replace(window_size=side, shift=(side // 2, side // 2)) for side in (2, 4, 7, 8, 12, 16))
-SWEEP = (
-    *DEFAULT,
-    *WINDOWS,
-    QUOTED._replace(dtype=torch.bfloat16),
-    Stage(4, 64, 64, 128, 8, (3, 5)),
-    Stage(4, 64, 16, 32, 8, (3, 5)),
-)
+SWEPT = Stage(2, 32, 64, 128, 8, (3, 5))
+
+
+class Sweep(NamedTuple):
+    label: str
+    stages: dict[int, Stage]
+
+
+SWEEPS = {
+    "tokens": Sweep(
+        "tokens of the map, B H W (M=8, D=32)",
+        {2 * height * width: SWEPT._replace(height=height, width=width)
+         for height, width in ((16, 32), (32, 64), (64, 128), (128, 256))},
+    ),
+    "window_size": Sweep(
+        "window side M (D=32, 2x64x128 tokens)",
+        {side: SWEPT._replace(window_size=side, shift=(side // 2, side // 2)) for side in (2, 4, 7, 8, 12, 16)},
+    ),
+    "dim": Sweep(
+        "channels D (M=8, 2x64x128 tokens)", {dim: SWEPT._replace(dim=dim) for dim in (8, 16, 32, 64, 128)}
+    ),
+}  # fmt: skip
 QUICK = (Stage(1, 8, 16, 24, 4, (1, 2)),)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -116,28 +131,40 @@ def compare(session: Session, stage: Stage, max_seconds: float) -> list[Measurem
     return rows
 
 
-def plot_windows(session: Session, path: Path) -> None:
-    """Time and memory of every provider against the tokens of a window, from the stages in `WINDOWS`."""
+def table_of(results: Path, device: torch.device, sweep: str | None = None) -> Path:
+    return results / f"mwad_throughput_{device.type}{f'_{sweep}' if sweep else ''}.csv"
+
+
+def plot_sweeps(results: Path, device: torch.device, path: Path) -> None:
+    """Time and memory of every provider against what was swept, from the tables of the sweeps measured so far."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tokens = {str(stage): stage.window_size**2 for stage in WINDOWS}
-    rows = [row for row in session.measurements if row.case in tokens]
-    figure, (time_axis, memory_axis) = pyplot.subplots(1, 2, figsize=(10, 4))
-    for name in dict.fromkeys(row.provider for row in rows):
-        own = sorted(
-            (tokens[row.case], row.p50_ms, row.peak_extra_bytes / 2**20) for row in rows if row.provider == name
-        )
-        x, times, memory = zip(*own)
-        time_axis.plot(x, times, marker="o", label=name)
-        memory_axis.plot(x, memory, marker="o", label=name)
-    for axis, label in ((time_axis, "forward and backward, ms (median)"), (memory_axis, "peak beyond the inputs, MiB")):
-        axis.set(xscale="log", yscale="log", xlabel="tokens of a window", ylabel=label)
-        axis.grid(alpha=0.3)
-    time_axis.legend()
-    figure.suptitle(f"{session.device_name}; B={QUOTED.batch} D={QUOTED.dim} {QUOTED.height}x{QUOTED.width} fp32 NCHW")
+    tables = {name: table_of(results, device, name) for name in SWEEPS}
+    tables = {name: table for name, table in tables.items() if table.exists()}
+    figure, axes = pyplot.subplots(2, len(tables), figsize=(1 + 4.2 * len(tables), 8), squeeze=False, sharey="row")
+    for (name, table), (time_axis, memory_axis) in zip(tables.items(), axes.T):
+        with table.open(newline="") as file:
+            rows = {(row["case"], row["provider"]): row for row in csv.DictReader(file)}
+        for provider in dict.fromkeys(provider for _, provider in rows):
+            own = {x: rows[str(stage), provider] for x, stage in SWEEPS[name].stages.items()}
+            low, middle, high = ([float(row[f"{q}_ms"]) for row in own.values()] for q in ("p20", "p50", "p80"))
+            (line,) = time_axis.plot(list(own), middle, marker="o", markersize=4, label=provider)
+            time_axis.fill_between(list(own), low, high, alpha=0.2, color=line.get_color())
+            peaks = [int(row["peak_extra_bytes"]) / 2**20 for row in own.values()]
+            memory_axis.plot(list(own), peaks, marker="o", markersize=4, label=provider)
+        for axis in (time_axis, memory_axis):
+            axis.set(xscale="log", yscale="log", xlabel=SWEEPS[name].label)
+            axis.set_xticks(list(SWEEPS[name].stages), [str(x) for x in SWEEPS[name].stages], minor=False)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("forward and backward, ms\n(median, band from 20 to 80 %)")
+    axes[1, 0].set_ylabel("peak beyond the inputs, MiB")
+    axes[0, 0].legend()
+    device_name = next(iter(rows.values()))["device"]
+    figure.suptitle(f"Windowed distillation, fp32 NCHW\n{device_name}")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     print(f"wrote {path}")
@@ -165,7 +192,9 @@ def print_resources() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--sweep", action="store_true", help="other window sides, dtypes and stages as well")
+    size.add_argument(
+        "--sweep", nargs="*", choices=SWEEPS, metavar="WHAT", help=f"sweep {', '.join(SWEEPS)} (default: all of them)"
+    )
     size.add_argument("--quick", action="store_true", help="one small stage")
     parser.add_argument("--seconds", type=float, default=20.0, help="timing budget of one stage (default: 20)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV file")
@@ -174,16 +203,21 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(CPU_THREADS)
-    session = Session("mwad_throughput", device)
-    session.print_banner()
-    for stage in QUICK if arguments.quick else SWEEP if arguments.sweep else DEFAULT:
-        compare(session, stage, arguments.seconds)
+    sweeps = None if arguments.sweep is None else arguments.sweep or list(SWEEPS)
+    exit_code = 0
+    for name in sweeps or [None]:
+        session = Session("mwad_throughput", device)
+        session.print_banner()
+        stages = SWEEPS[name].stages.values() if name else QUICK if arguments.quick else DEFAULT
+        for stage in stages:
+            compare(session, stage, arguments.seconds)
+        session.write_csv(table_of(arguments.results, device, name))
+        exit_code = max(exit_code, session.exit_code)
+    if sweeps:
+        plot_sweeps(arguments.results, device, arguments.results / f"mwad_throughput_{device.type}.png")
     if device.type == "cpu" and not arguments.quick:
         print_resources()
-    session.write_csv(arguments.results / f"mwad_throughput_{device.type}.csv")
-    if arguments.sweep:
-        plot_windows(session, arguments.results / f"mwad_throughput_{device.type}.png")
-    return session.exit_code
+    return exit_code
 
 
 if __name__ == "__main__":

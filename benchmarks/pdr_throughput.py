@@ -160,6 +160,8 @@ def plot(classes: Sequence[list[Measurement]], pixels: Sequence[list[Measurement
                 alpha=0.2,
             )
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="ms, forward + backward")
+        axis.set_xticks(positions, [str(position) for position in positions])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_title(f"{CLASS_SWEEP[0].batch} x 256 channels x 32 x 64")
     axes[1].set_title("19 classes, 256 channels")

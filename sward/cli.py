@@ -8,11 +8,10 @@ an error was raised, run `python -X dev -m sward COMMAND ...`.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,6 +72,21 @@ class Predict:
     """Which weights."""
     device: str | None = None
     """Where to run; the GPU where there is one."""
+
+
+@dataclass
+class Report:
+    """Write one HTML page about one or more runs: scores, curves, classes, predictions, configuration, environment.
+
+    The page holds its pictures and works offline.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders."""
+    output: Path | None = None
+    """The page; report.html in the first run folder by default."""
+    root: Path | None = None
+    """Folder that holds the data sets; each run's own by default."""
 
 
 @dataclass
@@ -292,28 +306,22 @@ def _data(words: list[str]) -> None:
 def _evaluate(words: list[str]) -> None:
 
     options = _parse(Evaluate, "evaluate", words)
-    from sward.evaluation import evaluate
-    from sward.runs import build_split, choose_device, load_run
-    from sward.tracking import Progress
+    from sward.runs import evaluate_run, evaluation_file
+    from sward.tracking import RunFolder
 
-    config, info, network = load_run(options.run, options.checkpoint)
-    device = choose_device(options.device)
-    settings = config.dataset
-    if options.dataset is not None and options.dataset != settings.name:
-        settings.name, settings.split_by, settings.packed = options.dataset, None, "auto"
-    settings.root = options.root or settings.root
-    settings.split_by = options.split_by or settings.split_by
-    dataset = build_split(config, options.split, train=False)
-    if dataset.info.classes != info.classes:
-        raise ValueError(
-            f"dataset {settings.name!r} has the classes {list(dataset.info.classes)}, "
-            f"but the run was trained on {list(info.classes)}"
-        )
-    with Progress("evaluate", -(-len(dataset) // options.batch)) as progress:
-        result = evaluate(network.to(device), dataset, batch=options.batch, device=device, advance=progress.advance)
-    path = options.run / f"evaluation-{settings.name}-{options.split}.json"
-    path.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
-    _print_evaluation(result, f"{settings.name}, {options.split} split, {result.images} images")
+    result = evaluate_run(
+        options.run,
+        split=options.split,
+        dataset=options.dataset,
+        root=options.root,
+        split_by=options.split_by,
+        checkpoint=options.checkpoint,
+        batch=options.batch,
+        device=options.device,
+    )
+    dataset = options.dataset or RunFolder(options.run).read()[0].dataset.name
+    _print_evaluation(result, f"{dataset}, {options.split} split, {result.images} images")
+    path = evaluation_file(options.run, dataset, options.split)
     print(f"written: {path}")
 
 
@@ -329,6 +337,23 @@ def _predict(words: list[str]) -> None:
         options.run, options.images, options.output, checkpoint=options.checkpoint, device=options.device
     ):
         print(path)
+
+
+@_command("reproduce", "run what a table or figure of the paper needs, and make it")
+def _reproduce(words: list[str]) -> None:
+    from sward.reproduce import Options, reproduce
+
+    for path in reproduce(_parse(Options, "reproduce", words)):
+        print(f"written: {path}")
+
+
+@_command("report", "write one HTML page about one or more runs")
+def _report(words: list[str]) -> None:
+
+    options = _parse(Report, "report", words)
+    from sward.report import write_report
+
+    print(f"written: {write_report(options.runs, options.output, root=options.root)}")
 
 
 @_command("complexity", "parameters and FLOPs of every teacher and student beside the paper's")

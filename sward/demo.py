@@ -6,13 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from sward import presets
 from sward.config import DistillationConfig, TeacherConfig, TeacherTrainingConfig
 from sward.data import denormalise
-from sward.evaluation import predicted_labels
+from sward.evaluation import predict_sample
 from sward.figures.curves import training_curves
 from sward.figures.predictions import prediction_grid
 from sward.models.complexity import complexity
@@ -101,9 +100,5 @@ def _grid(networks: dict[str, nn.Module], config: DistillationConfig, path: Path
     samples = [dataset[index] for index in range(min(GRID_ROWS, len(dataset)))]
     columns = {"truth": [sample.labels for sample in samples]}
     for title, network in networks.items():
-        with torch.no_grad():
-            columns[title] = [
-                predicted_labels(network(sample.image[None]), (sample.labels.shape[0], sample.labels.shape[1]))[0]
-                for sample in samples
-            ]
+        columns[title] = [predict_sample(network, sample) for sample in samples]
     return prediction_grid([denormalise(sample.image) for sample in samples], columns, dataset.info, path)

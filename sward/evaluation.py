@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader
 
-from sward.data import SegmentationDataset, collate_evaluation
+from sward.data import Sample, SegmentationDataset, collate_evaluation
 from sward.metrics import ConfusionMatrix, PerImageOverlap
 
 
@@ -59,6 +59,18 @@ def predicted_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(logits.shape[-2:]) != tuple(size):
         logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
     return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+
+
+@torch.no_grad()
+def predict_sample(network: nn.Module, sample: Sample) -> Tensor:
+    """Class of every pixel of one evaluation sample at the resolution of its labels, int64 `[H, W]`.
+
+    Args:
+        network: in eval mode, on the CPU.
+        sample: of an evaluation split.
+    """
+    size = (sample.labels.shape[-2], sample.labels.shape[-1])
+    return predicted_labels(network(sample.image[None]), size)[0]
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ class TrainingInterrupted(KeyboardInterrupt):
     def __init__(self, cause: signal.Signals, step: int, steps: int, run: Path) -> None:
         super().__init__(
             f"stopped by {cause.name} after step {step} of {steps}, with a checkpoint in {run}; "
-            "continue with the same command and --resume"
+            "continue with the same command; 'sward train' and 'train-teacher' need --resume with it"
         )
         self.exit_code = 128 + cause
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -131,10 +134,34 @@ def losses_of(output: StepOutput) -> dict[str, Any]:
     return record | ({"diagnostics": named["diagnostics"]} if output.diagnostics else {})
 
 
+def forget_peak_memory(device: torch.device) -> bool:
+    """Starts `peak_memory` anew from what is in use now; False where the system cannot.
+
+    What earlier work left with the allocator is handed back first, so that it does not count.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        # proc(5): writing 5 sets the peak resident size of the process to its current one.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
 def peak_memory(device: torch.device) -> int | None:
     """Most bytes in use so far: tensors on a GPU, the whole process on a CPU; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage: after fork and exec it still counts the process that this one was started from.
+        sizes = (line.split() for line in status.read_text(encoding="utf-8").splitlines())
+        return next((int(words[1]) * 1024 for words in sizes if words[0] == "VmHWM:"), None)
     try:
         import resource
     except ImportError:  # Windows

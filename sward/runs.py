@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +20,7 @@ from sward.config import (
     masks_path,
 )
 from sward.data import DatasetInfo, SegmentationDataset
+from sward.evaluation import Evaluation, evaluate
 from sward.losses import DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
 from sward.models.teachers import Teacher
 from sward.teacher_cache import TeacherCache
@@ -173,6 +176,94 @@ def load_run(path: Path, checkpoint: Literal["best", "last"] = "best") -> tuple[
     network = models.build(config.model, info.num_classes, **options)
     checkpointing.load_model(network, run.best if checkpoint == "best" else run.last)
     return config, info, network.eval()
+
+
+@dataclass(frozen=True)
+class DistilledPair:
+    """A finished run with everything it trained on, in eval mode on the CPU.
+
+    Attributes:
+        config: of the run.
+        info: classes of its data set.
+        student: with the run's last weights.
+        teacher: the frozen network.
+        loss: the distillation loss, with its learned parts as they were at the end.
+    """
+
+    config: DistillationConfig
+    info: DatasetInfo
+    student: nn.Module
+    teacher: nn.Module
+    loss: DistillationLoss
+
+
+def load_distillation(path: Path) -> DistilledPair | None:
+    """Student, teacher and trained loss of the run in `path`; None for a run without distillation.
+
+    Raises:
+        FileNotFoundError: if there is no run, no last checkpoint, or its teacher is not where it was.
+        ValueError: if its files are damaged.
+    """
+    config, info, student = load_run(path, "last")
+    if not isinstance(config, DistillationConfig) or config.distillation == "none":
+        return None
+    name, teacher = load_teacher(config.teacher, config.preset, info)
+    pair = distillation.DistillationPair(config, student, name, teacher.eval(), info)
+    loss = distillation.build(config.distillation, pair)
+    loss.load_state_dict(checkpointing.load(RunFolder(path).last)["distillation"])
+    return DistilledPair(config, info, student, teacher, loss.eval())
+
+
+def evaluate_run(
+    path: Path,
+    *,
+    split: str = "val",
+    dataset: str | None = None,
+    root: Path | None = None,
+    split_by: str | None = None,
+    checkpoint: Literal["best", "last"] = "best",
+    batch: int = 8,
+    device: str | None = None,
+) -> Evaluation:
+    """`sward evaluate`: scores a run and writes the scores to `evaluation_file(path, ...)`.
+
+    Args:
+        path: run folder.
+        split: split of the data set.
+        dataset: another data set with the same classes; None takes the run's own.
+        root: folder that holds the data set; None takes the run's own.
+        split_by: how polyp data is split; None takes the run's own.
+        checkpoint: which weights.
+        batch: images a forward pass.
+        device: where to run; None takes the GPU where there is one.
+
+    Raises:
+        ValueError, FileNotFoundError: if there is no such run or data set, or it has other classes.
+    """
+    config, info, network = load_run(path, checkpoint)
+    target = choose_device(device)
+    settings = config.dataset
+    if dataset is not None and dataset != settings.name:
+        settings.name, settings.split_by, settings.packed = dataset, None, "auto"
+    settings.root = root or settings.root
+    settings.split_by = split_by or settings.split_by
+    images = build_split(config, split, train=False)
+    if images.info.classes != info.classes:
+        raise ValueError(
+            f"dataset {settings.name!r} has the classes {list(images.info.classes)}, "
+            f"but the run was trained on {list(info.classes)}"
+        )
+    with Progress(f"evaluate on {settings.name}, {split}", -(-len(images) // batch)) as progress:
+        result = evaluate(network.to(target), images, batch=batch, device=target, advance=progress.advance)
+    scores = {"dataset": settings.name, "split": split, "split_by": settings.split_by, "checkpoint": checkpoint}
+    text = json.dumps({**scores, **asdict(result)}, indent=2)
+    evaluation_file(path, settings.name, split).write_text(text + "\n", encoding="utf-8")
+    return result
+
+
+def evaluation_file(path: Path, dataset: str, split: str) -> Path:
+    """Where the scores of the run in `path` on a split of a data set are kept."""
+    return path / f"evaluation-{dataset}-{split}.json"
 
 
 def student_run(config: DistillationConfig) -> Path:

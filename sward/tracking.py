@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -171,6 +171,8 @@ def environment() -> dict[str, Any]:
 class Progress:
     """A rich progress bar on a terminal, a plain line every `seconds` elsewhere.
 
+    One inside another shares its display: the bar of a run stands below the bar of the study it is part of.
+
     Args:
         title: what is being done.
         total: steps in all.
@@ -178,13 +180,16 @@ class Progress:
         seconds: pause between plain lines.
     """
 
+    _shared: ClassVar[Any] = None
+
     def __init__(self, title: str, total: int, *, start: int = 0, seconds: float = 15.0) -> None:
         self.title, self.total, self.done = title, total, start
         self._seconds = seconds
         self._printed = time.monotonic()
-        self._bar: Any = None
         self._shown = distributed.is_main()
-        if sys.stderr.isatty() and self._shown:
+        self._bar: Any = Progress._shared
+        self._is_outermost = self._bar is None
+        if self._bar is None and sys.stderr.isatty() and self._shown:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as RichProgress
@@ -197,6 +202,7 @@ class Progress:
                 TextColumn("{task.fields[note]}"),
                 console=Console(stderr=True),
             )
+        if self._bar is not None:
             self._task = self._bar.add_task(title, total=total, completed=start, note="")
 
     def advance(self) -> None:
@@ -214,12 +220,18 @@ class Progress:
             print(f"{self.title}: {self.done}/{self.total} {text}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
-        if self._bar is not None:
+        if self._bar is not None and self._is_outermost:
             self._bar.start()
+            Progress._shared = self._bar
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
+        if self._bar is None:
+            return
+        if self._is_outermost:
+            Progress._shared = None
             self._bar.stop()
+        else:
+            self._bar.remove_task(self._task)

@@ -156,8 +156,29 @@ def occupancy(target: Target, num_warps: int, registers: int, shared_bytes: int)
 # ---------------------------------------------------------------------------------------------------- the command line
 
 
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """One row per operation, type, layout and target: what the worst of its configurations needs."""
+    keys = ("op", "dtype", "precision", "layout", "target")
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return [
+        dict(zip(keys, group))
+        | {
+            "rows": len(own),
+            "rows_with_a_spill": sum(row["spill_bytes"] > 0 or row["stack_bytes"] > 0 for row in own),
+            "most_shared_bytes": max(row["shared_bytes"] for row in own),
+            "shared_limit": own[0]["shared_limit"],
+            "least_tensor_core_instructions": min(row["tensor_core_instructions"] for row in own),
+            "least_vector_loads": min(row["vector_loads"] for row in own),
+        }
+        for group, own in groups.items()
+    ]
+
+
 def _table(rows: Sequence[Row], separator: str, rule: bool) -> str:
-    cells = [list(COLUMNS), *[["-" if row[name] is None else str(row[name]) for name in COLUMNS] for row in rows]]
+    names = list(rows[0])
+    cells = [names, *[["-" if row[name] is None else str(row[name]) for name in names] for row in rows]]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = [separator.join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
     if rule:
@@ -187,8 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.format == "json":
         print(json.dumps(rows, indent=1))
     else:
-        print(_table(rows, *((" | ", True) if options.format == "markdown" else ("  ", False))))
-        print(f"\n{NOTE}")
+        style = (" | ", True) if options.format == "markdown" else ("  ", False)
+        print(_table(rows, *style))
+        print(f"\n{_table(summary(rows), *style)}\n\n{NOTE}")
 
 
 if __name__ == "__main__":

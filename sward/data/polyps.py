@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SPLITS = ("train", "val", "test")
+ALL = "all"
 MASK_THRESHOLD = 127
 LAYOUTS = (
     ("images", "masks"),
@@ -83,7 +84,7 @@ class Polyps(PairedFiles):
         release: `CLINICDB` or `COLONDB`.
         root: folder with `images` and `masks`, or `Original` and `Ground Truth` (also below `PNG` or `TIF`), or a
             folder that holds it under one of `release.folders`. Image files of any common format.
-        split: `train`, `val` or `test`.
+        split: `train`, `val` or `test`; `all` is every frame, for networks trained on another data set.
         image_size: `(height, width)`.
         split_by: `"sequence"`, `"ratio"` or a path; see the module.
         train: training transform or evaluation transform.
@@ -107,8 +108,8 @@ class Polyps(PairedFiles):
         train: bool,
         seed: int = 0,
     ) -> None:
-        if split not in SPLITS:
-            raise ValueError(f"{release.info.name} has the splits {', '.join(SPLITS)}, not {split!r}")
+        if split not in (*SPLITS, ALL):
+            raise ValueError(f"{release.info.name} has the splits {', '.join((*SPLITS, ALL))}, not {split!r}")
         folder = locate(release.title, root, release.folders, LAYOUTS, release.source)
         images, masks = next(layout for layout in LAYOUTS if all((folder / part).is_dir() for part in layout))
         frames = {pair.name: pair for pair in pair_by_name(folder / images, folder / masks)}
@@ -121,6 +122,8 @@ class Polyps(PairedFiles):
 
 
 def _select(release: Release, folder: Path, frames: dict[str, Pair], split: str, split_by: str) -> list[Pair]:
+    if split == ALL:
+        return list(frames.values())
     if split_by not in ("sequence", "ratio"):
         return _pick(frames, *_listed(split_by, split))
     if len(frames) not in release.frames:

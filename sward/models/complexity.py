@@ -11,7 +11,7 @@ import contextlib
 import importlib.util
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,12 @@ class Complexity:
 
 
 def complexity(
-    name: str, *, num_classes: int | None = None, image_size: tuple[int, int] = (512, 512), paper_rule: bool = True
+    name: str,
+    *,
+    num_classes: int | None = None,
+    image_size: tuple[int, int] = (512, 512),
+    paper_rule: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> Complexity:
     """Count one network of the registry.
 
@@ -64,13 +69,14 @@ def complexity(
         num_classes: channels of the logits; None for the paper's data set of that network (19 or 2).
         image_size: height and width of the one image, multiples of 32. The paper's columns hold at 512x512.
         paper_rule: count by the paper's rule too; builds whole SAM 2.1 models and runs them (seconds to a minute).
+        options: of `sward.models.build`.
 
     Raises:
         ValueError: for an unknown name or an image size that is not a multiple of 32.
     """
     description = describe(name)
     num_classes = description.num_classes if num_classes is None else num_classes
-    model = build(name, num_classes).eval()
+    model = build(name, num_classes, **(options or {})).eval()
     params = _count_parameters(model)
     paper_params = paper_flops = None
     if paper_rule:

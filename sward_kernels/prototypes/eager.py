@@ -35,8 +35,8 @@ class Steps(NamedTuple):
     """What `eager` and `compiled` do differently. Matrices are `[b, C, P]`, with P pixels; tables `[K, C]`.
 
     Attributes:
-        accumulate: `(matrices, classes [b, P], member [b, K, P], shift, room [b, C, P])` returns of the deviations
-            `f - shift[k]` the sums `[b, C, K]` and each pixel's sum of squares `[b, P]`. Works in `room`, which may be
+        accumulate: `(matrices, classes [b, P], member [b, K', P], shift, room [b, C, P])` returns of the deviations
+            `f - shift[k]` the sums `[b, C, K']` and each pixel's sum of squares `[b, P]`. Works in `room`, which may be
             `matrices`.
         combine: `(destination, matrices, classes, member, slope [K], offset)` writes `slope[k] f + offset[k]`, and 0
             for a pixel of no class, into `destination [b, C, P]`.
@@ -60,31 +60,21 @@ def _chunks(features: Tensor) -> Iterator[tuple[slice, slice, slice, slice]]:
             yield slice(image, image + images), slice(None), slice(row, row + rows), slice(None)
 
 
-def _rows_of(num_classes: int) -> int:
-    """Rows of a membership matrix: the classes, one row for pixels of no class, and more up to a multiple of 8.
-
-    CPU products are fastest there.
-    """
-    return (num_classes // 8 + 1) * 8
-
-
-def _padded(table: Tensor) -> Tensor:
-    """The table with zero rows for what is no class."""
-    return torch.cat([table, table.new_zeros(_rows_of(len(table)) - len(table), *table.shape[1:])])
-
-
 def _membership(classes: Tensor, num_classes: int, precision: torch.dtype) -> Tensor:
-    """One-hot `[b, _rows_of(K), P]` of `classes [b, P]`."""
+    """One-hot `[b, K', P]` of `classes [b, P]`, with a row for pixels of no class.
+
+    K' is a multiple of 8, at which the sums over pixels are fastest; rows past K are left out of their results.
+    """
     batch, pixels = classes.shape
-    member = torch.zeros(batch, _rows_of(num_classes), pixels, dtype=precision, device=classes.device)
+    rows = (num_classes // 8 + 1) * 8
+    member = torch.zeros(batch, rows, pixels, dtype=precision, device=classes.device)
     return member.scatter_(1, classes[:, None], 1.0)
 
 
 def _add_own_rows(matrices: Tensor, table: Tensor, member: Tensor, sign: int = 1) -> None:
     """Adds `sign * table[k]` to each pixel of class k, in place."""
-    columns = _padded(table).T
-    for image, own in zip(matrices, member):  # the batched product of MKL takes twice as long
-        image.addmm_(columns, own, alpha=sign)
+    for image, own in zip(matrices, member[:, : len(table)]):  # the batched product of MKL takes twice as long
+        image.addmm_(table.T, own, alpha=sign)
 
 
 def _accumulate(
@@ -99,7 +89,7 @@ def _accumulate(
 def _combine(
     destination: Tensor, matrices: Tensor, classes: Tensor, member: Tensor, slope: Tensor, offset: Tensor
 ) -> None:
-    torch.mul(matrices, (_padded(slope) @ member)[:, None], out=destination)
+    torch.mul(matrices, (slope @ member[:, : len(slope)])[:, None], out=destination)
     _add_own_rows(destination, offset, member)
 
 

@@ -157,7 +157,7 @@ def test_frames_with_other_names_have_no_known_sequence(tmp_path: Path, write: W
 
 
 def test_unknown_split(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cvc_colondb has the splits train, val, test, not 'dev'"):
+    with pytest.raises(ValueError, match="cvc_colondb has the splits train, val, test, all, not 'dev'"):
         data.build("cvc_colondb", "dev", train=True, root=tmp_path)
 
 

@@ -87,6 +87,19 @@ def test_formats_of_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert capsys.readouterr().out.splitlines()[0].split()[:2] == ["op", "pass"]
 
 
+def test_summary_shows_the_worst_of_a_group() -> None:
+    row: dict[str, Any] = dict.fromkeys(report.COLUMNS, 0) | {"op": "prototypes", "target": "sm_80", "shared_limit": 9}
+    rows = [
+        row | {"shared_bytes": 7, "tensor_core_instructions": 4, "vector_loads": 5},
+        row | {"shared_bytes": 3, "tensor_core_instructions": 2, "vector_loads": 6, "stack_bytes": 8},
+        row | {"target": "sm_90"},
+    ]
+    first, second = report.summary(rows)
+    assert (first["target"], first["rows"], second["target"], second["rows"]) == ("sm_80", 2, "sm_90", 1)
+    assert (first["rows_with_a_spill"], first["most_shared_bytes"]) == (1, 7)
+    assert (first["least_tensor_core_instructions"], first["least_vector_loads"]) == (2, 5)
+
+
 def test_a_failed_compilation_is_reported_with_its_reason() -> None:
     with pytest.raises(RuntimeError, match=r"compiling windowed_distillation for sm_80 failed: .*IndexError"):
         list(report._in_subprocess("windowed_distillation", "sm_80", [100000]))

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 import tests.support.interpreter  # noqa: F401  (quickens it)
 from sward_kernels import windowed_distillation
+from sward_kernels.targets import Tiles
 from sward_kernels.windowed_distillation import plan
 from sward_kernels.windows import WindowGrid
 from tests.support.distillation_cases import TERMS, WEIGHTS, Outcome, assert_same, maps_like, run
@@ -151,13 +152,14 @@ def test_bfloat16_has_no_bias() -> None:
         assert outward.abs() < 0.1 * (kernel.double() - exact).abs().mean()
 
 
+@pytest.mark.parametrize("window_size", [4, pytest.param(9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_logits_of_ten_thousand(dtype: torch.dtype) -> None:
-    teacher, student = maps(1, 4, 4, dtype=dtype)
+def test_logits_of_ten_thousand(dtype: torch.dtype, window_size: int) -> None:
+    teacher, student = maps(1, window_size, window_size, dtype=dtype)
     for qkv in (teacher, student):
         qkv[:, :16] *= 1e2  # Q and K, so that logits reach 1e4
-    ours = run(teacher, student, 4, implementation="triton")
-    truth = run(teacher.double(), student.double(), 4, implementation="reference")
+    ours = run(teacher, student, window_size, implementation="triton")
+    truth = run(teacher.double(), student.double(), window_size, implementation="reference")
     assert truth.result.attention > 1e3
     as_double = Outcome(type(ours.result)(*(x.double() for x in ours.result)), *(x.double() for x in ours[1:]))
     assert_same(as_double, truth, 1e-9 if dtype == torch.float64 else 1e-4)
@@ -200,6 +202,7 @@ def test_float16_gradients_survive_a_loss_scale_and_many_pixels() -> None:
     layouts=st.tuples(*[st.sampled_from(["nchw", "channels_last", "sliced", "sliced_channels_last"])] * 2),
     weights=st.tuples(*[st.sampled_from([0.0, 0.5, 1.0])] * 3).filter(any),
     fraction=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
+    tiled=st.booleans(),
 )
 def test_any_shape_layout_shift_and_weights(
     window_size: int,
@@ -208,11 +211,15 @@ def test_any_shape_layout_shift_and_weights(
     layouts: tuple[str, str],
     weights: tuple[float, float, float],
     fraction: tuple[float, float],
+    tiled: bool,
 ) -> None:
     shift = (int(fraction[0] * window_size), int(fraction[1] * window_size))
     teacher, _ = maps(*shape, dim=dim, layout=layouts[0])
     _, student = maps(*shape, dim=dim, layout=layouts[1])
-    against_reference(teacher, student, window_size, shift, weights=weights)
+    with pytest.MonkeyPatch.context() as patch:
+        if tiled:  # the kernels of large windows, from 17 tokens
+            patch.setattr(plan, "windowed_distillation_tiles", lambda *_: Tiles(16, 16, 16, 1))
+        against_reference(teacher, student, window_size, shift, weights=weights)
 
 
 @pytest.mark.parametrize("window_size", [4, pytest.param(9, marks=pytest.mark.slow)])

@@ -12,7 +12,14 @@ from torch import Tensor
 from sward import data
 from sward.cli import main
 from sward.losses import SegmentationCrossEntropy
-from sward.observation import LossWatch, NonFiniteLossError, StepOutput, Stopwatch
+from sward.observation import (
+    LossWatch,
+    NonFiniteLossError,
+    StepOutput,
+    Stopwatch,
+    forget_peak_memory,
+    peak_memory,
+)
 from sward.runs import train_student
 from sward.tracking import RunFolder
 from tests.support.training_runs import SPLITS, checkpoint, records, small
@@ -131,3 +138,17 @@ def test_tensorboard_without_its_package_is_one_sentence(
     assert main(["train", "demo", *options, "--tensorboard", "--output", str(tmp_path / "run")]) == 2
     assert "--tensorboard needs the package tensorboard; install it" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_peak_memory_sees_what_was_held_and_forgets_what_was_before() -> None:
+    device = torch.device("cpu")
+    if not forget_peak_memory(device):
+        pytest.skip("this system cannot reset the peak resident size of a process")
+    held = torch.ones(50_000_000)
+    del held
+    large = peak_memory(device)
+    forget_peak_memory(device)
+    small = peak_memory(device)
+    assert large is not None
+    assert small is not None
+    assert 180e6 < large - small < 260e6

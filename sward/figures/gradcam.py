@@ -1,0 +1,110 @@
+"""Grad-CAM for segmentation (Fig. 1): what in a feature map speaks for a class.
+
+Selvaraju et al., "Grad-CAM", ICCV 2017; for segmentation the class score is summed over pixels (Vinogradova et al.,
+"Towards Interpretable Semantic Segmentation via Gradient-Weighted Class Activation Mapping", AAAI 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sward.alignment import resize
+from sward.features import FeatureTaps
+from sward.figures.style import plot_library, save_figure
+
+
+def grad_cam(network: nn.Module, layer: str, image: Tensor, target: int, pixels: Tensor | None = None) -> Tensor:
+    """`relu(sum_c mean_xy(dS / dA_c) A_c)` at `layer`, where S is the class score summed over pixels.
+
+    Args:
+        network: `[B, 3, H, W]` -> logits `[B, K, h, w]`; put into eval mode. One logit is the score of class 1.
+        layer: whose maps A are weighed.
+        image: `[3, H, W]`, normalised.
+        target: class.
+        pixels: bool `[h, w]` of the pixels whose scores are summed. Default: those predicted as `target`, or all
+            if there is none.
+
+    Returns:
+        `[H, W]` fp32 from 0 to 1, bilinearly enlarged; all 0 if nothing at that layer speaks for the class.
+
+    Raises:
+        ValueError: if the layer does not exist or the network has no such class.
+    """
+    network.eval()
+    with torch.enable_grad(), FeatureTaps(network, [layer]) as taps:
+        # The input asks for a gradient so that a frozen network records its graph too.
+        logits = network(image[None].detach().requires_grad_())
+        (maps,) = taps.collect().values()
+        classes = max(logits.shape[1], 2)
+        if not 0 <= target < classes:
+            raise ValueError(f"target must be a class of the network, 0 to {classes - 1}, got {target}")
+        scores = logits[0, 0] if logits.shape[1] == 1 else logits[0, target]
+        if pixels is None:
+            predicted = logits[0, 0] > 0 if logits.shape[1] == 1 else logits[0].argmax(0) == target
+            pixels = predicted if predicted.any() else torch.ones_like(predicted)
+        (gradient,) = torch.autograd.grad(scores[pixels].sum(), maps)
+    weights = gradient.mean(dim=(-2, -1), keepdim=True)
+    activation = (weights * maps.detach()).sum(dim=1, keepdim=True).relu().float()
+    activation = resize(activation, (image.shape[-2], image.shape[-1]))[0, 0]
+    return activation / activation.max().clamp(min=torch.finfo(activation.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class ActivationRow:
+    """One row of the figure.
+
+    Attributes:
+        title: data set and class.
+        image: uint8 RGB `[3, H, W]`.
+        truth: bool `[H, W]`, the class in the ground truth; its outline is drawn.
+        maps: title of the column -> `grad_cam` of that network.
+    """
+
+    title: str
+    image: Tensor
+    truth: Tensor
+    maps: Mapping[str, Tensor]
+
+
+def activation_figure(rows: Sequence[ActivationRow], path: Path) -> Path:
+    """Image, then one heat map a network laid over it (Fig. 1); the white line is the class in the ground truth.
+
+    Returns:
+        The path of the PNG; an SVG is beside it.
+    """
+    plt = plot_library()
+    titles = ["image", *rows[0].maps]
+    heights = [row.image.shape[-2] / row.image.shape[-1] for row in rows]
+    figure, axes = plt.subplots(
+        len(rows),
+        len(titles),
+        figsize=(2.0 * len(titles) + 1.0, 2.05 * sum(heights) + 0.35),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    shown = None
+    for line, row in zip(axes, rows, strict=True):
+        pixels = row.image.permute(1, 2, 0).cpu().numpy()
+        grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2) / 255
+        line[0].imshow(pixels)
+        line[0].set_ylabel(row.title)
+        for axis, heat in zip(line[1:], row.maps.values(), strict=True):
+            axis.imshow(grey)
+            values = heat.cpu().numpy()
+            shown = axis.imshow(values, cmap="inferno", vmin=0, vmax=1, alpha=0.25 + 0.6 * values)
+        for axis in line:
+            if row.truth.any():
+                axis.contour(row.truth.cpu().numpy(), levels=[0.5], colors="white", linewidths=0.8)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title)
+    figure.colorbar(shown, ax=axes, shrink=0.6, pad=0.01, label="activation, share of the map's largest")
+    return save_figure(figure, path)

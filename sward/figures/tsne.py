@@ -1,0 +1,173 @@
+"""The penultimate features of several networks in the plane, and how well they separate the classes (Fig. 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sward.alignment import resize, resize_labels
+from sward.data import DatasetInfo, SegmentationDataset
+from sward.features import FeatureTaps
+from sward.figures.style import plot_library, save_figure
+
+
+@dataclass(frozen=True)
+class Separability:
+    """How far apart the classes lie in a feature space.
+
+    Attributes:
+        silhouette: mean silhouette coefficient with Euclidean distances (Rousseeuw, 1987), -1 to 1.
+        fisher: `fisher_ratio`.
+    """
+
+    silhouette: float
+    fisher: float
+
+
+def sample_pixels(labels: Sequence[Tensor], info: DatasetInfo, per_class: int, seed: int = 0) -> list[Tensor]:
+    """Up to `per_class` pixels of each class, drawn from all label maps together.
+
+    Args:
+        labels: integer maps `[h, w]`.
+        info: classes and ignore_index.
+        per_class: pixels a class; all of a class that has fewer.
+        seed: of the draw.
+
+    Returns:
+        For each map the flat indices of its chosen pixels, int64, in order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    owner = torch.cat([torch.full((each.numel(),), index) for index, each in enumerate(labels)])
+    position = torch.cat([torch.arange(each.numel()) for each in labels])
+    flat = torch.cat([each.flatten() for each in labels])
+    chosen = []
+    for index in range(info.num_classes):
+        if index == info.ignore_index:
+            continue
+        members = (flat == index).nonzero()[:, 0]
+        order = torch.randperm(len(members), generator=generator)[:per_class]
+        chosen.append(members[order])
+    taken = torch.cat(chosen)
+    return [position[taken[owner[taken] == index]].sort().values for index in range(len(labels))]
+
+
+@torch.no_grad()
+def pixel_features(
+    network: nn.Module, layer: str, dataset: SegmentationDataset, images: Sequence[int], *, stride: int, per_class: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Features of the same pixels, whatever network they come from.
+
+    The map of `layer` is resized to the input's size over `stride`, the labels to the same grid, and pixels are drawn
+    there by `sample_pixels`, which sees the labels alone.
+
+    Args:
+        network: in eval mode, on the CPU.
+        layer: whose map is read.
+        dataset: an evaluation split.
+        images: indices into it.
+        stride: pixels of the input a point of the grid.
+        per_class: pixels a class over all images.
+
+    Returns:
+        Features `[n, C]` and labels `[n]`.
+    """
+    samples = [dataset[index] for index in images]
+    height, width = samples[0].image.shape[-2] // stride, samples[0].image.shape[-1] // stride
+    labels = [resize_labels(sample.labels[None], (height, width))[0] for sample in samples]
+    taken = sample_pixels(labels, dataset.info, per_class)
+    features = []
+    with FeatureTaps(network, [layer]) as taps:
+        for sample, pixels in zip(samples, taken, strict=True):
+            network(sample.image[None])
+            (maps,) = taps.collect().values()
+            features.append(resize(maps.float(), (height, width))[0].flatten(1).T[pixels])
+    classes = torch.cat([each.flatten()[pixels] for each, pixels in zip(labels, taken, strict=True)])
+    return torch.cat(features).numpy(), classes.long().numpy()
+
+
+def fisher_ratio(features: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
+    """`tr(S_B) / tr(S_W)`: scatter of the class means around the overall mean over scatter within classes.
+
+    Args:
+        features: `[n, C]`.
+        labels: `[n]`, two classes at least.
+    """
+    points = features.astype(np.float64)
+    centre = points.mean(axis=0)
+    between = within = 0.0
+    for index in np.unique(labels):
+        members = points[labels == index]
+        mean = members.mean(axis=0)
+        between += len(members) * float(((mean - centre) ** 2).sum())
+        within += float(((members - mean) ** 2).sum())
+    return between / max(within, np.finfo(np.float64).tiny)
+
+
+def separability(features: NDArray[np.float32], labels: NDArray[np.int64]) -> Separability:
+    """Silhouette and Fisher ratio in the feature space itself, not in the plane of the t-SNE."""
+    from sklearn.metrics import silhouette_score
+
+    return Separability(float(silhouette_score(features, labels)), fisher_ratio(features, labels))
+
+
+def feature_space_figure(
+    panels: Mapping[str, tuple[NDArray[np.float32], NDArray[np.int64]]], info: DatasetInfo, path: Path, *, seed: int = 0
+) -> tuple[Path, dict[str, Separability]]:
+    """One t-SNE plot a network with a colour a class, and bars of silhouette and Fisher ratio next to them (Fig. 4).
+
+    Args:
+        panels: title -> features and labels, as `pixel_features` gives them.
+        info: classes and colours.
+        path: the PNG to write; an SVG is written beside it.
+        seed: of the t-SNE.
+
+    Returns:
+        The path of the PNG and the measures of each panel.
+    """
+    from sklearn.manifold import TSNE
+
+    plt = plot_library()
+    measured = {title: separability(*panel) for title, panel in panels.items()}
+    columns = -(-len(panels) // 2)
+    figure = plt.figure(figsize=(3.2 * columns + 3.0, 6.6), layout="constrained")
+    grid = figure.add_gridspec(2, columns + 1, width_ratios=[*[1.0] * columns, 0.8])
+    for index, (title, (features, labels)) in enumerate(panels.items()):
+        axis = figure.add_subplot(grid[index // columns, index % columns])
+        points = TSNE(perplexity=min(30, (len(labels) - 1) / 3), init="pca", random_state=seed).fit_transform(features)
+        # Drawn in random order: no class lies on top of the others.
+        order = np.random.default_rng(seed).permutation(len(labels))
+        axis.scatter(*points[order].T, c=visible_colours(info)[labels[order]], s=5, linewidths=0, rasterized=True)
+        axis.set(xticks=[], yticks=[], title=f"({chr(ord('a') + index)}) {title}")
+        axis.spines[:].set_visible(True)
+        axis.spines[:].set_color("0.8")
+    for line, (name, field) in enumerate((("silhouette", "silhouette"), ("Fisher ratio", "fisher"))):
+        axis = figure.add_subplot(grid[line, columns])
+        values = [getattr(each, field) for each in measured.values()]
+        bars = axis.barh(list(measured), values, color="0.55", height=0.6)
+        axis.bar_label(bars, fmt="%.2f", padding=3)
+        axis.margins(x=0.25)
+        axis.axvline(0, color="0.3", linewidth=0.8)
+        axis.invert_yaxis()
+        axis.set(title=name, xticks=[])
+        axis.spines["bottom"].set_visible(False)
+    present = np.unique(np.concatenate([labels for _, labels in panels.values()]))
+    handles = [
+        plt.Line2D([], [], marker="o", linestyle="", markersize=7, color=visible_colours(info)[index])
+        for index in present
+    ]
+    names = [info.classes[index] for index in present]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 7), frameon=False)
+    return save_figure(figure, path), measured
+
+
+def visible_colours(info: DatasetInfo) -> NDArray[np.float64]:
+    """The data set's palette as RGB from 0 to 1, `[K, 3]`, for points on white: what is nearly white becomes blue."""
+    colours = np.array(info.palette, dtype=np.float64) / 255
+    colours[colours.min(axis=1) > 0.9] = (0.12, 0.47, 0.71)
+    return colours

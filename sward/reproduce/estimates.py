@@ -1,0 +1,145 @@
+"""What a run will cost, before it is run: steps, FLOPs and memory, counted on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sward import data, models
+from sward.config import DistillationConfig, TeacherTrainingConfig, TrainingConfig
+from sward.data import DatasetNotFoundError
+from sward.losses import SegmentationCrossEntropy
+from sward.models.complexity import gemm_flops
+from sward.models.teachers import Teacher
+from sward.runs import build_split
+
+BYTES = 4
+"""Of one number in fp32."""
+
+TRAINING_IMAGES = {
+    ("cityscapes", None): 2975,
+    ("camvid", None): 367,
+    ("cvc_clinicdb", "sequence"): 428,
+    ("cvc_clinicdb", "ratio"): 490,
+    ("cvc_colondb", "sequence"): 302,
+    ("cvc_colondb", "ratio"): 240,
+}
+"""Where the images are not at hand: those of the published data sets."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Estimated cost of a run.
+
+    Attributes:
+        steps: optimiser steps.
+        flops: of all steps: matrix products of the networks, three times a forward pass for what learns and once for
+            what is frozen. The losses' own products are left out.
+        memory: bytes on the device in fp32: weights, gradients, both AdamW moments, what the student keeps for its
+            backward pass, the frozen teacher's weights and its largest intermediate maps. The losses' own buffers and
+            the allocator's slack are left out.
+    """
+
+    steps: int
+    flops: int
+    memory: int
+
+
+def estimate(config: TrainingConfig, teacher: TeacherTrainingConfig) -> Estimate:
+    """The cost of one run.
+
+    Args:
+        config: of the run.
+        teacher: how the teacher it distils was trained.
+    """
+    settings = config.dataset
+    classes = data.describe(settings.name, num_classes=settings.num_classes).num_classes
+    steps = config.steps(_training_images(config))
+    options = tuple(sorted(config.options.items())) if isinstance(config, TeacherTrainingConfig) else ()
+    frozen = isinstance(config, TeacherTrainingConfig) and not config.train_trunk
+    own = _trained(config.model, classes, options, settings.image_size, config.batch, frozen)
+    flops, memory = own.flops, own.memory
+    if isinstance(config, DistillationConfig) and config.distillation != "none":
+        other = _frozen(
+            teacher.model, classes, tuple(sorted(teacher.options.items())), settings.image_size, config.batch
+        )
+        flops, memory = flops + other.flops, memory + other.memory
+    return Estimate(steps, steps * flops, memory)
+
+
+@dataclass(frozen=True)
+class _Network:
+    """FLOPs of one step and bytes of one network."""
+
+    flops: int
+    memory: int
+
+
+@lru_cache
+def _trained(
+    name: str, classes: int, options: tuple[tuple[str, Any], ...], size: tuple[int, int], batch: int, frozen: bool
+) -> _Network:
+    forward = gemm_flops(models.build(name, classes, **dict(options)).eval(), size)
+    network = models.build(name, classes, **dict(options)).to("meta").train()
+    flops = 3 * forward
+    if frozen and isinstance(network, Teacher):
+        network.freeze_trunk()
+        # The trunk runs forward only; what it takes is what the whole takes less the head's share.
+        trunk = gemm_flops(models.build(name, classes, **dict(options)).trunk.eval(), size)  # type: ignore[union-attr]
+        flops = trunk + 3 * (forward - trunk)
+    learnable = sum(each.numel() for each in network.parameters() if each.requires_grad)
+    fixed = sum(each.numel() for each in network.parameters()) - learnable
+    return _Network(batch * flops, BYTES * (4 * learnable + fixed) + _kept_for_backward(network, size, batch))
+
+
+@lru_cache
+def _frozen(
+    name: str, classes: int, options: tuple[tuple[str, Any], ...], size: tuple[int, int], batch: int
+) -> _Network:
+    flops = gemm_flops(models.build(name, classes, **dict(options)).eval(), size)
+    network = models.build(name, classes, **dict(options)).to("meta").eval()
+    weights = sum(each.numel() for each in network.parameters())
+    largest = 0
+
+    def weigh(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        nonlocal largest
+        held = sum(each.numel() for each in (*inputs, output) if isinstance(each, Tensor))
+        largest = max(largest, held)
+
+    handles = [module.register_forward_hook(weigh) for module in network.modules() if not list(module.children())]
+    with torch.no_grad():
+        network(torch.zeros(batch, 3, *size, device="meta"))
+    for handle in handles:
+        handle.remove()
+    return _Network(batch * flops, BYTES * (weights + largest))
+
+
+def _kept_for_backward(network: nn.Module, size: tuple[int, int], batch: int) -> int:
+    """Bytes of the tensors that one training forward pass keeps, the parameters left out."""
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []
+    parameters = {id(each.untyped_storage()) for each in network.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if id(storage) not in parameters:
+            kept[storage._cdata] = tensor.numel() * tensor.element_size()
+            alive.append(tensor)
+        return tensor
+
+    labels = torch.zeros(batch, *size, dtype=torch.long, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        SegmentationCrossEntropy()(network(torch.zeros(batch, 3, *size, device="meta")), labels)
+    return sum(kept.values())
+
+
+def _training_images(config: TrainingConfig) -> int:
+    try:
+        return len(build_split(config, "train", train=True))
+    except DatasetNotFoundError:
+        settings = config.dataset
+        return TRAINING_IMAGES[settings.name, settings.split_by]

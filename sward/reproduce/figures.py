@@ -1,0 +1,190 @@
+"""Figures 1, 3 and 4 and the window attention, from the runs of a study with seed 0."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sward import models
+from sward.alignment import resize
+from sward.config import TrainingConfig
+from sward.data import DatasetInfo, SegmentationDataset
+from sward.evaluation import predict_sample
+from sward.figures.attention import attention_figure, window_attention
+from sward.figures.gradcam import ActivationRow, activation_figure, grad_cam
+from sward.figures.predictions import prediction_grid
+from sward.figures.tsne import feature_space_figure, pixel_features
+from sward.losses import SWARDDistillation
+from sward.reproduce.experiments import EvaluationSet, Run, Scale, method, mwad, own_tests, teacher_of
+from sward.reproduce.study import Study
+from sward.runs import build_split, load_distillation, load_run
+
+ROWS = 3
+"""Images of each data set in the grid of predictions."""
+LEAST_SHARE = 0.02
+"""Of an image's pixels that must be of the class before Grad-CAM of that class is drawn for it."""
+FEATURE_IMAGES = 40
+FEATURE_PIXELS = 200
+FEATURE_STRIDE = 4
+"""Images, pixels a class, and pixels of the input a point for the t-SNE."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure: the runs it needs, and the function that draws it and returns the PNG files."""
+
+    runs: list[Run]
+    draw: Callable[[Study], list[Path]]
+
+
+def figure(name: str, scale: Scale, preset: str) -> Figure:
+    """The figure that `sward reproduce NAME` makes; `preset` is that of `attention`."""
+    if name == "figure1":
+        streets, polyps = _pairs(scale)
+        return Figure(_runs([streets, polyps], "none", "sward"), lambda study: _figure1(study, [streets, polyps]))
+    if name == "figure3":
+        sets = ["cityscapes-mbv3", "colondb-resunetpp", "clinicdb-resunetpp"]
+        sets = sets if scale == "paper" else list(_pairs(scale))
+        return Figure(_runs(sets, "none", "freekd", "sward"), lambda study: list(_figure3(study, sets)))
+    if name == "figure4":
+        streets, _ = _pairs(scale)
+        runs = [*_runs([streets], "none", "sward"), mwad(streets)]
+        return Figure(runs, lambda study: _figure4(study, streets))
+    return Figure(_runs([preset], "sward"), lambda study: _attention(study, preset))
+
+
+def _pairs(scale: Scale) -> tuple[str, str]:
+    """Street scenes and polyps."""
+    return ("cityscapes-mbv3", "clinicdb-resunetpp") if scale == "paper" else ("camvid-small", "clinicdb-small")
+
+
+def _runs(sets: list[str], *methods: str) -> list[Run]:
+    return [run for preset in sets for run in (teacher_of(preset), *(method(preset, name) for name in methods))]
+
+
+@dataclass(frozen=True)
+class _Network:
+    model: str
+    network: nn.Module
+    config: TrainingConfig
+
+
+def _load(study: Study, run: Run, test: EvaluationSet) -> _Network:
+    config, _, network = load_run(study.folder(run, 0).path, test.checkpoint(run))
+    config.dataset.root = study.options.data or config.dataset.root
+    return _Network(config.model, network, config)
+
+
+def _columns(study: Study, preset: str, test: EvaluationSet, *methods: str) -> dict[str, _Network]:
+    titles = {"none": "baseline", "freekd": "FreeKD", "sward": "SWARD"}
+    runs = {"teacher": teacher_of(preset), **{titles[name]: method(preset, name) for name in methods}}
+    return {title: _load(study, run, test) for title, run in runs.items()}
+
+
+def _figure1(study: Study, sets: list[str]) -> list[Path]:
+    rows = []
+    for preset in sets:
+        test = own_tests(preset)[0]
+        networks = _columns(study, preset, test, "none", "sward")
+        dataset = build_split(networks["SWARD"].config, test.split, train=False)
+        target = _target(dataset.info, study.options.target)
+        index = _first_with(dataset, target, study.options.image)
+        image, labels, _ = dataset.read(index)
+        sample, size = dataset[index], (labels.shape[-2], labels.shape[-1])
+        maps = {}
+        for title, each in networks.items():
+            layer = models.describe(each.model).penultimate_layer
+            maps[title] = resize(grad_cam(each.network, layer, sample.image, target)[None, None], size)[0, 0]
+        name = f"{test.title}, {dataset.info.classes[target]}"
+        rows.append(ActivationRow(name, image, sample.labels == target, maps))
+    return [activation_figure(rows, _path(study, "figure1"))]
+
+
+def _figure3(study: Study, sets: list[str]) -> Iterator[Path]:
+    for preset in sets:
+        for test in own_tests(preset) if study.options.scale == "small" else own_tests(preset)[:1]:
+            networks = _columns(study, preset, test, "none", "freekd", "sward")
+            config = networks["SWARD"].config
+            if test.dataset is not None:
+                config.dataset.name, config.dataset.split_by = test.dataset, None
+            dataset = build_split(config, test.split, train=False)
+            chosen = [(study.options.image + row * (len(dataset) // ROWS)) % len(dataset) for row in range(ROWS)]
+            samples = [dataset[index] for index in chosen]
+            columns = {"ground truth": [sample.labels for sample in samples]}
+            for title, each in networks.items():
+                columns[title] = [predict_sample(each.network, sample) for sample in samples]
+            images = [dataset.read(index)[0] for index in chosen]
+            name = f"figure3-{dataset.info.name}{'' if test.dataset is None else '-unseen'}"
+            yield prediction_grid(images, columns, dataset.info, _path(study, name))
+
+
+def _figure4(study: Study, preset: str) -> list[Path]:
+    test = own_tests(preset)[0]
+    runs = {
+        "student alone": method(preset, "none"),
+        "teacher": teacher_of(preset),
+        "student with MWAD": mwad(preset),
+        "student with MWAD + PDR": method(preset, "sward"),
+    }
+    networks = {title: _load(study, run, test) for title, run in runs.items()}
+    dataset = build_split(networks["student alone"].config, test.split, train=False)
+    count = min(FEATURE_IMAGES, len(dataset))
+    images = [index * len(dataset) // count for index in range(count)]
+    panels = {
+        title: pixel_features(
+            each.network,
+            models.describe(each.model).penultimate_layer,
+            dataset,
+            images,
+            stride=FEATURE_STRIDE,
+            per_class=FEATURE_PIXELS,
+        )
+        for title, each in networks.items()
+    }
+    path, measured = feature_space_figure(panels, dataset.info, _path(study, "figure4"))
+    values = {title: asdict(each) for title, each in measured.items()}
+    path.with_suffix(".json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return [path]
+
+
+def _attention(study: Study, preset: str) -> list[Path]:
+    pair = load_distillation(study.folder(method(preset, "sward"), 0).path)
+    assert pair is not None
+    assert isinstance(pair.loss, SWARDDistillation)
+    pair.config.dataset.root = study.options.data or pair.config.dataset.root
+    dataset = build_split(pair.config, own_tests(preset)[0].split, train=False)
+    index = study.options.image % len(dataset)
+    image = dataset[index].image
+    size = (image.shape[-2], image.shape[-1])
+    pixel = study.options.pixel or (size[0] // 2, size[1] // 2)
+    stages = window_attention(pair.student, pair.teacher, pair.loss, image, pixel)
+    shown = F.interpolate(dataset.read(index)[0][None].float(), size=size, mode="bilinear", antialias=True)[0]
+    return [attention_figure(shown.round().to(torch.uint8), stages, _path(study, f"attention-{preset}"))]
+
+
+def _target(info: DatasetInfo, name: str | None) -> int:
+    if name is None:
+        return next((index for index, each in enumerate(info.classes) if each in ("car", "polyp")), 1)
+    if name not in info.classes:
+        raise ValueError(f"target: {info.name} has no class {name!r}; it has {', '.join(info.classes)}")
+    return info.classes.index(name)
+
+
+def _first_with(dataset: SegmentationDataset, target: int, start: int) -> int:
+    """The first image from `start` on in which the class covers enough to look at; `start` if there is none."""
+    for offset in range(len(dataset)):
+        index = (start + offset) % len(dataset)
+        if (dataset[index].labels == target).float().mean() >= LEAST_SHARE:
+            return index
+    return start % len(dataset)
+
+
+def _path(study: Study, name: str) -> Path:
+    suffix = "" if name.startswith("attention") else f"-{study.options.scale}"
+    return study.options.output / f"{name}{suffix}.png"

@@ -1,0 +1,99 @@
+"""`--dry-run`: every run of a study with its configuration, the command that repeats it, and what it will cost."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from sward import presets
+from sward.config import DistillationConfig, MaskMethod, MaskTrainingConfig, TeacherTrainingConfig, to_json
+from sward.reproduce.estimates import Estimate, estimate
+from sward.reproduce.experiments import Run, teacher_of
+from sward.reproduce.study import Study
+
+
+def plan(study: Study, schedule: Iterable[tuple[Run, int]]) -> str:
+    """One paragraph a run, in the order in which they would go, and the total of what is left to do."""
+    lines: list[str] = []
+    total = left = 0
+    for run, seed in schedule:
+        try:
+            state: str = study.state(run, seed)
+        except ValueError as error:
+            state = f"in the way: {error}"
+        config = study.config(run, seed)
+        cost = estimate(config, presets.get(teacher_of(run.preset).preset).teacher)
+        total += cost.flops
+        left += 0 if state == "finished" else cost.flops
+        lines += [
+            f"{run.preset}/{study.folder(run, seed).path.name}: {state}",
+            f"  {_cost(cost)}",
+            f"  {_setting(config)}",
+        ]
+        if isinstance(config, TeacherTrainingConfig) and config.trunk_checkpoint is not None:
+            there = "" if config.trunk_checkpoint.exists() else " (not there)"
+            lines.append(f"  trunk {config.trunk_checkpoint}{there}")
+        if run.distillation in ("maskd", "freekd") and seed == 0:
+            method: MaskMethod = "maskd" if run.distillation == "maskd" else "freekd"
+            lines.append(f"  first: {_masks_command(study.masks_config(run, method))}")
+        lines.append(f"  {_command(config)}")
+    lines.append(f"all runs: {_flops(total)}, of which {_flops(left)} are still to do")
+    lines.append(
+        "FLOPs: matrix products of the networks over all steps, backward counted twice; memory: weights, gradients, "
+        "AdamW moments and kept activations in fp32; the losses' own work and buffers are left out of both"
+    )
+    return "\n".join(lines)
+
+
+def _cost(cost: Estimate) -> str:
+    return f"{cost.steps:,} steps, {_flops(cost.flops)}, {cost.memory / 1e9:.2f} GB (estimates)"
+
+
+def _flops(number: int) -> str:
+    for unit, name in ((1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs")):
+        if number >= unit:
+            return f"{number / unit:,.2f} {name}"
+    return f"{number / 1e9:,.2f} GFLOPs"
+
+
+def _setting(config: DistillationConfig | TeacherTrainingConfig) -> str:
+    height, width = config.dataset.image_size
+    length = f"{config.iterations} iterations" if config.epochs is None else f"{config.epochs} epochs"
+    rate = config.optimizer
+    return (
+        f"{config.model} on {config.dataset.name} at {height}x{width}, batch {config.batch}, {length}, "
+        f"AdamW {rate.lr:g}, weight decay {rate.weight_decay:g}, {rate.schedule}, seed {config.seed}"
+    )
+
+
+def _command(config: DistillationConfig | TeacherTrainingConfig) -> str:
+    """What would train the same run by hand."""
+    preset = presets.get(config.preset)
+    is_teacher = isinstance(config, TeacherTrainingConfig)
+    default = preset.teacher if is_teacher else preset.student
+    flags = _flags(json.loads(to_json(default)), json.loads(to_json(config)))
+    return shlex.join(["sward", "train-teacher" if is_teacher else "train", config.preset, *flags])
+
+
+def _masks_command(config: MaskTrainingConfig) -> str:
+    default = MaskTrainingConfig(preset=config.preset, method=config.method, dataset=config.dataset, batch=config.batch)
+    flags = ["--method", config.method, *_flags(json.loads(to_json(default)), json.loads(to_json(config)))]
+    if config.dataset.root is not None:
+        flags += ["--dataset.root", str(config.dataset.root)]
+    return shlex.join(["sward", "train-masks", config.preset, *flags])
+
+
+def _flags(default: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in wanted.items():
+        if isinstance(value, dict) and isinstance(default.get(name), dict):
+            yield from _flags(default[name], value, f"{prefix}{name}.")
+        elif value != default.get(name):
+            flag = f"{prefix}{name}".replace("_", "-")
+            if isinstance(value, bool):
+                *path, last = flag.split(".")
+                yield f"--{'.'.join([*path, last if value else f'no-{last}'])}"
+            else:
+                yield f"--{flag}"
+                yield from (str(each) for each in (value if isinstance(value, list) else [value]))

@@ -1,0 +1,418 @@
+"""Running the runs of a table in order: what is finished is recognised, what was interrupted goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from sward import presets
+from sward.config import (
+    DistillationConfig,
+    MaskMethod,
+    MaskTrainingConfig,
+    TeacherConfig,
+    TeacherTrainingConfig,
+    to_json,
+)
+from sward.data import DatasetNotFoundError
+from sward.evaluation import Evaluation
+from sward.observation import forget_peak_memory, peak_memory
+from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, Scale, teacher_of
+from sward.runs import (
+    build_datasets,
+    build_split,
+    choose_device,
+    evaluate_run,
+    evaluation_file,
+    train_masks,
+    train_student,
+    train_teacher,
+)
+from sward.tracking import Progress, RunFolder
+
+What = Literal[
+    "table1",
+    "table2",
+    "table3",
+    "table4",
+    "methods",
+    "questions",
+    "figure1",
+    "figure3",
+    "figure4",
+    "attention",
+]
+State = Literal["finished", "started", "new"]
+
+TRUNK_FILES = {
+    "sam2_hiera_large_deeplabv3plus": "sam2.1_hiera_large.pt",
+    "medsam2_hiera_tiny_resunetpp": "MedSAM2_latest.pt",
+    "vit_small_dinov2": "vit_small_dinov2.pt",
+}
+"""Pretrained trunk of each teacher, by the name under which it is published (docs/reproduce.md)."""
+
+MASK_STEPS = {"clinicdb-small": 300, "camvid-small": 300, "demo": 100}
+"""Steps of learning MasKD's tokens and FreeKD's prompts at the small scale; elsewhere the papers' own."""
+
+CACHED_PRESETS = ("clinicdb-small", "camvid-small")
+VIEWS = 8
+"""Augmented views of each training image that runs of these presets draw from."""
+
+UNCOMPARED = {
+    "resume",
+    "log_every",
+    "checkpoint_every",
+    "tensorboard",
+    "device",
+    "output",
+    "dataset.root",
+    "dataset.workers",
+    "teacher.run",
+    "teacher.masks",
+    "teacher.cache",
+}
+"""Fields that say where and how a run works, not what it computes: they may differ from those of a finished run."""
+
+
+@dataclass
+class Options:
+    """Run the experiments behind a table or figure of the paper and make it.
+
+    Finished runs are kept in the output folder and never repeated; an interrupted one goes on where it was saved last.
+    """
+
+    what: Annotated[What, tyro.conf.Positional]
+    """Tables and figures of the paper; methods: all distillation methods in one equal run each;
+    questions: what the paper leaves open; attention: windows of teacher and student side by side."""
+    scale: Scale = "paper"
+    """paper: section 4.1 exactly; small: CVC-ClinicDB and CamVid at a size that two cores train."""
+    seeds: int = 1
+    """Runs of each student, with the seeds 0 to N-1. There is one teacher, with seed 0."""
+    data: Path | None = None
+    """Folder that holds the data sets; $SWARD_DATA or ./data by default."""
+    checkpoints: Path = Path("checkpoints")
+    """Folder that holds the teachers' pretrained trunks."""
+    output: Path = Path("runs/reproduce")
+    """Folder of the runs, tables and figures."""
+    preset: str = "clinicdb-small"
+    """Pair and data set of methods, questions and attention."""
+    only: tuple[str, ...] = ()
+    """Names of runs to train (none, sward, sward-mwad, ...), with the teacher they need; all by default.
+    The table shows whatever is finished."""
+    iterations: int | None = None
+    """Steps of every run, of the teacher and of masks too, for a quick trial."""
+    epochs: int | None = None
+    """Epochs of the students' runs; the teacher keeps its own."""
+    untrained_trunk: bool = False
+    """Start the teacher from random weights where its pretrained trunk is not at hand, for a quick trial."""
+    image: int = 0
+    """For figures of single images: index of the first one in the split that is scored."""
+    target: str | None = None
+    """For figure1: class that the maps are of; car or polyp by default."""
+    pixel: tuple[int, int] | None = None
+    """For attention: row and column of the query pixel at the network's input size; the centre by default."""
+    device: str | None = None
+    """Where to run; the GPU where there is one."""
+    dry_run: bool = False
+    """Print every run with its configuration and an estimate of its cost, and do nothing."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a finished run took.
+
+    Attributes:
+        steps: optimiser steps.
+        seconds: time in the training loop, validation excluded.
+        peak_memory: bytes: of the device's allocator on a GPU, resident memory of the process on a CPU; None where
+            the system does not tell.
+    """
+
+    steps: int
+    seconds: float
+    peak_memory: int | None
+
+
+class Study:
+    """The runs of an output folder: `OUTPUT/PRESET/NAME-seedN`, and for teachers `OUTPUT/PRESET/teacher`.
+
+    Args:
+        options: what `sward reproduce` was told.
+
+    Raises:
+        ValueError: for options that contradict each other.
+    """
+
+    def __init__(self, options: Options) -> None:
+        if options.iterations is not None and options.epochs is not None:
+            raise ValueError("give --iterations or --epochs, not both")
+        for name in ("seeds", "iterations", "epochs"):
+            value = getattr(options, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.options = options
+
+    def folder(self, run: Run, seed: int) -> RunFolder:
+        """Where the run is kept."""
+        name = TEACHER if run.name == TEACHER else f"{run.name}-seed{seed}"
+        return RunFolder(self.options.output / run.preset / name)
+
+    def config(self, run: Run, seed: int) -> DistillationConfig | TeacherTrainingConfig:
+        """The complete configuration of a run.
+
+        Raises:
+            ValueError: if the run overrides a field that does not exist.
+        """
+        preset = presets.get(run.preset)
+        config: DistillationConfig | TeacherTrainingConfig
+        config = preset.teacher if run.name == TEACHER else preset.student
+        config.seed = 0 if run.name == TEACHER else seed
+        config.output = self.folder(run, seed).path
+        config.dataset.root = self.options.data
+        config.device = self.options.device
+        if self.options.iterations is not None:
+            config.iterations, config.epochs = self.options.iterations, None
+        if isinstance(config, TeacherTrainingConfig):
+            trunk = TRUNK_FILES.get(config.model)
+            if trunk is not None and not self.options.untrained_trunk:
+                config.trunk_checkpoint = self.options.checkpoints / trunk
+            return config
+        if self.options.epochs is not None:
+            config.iterations, config.epochs = None, self.options.epochs
+        config.distillation = run.distillation
+        teacher = teacher_of(run.preset)
+        config.teacher.run = self.folder(teacher, 0).path
+        if run.distillation in ("maskd", "freekd"):
+            config.teacher.masks = self.masks_file(run)
+        for name, value in run.overrides.items():
+            _set(config, name, value)
+        self._cache_teacher(config)
+        return config
+
+    def masks_file(self, run: Run) -> Path:
+        """Where MasKD's tokens or FreeKD's prompts on the teacher of `run` are kept."""
+        return self.folder(teacher_of(run.preset), 0).path.with_name(f"{run.distillation}.pt")
+
+    def masks_config(self, run: Run, method: MaskMethod) -> MaskTrainingConfig:
+        """How they are learned."""
+        teacher = teacher_of(run.preset)
+        student = presets.get(teacher.preset).student
+        steps = MASK_STEPS.get(run.preset)
+        if self.options.iterations is not None:
+            steps = self.options.iterations
+        student.dataset.root = self.options.data
+        return MaskTrainingConfig(
+            preset=teacher.preset,
+            method=method,
+            dataset=student.dataset,
+            teacher=TeacherConfig(run=self.folder(teacher, 0).path),
+            batch=student.batch,
+            steps=steps,
+            device=self.options.device,
+            output=self.masks_file(run),
+        )
+
+    def state(self, run: Run, seed: int) -> State:
+        """How far the run is.
+
+        Raises:
+            ValueError: if its folder holds a run with another configuration; the message names what differs.
+        """
+        folder = self.folder(run, seed)
+        if not folder.last.exists():
+            return "new"
+        different = differences(folder.read()[0], self.config(run, seed))
+        if different:
+            raise ValueError(
+                f"{folder.path} holds a run with another configuration: {different[0]}; "
+                "choose another --output, or remove that folder to train it again"
+            )
+        return "finished" if (folder.path / "cost.json").exists() else "started"
+
+    def seeds(self, run: Run) -> range:
+        """Seeds of a run: one teacher, `--seeds` students."""
+        return range(1 if run.name == TEACHER else self.options.seeds)
+
+    def schedule(self, runs: Iterable[Run]) -> list[tuple[Run, int]]:
+        """Every run with every seed, in order: teachers, then all runs of seed 0, of seed 1, ...
+
+        Raises:
+            ValueError: if `--only` names a run that is not among them.
+        """
+        runs = list(runs)
+        known = {run.name for run in runs}
+        for name in self.options.only:
+            if name not in known:
+                raise ValueError(f"only: there is no run {name!r} here; there are {', '.join(sorted(known))}")
+        wanted = [run for run in runs if not self.options.only or run.name in self.options.only]
+        if any(run.distillation != "none" for run in wanted):
+            # Whoever asks for a student gets the teacher it needs.
+            wanted = [run for run in runs if run in wanted or run.name == TEACHER]
+        return [(run, seed) for seed in range(self.options.seeds) for run in wanted if seed in self.seeds(run)]
+
+    def check(self, runs: Iterable[Run], tests: Iterable[EvaluationSet]) -> list[str]:
+        """Looks for everything a table or figure needs, before any work; one sentence for each column left empty.
+
+        Args:
+            runs: what it consists of, whether it is to be trained now or not.
+            tests: where they are scored.
+
+        Raises:
+            ValueError, FileNotFoundError: if a folder holds another run, or data or a pretrained trunk is missing.
+        """
+        choose_device(self.options.device)
+        runs, tests = list(runs), list(tests)
+        for run in runs:
+            for seed in self.seeds(run):
+                self.state(run, seed)
+        seen: set[str] = set()
+        notes = []
+        for run, seed in self.schedule(runs):
+            state, config = self.state(run, seed), self.config(run, seed)
+            config.check()
+            trunk = config.trunk_checkpoint if isinstance(config, TeacherTrainingConfig) else None
+            if trunk is not None and state != "finished" and not trunk.exists():
+                raise FileNotFoundError(
+                    f"there is no pretrained trunk at {trunk}; docs/reproduce.md says where to get it; "
+                    "name its folder with --checkpoints, or try the commands with --untrained-trunk"
+                )
+            if config.dataset.name not in seen:
+                seen.add(config.dataset.name)
+                train_set, _ = build_datasets(config)
+                config.steps(len(train_set))
+                for test in tests:
+                    if test.dataset is None:
+                        continue
+                    config.dataset.name, config.dataset.split_by = test.dataset, None
+                    try:
+                        build_split(config, test.split, train=False)
+                    except DatasetNotFoundError as error:
+                        if not test.optional:
+                            raise
+                        notes.append(f"{test.title} is left empty: {error}")
+        return list(dict.fromkeys(notes))
+
+    def run_all(self, schedule: list[tuple[Run, int]]) -> Iterator[tuple[Run, int]]:
+        """Trains what is not finished, one run after the other, and yields each when it is done."""
+        with Progress(self.options.what, len(schedule), seconds=0) as progress:
+            for run, seed in schedule:
+                progress.note(f"{run.preset}/{self.folder(run, seed).path.name}")
+                if self.state(run, seed) != "finished":
+                    self.train(run, seed)
+                progress.advance()
+                yield run, seed
+
+    def train(self, run: Run, seed: int) -> None:
+        """Trains one run, or goes on with it, after learning the masks it needs."""
+        config = self.config(run, seed)
+        folder = self.folder(run, seed)
+        if isinstance(config, DistillationConfig) and config.distillation in ("maskd", "freekd"):
+            self._learn_masks(run)
+        config.resume = folder.last.exists()
+        device = choose_device(config.device)
+        is_fresh = forget_peak_memory(device)
+        if isinstance(config, TeacherTrainingConfig):
+            result = train_teacher(config)
+        else:
+            result = train_student(config)
+        memory = peak_memory(device) if is_fresh else None
+        cost = Cost(steps=folder.records()[-1]["step"], seconds=result.seconds, peak_memory=memory)
+        text = json.dumps(dataclasses.asdict(cost), indent=2)
+        (folder.path / "cost.json").write_text(text + "\n", encoding="utf-8")
+
+    def cost(self, run: Run, seed: int) -> Cost | None:
+        """What the run took; None before it is finished."""
+        path = self.folder(run, seed).path / "cost.json"
+        return Cost(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+    def evaluation(self, run: Run, seed: int, test: EvaluationSet) -> Evaluation | None:
+        """Scores of a run, computed once; None before it is finished or where the test images are missing."""
+        if self.cost(run, seed) is None:
+            return None
+        folder, checkpoint = self.folder(run, seed), test.checkpoint(run)
+        dataset = test.dataset or folder.read()[0].dataset.name
+        path = evaluation_file(folder.path, dataset, test.split)
+        if path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored.get("checkpoint") == checkpoint:
+                fields = {field.name for field in dataclasses.fields(Evaluation)}
+                return Evaluation(**{name: value for name, value in stored.items() if name in fields})
+        try:
+            return evaluate_run(
+                folder.path,
+                split=test.split,
+                dataset=test.dataset,
+                root=self.options.data,
+                checkpoint=checkpoint,
+                device=self.options.device,
+            )
+        except DatasetNotFoundError:
+            if not test.optional:
+                raise
+            return None
+
+    def _learn_masks(self, run: Run) -> None:
+        method: MaskMethod = "maskd" if run.distillation == "maskd" else "freekd"
+        config = self.masks_config(run, method)
+        path = self.masks_file(run)
+        record = path.with_suffix(".json")
+        wanted = json.loads(to_json(config))
+        if path.exists() and record.exists():
+            different = _differences(json.loads(record.read_text(encoding="utf-8")), wanted)
+            if different:
+                raise ValueError(
+                    f"{path} holds masks learned with another configuration: {different[0]}; "
+                    "choose another --output, or remove that file to learn them again"
+                )
+            return
+        train_masks(config)
+        record.write_text(to_json(config) + "\n", encoding="utf-8")
+
+    def _cache_teacher(self, config: DistillationConfig) -> None:
+        """The one place that switches the cache of the teacher's features on: at the small scale, where it pays most.
+
+        A cache needs augmented views that come again. Every student sees the same views, or the comparison would not be
+        fair. Only SWARD's features are kept: all its variants read the same maps, so that one cache serves them all
+        (0.4 to 0.9 MB a view), while each peer would need gigabytes of its own.
+        """
+        if config.preset not in CACHED_PRESETS:
+            return
+        config.dataset.views = VIEWS
+        if config.distillation == "sward":
+            config.teacher.cache = self.folder(teacher_of(config.preset), 0).path / "features"
+
+
+def differences(stored: Any, wanted: Any) -> list[str]:
+    """What differs between two configurations in a way that changes results, one phrase for each field."""
+    return _differences(json.loads(to_json(stored)), json.loads(to_json(wanted)))
+
+
+def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name in sorted({*stored, *wanted}):
+        old, new = stored.get(name), wanted.get(name)
+        if prefix + name in UNCOMPARED:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{name}.")
+        elif name == "trunk_checkpoint" and old and new:
+            if Path(old).name != Path(new).name:
+                found.append(f"{prefix}{name} is {old}, not {new}")
+        elif old != new:
+            found.append(f"{prefix}{name} is {old}, not {new}")
+    return found
+
+
+def _set(config: Any, name: str, value: Any) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        config = getattr(config, part)
+    if not hasattr(config, last):
+        raise ValueError(f"a run overrides {name!r}, but {type(config).__name__} has no such field")
+    setattr(config, last, value)

@@ -1,0 +1,88 @@
+"""Which pixels are compared, and the measures of separability against hand-computed ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sward import data
+from sward.data import DatasetInfo
+from sward.figures.tsne import (
+    feature_space_figure,
+    fisher_ratio,
+    pixel_features,
+    sample_pixels,
+    separability,
+    visible_colours,
+)
+
+INFO = DatasetInfo("three", ("a", "b", "c"), ((0, 0, 0), (255, 255, 255), (200, 0, 0)))
+
+
+def test_fisher_ratio_by_hand() -> None:
+    # Means (1, 0) and (5, 0), overall (3, 0): between 2 * 4 + 2 * 4 = 16; within 4 * 1 = 4.
+    features = np.array([[0, 0], [2, 0], [5, 1], [5, -1]], dtype=np.float32)
+    assert fisher_ratio(features, np.array([0, 0, 1, 1])) == pytest.approx(4.0)
+
+
+def test_fisher_ratio_splits_the_total_scatter() -> None:
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(60, 7)).astype(np.float32)
+    labels = generator.integers(3, size=60)
+    total = ((features - features.mean(axis=0)) ** 2).sum()
+    within = sum(((features[labels == k] - features[labels == k].mean(axis=0)) ** 2).sum() for k in range(3))
+    assert fisher_ratio(features, labels) == pytest.approx((total - within) / within, rel=1e-4)
+
+
+def test_separability_rises_with_the_distance_of_the_classes_and_ignores_scale() -> None:
+    generator = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 40)
+    noise = generator.normal(size=(80, 4)).astype(np.float32)
+    near, far = (separability(noise + distance * labels[:, None], labels) for distance in (1, 6))
+    assert far.silhouette > near.silhouette
+    assert far.fisher > near.fisher
+    scaled = separability(3 * (noise + labels[:, None]), labels)
+    assert scaled.silhouette == pytest.approx(near.silhouette, abs=1e-4)
+    assert scaled.fisher == pytest.approx(near.fisher, rel=1e-4)
+
+
+def test_pixels_are_drawn_evenly_from_the_classes_and_never_from_ignored_ones() -> None:
+    labels = [torch.zeros(8, 8, dtype=torch.int64), torch.full((8, 8), 255)]
+    labels[0][0, :3], labels[1][:2] = 1, 2
+    chosen = sample_pixels(labels, INFO, per_class=10, seed=0)
+    classes = torch.cat([each.flatten()[pixels] for each, pixels in zip(labels, chosen)])
+    assert torch.bincount(classes).tolist() == [10, 3, 10]
+    assert len(torch.unique(chosen[0])) == len(chosen[0])
+    again = sample_pixels(labels, INFO, per_class=10, seed=0)
+    other = sample_pixels(labels, INFO, per_class=10, seed=1)
+    assert all(torch.equal(one, two) for one, two in zip(chosen, again))
+    assert not all(torch.equal(one, two) for one, two in zip(chosen, other))
+
+
+def test_every_network_is_read_at_the_same_pixels() -> None:
+    dataset = data.build("scenes", "val", train=False, image_size=64, count=2)
+    fine, coarse = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 4, 2, stride=8)
+    one = pixel_features(nn.Sequential(fine), "0", dataset, [0, 1], stride=4, per_class=5)
+    two = pixel_features(nn.Sequential(coarse), "0", dataset, [0, 1], stride=4, per_class=5)
+    assert one[0].shape == (len(one[1]), 2)
+    assert two[0].shape == (len(two[1]), 4)
+    assert np.array_equal(one[1], two[1])
+
+
+def test_white_is_replaced_on_white_paper() -> None:
+    assert visible_colours(INFO)[1].tolist() != [1, 1, 1]
+    assert visible_colours(INFO)[2].tolist() == [200 / 255, 0, 0]
+
+
+def test_figure_is_written_with_the_measures(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], 8)
+    panels = {name: (generator.normal(size=(24, 4)).astype(np.float32), labels) for name in ("teacher", "student")}
+    path, measured = feature_space_figure(panels, INFO, tmp_path / "figure4.png")
+    assert path.stat().st_size > 1000
+    assert path.with_suffix(".svg").stat().st_size > 1000
+    assert measured["teacher"].fisher == fisher_ratio(*panels["teacher"])

@@ -1,0 +1,100 @@
+"""The declared tables: every run can be configured, and no two different runs share a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sward import distillation, presets
+from sward.reproduce import experiments
+from sward.reproduce.experiments import TEACHER, Table, methods, questions, teacher_of
+from sward.reproduce.study import Options, Study
+
+TABLES = [
+    *(getattr(experiments, f"table{number}")(scale) for number in (1, 2, 3, 4) for scale in ("paper", "small")),
+    *(
+        make(preset)
+        for make in (methods, questions)
+        for preset in ("clinicdb-small", "camvid-small", "cityscapes-mbv3")
+    ),
+]
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_every_row_has_a_run_and_figures_for_every_group_of_columns(table: Table) -> None:
+    study = Study(Options("table1"))
+    for row in table.rows:
+        assert len(row.runs) == len(row.paper) == len(table.tests)
+        for figures, test in zip(row.paper, table.tests):
+            assert len(figures) in (0, len(test.metrics))
+            assert not figures or test.paper is not None
+    for run in table.runs():
+        study.config(run, 0).check()
+
+
+def test_runs_of_all_tables_that_share_a_folder_are_the_same_run() -> None:
+    known: dict[tuple[str, str], object] = {}
+    for table in TABLES:
+        for run in table.runs():
+            assert known.setdefault((run.preset, run.name), run) == run
+
+
+def test_paper_scale_is_section_4_1() -> None:
+    study = Study(Options("table1"))
+    for table in TABLES[0:8:2]:
+        for run in table.runs():
+            config, preset = study.config(run, 0), presets.get(run.preset)
+            recipe = preset.teacher if run.name == TEACHER else preset.student
+            assert (config.batch, config.iterations, config.epochs) == (recipe.batch, recipe.iterations, recipe.epochs)
+            assert config.optimizer == recipe.optimizer
+            assert config.dataset.image_size == recipe.dataset.image_size
+    city, polyp = presets.get("cityscapes-mbv3").student, presets.get("colondb-resunetpp").student
+    assert (city.iterations, city.batch, city.dataset.image_size) == (40_000, 16, (512, 1024))
+    assert (polyp.epochs, polyp.batch, polyp.dataset.image_size) == (200, 8, (512, 512))
+
+
+def test_both_polyp_students_share_one_teacher() -> None:
+    assert teacher_of("clinicdb-unext") == teacher_of("clinicdb-resunetpp")
+    assert teacher_of("clinicdb-unext") != teacher_of("colondb-unext")
+    assert teacher_of("clinicdb-small").preset == "clinicdb-small"
+
+
+def test_table_3_switches_the_terms_on_one_after_the_other() -> None:
+    study = Study(Options("table3"))
+    settings = [study.config(row.runs[0], 0).sward for row in experiments.table3("paper").rows[2:]]
+    assert [each.terms for each in settings] == [(1, 0, 0), (1, 1, 0), (1, 1, 1), (1, 1, 1)]
+    assert [each.weights for each in settings] == [(2, 0), (2, 0), (2, 0), (2, 1)]
+
+
+def test_table_4_changes_the_shift_alone() -> None:
+    study = Study(Options("table4"))
+    configs = [study.config(row.runs[0], 0) for row in experiments.table4("paper").rows]
+    assert [config.sward.shift for config in configs] == ["none", "deterministic", "stochastic"]
+    for config in configs:
+        config.sward.shift, config.output = "none", Path()
+    assert configs[0] == configs[1] == configs[2]
+
+
+def test_methods_are_those_of_sward_train() -> None:
+    names = [row.runs[0].name for row in methods("clinicdb-small").rows]
+    assert sorted(names) == sorted([TEACHER, "none", *distillation.METHODS])
+
+
+def test_questions_change_one_thing_each_from_the_preset() -> None:
+    base = presets.get("clinicdb-small").student.sward
+    study = Study(Options("questions"))
+    runs = [row.runs[0] for row in questions("clinicdb-small").rows[2:]]
+    for run in runs[:-1]:
+        assert len(run.overrides) == 1
+        assert study.config(run, 0).sward != base
+    literal = study.config(runs[-1], 0).sward
+    assert literal == presets.get("clinicdb-unext").student.sward
+
+
+def test_scores_on_validation_images_are_of_the_last_weights() -> None:
+    (camvid,) = experiments.table1("small").tests
+    clinic, unseen = experiments.table2("small").tests
+    student, teacher = experiments.method("camvid-small", "sward"), teacher_of("camvid-small")
+    assert [test.checkpoint(student) for test in (camvid, clinic, unseen)] == ["last", "best", "best"]
+    assert camvid.checkpoint(teacher) == "best"

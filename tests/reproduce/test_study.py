@@ -1,0 +1,196 @@
+"""Recognising finished runs, going on with interrupted ones, refusing others; on generated scenes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import sward.reproduce
+from sward import checkpointing, data, runs
+from sward.cli import main
+from sward.config import DistillationConfig
+from sward.reproduce.experiments import EvaluationSet, method, teacher_of
+from sward.reproduce.experiments import sward as sward_variant
+from sward.reproduce.study import Options, Study, differences
+from sward.reproduce.tables import Costs
+
+COMMAND = ["reproduce", "methods", "--preset", "demo", "--output", "out"]
+QUICK = [*COMMAND, "--iterations", "2", "--only", "none", "sward"]
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(data.scenes.SPLITS, "train", 16)
+    monkeypatch.setitem(data.scenes.SPLITS, "val", 2)
+    monkeypatch.chdir(tmp_path)
+    # Counting FLOPs at 512 pixels takes longer than these runs do; test_tables.py holds the count to the paper's.
+    counted = {"unext": Costs(1.0, 2.0), "hiera_demo": Costs(3.0, None)}
+    monkeypatch.setattr(sward.reproduce, "model_costs", lambda table: counted)
+
+
+def table_rows(path: Path) -> dict[str, dict[str, str]]:
+    """Lines of a CSV table by their first column."""
+    return {row["method"]: row for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines())}
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the run folders that training was started in."""
+    started: list[str] = []
+    fit = runs.fit
+
+    def spy(*arguments: object, **options: object) -> object:
+        started.append(arguments[4].path.name)  # type: ignore[attr-defined]
+        return fit(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runs, "fit", spy)
+    return started
+
+
+def test_runs_are_trained_once_and_the_table_holds_their_scores(
+    trained: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(QUICK) == 0
+    assert trained == ["teacher", "none-seed0", "sward-seed0"]
+    printed = capsys.readouterr().out
+    assert "| + SWARD | 1 |" in printed
+    assert "| + FreeKD | 0 | - | - | - | - | - | - |" in printed
+
+    rows = table_rows(Path("out/methods-demo.csv"))
+    scores = json.loads(Path("out/demo/sward-seed0/evaluation-scenes-val.json").read_text())
+    assert scores["checkpoint"] == "last"
+    assert float(rows["+ SWARD"]["scenes mIoU mean"]) == pytest.approx(100 * scores["mean_iou"])
+    cost = json.loads(Path("out/demo/sward-seed0/cost.json").read_text())
+    assert cost["steps"] == 2
+    assert float(rows["+ SWARD"]["s/step mean"]) == pytest.approx(cost["seconds"] / 2)
+
+    assert main(QUICK) == 0
+    assert trained == ["teacher", "none-seed0", "sward-seed0"]
+
+    assert main([*QUICK[:-1], "--seeds", "2"]) == 0
+    assert trained[3:] == ["none-seed1"]
+    rows = table_rows(Path("out/methods-demo.csv"))
+    assert (rows["student alone"]["scenes mIoU n"], rows["+ SWARD"]["scenes mIoU n"]) == ("2", "1")
+
+
+def test_another_configuration_in_the_folder_is_refused_before_any_work(
+    trained: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(QUICK) == 0
+    capsys.readouterr()
+    assert main([*COMMAND, "--iterations", "3"]) == 2
+    assert (
+        "sward reproduce: out/demo/teacher holds a run with another configuration: iterations is 2, not 3; "
+        "choose another --output, or remove that folder to train it again" in capsys.readouterr().err
+    )
+    assert trained == ["teacher", "none-seed0", "sward-seed0"]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (
+        main(["reproduce", "methods", "--preset", "demo", "--output", "whole", "--epochs", "4", "--only", "none"]) == 0
+    )
+
+    real = checkpointing.save
+    saved: list[Path] = []
+
+    def interrupt(path: Path, state: dict[str, object], **options: object) -> None:
+        real(path, state, **options)
+        saved.append(path)
+        if path.name == "last.pt":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpointing, "save", interrupt)
+    assert (
+        main(["reproduce", "methods", "--preset", "demo", "--output", "out", "--epochs", "4", "--only", "none"]) == 130
+    )
+    monkeypatch.setattr(checkpointing, "save", real)
+    study = Study(Options("methods", output=Path("out"), epochs=4))
+    run = method("demo", "none")
+    assert study.state(run, 0) == "started"
+    assert checkpointing.load(study.folder(run, 0).last)["step"] == 2
+
+    assert main(["reproduce", "methods", "--preset", "demo", "--output", "out", "--epochs", "4", "--only", "none"]) == 0
+    assert study.state(run, 0) == "finished"
+    whole, resumed = (
+        checkpointing.load(Path(name) / "demo/none-seed0/checkpoints/last.pt") for name in ("whole", "out")
+    )
+    assert whole["step"] == resumed["step"] == 4
+    for name, tensor in whole["model"].items():
+        assert torch.equal(tensor, resumed["model"][name]), name
+
+
+def test_dry_run_says_everything_and_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "methods", "--preset", "demo", "--seeds", "2", "--output", "out", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "demo/sward-seed1: new" in printed
+    assert "sward train demo --seed 1 --output out/demo/sward-seed1 --teacher.run out/demo/teacher" in printed
+    assert "sward train-masks demo --method freekd" in printed
+    assert not Path("out").exists()
+
+
+def test_the_printed_command_trains_the_same_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["reproduce", "questions", "--preset", "demo", "--iterations", "1", "--output", "out", "--dry-run"]) == 0
+    )
+    printed = capsys.readouterr().out.splitlines()
+    study = Study(Options("questions", preset="demo", iterations=1, output=Path("out")))
+    words = next(line for line in printed if "out/demo/sward-window-4-seed0" in line).split()[1:]
+    assert main(["train-teacher", "demo", "--iterations", "1", "--output", "out/demo/teacher"]) == 0
+    assert main(words) == 0
+    assert study.state(sward_variant("demo", "window-4", window_size=(4,)), 0) == "started"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--iterations", "2", "--epochs", "2"], "give --iterations or --epochs, not both"),
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--only", "swrd"], "only: there is no run 'swrd' here; there are at, cirkd"),
+        (["--preset", "clinicdb-small", "--data", "nowhere"], "there is no pretrained trunk at checkpoints/vit_small"),
+        (["--preset", "clinicdb-small", "--data", "nowhere", "--untrained-trunk"], "CVC-ClinicDB not found"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*COMMAND, *words]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_differences_name_the_field_and_leave_out_where_a_run_works() -> None:
+    one, other = DistillationConfig(), DistillationConfig()
+    other.output, other.dataset.root, other.dataset.workers, other.resume = Path("a"), Path("b"), 3, True
+    other.teacher.run, other.device = Path("c"), "cpu"
+    assert differences(one, other) == []
+    other.optimizer.lr = 0.5
+    assert differences(one, other) == ["optimizer.lr is 0.001, not 0.5"]
+
+
+def test_missing_unseen_images_leave_a_column_empty_and_say_so(
+    monkeypatch: pytest.MonkeyPatch, trained: list[str]
+) -> None:
+    study = Study(Options("methods", preset="demo", iterations=1, output=Path("out"), data=Path("nowhere")))
+    run = method("demo", "none")
+    study.train(run, 0)
+    unseen = EvaluationSet("CVC-ColonDB, unseen", "all", (("mDice", "dice"),), dataset="cvc_colondb", optional=True)
+    assert study.evaluation(run, 0, unseen) is None
+    own = study.evaluation(run, 0, EvaluationSet("scenes", "val", (("mIoU", "mean_iou"),)))
+    assert own is not None
+    assert not math.isnan(own.mean_iou)
+
+
+def test_teacher_has_one_seed_and_comes_first() -> None:
+    study = Study(Options("methods", preset="demo", seeds=2))
+    schedule = study.schedule([method("demo", "none"), method("demo", "sward"), teacher_of("demo")][::-1])
+    assert [(run.name, seed) for run, seed in schedule] == [
+        ("teacher", 0),
+        ("sward", 0),
+        ("none", 0),
+        ("sward", 1),
+        ("none", 1),
+    ]
