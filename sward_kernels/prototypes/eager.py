@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -212,8 +212,9 @@ def _fused_combine(destination: Tensor, matrices: Tensor, classes: Tensor, slope
     destination.copy_(matrices * _own_rows(slope[:, None], classes) + _own_rows(offset, classes))
 
 
-_compiled_deviate = torch.compile(_fused_deviate)
-_compiled_combine = torch.compile(_fused_combine)
+@functools.cache  # not at import: torch.compile brings a second of other imports with it
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
 
 
 def _accumulate_compiled(
@@ -221,7 +222,7 @@ def _accumulate_compiled(
 ) -> tuple[Tensor, Tensor]:
     if len(shift) > _COMPARED_CLASSES:
         return _accumulate(matrices, classes, member, shift, room)
-    distances = _compiled_deviate(matrices, classes, shift, room)
+    distances: Tensor = _compiled(_fused_deviate)(matrices, classes, shift, room)
     return torch.bmm(room, member.mT), distances
 
 
@@ -231,7 +232,7 @@ def _combine_compiled(
     if len(slope) > _COMPARED_CLASSES:
         _combine(destination, matrices, classes, member, slope, offset)
     else:
-        _compiled_combine(destination, matrices, classes, slope, offset)
+        _compiled(_fused_combine)(destination, matrices, classes, slope, offset)
 
 
 passes = _register("eager", Steps(_accumulate, _combine))
