@@ -65,5 +65,9 @@ class Interruption:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._caught = number
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            signal.signal(number, self._before[number])
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            return
+        before = self._before[number]
+        if before == signal.SIG_IGN:  # as a shell leaves it for what it starts in the background
+            before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, before)

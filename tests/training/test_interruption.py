@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -19,7 +20,16 @@ def test_the_first_signal_is_remembered_and_handlers_come_back(sent: signal.Sign
     assert signal.getsignal(sent) == before
 
 
-def test_a_second_ctrl_c_ends_at_once() -> None:
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])  # a shell's background ignores it
+def test_a_second_ctrl_c_ends_at_once(before: Callable | signal.Handlers) -> None:
+    outside = signal.signal(signal.SIGINT, before)
+    try:
+        _second_ctrl_c()
+    finally:
+        signal.signal(signal.SIGINT, outside)
+
+
+def _second_ctrl_c() -> None:
     with Interruption():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):

@@ -94,7 +94,7 @@ def test_a_signal_ends_the_command_with_a_checkpoint_and_a_sentence(
     assert main(["train", "demo", *options]) == code
     assert (
         f"stopped by {sent.name} after step 3 of 5, with a checkpoint in {tmp_path / 'run'}; "
-        "continue with the same command and --resume"
+        "continue with the same command; 'sward train' and 'train-teacher' need --resume with it"
     ) in capsys.readouterr().err
     assert checkpoint(tmp_path / "run")["step"] == 3
     assert signal.getsignal(sent) == before
