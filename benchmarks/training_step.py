@@ -141,7 +141,7 @@ def measure(shape: Shape, method: str, device: torch.device, rounds: int) -> dic
     row: dict[str, float | str] = {"data": "" if batch is None else 1e3 * clock(batch)}
     row["teacher"] = 1e3 * clock(lambda: teacher(images), rounds=2)
     with tempfile.TemporaryDirectory(prefix="sward-training-step-") as folder:
-        cache = TeacherCache(teacher, loss.teacher_taps, Path(folder))
+        cache = TeacherCache(teacher, Path(folder))
         row["teacher cached"] = 1e3 * clock(lambda: cache(images))
     with torch.no_grad():
         row["student forward"] = 1e3 * clock(lambda: student(images))

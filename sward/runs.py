@@ -69,7 +69,7 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
         if config.compile:
             network.compile()
         if config.teacher.cache is not None:
-            teacher = TeacherCache(teacher, loss.teacher_taps, config.teacher.cache)
+            teacher = TeacherCache(teacher, config.teacher.cache)
     run = RunFolder(config.output or student_run(config))
     return _fit(student, loss, config, train_set, validation_set, run, teacher)
 

@@ -9,12 +9,12 @@ import os
 import pickle
 import warnings
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sward.losses.masks import teacher_fingerprint
 from sward.training import FrozenTeacher
 
 FORMAT = 1
@@ -34,8 +34,7 @@ class TeacherCache:
     and made again. Several processes may share a cache. When the disk is full, training goes on without new entries.
 
     Args:
-        teacher: what to ask for features that are not there.
-        layers: the maps to keep, of those that `teacher` hands out.
+        teacher: what to ask for features that are not there; every map it hands out is kept.
         folder: of the cache; made if it is not there.
 
     Attributes:
@@ -43,10 +42,9 @@ class TeacherCache:
         misses: images that the teacher had to run for.
     """
 
-    def __init__(self, teacher: FrozenTeacher, layers: Sequence[str], folder: Path) -> None:
+    def __init__(self, teacher: FrozenTeacher, folder: Path) -> None:
         self.teacher = teacher
-        self.layers = tuple(layers)
-        self.folder = folder / fingerprint(teacher, self.layers)
+        self.folder = folder / fingerprint(teacher)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.hits = self.misses = 0
         self._full = False
@@ -54,7 +52,9 @@ class TeacherCache:
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """`images [B, 3, H, W]` -> layer -> `[B, C, h, w]`, on the device of the images."""
         entries = [self._features(image) for image in images]
-        return {layer: torch.stack([entry[layer] for entry in entries]).to(images.device) for layer in self.layers}
+        return {
+            layer: torch.stack([entry[layer] for entry in entries]).to(images.device) for layer in self.teacher.layers
+        }
 
     def _features(self, image: Tensor) -> dict[str, Tensor]:
         path = self.folder / f"{_digest(image, image.device.type)}.features"
@@ -68,7 +68,7 @@ class TeacherCache:
             warnings.warn(f"{path} is damaged: its teacher features are computed again", stacklevel=3)
         self.misses += 1
         maps = self.teacher(image[None])
-        entry = {layer: maps[layer][0].detach().to("cpu", copy=True).contiguous() for layer in self.layers}
+        entry = {layer: maps[layer][0].detach().to("cpu", copy=True).contiguous() for layer in self.teacher.layers}
         self._write(path, entry)
         return entry
 
@@ -96,7 +96,7 @@ class TeacherCache:
             partial.unlink(missing_ok=True)
 
 
-def fingerprint(teacher: FrozenTeacher, layers: Sequence[str]) -> str:
+def fingerprint(teacher: FrozenTeacher) -> str:
     """A name for all that decides a teacher's features besides the image: weights, settings and layers."""
     # Every plain attribute, so that a setting added to the teacher one day is not forgotten here.
     settings = {
@@ -104,15 +104,8 @@ def fingerprint(teacher: FrozenTeacher, layers: Sequence[str]) -> str:
         for name, value in vars(teacher).items()
         if value is None or isinstance(value, str | int | float | tuple | torch.dtype)
     }
-    digest = hashlib.sha256(json.dumps([FORMAT, list(layers), settings], sort_keys=True).encode())
-    _add_weights(digest, teacher.network)
-    return digest.hexdigest()[:24]
-
-
-def _add_weights(digest: hashlib._Hash, network: nn.Module) -> None:
-    digest.update(type(network).__qualname__.encode())
-    for name, tensor in network.state_dict().items():
-        digest.update(f"{name} {_digest(tensor)}\n".encode())
+    network = (type(teacher.network).__qualname__, teacher_fingerprint(teacher.network))
+    return hashlib.sha256(json.dumps([FORMAT, settings, *network], sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _digest(tensor: Tensor, *more: str) -> str:

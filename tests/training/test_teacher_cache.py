@@ -34,7 +34,7 @@ LAYERS = ("stage", LOGITS)
 
 
 def cache(folder: Path, network: nn.Module, layers: tuple[str, ...] = LAYERS) -> TeacherCache:
-    return TeacherCache(FrozenTeacher(network, layers), layers, folder)
+    return TeacherCache(FrozenTeacher(network, layers), folder)
 
 
 def test_the_teacher_runs_once_for_each_image(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_another_image_layer_weight_or_setting_is_another_entry(tmp_path: Path) 
     cache(tmp_path, network, ("stage",))(images)
     teacher = FrozenTeacher(network, LAYERS)
     teacher.precision = "bf16"  # a setting that a teacher may have
-    TeacherCache(teacher, LAYERS, tmp_path)(images)
+    TeacherCache(teacher, tmp_path)(images)
     with torch.no_grad():
         network.head.bias[0] += 1e-6
     before = network.seen
