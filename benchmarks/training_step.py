@@ -49,7 +49,7 @@ class Shape(NamedTuple):
 SHAPES = (
     Shape("demo", (64, 64), 16),
     Shape("clinicdb-small", (128, 128), 8),
-    Shape("camvid-small", (160, 224), 8),
+    Shape("camvid-small", (128, 160), 4),
     Shape("clinicdb-unext", (256, 256), 8),
     Shape("clinicdb-resunetpp", (256, 256), 2),
     Shape("cityscapes-mbv3", (256, 512), 2),

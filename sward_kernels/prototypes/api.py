@@ -73,8 +73,9 @@ def prototype_discrimination(
             `DistributedDataParallel` does, the parameters' gradients equal those of one process with the whole
             batch. Divide by the world size if you sum gradients yourself.
         implementation: `"reference"` (plain autograd PyTorch, the specification), `"eager"` (closed-form gradient in
-            cache-sized chunks, any device), `"compiled"` (eager through `torch.compile`), `"triton"`, or `"auto"`:
-            triton on GPU tensors, eager elsewhere; where triton cannot serve a call, eager with a warning.
+            cache-sized chunks, any device), `"compiled"` (the same as eager: `torch.compile` gains nothing here),
+            `"triton"`, or `"auto"`: triton on GPU tensors, eager elsewhere; where triton cannot serve a call, eager
+            with a warning.
 
     Returns:
         `PrototypeDiscrimination(loss, separation, compactness, prototypes, counts)`.
@@ -102,8 +103,6 @@ def prototype_discrimination(
 
 
 def _choose_passes(implementation: str, features: Tensor, num_classes: int) -> closed_form.Passes:
-    if implementation == "compiled":
-        return eager.compiled_passes
     if implementation == "triton" or (implementation == "auto" and features.is_cuda):  # ROCm tensors are "cuda" too
         try:
             return _triton_passes(features, num_classes)

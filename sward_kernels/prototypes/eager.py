@@ -2,20 +2,19 @@
 
 A chunk is small enough to stay in the processor's cache between the steps that read it. Each class is summed about
 one of its own pixels, so that features far from 0 keep their digits and one pass is enough. The scatter into classes
-and the gather of class rows are products with the one-hot membership matrix, at the speed of the matrix units.
+is a product with the one-hot membership matrix, at the speed of the matrix units.
 
-`compiled` fuses the gather of a few classes with the arithmetic around it through `torch.compile`; for more classes
-the products are faster, and `compiled` is `eager`.
+`compiled` is this code too: `torch.compile` turns the gather into scalar loads, which took three times as long, and
+comparing with each class gained nothing even for two.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sward_kernels.prototypes.classes import class_indices, inverse_norms, one_pixel_of_each_class, statistics_about
@@ -27,23 +26,6 @@ _CHUNK_BYTES = {"cpu": 5 * 2**20}
 _CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 # Longest sum over pixels in fp32; the rest is summed in float64.
 _CHUNK_PIXELS = 4096
-# Up to this many classes comparing with each costs less than the product with the membership matrix.
-_COMPARED_CLASSES = 8
-
-
-class Steps(NamedTuple):
-    """What `eager` and `compiled` do differently. Matrices are `[b, C, P]`, with P pixels; tables `[K, C]`.
-
-    Attributes:
-        accumulate: `(matrices, classes [b, P], member [b, K', P], shift, room [b, C, P])` returns of the deviations
-            `f - shift[k]` the sums `[b, C, K']` and each pixel's sum of squares `[b, P]`. Works in `room`, which may be
-            `matrices`.
-        combine: `(destination, matrices, classes, member, slope [K], offset)` writes `slope[k] f + offset[k]`, and 0
-            for a pixel of no class, into `destination [b, C, P]`.
-    """
-
-    accumulate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    combine: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 def _chunks(features: Tensor) -> Iterator[tuple[slice, slice, slice, slice]]:
@@ -71,35 +53,27 @@ def _membership(classes: Tensor, num_classes: int, precision: torch.dtype) -> Te
     return member.scatter_(1, classes[:, None], 1.0)
 
 
-def _add_own_rows(matrices: Tensor, table: Tensor, member: Tensor, sign: int = 1) -> None:
-    """Adds `sign * table[k]` to each pixel of class k, in place."""
-    for image, own in zip(matrices, member[:, : len(table)]):  # the batched product of MKL takes twice as long
-        image.addmm_(table.T, own, alpha=sign)
+def _table(rows: Tensor) -> Tensor:
+    """`[K, C]` as `[C, K + 1]`: one column a class and zeros for pixels of no class."""
+    return F.pad(rows.T, (0, 1)).contiguous()
 
 
-def _accumulate(
-    matrices: Tensor, classes: Tensor, member: Tensor, shift: Tensor, room: Tensor
-) -> tuple[Tensor, Tensor]:
-    deviations = room.copy_(matrices)
-    _add_own_rows(deviations, shift, member, sign=-1)
-    sums = torch.bmm(deviations, member.mT)
-    return sums, deviations.square_().sum(1)
-
-
-def _combine(
-    destination: Tensor, matrices: Tensor, classes: Tensor, member: Tensor, slope: Tensor, offset: Tensor
-) -> None:
-    torch.mul(matrices, (slope @ member[:, : len(slope)])[:, None], out=destination)
-    _add_own_rows(destination, offset, member)
+def _own_columns(out: Tensor, table: Tensor, classes: Tensor) -> Tensor:
+    """Writes `table[:, k]` of each pixel into `out [b, C, P]`."""
+    batch, channels, _ = out.shape
+    if out.stride(1) == 1 < channels:  # channels_last: whole rows at once, ten times as fast as the gather
+        return out.copy_(table.T.contiguous()[classes].mT)
+    return torch.gather(table.expand(batch, -1, -1), 2, classes[:, None].expand(-1, channels, -1), out=out)
 
 
 def statistics(
-    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool, steps: Steps
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of the whole batch: sums about one pixel of each class, over the chunks in float64."""
     classes = class_indices(labels, num_classes, ignore_index)
     precision = torch.promote_types(features.dtype, torch.float32)
     shift = one_pixel_of_each_class(features, classes, num_classes, precision, normalize)
+    table = _table(shift)
     sums = torch.zeros_like(shift, dtype=torch.float64)
     squares = sums.new_zeros(num_classes)
     room = _room(features, precision)
@@ -108,13 +82,13 @@ def statistics(
         own_classes = classes[images, rows].flatten(1)
         matrices = features[where].flatten(2)
         member = _membership(own_classes, num_classes, precision)
-        deviations = room[: len(matrices), :, : matrices.shape[2]]
         if normalize:
-            deviations.copy_(matrices)
-            deviations *= inverse_norms(deviations)
-            matrices = deviations
-        chunk_sums, distances = steps.accumulate(matrices, own_classes, member, shift, deviations)
-        sums += chunk_sums.double().sum(0).T[:num_classes]
+            matrices = matrices.to(precision)
+            matrices = matrices * inverse_norms(matrices)
+        own_room = room[: len(matrices), :, : matrices.shape[2]]
+        deviations = torch.sub(matrices, _own_columns(own_room, table, own_classes), out=own_room)
+        sums += torch.bmm(deviations, member.mT).double().sum(0).T[:num_classes]
+        distances = deviations.square_().sum(1)
         squares += torch.bmm(member, distances[:, :, None]).double().sum((0, 2))[:num_classes]
     return statistics_about(shift, classes, sums, squares)
 
@@ -126,40 +100,33 @@ def _room(features: Tensor, precision: torch.dtype) -> Tensor:
 
 
 def gradient(
-    features: Tensor,
-    labels: Tensor,
-    slope: Tensor,
-    offset: Tensor,
-    ignore_index: int,
-    normalize: bool,
-    steps: Steps,
+    features: Tensor, labels: Tensor, slope: Tensor, offset: Tensor, ignore_index: int, normalize: bool
 ) -> Tensor:
     """The features' gradient, in their dtype and, where they are dense, in their strides."""
-    num_classes = len(slope)
-    classes = class_indices(labels, num_classes, ignore_index)
+    classes = class_indices(labels, len(slope), ignore_index)
+    slope, table = F.pad(slope, (0, 1)), _table(offset)
     result = torch.empty_like(features)
     for where in _chunks(features):
         images, _, rows, _ = where
         own_classes = classes[images, rows].flatten(1)
         matrices = features[where].flatten(2).to(slope.dtype)
-        member = _membership(own_classes, num_classes, slope.dtype)
         block = result[where]
         destination = block.flatten(2).to(slope.dtype)
+        _own_columns(destination, table, own_classes)
         if normalize:
-            _combine_normalized(destination, matrices, member, offset)
+            _project(destination, matrices)
         else:
-            steps.combine(destination, matrices, own_classes, member, slope, offset)
+            destination.addcmul_(matrices, slope[own_classes][:, None])
         if destination.data_ptr() != block.data_ptr():  # other dtypes, and strides that do not join rows
             block.copy_(destination.unflatten(2, block.shape[2:]))
     return result
 
 
-def _combine_normalized(destination: Tensor, matrices: Tensor, member: Tensor, offset: Tensor) -> None:
-    """`(offset[k] - (offset[k] . u) u) / |f|` with `u = f / |f|`."""
-    _add_own_rows(destination.zero_(), offset, member)
+def _project(upstream: Tensor, matrices: Tensor) -> None:
+    """Turns the gradient g of `u = f / |f|` into that of f, in place: `(g - (g . u) u) / |f|`."""
     inverse = inverse_norms(matrices)
-    along = (destination * matrices).sum(1, keepdim=True)
-    destination.mul_(inverse).addcmul_(matrices, along * inverse**3, value=-1)
+    along = (upstream * matrices).sum(1, keepdim=True)
+    upstream.mul_(inverse).addcmul_(matrices, along * inverse**3, value=-1)
 
 
 def _fake_statistics(
@@ -176,64 +143,17 @@ def _fake_gradient(
     return torch.empty_like(features)
 
 
-def _register(name: str, steps: Steps) -> Passes:
-    return Passes(
-        register(
-            f"prototype_statistics_{name}(Tensor features, Tensor labels, int num_classes, int ignore_index,"
-            " bool normalize) -> (Tensor counts, Tensor means, Tensor scatter)",
-            functools.partial(statistics, steps=steps),
-            _fake_statistics,
-        ),
-        register(
-            f"prototype_gradient_{name}(Tensor features, Tensor labels, Tensor slope, Tensor offset, int ignore_index,"
-            " bool normalize) -> Tensor",
-            functools.partial(gradient, steps=steps),
-            _fake_gradient,
-        ),
-    )
-
-
-def _own_rows(table: Tensor, classes: Tensor) -> Tensor:
-    """`table[k]` of each pixel, `[b, C, P]`; 0 for a pixel of no class."""
-    narrow = classes[:, None].int()  # as many to a vector register as there are features
-    rows = table.new_zeros(())
-    for k, row in enumerate(table):
-        rows = torch.where(narrow == k, row[:, None], rows)
-    return rows
-
-
-def _fused_deviate(matrices: Tensor, classes: Tensor, shift: Tensor, room: Tensor) -> Tensor:
-    deviations = matrices - _own_rows(shift, classes)
-    room.copy_(deviations)
-    return deviations.square().sum(1)
-
-
-def _fused_combine(destination: Tensor, matrices: Tensor, classes: Tensor, slope: Tensor, offset: Tensor) -> None:
-    destination.copy_(matrices * _own_rows(slope[:, None], classes) + _own_rows(offset, classes))
-
-
-@functools.cache  # not at import: torch.compile brings a second of other imports with it
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
-
-
-def _accumulate_compiled(
-    matrices: Tensor, classes: Tensor, member: Tensor, shift: Tensor, room: Tensor
-) -> tuple[Tensor, Tensor]:
-    if len(shift) > _COMPARED_CLASSES:
-        return _accumulate(matrices, classes, member, shift, room)
-    distances: Tensor = _compiled(_fused_deviate)(matrices, classes, shift, room)
-    return torch.bmm(room, member.mT), distances
-
-
-def _combine_compiled(
-    destination: Tensor, matrices: Tensor, classes: Tensor, member: Tensor, slope: Tensor, offset: Tensor
-) -> None:
-    if len(slope) > _COMPARED_CLASSES:
-        _combine(destination, matrices, classes, member, slope, offset)
-    else:
-        _compiled(_fused_combine)(destination, matrices, classes, slope, offset)
-
-
-passes = _register("eager", Steps(_accumulate, _combine))
-compiled_passes = _register("compiled", Steps(_accumulate_compiled, _combine_compiled))
+passes = Passes(
+    register(
+        "prototype_statistics_eager(Tensor features, Tensor labels, int num_classes, int ignore_index, bool normalize)"
+        " -> (Tensor counts, Tensor means, Tensor scatter)",
+        statistics,
+        _fake_statistics,
+    ),
+    register(
+        "prototype_gradient_eager(Tensor features, Tensor labels, Tensor slope, Tensor offset, int ignore_index,"
+        " bool normalize) -> Tensor",
+        gradient,
+        _fake_gradient,
+    ),
+)
