@@ -50,7 +50,7 @@ TARGETS = {
     target.name: target
     for target in (
         Target("sm_80", "A100 SXM 80GB", "cuda", 80, 32, "ampere", 166912, 167936, 65536, 8, 64, 32, 2.039e12),
-        Target("sm_89", "L40S", "cuda", 89, 32, "ampere", 101376, 102400, 65536, 8, 48, 24, 0.864e12),
+        Target("sm_89", "L40S", "cuda", 89, 32, "ada", 101376, 102400, 65536, 8, 48, 24, 0.864e12),
         Target("sm_90", "H100 SXM", "cuda", 90, 32, "hopper", 232448, 233472, 65536, 8, 64, 32, 3.35e12),
         # A compute unit: four SIMDs of 512 64-lane registers (vector and accumulation registers share one file).
         Target("gfx942", "MI300X", "hip", "gfx942", 64, "cdna", 65536, 65536, 131072, 8, 32, 32, 5.3e12),
@@ -95,8 +95,10 @@ def family_of(device: torch.device) -> str:
         return "interpreter"
     if torch.version.hip:
         return "cdna"
-    major, _ = torch.cuda.get_device_capability(device)
-    return "hopper" if major >= 9 else "ampere"
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (9, 0):
+        return "hopper"
+    return "ada" if capability == (8, 9) else "ampere"
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,19 @@ _WINDOWED_DISTILLATION: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles]
         (64, 256, Tiles(64, 64, 32, 8)),
         (1024, 32, Tiles(128, 16, 16, 8)),
         (1024, 64, Tiles(64, 16, 16, 8)),
+        (1024, 128, Tiles(32, 16, 64, 8)),
         (1024, 256, Tiles(32, 16, 16, 8)),
+    ),
+    # At 7 x 7 and D = 128 one program a window spills, on Ada only.
+    ("ada", "backward", 16): (
+        (16, 256, Tiles(32, 32, 32, 2)),
+        (64, 64, Tiles(64, 64, 16, 4)),
+        (49, 128, Tiles(64, 32, 32, 8)),
+        (64, 256, Tiles(64, 64, 32, 8)),
+        (1024, 32, Tiles(128, 32, 32, 8)),
+        (1024, 64, Tiles(128, 16, 16, 8)),
+        (1024, 128, Tiles(64, 32, 32, 8)),
+        (1024, 256, Tiles(32, 32, 32, 8)),
     ),
     ("hopper", "forward", 16): (
         (16, 256, Tiles(32, 32, 32, 2)),
@@ -161,6 +175,7 @@ _WINDOWED_DISTILLATION: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles]
         (64, 256, Tiles(64, 64, 16, 8)),
         (1024, 32, Tiles(128, 16, 16, 8)),
         (1024, 64, Tiles(64, 16, 16, 8)),
+        (1024, 128, Tiles(32, 16, 64, 8)),
         (1024, 256, Tiles(32, 16, 16, 8)),
     ),
     # Warps of 64 lanes: with 16 channels, fewer of them keep a lane's share of a load at 128 bits.
@@ -188,7 +203,7 @@ _WINDOWED_DISTILLATION: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles]
         (64, 16, Tiles(64, 64, 16, 2)),
         (64, 256, Tiles(64, 64, 32, 4)),
         (1024, 32, Tiles(128, 32, 16, 4)),
-        (1024, 64, Tiles(64, 32, 32, 4)),
+        (1024, 64, Tiles(64, 16, 16, 4)),
         (1024, 256, Tiles(32, 32, 16, 4)),
     ),
     # Three TF32 products in place of one double the operands of every product: only small tiles stay in registers.
@@ -197,6 +212,21 @@ _WINDOWED_DISTILLATION: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles]
         (1024, 256, Tiles(16, 32, 16, 2)),
     ),
     ("ampere", "backward", 32): (
+        (16, 256, Tiles(16, 16, 16, 1)),
+        (1024, 32, Tiles(64, 16, 16, 8)),
+        (49, 64, Tiles(32, 16, 32, 8)),
+        (64, 64, Tiles(16, 32, 32, 8)),
+        (1024, 64, Tiles(32, 16, 32, 8)),
+        (1024, 256, Tiles(16, 16, 16, 8)),
+    ),
+    ("nchw", "ampere", "backward", 32): (
+        (16, 256, Tiles(16, 16, 16, 1)),
+        (1024, 16, Tiles(32, 16, 16, 8)),
+        (1024, 32, Tiles(64, 16, 16, 8)),
+        (1024, 64, Tiles(32, 16, 16, 8)),
+        (1024, 256, Tiles(16, 16, 16, 8)),
+    ),
+    ("hopper", "backward", 32): (
         (16, 256, Tiles(16, 16, 16, 1)),
         (1024, 32, Tiles(64, 16, 16, 8)),
         (1024, 64, Tiles(32, 16, 16, 8)),
@@ -223,6 +253,7 @@ _WINDOWED_DISTILLATION: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles]
         (1024, 256, Tiles(256, 256, 32, 1)),
     ),
 }
+_WINDOWED_DISTILLATION["nchw", "ada", "backward", 16] = _WINDOWED_DISTILLATION["nchw", "ampere", "backward", 16]
 
 
 def windowed_distillation_tiles(

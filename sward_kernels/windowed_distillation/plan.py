@@ -135,7 +135,7 @@ def owns_windows(tiles: Tiles, tokens: int) -> bool:
 
 def max_registers(family: str) -> int | None:
     """On NVIDIA, all a thread can have: left to itself ptxas spills some bytes to make room for a third program."""
-    return 255 if family in ("ampere", "hopper") else None
+    return 255 if family in ("ampere", "ada", "hopper") else None
 
 
 def float32_precision(family: str) -> str:
