@@ -138,6 +138,9 @@ class TrainingConfig:
         seed: seeds weights, sampling, augmentation and window shifts, each from a stream of its own.
         metric: what picks the best checkpoint: mean IoU over classes, or the foreground's Dice averaged over images.
         evaluate_every: epochs between validations; None validates only at the end.
+        batch_norm_images: training images over which batch normalisation estimates its statistics anew before each
+            validation; None keeps the running ones. For runs of a few hundred steps: MobileNetV3's momentum of 0.01
+            leaves the running statistics of such a run far behind its weights.
         log_every: steps between lines of `metrics.jsonl`.
         checkpoint_every: steps between checkpoints; one is written at every validation too.
         precision: of the forward pass: `"fp32"`, or autocast to `"bf16"` or `"fp16"` (the latter with loss scaling).
@@ -162,6 +165,7 @@ class TrainingConfig:
     seed: int = 0
     metric: Literal["mean_iou", "dice"] = "mean_iou"
     evaluate_every: int | None = None
+    batch_norm_images: int | None = None
     log_every: int = 20
     checkpoint_every: int = 500
     precision: Precision = "fp32"
@@ -185,6 +189,7 @@ class TrainingConfig:
             "batch": self.batch,
             "iterations": self.iterations,
             "epochs": self.epochs,
+            "batch_norm_images": self.batch_norm_images,
             "log_every": self.log_every,
             "checkpoint_every": self.checkpoint_every,
         }

@@ -166,6 +166,7 @@ def _small(
     teacher_epochs: int,
     schedule: Literal["poly", "cosine"],
     metric: Literal["mean_iou", "dice"],
+    batch_norm_images: int | None = None,
 ) -> Callable[[], Preset]:
     """Real images at a size that two cores train: a student from scratch, a head on pretrained DINOv2."""
 
@@ -180,6 +181,7 @@ def _small(
                 epochs=30,
                 metric=metric,
                 evaluate_every=10,
+                batch_norm_images=batch_norm_images,
                 teacher=TeacherConfig(name="vit_small_dinov2"),
                 sward=_short_schedule(),
             ),
@@ -222,5 +224,6 @@ _PRESETS: dict[str, Callable[[], Preset]] = {
         teacher_epochs=5,
         schedule="poly",
         metric="mean_iou",
+        batch_norm_images=160,
     ),
 }

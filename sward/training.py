@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Sampler
 
 from sward import data, distributed
@@ -275,6 +276,8 @@ def fit(
             score = None
             if validates:
                 with state.stopwatch.paused():
+                    if config.batch_norm_images is not None:
+                        estimate_batch_norm(step_module.model, train_set, config.batch_norm_images, config.batch)
                     evaluation = validate(step_module.model, validation_set, device)
                 run.log({"step": state.step, "validation": asdict(evaluation)})
                 score = evaluation.score(config.metric)
@@ -285,6 +288,23 @@ def fit(
     seconds = state.stopwatch.read()
     evaluation = evaluation or validate(step_module.model, validation_set, device)
     return TrainingResult(run.path, evaluation, state.best_score, seconds)
+
+
+def estimate_batch_norm(model: nn.Module, dataset: SegmentationDataset, images: int, batch: int) -> None:
+    """Sets the statistics of every batch normalisation to their means over the first `images` images of `dataset`.
+
+    As `torch.optim.swa_utils.update_bn`, over whole batches of views of the current epoch (fewer images than a batch
+    are one batch). Dropout's random numbers are put back, so that training goes on as if nothing had been estimated.
+    """
+    device = next(model.parameters()).device
+    images = min(images, len(dataset))
+    batch = min(batch, images)
+    views = (
+        torch.stack([dataset[index].image for index in range(first, first + batch)])
+        for first in range(0, images - batch + 1, batch)
+    )
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
+        update_bn(views, model, device)
 
 
 def validate(model: nn.Module, dataset: SegmentationDataset, device: torch.device) -> Evaluation:

@@ -10,7 +10,8 @@ import torch
 from sward import data
 from sward.config import OptimizerConfig, TeacherConfig
 from sward.runs import train_student
-from sward.training import EpochSampler, batches, learning_rate
+from sward.tracking import RunFolder
+from sward.training import EpochSampler, batches, estimate_batch_norm, learning_rate
 from tests.support.training_runs import SPLITS, small
 
 
@@ -116,3 +117,28 @@ def test_mistakes_are_found_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="train it with 'sward train-teacher demo'"):
         train_student(small(tmp_path / "run", teacher=TeacherConfig(name="hiera_demo", run=tmp_path / "nowhere")))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_batch_norm_takes_the_statistics_of_whole_batches_and_leaves_random_numbers_alone() -> None:
+    dataset = data.build("scenes", "train", image_size=(32, 32), train=True, seed=5)
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3, momentum=0.01), torch.nn.Dropout()).eval()
+    before = torch.get_rng_state()
+    estimate_batch_norm(model, dataset, images=7, batch=3)
+    views = torch.stack([dataset[index].image for index in range(6)])
+    torch.testing.assert_close(model[0].running_mean, views.mean((0, 2, 3)))
+    variances = torch.stack([half.transpose(0, 1).flatten(1).var(1) for half in views.split(3)])
+    torch.testing.assert_close(model[0].running_var, variances.mean(0))
+    assert model[0].momentum == 0.01
+    assert not model.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_batch_norm_images_change_statistics_and_no_weight(tmp_path: Path) -> None:
+    states = []
+    for name, images in (("running", None), ("estimated", 4)):
+        train_student(small(tmp_path / name, iterations=3, batch_norm_images=images))
+        states.append(torch.load(RunFolder(tmp_path / name).last, weights_only=True)["model"])
+    running, estimated = states
+    changed = {key for key in running if not torch.equal(running[key], estimated[key])}
+    assert changed
+    assert all("running_" in key or "num_batches" in key for key in changed)
