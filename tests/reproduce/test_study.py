@@ -113,14 +113,14 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(monkeypatch: pytest.Monk
     study = Study(Options("methods", output=Path("out"), epochs=4))
     run = method("demo", "none")
     assert study.state(run, 0) == "started"
-    assert checkpointing.load(study.folder(run, 0).last)["step"] == 2
+    assert checkpointing.load(study.folder(run, 0).last)["step"] == 4
 
     assert main(["reproduce", "methods", "--preset", "demo", "--output", "out", "--epochs", "4", "--only", "none"]) == 0
     assert study.state(run, 0) == "finished"
     whole, resumed = (
         checkpointing.load(Path(name) / "demo/none-seed0/checkpoints/last.pt") for name in ("whole", "out")
     )
-    assert whole["step"] == resumed["step"] == 4
+    assert whole["step"] == resumed["step"] == 8
     for name, tensor in whole["model"].items():
         assert torch.equal(tensor, resumed["model"][name]), name
 
