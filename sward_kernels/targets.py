@@ -253,6 +253,7 @@ _WINDOWED_DISTILLATION: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles]
         (1024, 256, Tiles(256, 256, 32, 1)),
     ),
 }
+# Ada differs from Ampere in channels_last only; without rows of its own its NCHW would take those.
 _WINDOWED_DISTILLATION["nchw", "ada", "backward", 16] = _WINDOWED_DISTILLATION["nchw", "ampere", "backward", 16]
 
 

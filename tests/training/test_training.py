@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sward import data
+from sward import checkpointing, data
 from sward.config import OptimizerConfig, TeacherConfig
 from sward.runs import train_student
 from sward.tracking import RunFolder
@@ -137,7 +137,7 @@ def test_batch_norm_images_change_statistics_and_no_weight(tmp_path: Path) -> No
     states = []
     for name, images in (("running", None), ("estimated", 4)):
         train_student(small(tmp_path / name, iterations=3, batch_norm_images=images))
-        states.append(torch.load(RunFolder(tmp_path / name).last, weights_only=True)["model"])
+        states.append(checkpointing.load(RunFolder(tmp_path / name).last)["model"])
     running, estimated = states
     changed = {key for key in running if not torch.equal(running[key], estimated[key])}
     assert changed
