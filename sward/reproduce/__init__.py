@@ -1,19 +1,19 @@
 """`sward reproduce`: the paper's tables and figures, each from one command.
 
-`experiments` says what a table consists of, `study` runs it, `tables` writes it, `plan` says what it will cost, and
-`figures` draws what the runs have learned.
+`options` is what the command line gives, `experiments` says what a table consists of, `study` runs it, `tables` writes
+it, `plan` says what it will cost, and `figures` draws what the runs have learned.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from sward import presets
 from sward.reproduce import experiments
 from sward.reproduce.experiments import Table, own_tests
 from sward.reproduce.figures import figure
+from sward.reproduce.options import DEFAULT_PRESET, Options
 from sward.reproduce.plan import plan
-from sward.reproduce.study import Options, Study
+from sward.reproduce.study import Study
 from sward.reproduce.tables import fill, markdown, model_costs, write
 
 __all__ = ["Options", "reproduce"]
@@ -27,7 +27,6 @@ def reproduce(options: Options) -> list[Path]:
     Raises:
         ValueError, FileNotFoundError: for what cannot be run, before any work.
     """
-    presets.get(options.preset)
     study = Study(options)
     if options.what in ("figure1", "figure3", "figure4", "attention"):
         return _figure(study)
@@ -47,7 +46,7 @@ def reproduce(options: Options) -> list[Path]:
 
 def _table(options: Options) -> Table:
     if options.what in ("methods", "questions"):
-        return getattr(experiments, options.what)(options.preset)
+        return getattr(experiments, options.what)(options.preset or DEFAULT_PRESET)
     return getattr(experiments, options.what)(options.scale)
 
 

@@ -22,6 +22,7 @@ from sward.figures.predictions import prediction_grid
 from sward.figures.tsne import feature_space_figure, pixel_features
 from sward.losses import SWARDDistillation
 from sward.reproduce.experiments import EvaluationSet, Run, Scale, method, mwad, own_tests, teacher_of
+from sward.reproduce.options import DEFAULT_PRESET
 from sward.reproduce.study import Study
 from sward.runs import build_split, load_distillation, load_run
 
@@ -43,25 +44,23 @@ class Figure:
     draw: Callable[[Study], list[Path]]
 
 
-def figure(name: str, scale: Scale, preset: str) -> Figure:
-    """The figure that `sward reproduce NAME` makes; `preset` is that of `attention`."""
+def figure(name: str, scale: Scale, preset: str | None) -> Figure:
+    """The figure that `sward reproduce NAME` makes, of the paper's pairs at this scale or of `preset` alone."""
+    streets, polyps = (
+        ("cityscapes-mbv3", "clinicdb-resunetpp") if scale == "paper" else ("camvid-small", "clinicdb-small")
+    )
     if name == "figure1":
-        streets, polyps = _pairs(scale)
-        return Figure(_runs([streets, polyps], "none", "sward"), lambda study: _figure1(study, [streets, polyps]))
+        sets = [preset] if preset else [streets, polyps]
+        return Figure(_runs(sets, "none", "sward"), lambda study: _figure1(study, sets))
     if name == "figure3":
-        sets = ["cityscapes-mbv3", "colondb-resunetpp", "clinicdb-resunetpp"]
-        sets = sets if scale == "paper" else list(_pairs(scale))
-        return Figure(_runs(sets, "none", "freekd", "sward"), lambda study: list(_figure3(study, sets)))
+        both = [streets, polyps] if scale == "small" else [streets, "colondb-resunetpp", polyps]
+        shown = [preset] if preset else both
+        return Figure(_runs(shown, "none", "freekd", "sward"), lambda study: list(_figure3(study, shown)))
     if name == "figure4":
-        streets, _ = _pairs(scale)
-        runs = [*_runs([streets], "none", "sward"), mwad(streets)]
-        return Figure(runs, lambda study: _figure4(study, streets))
-    return Figure(_runs([preset], "sward"), lambda study: _attention(study, preset))
-
-
-def _pairs(scale: Scale) -> tuple[str, str]:
-    """Street scenes and polyps."""
-    return ("cityscapes-mbv3", "clinicdb-resunetpp") if scale == "paper" else ("camvid-small", "clinicdb-small")
+        pair = preset or streets
+        return Figure([*_runs([pair], "none", "sward"), mwad(pair)], lambda study: _figure4(study, pair))
+    chosen = preset or DEFAULT_PRESET
+    return Figure(_runs([chosen], "sward"), lambda study: _attention(study, chosen))
 
 
 def _runs(sets: list[str], *methods: str) -> list[Run]:
@@ -165,7 +164,7 @@ def _attention(study: Study, preset: str) -> list[Path]:
     pixel = study.options.pixel or (size[0] // 2, size[1] // 2)
     stages = window_attention(pair.student, pair.teacher, pair.loss, image, pixel)
     shown = F.interpolate(dataset.read(index)[0][None].float(), size=size, mode="bilinear", antialias=True)[0]
-    return [attention_figure(shown.round().to(torch.uint8), stages, _path(study, f"attention-{preset}"))]
+    return [attention_figure(shown.round().to(torch.uint8), stages, study.options.output / f"attention-{preset}.png")]
 
 
 def _target(info: DatasetInfo, name: str | None) -> int:
@@ -186,5 +185,4 @@ def _first_with(dataset: SegmentationDataset, target: int, start: int) -> int:
 
 
 def _path(study: Study, name: str) -> Path:
-    suffix = "" if name.startswith("attention") else f"-{study.options.scale}"
-    return study.options.output / f"{name}{suffix}.png"
+    return study.options.output / f"{name}-{study.options.preset or study.options.scale}.png"

@@ -7,9 +7,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from sward import presets
 from sward.config import (
@@ -23,7 +21,8 @@ from sward.config import (
 from sward.data import DatasetNotFoundError
 from sward.evaluation import Evaluation
 from sward.observation import forget_peak_memory, peak_memory
-from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, Scale, teacher_of
+from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, teacher_of
+from sward.reproduce.options import Options
 from sward.runs import (
     build_datasets,
     build_split,
@@ -36,18 +35,6 @@ from sward.runs import (
 )
 from sward.tracking import Progress, RunFolder
 
-What = Literal[
-    "table1",
-    "table2",
-    "table3",
-    "table4",
-    "methods",
-    "questions",
-    "figure1",
-    "figure3",
-    "figure4",
-    "attention",
-]
 State = Literal["finished", "started", "new"]
 
 TRUNK_FILES = {
@@ -80,49 +67,6 @@ UNCOMPARED = {
 """Fields that say where and how a run works, not what it computes: they may differ from those of a finished run."""
 
 
-@dataclass
-class Options:
-    """Run the experiments behind a table or figure of the paper and make it.
-
-    Finished runs are kept in the output folder and never repeated; an interrupted one goes on where it was saved last.
-    """
-
-    what: Annotated[What, tyro.conf.Positional]
-    """Tables and figures of the paper; methods: all distillation methods in one equal run each;
-    questions: what the paper leaves open; attention: windows of teacher and student side by side."""
-    scale: Scale = "paper"
-    """paper: section 4.1 exactly; small: CVC-ClinicDB and CamVid at a size that two cores train."""
-    seeds: int = 1
-    """Runs of each student, with the seeds 0 to N-1. There is one teacher, with seed 0."""
-    data: Path | None = None
-    """Folder that holds the data sets; $SWARD_DATA or ./data by default."""
-    checkpoints: Path = Path("checkpoints")
-    """Folder that holds the teachers' pretrained trunks."""
-    output: Path = Path("runs/reproduce")
-    """Folder of the runs, tables and figures."""
-    preset: str = "clinicdb-small"
-    """Pair and data set of methods, questions and attention."""
-    only: tuple[str, ...] = ()
-    """Names of runs to train (none, sward, sward-mwad, ...), with the teacher they need; all by default.
-    The table shows whatever is finished."""
-    iterations: int | None = None
-    """Steps of every run, of the teacher and of masks too, for a quick trial."""
-    epochs: int | None = None
-    """Epochs of the students' runs; the teacher keeps its own."""
-    untrained_trunk: bool = False
-    """Start the teacher from random weights where its pretrained trunk is not at hand, for a quick trial."""
-    image: int = 0
-    """For figures of single images: index of the first one in the split that is scored."""
-    target: str | None = None
-    """For figure1: class that the maps are of; car or polyp by default."""
-    pixel: tuple[int, int] | None = None
-    """For attention: row and column of the query pixel at the network's input size; the centre by default."""
-    device: str | None = None
-    """Where to run; the GPU where there is one."""
-    dry_run: bool = False
-    """Print every run with its configuration and an estimate of its cost, and do nothing."""
-
-
 @dataclass(frozen=True)
 class Cost:
     """What a finished run took.
@@ -150,12 +94,7 @@ class Study:
     """
 
     def __init__(self, options: Options) -> None:
-        if options.iterations is not None and options.epochs is not None:
-            raise ValueError("give --iterations or --epochs, not both")
-        for name in ("seeds", "iterations", "epochs"):
-            value = getattr(options, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        options.check()
         self.options = options
 
     def folder(self, run: Run, seed: int) -> RunFolder:

@@ -9,7 +9,9 @@ import pytest
 from sward import distillation, presets
 from sward.reproduce import experiments
 from sward.reproduce.experiments import TEACHER, Table, methods, questions, teacher_of
-from sward.reproduce.study import Options, Study
+from sward.reproduce.figures import figure
+from sward.reproduce.options import Options
+from sward.reproduce.study import Study
 
 TABLES = [
     *(getattr(experiments, f"table{number}")(scale) for number in (1, 2, 3, 4) for scale in ("paper", "small")),
@@ -98,3 +100,18 @@ def test_scores_on_validation_images_are_of_the_last_weights() -> None:
     student, teacher = experiments.method("camvid-small", "sward"), teacher_of("camvid-small")
     assert [test.checkpoint(student) for test in (camvid, clinic, unseen)] == ["last", "best", "best"]
     assert camvid.checkpoint(teacher) == "best"
+
+
+@pytest.mark.parametrize("name", ["figure1", "figure3", "figure4", "attention"])
+def test_a_figure_of_one_preset_needs_its_runs_alone(name: str) -> None:
+    assert {run.preset for run in figure(name, "small", "demo").runs} == {"demo"}
+    own = {run.preset for run in figure(name, "small", None).runs}
+    assert (
+        own
+        == {
+            "figure1": {"camvid-small", "clinicdb-small"},
+            "figure3": {"camvid-small", "clinicdb-small"},
+            "figure4": {"camvid-small"},
+            "attention": {"clinicdb-small"},
+        }[name]
+    )

@@ -16,7 +16,8 @@ from sward.cli import main
 from sward.config import DistillationConfig
 from sward.reproduce.experiments import EvaluationSet, method, teacher_of
 from sward.reproduce.experiments import sward as sward_variant
-from sward.reproduce.study import Options, Study, differences
+from sward.reproduce.options import Options
+from sward.reproduce.study import Study, differences
 from sward.reproduce.tables import Costs
 
 COMMAND = ["reproduce", "methods", "--preset", "demo", "--output", "out"]
@@ -160,6 +161,11 @@ def test_mistakes_end_in_one_sentence(words: list[str], sentence: str, capsys: p
     assert main([*COMMAND, *words]) == 2
     assert sentence in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_a_preset_is_refused_where_the_paper_sets_the_pairs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "table3", "--preset", "demo", "--output", "out", "--dry-run"]) == 2
+    assert "preset: table3 has its own pairs; methods shows every method on demo" in capsys.readouterr().err
 
 
 def test_differences_name_the_field_and_leave_out_where_a_run_works() -> None:
