@@ -11,12 +11,13 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sward import data
 from sward.cli import main
-from sward.config import DatasetConfig
+from sward.config import DatasetConfig, DistillationConfig, TeacherConfig
 from sward.runs import train_student
 from sward.tracking import RunFolder
 from tests.support.training_runs import SPLITS, assert_equal_runs, checkpoint, records, small, start
@@ -77,6 +78,28 @@ def test_a_run_stopped_by_sigterm_ends_bit_for_bit_as_an_uninterrupted_one(
     again.join(120)
     assert again.exitcode == 0
     assert_equal_runs(uninterrupted(method), tmp_path / "parted")
+
+
+def test_a_run_on_cached_teacher_features_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    def settings(name: str, **changes: Any) -> DistillationConfig:
+        dataset = DatasetConfig(name="scenes", image_size=(64, 64), views=2)
+        teacher = TeacherConfig(name="hiera_demo", untrained=True, cache=tmp_path / f"{name}-features")
+        return small(tmp_path / name, iterations=STEPS, dataset=dataset, teacher=teacher, **changes)
+
+    whole, parted = start(settings("whole")), start(settings("parted"))
+    wait_for_step(tmp_path / "parted", 3)
+    parted.terminate()
+    for process in (whole, parted):
+        process.join(120)
+    assert checkpoint(tmp_path / "parted")["step"] < STEPS
+    again = start(settings("parted", resume=True))
+    again.join(120)
+    assert again.exitcode == 0
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parted")
+    features = [
+        sorted(path.name for path in (tmp_path / f"{name}-features").glob("*/*")) for name in ("whole", "parted")
+    ]
+    assert features[0] == features[1] != []
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
