@@ -145,21 +145,21 @@ _WINDOWED_DISTILLATION: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles]
         (1024, 128, Tiles(32, 16, 64, 8)),
         (1024, 256, Tiles(32, 16, 16, 8)),
     ),
-    # At 7 x 7 and D = 128 one program a window spills, on Ada only.
+    # At D = 128 Ampere's tiles spill, on Ada only.
     ("ada", "backward", 16): (
         (16, 256, Tiles(32, 32, 32, 2)),
         (64, 64, Tiles(64, 64, 16, 4)),
-        (49, 128, Tiles(64, 32, 32, 8)),
+        (49, 128, Tiles(32, 32, 32, 8)),
         (64, 256, Tiles(64, 64, 32, 8)),
         (1024, 32, Tiles(128, 32, 32, 8)),
         (1024, 64, Tiles(128, 16, 16, 8)),
-        (1024, 128, Tiles(64, 32, 32, 8)),
+        (1024, 128, Tiles(64, 16, 32, 8)),
         (1024, 256, Tiles(32, 32, 32, 8)),
     ),
     ("hopper", "forward", 16): (
         (16, 256, Tiles(32, 32, 32, 2)),
         (64, 256, Tiles(64, 64, 32, 4)),
-        (1024, 64, Tiles(64, 64, 32, 4)),
+        (1024, 64, Tiles(64, 32, 32, 4)),
         (1024, 256, Tiles(32, 32, 32, 4)),
     ),
     ("hopper", "backward", 16): (
@@ -207,16 +207,16 @@ _WINDOWED_DISTILLATION: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles]
         (1024, 256, Tiles(32, 32, 16, 4)),
     ),
     # Three TF32 products in place of one double the operands of every product: only small tiles stay in registers.
+    # Both passes take as many channels a step: fp32 scores are then rounded alike (docs/kernels.md, large scores).
     ("ampere", "forward", 32): (
         (16, 256, Tiles(16, 16, 16, 1)),
+        (1024, 16, Tiles(16, 16, 16, 2)),
         (1024, 256, Tiles(16, 32, 16, 2)),
     ),
     ("ampere", "backward", 32): (
         (16, 256, Tiles(16, 16, 16, 1)),
         (1024, 32, Tiles(64, 16, 16, 8)),
-        (49, 64, Tiles(32, 16, 32, 8)),
-        (64, 64, Tiles(16, 32, 32, 8)),
-        (1024, 64, Tiles(32, 16, 32, 8)),
+        (1024, 64, Tiles(32, 32, 16, 8)),
         (1024, 256, Tiles(16, 16, 16, 8)),
     ),
     ("nchw", "ampere", "backward", 32): (
@@ -224,6 +224,20 @@ _WINDOWED_DISTILLATION: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles]
         (1024, 16, Tiles(32, 16, 16, 8)),
         (1024, 32, Tiles(64, 16, 16, 8)),
         (1024, 64, Tiles(32, 16, 16, 8)),
+        (1024, 256, Tiles(16, 16, 16, 8)),
+    ),
+    # Ada spills at D = 64 but with 32 channels a step.
+    ("ada", "forward", 32): (
+        (16, 256, Tiles(16, 16, 16, 1)),
+        (1024, 16, Tiles(16, 16, 16, 2)),
+        (1024, 32, Tiles(16, 32, 16, 2)),
+        (1024, 64, Tiles(16, 32, 32, 4)),
+        (1024, 256, Tiles(16, 32, 16, 2)),
+    ),
+    ("ada", "backward", 32): (
+        (16, 256, Tiles(16, 16, 16, 1)),
+        (1024, 32, Tiles(64, 16, 16, 8)),
+        (1024, 64, Tiles(16, 32, 32, 8)),
         (1024, 256, Tiles(16, 16, 16, 8)),
     ),
     ("hopper", "backward", 32): (
@@ -255,6 +269,8 @@ _WINDOWED_DISTILLATION: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles]
 }
 # Ada differs from Ampere in channels_last only; without rows of its own its NCHW would take those.
 _WINDOWED_DISTILLATION["nchw", "ada", "backward", 16] = _WINDOWED_DISTILLATION["nchw", "ampere", "backward", 16]
+_WINDOWED_DISTILLATION["nchw", "ada", "forward", 32] = _WINDOWED_DISTILLATION["ampere", "forward", 32]
+_WINDOWED_DISTILLATION["nchw", "ada", "backward", 32] = _WINDOWED_DISTILLATION["nchw", "ampere", "backward", 32]
 
 
 def windowed_distillation_tiles(

@@ -294,6 +294,7 @@ def questions(preset: str) -> Table:
         **{f"window {side} x {side}": sward(preset, f"window-{side}", window_size=(side,)) for side in windows},
         # At 128 pixels the deepest map has 4 x 4 positions: most of a larger window there is padding.
         "window 8 x 8, deepest stage 4 x 4": sward(preset, "window-8-8-8-4", window_size=(8, 8, 8, 4)),
+        "context at a tenth": sward(preset, "context-tenth", terms=(1.0, 1.0, 0.1)),
         "a quarter of both weights": sward(preset, "quarter", weights=(base.weights[0] / 4, base.weights[1] / 4)),
         "SWARD as the paper sets it": sward(preset, "paper", **literal),
     }

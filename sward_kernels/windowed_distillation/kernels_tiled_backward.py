@@ -123,12 +123,13 @@ def key_gradients(
                     other, rows_other, real, keys_other, key_real, other_stride_channel,
                     BLOCK_ROWS, BLOCK_KEYS, DIM, BLOCK_DIM, OTHER_CHANNELS_LAST, PRECISION, ACCUMULATE, INTERPRET,
                 ) - lse_other[None, :]  # fmt: skip
-                da = teacher_weight * (log_a - log_other)
+                kl = tl.load(statistics + 2 * statistic_stride + token, mask=inside, other=0.0)
+                da = teacher_weight * (log_a - log_other - kl[None, :])
             if CONTEXT:
                 v = load_tile(own, keys_own, key_real, own_stride_channel, 2, 0, DIM, PADDED_DIM, OWN_CHANNELS_LAST)
                 da += product(v, tl.trans(dz), PRECISION, ACCUMULATE, INTERPRET)
                 dv += product(round_to(tl.exp2(log_a), dtype, INTERPRET), dz, PRECISION, ACCUMULATE, INTERPRET)
-            mean = tl.load(statistics + (2 + side) * statistic_stride + token, mask=inside, other=0.0)
+            mean = tl.load(statistics + (3 + side) * statistic_stride + token, mask=inside, other=0.0)
             ds = score_gradient(
                 log_a, log_other, da, mean[None, :], real[None, :], student_weight, dtype, ATTENTION, INTERPRET,
             )  # fmt: skip
@@ -175,7 +176,8 @@ def query_gradients(
     if ATTENTION or CONTEXT:
         lse = tl.load(statistics + side * statistic_stride + token, mask=inside, other=0.0)
         lse_other = tl.load(statistics + (1 - side) * statistic_stride + token, mask=inside, other=0.0)
-        mean = tl.load(statistics + (2 + side) * statistic_stride + token, mask=inside, other=0.0)
+        kl = tl.load(statistics + 2 * statistic_stride + token, mask=inside, other=0.0)
+        mean = tl.load(statistics + (3 + side) * statistic_stride + token, mask=inside, other=0.0)
         if CONTEXT:
             dz = context_gradient(
                 own, other, rows_own, rows_other, real, slot, lse, lse_other,
@@ -203,7 +205,7 @@ def query_gradients(
                     BLOCK_ROWS, BLOCK_KEYS, DIM, BLOCK_DIM, OTHER_CHANNELS_LAST, WINDOW, 1,
                     PRECISION, ACCUMULATE, INTERPRET,
                 ) - lse_other[:, None]  # fmt: skip
-                da = teacher_weight * (log_a - log_other)
+                da = teacher_weight * (log_a - log_other - kl[:, None])
             if CONTEXT:
                 v = load_tile(own, keys_own, key_real, own_stride_channel, 2, 0, DIM, PADDED_DIM, OWN_CHANNELS_LAST)
                 da += product(dz, tl.trans(v), PRECISION, ACCUMULATE, INTERPRET)

@@ -10,6 +10,7 @@ import triton.language as tl
 from sward_kernels.windowed_distillation.kernels import RUNTIME_INTEGERS
 from sward_kernels.windowed_distillation.tiles import (
     LN_2,
+    MASKED,
     cosine,
     image_pointer,
     load_tile,
@@ -39,8 +40,12 @@ def forward_tiled_kernel(
     WIDE: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Sums over one tile of queries into `partials [programs, 4]`: the weighted sum of the terms, then each term; with
-    `SAVE`, four numbers a row into `statistics [4, tokens]`: the log-sum-exps of teacher and student, then for each
-    the mean of `d loss / dA` under A, weights included."""
+    `SAVE`, five numbers a row into `statistics [5, tokens]`: the log-sum-exps of teacher and student, the KL in bits,
+    then for teacher and student the mean under A of the context term's `d loss / dA`, weight included.
+
+    The KL is summed as differences from the log ratio at the teacher's largest score. Backward subtracts it from log
+    ratios of its own: where one key takes all attention, they then cancel exactly, however large the scores.
+    """
     TOKENS: tl.constexpr = WINDOW * WINDOW
     ROW_TILES: tl.constexpr = (TOKENS + BLOCK_ROWS - 1) // BLOCK_ROWS
     program = tl.program_id(0)
@@ -61,10 +66,11 @@ def forward_tiled_kernel(
     value = tl.zeros([BLOCK_ROWS], ACCUMULATE)
     distance = tl.zeros([BLOCK_ROWS], ACCUMULATE)
     if ATTENTION or CONTEXT:
-        max_t = tl.full([BLOCK_ROWS], float("-inf"), ACCUMULATE)
-        max_s = tl.full([BLOCK_ROWS], float("-inf"), ACCUMULATE)
+        max_t = tl.full([BLOCK_ROWS], MASKED, ACCUMULATE)
+        max_s = tl.full([BLOCK_ROWS], MASKED, ACCUMULATE)
         sum_t = tl.zeros([BLOCK_ROWS], ACCUMULATE)
         sum_s = tl.zeros([BLOCK_ROWS], ACCUMULATE)
+        peak_s = tl.zeros([BLOCK_ROWS], ACCUMULATE)  # the student's score of the key where the teacher's is largest
         z_t = tl.zeros([BLOCK_ROWS, PADDED_DIM], ACCUMULATE)
         z_s = tl.zeros([BLOCK_ROWS, PADDED_DIM], ACCUMULATE)
         for first_key in range(0, TOKENS, BLOCK_KEYS):
@@ -85,11 +91,15 @@ def forward_tiled_kernel(
             )  # fmt: skip
             new_max = tl.maximum(max_t, tl.max(scores_t, 1))
             decay = tl.exp2(max_t - new_max)
-            max_t = new_max
-            a = tl.exp2(scores_t - max_t[:, None])
-            sum_t = sum_t * decay + tl.sum(a, 1)
+            a = tl.exp2(scores_t - new_max[:, None])
             if ATTENTION:
-                kl = kl * decay + tl.sum(a * (scores_t - scores_s), 1)
+                peak = tl.max(tl.where(scores_t == new_max[:, None], scores_s, MASKED), 1)
+                peak = tl.where(new_max > max_t, peak, peak_s)
+                kl = (kl + sum_t * ((max_t - new_max) - (peak_s - peak))) * decay
+                kl += tl.sum(a * ((scores_t - scores_s) - (new_max - peak)[:, None]), 1)
+                peak_s = peak
+            max_t = new_max
+            sum_t = sum_t * decay + tl.sum(a, 1)
             if CONTEXT:
                 v = load_tile(
                     teacher, keys_t, key_real, teacher_stride_channel, 2, 0, DIM, PADDED_DIM, TEACHER_CHANNELS_LAST
@@ -108,26 +118,32 @@ def forward_tiled_kernel(
                 a = round_to(a, v.dtype, INTERPRET)
                 z_s = z_s * decay[:, None] + product(a, v, PRECISION, ACCUMULATE, INTERPRET)
 
-        lse_t = max_t + tl.log2(sum_t)
-        lse_s = max_s + tl.log2(sum_s)
+        log_sum_t = tl.log2(sum_t)
+        log_sum_s = tl.log2(sum_s)
+        lse_t = max_t + log_sum_t
+        lse_s = max_s + log_sum_s
         mean_t = tl.zeros([BLOCK_ROWS], ACCUMULATE)
         mean_s = tl.zeros([BLOCK_ROWS], ACCUMULATE)
         if ATTENTION:
-            kl = (kl / sum_t - lse_t + lse_s) * LN_2
-            mean_t += attention_weight * kl
+            kl = kl / sum_t + ((max_t - lse_t) - (peak_s - lse_s))
         if CONTEXT:
             z_t = z_t / sum_t[:, None]
             z_s = z_s / sum_s[:, None]
             difference = z_s - z_t
             distance = tl.sum(difference * difference, 1)
+            # Backward's A and Z carry the rounding of the saved log-sum-exps; its dZ, so made, belongs to these means.
+            difference = z_s * tl.exp2((max_s - lse_s) + log_sum_s)[:, None]
+            difference -= z_t * tl.exp2((max_t - lse_t) + log_sum_t)[:, None]
             mean_t -= (2.0 * context_weight) * tl.sum(difference * z_t, 1)
             mean_s += (2.0 * context_weight) * tl.sum(difference * z_s, 1)
         if SAVE:
             statistics += image.to(tl.int64) * windows * TOKENS
             tl.store(statistics + token, lse_t, mask=inside)
             tl.store(statistics + statistic_stride + token, lse_s, mask=inside)
-            tl.store(statistics + 2 * statistic_stride + token, mean_t, mask=inside)
-            tl.store(statistics + 3 * statistic_stride + token, mean_s, mask=inside)
+            tl.store(statistics + 2 * statistic_stride + token, kl, mask=inside)
+            tl.store(statistics + 3 * statistic_stride + token, mean_t, mask=inside)
+            tl.store(statistics + 4 * statistic_stride + token, mean_s, mask=inside)
+        kl = kl * LN_2
     if VALUE:
         inner, square_t, square_s = value_sums(
             teacher, student, rows_t, rows_s, real, teacher_stride_channel, student_stride_channel,

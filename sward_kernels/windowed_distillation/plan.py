@@ -116,8 +116,8 @@ def plan_of(problem: Problem, direction: str, **flags: bool) -> Plan:
     }
     programs = math.ceil(problem.tokens / tiles.rows)
     if direction == "forward":
-        return Plan(forward_tiled_kernel, constants, tiles, 1, programs, 4)
-    return Plan(backward_tiled_kernel, constants, tiles, 1, 2 * programs * sum(flags.values()), 4)
+        return Plan(forward_tiled_kernel, constants, tiles, 1, programs, 5)
+    return Plan(backward_tiled_kernel, constants, tiles, 1, 2 * programs * sum(flags.values()), 5)
 
 
 def backward_plans(problem: Problem, teacher: bool, student: bool) -> list[Plan]:

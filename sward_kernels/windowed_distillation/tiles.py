@@ -34,9 +34,11 @@ def round_to(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr):
     if INTERPRET:
-        a = a.to(ACCUMULATE)
-        b = b.to(ACCUMULATE)
-    return tl.dot(a, b, input_precision=PRECISION, out_dtype=ACCUMULATE)
+        # numpy's matmul adds in an order that depends on the shape; a GPU adds channel by channel whichever operand
+        # comes first, and the backward pass relies on it: it must find the scores of the forward pass again.
+        return tl.sum(a.to(ACCUMULATE)[:, :, None] * b.to(ACCUMULATE)[None, :, :], 1)
+    else:
+        return tl.dot(a, b, input_precision=PRECISION, out_dtype=ACCUMULATE)
 
 
 @triton.jit

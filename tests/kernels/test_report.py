@@ -6,11 +6,12 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from sward_kernels import report
-from sward_kernels.targets import TARGETS, Configuration
+from sward_kernels.targets import TARGETS, Configuration, windowed_distillation_tiles
 
 KEYS = {
     "op", "pass", "target", "dtype", "window_size", "tokens", "dim", "num_warps", "registers", "spill_bytes",
@@ -57,6 +58,18 @@ def test_shipped_configurations_cover_what_the_tables_promise() -> None:
             for dim in (16, 32, 64, 128):
                 for dtype in ("bf16", "fp16", *(["fp32"] if dim <= 64 else [])):
                     assert any((d["tokens"], d["dim"], d["dtype"]) == (tokens, dim, dtype) for d in shipped)
+
+
+@pytest.mark.parametrize("family", ["ampere", "ada", "hopper", "cdna"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_both_passes_round_fp32_scores_alike(family: str, channels_last: bool) -> None:
+    for tokens in (25, 49, 64, 144, 1024):
+        for dim in (8, 16, 24, 32, 64, 128, 256):
+            forward, backward = (
+                windowed_distillation_tiles(family, direction, torch.float32, tokens, dim, channels_last).channels
+                for direction in ("forward", "backward")
+            )
+            assert forward == backward, (tokens, dim)
 
 
 @pytest.mark.parametrize(
