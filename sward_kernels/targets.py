@@ -246,6 +246,10 @@ _WINDOWED_DISTILLATION: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles]
         (1024, 64, Tiles(32, 16, 16, 8)),
         (1024, 256, Tiles(16, 16, 16, 8)),
     ),
+    ("cdna", "forward", 32): (
+        (16, 256, Tiles(16, 16, 16, 1)),
+        (1024, 256, Tiles(16, 32, 16, 2)),
+    ),
     ("cdna", "backward", 32): (
         (16, 256, Tiles(16, 16, 16, 1)),
         (1024, 32, Tiles(64, 16, 16, 4)),

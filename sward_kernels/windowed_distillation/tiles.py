@@ -33,7 +33,7 @@ def round_to(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr):
-    if INTERPRET:
+    if INTERPRET and ACCUMULATE == tl.float32:
         # numpy's matmul adds in an order that depends on the shape; a GPU adds channel by channel whichever operand
         # comes first, and the backward pass relies on it: it must find the scores of the forward pass again.
         return tl.sum(a.to(ACCUMULATE)[:, :, None] * b.to(ACCUMULATE)[None, :, :], 1)
