@@ -53,8 +53,8 @@ def figure(name: str, scale: Scale, preset: str | None) -> Figure:
         sets = [preset] if preset else [streets, polyps]
         return Figure(_runs(sets, "none", "sward"), lambda study: _figure1(study, sets))
     if name == "figure3":
-        both = [streets, polyps] if scale == "small" else [streets, "colondb-resunetpp", polyps]
-        shown = [preset] if preset else both
+        every = [streets, polyps] if scale == "small" else [streets, "colondb-resunetpp", polyps]
+        shown = [preset] if preset else every
         return Figure(_runs(shown, "none", "freekd", "sward"), lambda study: list(_figure3(study, shown)))
     if name == "figure4":
         pair = preset or streets

@@ -61,22 +61,28 @@ def workers(count: int) -> DatasetConfig:
     return DatasetConfig(name="scenes", image_size=(64, 64), workers=count)
 
 
+def train_in_two_parts(make: Callable[..., DistillationConfig], step: int) -> None:
+    """Trains until SIGTERM comes at `step` or later, and then, with `resume=True`, to the end."""
+    run = make().output
+    parted = start(make())
+    wait_for_step(run, step)
+    parted.terminate()
+    parted.join(60)
+    assert parted.exitcode == 128 + signal.SIGTERM
+    stopped = checkpoint(run)["step"]
+    assert step <= stopped < STEPS
+    assert records(run)[-1]["step"] == stopped
+    again = start(make(resume=True))
+    again.join(120)
+    assert again.exitcode == 0
+
+
 @pytest.mark.parametrize(("method", "loader_workers"), [("sward", 0), ("sward", 2), ("cirkd", 0)])
 def test_a_run_stopped_by_sigterm_ends_bit_for_bit_as_an_uninterrupted_one(
     tmp_path: Path, method: str, loader_workers: int, uninterrupted: Uninterrupted
 ) -> None:
     options = dict(distillation=method, iterations=STEPS, evaluate_every=1, dataset=workers(loader_workers))
-    parted = start(small(tmp_path / "parted", **options))
-    wait_for_step(tmp_path / "parted", 2)
-    parted.terminate()
-    parted.join(60)
-    assert parted.exitcode == 128 + signal.SIGTERM
-    stopped = checkpoint(tmp_path / "parted")["step"]
-    assert 2 <= stopped < STEPS
-    assert records(tmp_path / "parted")[-1]["step"] == stopped
-    again = start(small(tmp_path / "parted", **options, resume=True))
-    again.join(120)
-    assert again.exitcode == 0
+    train_in_two_parts(lambda **changes: small(tmp_path / "parted", **options, **changes), 2)
     assert_equal_runs(uninterrupted(method), tmp_path / "parted")
 
 
@@ -86,15 +92,10 @@ def test_a_run_on_cached_teacher_features_ends_bit_for_bit_as_an_uninterrupted_o
         teacher = TeacherConfig(name="hiera_demo", untrained=True, cache=tmp_path / f"{name}-features")
         return small(tmp_path / name, iterations=STEPS, dataset=dataset, teacher=teacher, **changes)
 
-    whole, parted = start(settings("whole")), start(settings("parted"))
-    wait_for_step(tmp_path / "parted", 3)
-    parted.terminate()
-    for process in (whole, parted):
-        process.join(120)
-    assert checkpoint(tmp_path / "parted")["step"] < STEPS
-    again = start(settings("parted", resume=True))
-    again.join(120)
-    assert again.exitcode == 0
+    whole = start(settings("whole"))
+    train_in_two_parts(functools.partial(settings, "parted"), 3)
+    whole.join(120)
+    assert whole.exitcode == 0
     assert_equal_runs(tmp_path / "whole", tmp_path / "parted")
     features = [
         sorted(path.name for path in (tmp_path / f"{name}-features").glob("*/*")) for name in ("whole", "parted")
