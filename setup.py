@@ -28,7 +28,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["sward", "sward.*", "sward_kernels", "sward_kernels.*"]),
-    package_data={"sward": ["py.typed"], "sward.data": ["splits/*"], "sward_kernels": ["py.typed"]},
+    package_data={"sward": ["py.typed"], "sward.data": ["splits/*"], "sward_kernels": ["py.typed", "*/*.cpp", "*/*.h"]},
     # torch brings triton on Linux x86-64; nothing here names it for machines where it does not exist.
     install_requires=[
         "torch>=2.9",

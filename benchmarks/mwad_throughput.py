@@ -114,6 +114,8 @@ def compare(session: Session, stage: Stage, max_seconds: float) -> list[Measurem
     ]
     if session.device.type == "cuda":
         providers.append(provider("triton", ours("triton"), maps))
+    elif stage.dtype == torch.float32:
+        providers.append(provider("native", ours("native"), maps))
     gradient_bytes = sum(one.numel() * one.element_size() for one in maps)
     case = Case(
         name=str(stage),

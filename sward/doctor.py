@@ -7,6 +7,7 @@ import importlib.util
 import torch
 
 from sward.tracking import environment
+from sward_kernels.windowed_distillation import native
 
 OPTIONAL = {
     "torchvision": "training transforms",
@@ -34,7 +35,13 @@ def report() -> str:
 
 
 def _implementations() -> list[tuple[str, str]]:
-    found = [("CPU tensors", "eager (closed-form gradients in PyTorch; Triton needs a GPU)")]
+    reason = native.LIBRARY.why_not()
+    choice = "native (C++) in fp32" if reason is None else f"eager instead of native ({reason})"
+    found = [
+        ("MWAD, CPU tensors", f"{choice}; eager in windows above 16 x 16 and in other dtypes"),
+        ("PDR, CPU tensors", f"{choice}; eager for normalised features and in other dtypes"),
+        ("CIRKD, CPU tensors", "eager"),
+    ]
     if not torch.cuda.is_available():
         return found
     if importlib.util.find_spec("triton") is None:

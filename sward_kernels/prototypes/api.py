@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sward_kernels.fallback import warn_once
-from sward_kernels.prototypes import closed_form, eager, reference
+from sward_kernels.prototypes import closed_form, eager, native, reference
 from sward_kernels.prototypes.classes import class_indices_op
 
-IMPLEMENTATIONS = ("auto", "reference", "eager", "compiled", "triton")
+IMPLEMENTATIONS = ("auto", "reference", "eager", "compiled", "native", "triton")
 
 
 class PrototypeDiscrimination(NamedTuple):
@@ -74,8 +74,9 @@ def prototype_discrimination(
             batch. Divide by the world size if you sum gradients yourself.
         implementation: `"reference"` (plain autograd PyTorch, the specification), `"eager"` (closed-form gradient in
             cache-sized chunks, any device), `"compiled"` (the same as eager: `torch.compile` gains nothing here),
-            `"triton"`, or `"auto"`: triton on GPU tensors, eager elsewhere; where triton cannot serve a call, eager
-            with a warning.
+            `"native"` (the same two passes in C++: fp32 on a CPU with `normalize=False`, compiled for it on first use),
+            `"triton"`, or `"auto"`: triton on GPU tensors, native where it is written for the call, eager elsewhere;
+            where triton or native cannot serve a call after all, eager with a warning.
 
     Returns:
         `PrototypeDiscrimination(loss, separation, compactness, prototypes, counts)`.
@@ -98,19 +99,29 @@ def prototype_discrimination(
             )
             separation, compactness = (term.detach() for term in terms)
             return PrototypeDiscrimination(loss, separation, compactness, prototypes.detach(), counts)
-        passes = _choose_passes(implementation, features, num_classes)
+        passes = _choose_passes(implementation, features, num_classes, normalize)
         return PrototypeDiscrimination(*closed_form.prototype_discrimination(*arguments, passes))
 
 
-def _choose_passes(implementation: str, features: Tensor, num_classes: int) -> closed_form.Passes:
-    if implementation == "triton" or (implementation == "auto" and features.is_cuda):  # ROCm tensors are "cuda" too
-        try:
+def _choose_passes(implementation: str, features: Tensor, num_classes: int, normalize: bool) -> closed_form.Passes:
+    wanted = _preferred(features, normalize) if implementation == "auto" else implementation
+    try:
+        if wanted == "triton":
             return _triton_passes(features, num_classes)
-        except NotImplementedError as reason:
-            if implementation == "triton":
-                raise
-            warn_once(f"prototype_discrimination runs eager instead of triton: {reason}", stacklevel=4)
+        if wanted == "native":
+            native.require_support(features, normalize)
+            return native.passes
+    except NotImplementedError as reason:
+        if implementation != "auto":
+            raise
+        warn_once(f"prototype_discrimination runs eager instead of {wanted}: {reason}", stacklevel=4)
     return eager.passes
+
+
+def _preferred(features: Tensor, normalize: bool) -> str:
+    if features.is_cuda:  # of ROCm tensors too
+        return "triton"
+    return "native" if native.serves(features, normalize) else "eager"
 
 
 def _triton_passes(features: Tensor, num_classes: int) -> closed_form.Passes:

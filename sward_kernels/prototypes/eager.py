@@ -129,17 +129,19 @@ def _project(upstream: Tensor, matrices: Tensor) -> None:
     upstream.mul_(inverse).addcmul_(matrices, along * inverse**3, value=-1)
 
 
-def _fake_statistics(
+def fake_statistics(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of `statistics`."""
     counts = features.new_empty(num_classes, dtype=torch.int64)
     means = features.new_empty(num_classes, features.shape[1], dtype=torch.float64)
     return counts, means, features.new_empty(num_classes, dtype=torch.float64)
 
 
-def _fake_gradient(
+def fake_gradient(
     features: Tensor, labels: Tensor, slope: Tensor, offset: Tensor, ignore_index: int, normalize: bool
 ) -> Tensor:
+    """Shape, dtype and strides of `gradient`."""
     return torch.empty_like(features)
 
 
@@ -148,12 +150,12 @@ passes = Passes(
         "prototype_statistics_eager(Tensor features, Tensor labels, int num_classes, int ignore_index, bool normalize)"
         " -> (Tensor counts, Tensor means, Tensor scatter)",
         statistics,
-        _fake_statistics,
+        fake_statistics,
     ),
     register(
         "prototype_gradient_eager(Tensor features, Tensor labels, Tensor slope, Tensor offset, int ignore_index,"
         " bool normalize) -> Tensor",
         gradient,
-        _fake_gradient,
+        fake_gradient,
     ),
 )

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from sward_kernels.fallback import warn_once
-from sward_kernels.windowed_distillation import eager, reference
+from sward_kernels.windowed_distillation import eager, gradient_in_forward, native, reference
 from sward_kernels.windows import Shift
 
-IMPLEMENTATIONS = ("auto", "reference", "eager", "compiled", "triton")
+IMPLEMENTATIONS = ("auto", "reference", "eager", "compiled", "native", "triton")
+
+_OPERATORS = {"eager": eager.eager, "compiled": eager.compiled, "native": native.native}
 
 Terms = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -65,8 +67,10 @@ def windowed_distillation(
             `0 <= dy, dx < window_size`. Values of a tensor on a GPU are trusted, since a check would stall it.
         weights: of the attention, value and context terms. A weight of 0 skips the term, which comes back as 0.
         implementation: `"reference"` (plain autograd PyTorch, the specification), `"eager"` (closed-form gradients
-            in cache-sized chunks, any device), `"compiled"` (eager through `torch.compile`), `"triton"`, or
-            `"auto"`: triton on GPU tensors, eager elsewhere; where triton cannot serve a call, eager with a warning.
+            in cache-sized chunks, any device), `"compiled"` (eager through `torch.compile`), `"native"` (the same
+            gradients in C++: fp32 on a CPU, compiled for it on first use), `"triton"`, or `"auto"`: triton on GPU
+            tensors, native for fp32 on a CPU in windows of up to 16 x 16, eager elsewhere; where triton or native
+            cannot serve a call, eager with a warning.
 
     Returns:
         `WindowedDistillation(loss, attention, value, context)`. Gradients have the strides of their inputs.
@@ -85,18 +89,21 @@ def windowed_distillation(
         common = torch.promote_types(qkv_teacher.dtype, qkv_student.dtype)
         qkv_teacher, qkv_student = qkv_teacher.to(common), qkv_student.to(common)
     if implementation == "auto":
-        implementation = _preferred(qkv_teacher)
-        if implementation == "triton":
+        implementation = _preferred(qkv_teacher, window_size)
+        if implementation != "eager":
             try:
-                return _run("triton", qkv_teacher, qkv_student, window_size, shift, weights)
+                return _run(implementation, qkv_teacher, qkv_student, window_size, shift, weights)
             except NotImplementedError as reason:
-                warn_once(f"windowed_distillation runs eager instead of triton: {reason}")
+                warn_once(f"windowed_distillation runs eager instead of {implementation}: {reason}")
                 implementation = "eager"
     return _run(implementation, qkv_teacher, qkv_student, window_size, shift, weights)
 
 
-def _preferred(qkv: Tensor) -> str:
-    return "triton" if qkv.is_cuda else "eager"  # is_cuda holds for ROCm tensors too
+def _preferred(qkv: Tensor, window_size: int) -> str:
+    if qkv.is_cuda:  # of ROCm tensors too
+        return "triton"
+    native_is_faster = qkv.is_cpu and qkv.dtype == torch.float32 and window_size <= native.LARGEST_FAST_WINDOW
+    return "native" if native_is_faster else "eager"
 
 
 def _run(
@@ -115,9 +122,10 @@ def _run(
         elif implementation == "reference":
             loss, *terms = reference.windowed_distillation(qkv_teacher, qkv_student, window_size, shift, weights)
         else:
-            compiled = implementation == "compiled"
-            loss, *terms = eager.windowed_distillation(
-                qkv_teacher, qkv_student, window_size, shift, weights, compiled=compiled
+            if implementation == "native":
+                native.require_support(qkv_teacher)
+            loss, *terms = gradient_in_forward.windowed_distillation(
+                _OPERATORS[implementation], qkv_teacher, qkv_student, window_size, shift, weights
             )
     attention, value, context = (term.detach() for term in terms)
     return WindowedDistillation(loss, attention, value, context)

@@ -1,9 +1,8 @@
 """Windowed distillation with closed-form gradients, one cache-sized chunk of windows at a time, on any device.
 
 A chunk is cut straight from the un-rolled, un-padded maps and its gradients are written back before the next one is
-read: each score is computed once and nothing of size T x T outlives its chunk. The gradients wait in private buffers,
-and backward only scales them (equations.md, section 4, "gradient in forward"). `compiled=True` runs the same chunk
-through `torch.compile`.
+read: each score is computed once and nothing of size T x T outlives its chunk. `compiled` runs the same chunk through
+`torch.compile`.
 """
 
 from __future__ import annotations
@@ -16,70 +15,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sward_kernels.registration import register
+from sward_kernels.windowed_distillation.gradient_in_forward import (
+    SCHEMA,
+    Weights,
+    allocate_gradients,
+    fake,
+    precision,
+)
 from sward_kernels.windowed_distillation.reference import COSINE_EPSILON
-from sward_kernels.windows import Shift, WindowGrid
+from sward_kernels.windows import WindowGrid
 
-Weights = tuple[float, float, float]
 ActiveWeights = tuple[Tensor | None, ...]
 
 # Elements of one chunk's score matrix, both sides together. On a CPU about four such matrices are alive at once and
 # should stay in the cache; on a GPU a chunk must be large enough to fill the machine.
 SCORE_ELEMENTS_CPU = 2**18
 SCORE_ELEMENTS_GPU = 2**24
-
-
-def windowed_distillation(
-    qkv_teacher: Tensor,
-    qkv_student: Tensor,
-    window_size: int,
-    shift: Shift,
-    weights: Weights,
-    *,
-    compiled: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`(loss, attention, value, context)` as the reference computes them; only the loss carries a gradient."""
-    recording = torch.is_grad_enabled()
-    terms, gradient_teacher, gradient_student = _operator(
-        qkv_teacher.detach(),
-        qkv_student.detach(),
-        window_size,
-        *((0, 0), shift) if isinstance(shift, Tensor) else (shift, None),
-        weights,
-        recording and qkv_teacher.requires_grad,
-        recording and qkv_student.requires_grad,
-        compiled,
-    )
-    attention, value, context = terms.unbind()
-    loss = weights[0] * attention + weights[1] * value + weights[2] * context
-    pixels = qkv_teacher.shape[0] * qkv_teacher.shape[2] * qkv_teacher.shape[3]
-    # One node a side: autograd frees the first side's buffer before it scales the second's, so that no more than
-    # three of these four maps are ever alive at once.
-    for qkv, gradient in ((qkv_teacher, gradient_teacher), (qkv_student, gradient_student)):
-        if recording and qkv.requires_grad:
-            loss = _AttachGradient.apply(loss, qkv, gradient, pixels)
-    return loss, attention, value, context
-
-
-class _AttachGradient(torch.autograd.Function):
-    """The identity on `loss`, whose gradient with respect to `qkv` becomes `gradient / pixels`."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, qkv: Tensor, gradient: Tensor, pixels: int) -> Tensor:
-        ctx.save_for_backward(gradient)
-        ctx.pixels, ctx.dtype = pixels, qkv.dtype
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        # A new tensor: a second backward through a retained graph must find the buffer unscaled. A factor with an axis
-        # takes part in type promotion, so that it is not rounded to a 16-bit dtype first.
-        factor = (upstream / ctx.pixels).unsqueeze(0)
-        return upstream, torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=ctx.dtype)), None, None
 
 
 def _run(
@@ -91,9 +44,10 @@ def _run(
     weights: Weights,
     teacher_gradient: bool,
     student_gradient: bool,
+    *,
     compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator: the three means `[3]`, and each wanted side's gradient times the number of pixels (else empty)."""
+    """The operators; arguments and results as in `gradient_in_forward.SCHEMA`."""
     wanted = (teacher_gradient, student_gradient)
     # Ordinary tensors even inside inference_mode: the compiled chunk would otherwise be compiled a second time.
     with torch.inference_mode(False), torch.no_grad():
@@ -101,15 +55,15 @@ def _run(
             # Slices need host integers, and to read them would stall the device: roll the whole maps there instead.
             grid = WindowGrid(qkv_teacher.shape[2], qkv_teacher.shape[3], window_size)
             rolled = (grid.roll(qkv_teacher, shift), grid.roll(qkv_student, shift))
-            means, *rolled_gradients = _run(*rolled, window_size, [0, 0], None, weights, *wanted, compiled)
+            means, *rolled_gradients = _run(*rolled, window_size, [0, 0], None, weights, *wanted, compiled=compiled)
             teacher, student = (grid.roll(rolled, -shift) if rolled.numel() else rolled for rolled in rolled_gradients)
             return means, teacher, student
         if shift is not None:
             offsets = shift.tolist()
-        gradients = _allocate_gradients(qkv_teacher, qkv_student, *wanted)
+        gradients = allocate_gradients(qkv_teacher, qkv_student, *wanted)
         run_chunk = _compiled_chunk if compiled else distil_chunk
         # As tensors, so that the compiled chunk does not depend on their values. None: the term is not wanted at all.
-        scales = tuple(qkv_teacher.new_full((), w, dtype=_precision(qkv_teacher)) if w else None for w in weights)
+        scales = tuple(qkv_teacher.new_full((), w, dtype=precision(qkv_teacher)) if w else None for w in weights)
         sums = []
         for chunk in _chunks(qkv_teacher, qkv_student, window_size, offsets, whole=compiled):
             terms, *chunk_gradients = run_chunk(chunk.teacher, chunk.student, chunk.real, scales, *wanted)
@@ -119,18 +73,6 @@ def _run(
                     chunk.write(block, gradient)
         batch, _, height, width = qkv_teacher.shape
         return torch.stack(sums).sum(0) / (batch * height * width), *gradients
-
-
-def _allocate_gradients(
-    qkv_teacher: Tensor, qkv_student: Tensor, teacher_gradient: bool, student_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    # Not yet divided by the number of pixels, a gradient may exceed fp16; divided too early, it would vanish there.
-    dtype = torch.float32 if qkv_teacher.dtype == torch.float16 else qkv_teacher.dtype
-    pairs = ((qkv_teacher, teacher_gradient), (qkv_student, student_gradient))
-    teacher, student = (
-        torch.empty_like(qkv, dtype=dtype) if wanted else qkv.new_empty(0, dtype=dtype) for qkv, wanted in pairs
-    )
-    return teacher, student
 
 
 class _Chunk(NamedTuple):
@@ -212,7 +154,7 @@ def _zeros_like_map(maps: Tensor, strips: int, height: int, width: int) -> Tenso
     """`[strips, C, height, width]` in at least fp32, with the channels innermost if they are in `maps`."""
     layout = torch.channels_last if maps.stride(1) == 1 else torch.contiguous_format
     shape = (strips, maps.shape[1], height, width)
-    return torch.empty(shape, dtype=_precision(maps), device=maps.device, memory_format=layout).zero_()
+    return torch.empty(shape, dtype=precision(maps), device=maps.device, memory_format=layout).zero_()
 
 
 def distil_chunk(
@@ -338,10 +280,6 @@ def _value_term(v_t: Tensor, v_s: Tensor, mask: Tensor | None, weight: Tensor) -
     return value, dv_t, dv_s
 
 
-def _precision(maps: Tensor) -> torch.dtype:
-    return torch.promote_types(maps.dtype, torch.float32)
-
-
 def _compiled_chunk(
     teacher: Tensor,
     student: Tensor,
@@ -371,24 +309,5 @@ def _compiler(*key: Any) -> Callable[..., Any]:
     return torch.compile(chunk, fullgraph=True)
 
 
-def _fake(
-    qkv_teacher: Tensor,
-    qkv_student: Tensor,
-    window_size: int,
-    offsets: list[int],
-    shift: Tensor | None,
-    weights: Weights,
-    teacher_gradient: bool,
-    student_gradient: bool,
-    compiled: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    means = qkv_teacher.new_empty(3, dtype=_precision(qkv_teacher))
-    return means, *_allocate_gradients(qkv_teacher, qkv_student, teacher_gradient, student_gradient)
-
-
-_operator = register(
-    "windowed_distillation(Tensor qkv_teacher, Tensor qkv_student, int window_size, SymInt[] offsets, Tensor? shift, "
-    "float[] weights, bool teacher_gradient, bool student_gradient, bool compiled) -> (Tensor, Tensor, Tensor)",
-    _run,
-    _fake,
-)
+eager = register("windowed_distillation_eager" + SCHEMA, functools.partial(_run, compiled=False), fake)
+compiled = register("windowed_distillation_compiled" + SCHEMA, functools.partial(_run, compiled=True), fake)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sward_kernels import WindowedDistillation, windowed_distillation
 from sward_kernels.windows import Shift
+from tests.support.error_budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
 
 WEIGHTS = (0.7, 1.3, 0.4)
 TERMS = ("loss", "attention", "value", "context")
@@ -76,6 +77,14 @@ def run(
     gradient_teacher, gradient_student = torch.autograd.grad(result.loss * upstream, (teacher, student))
     detached = WindowedDistillation(*(value.detach() for value in result))
     return Outcome(detached, gradient_teacher, gradient_student)
+
+
+def assert_outcome_within_budget(actual: Outcome, reference: Outcome, oracle: Outcome) -> None:
+    """Every term and gradient is as near to float64 as the reference in that dtype is, times the factors."""
+    for name in TERMS:
+        assert_within_budget(*(getattr(o.result, name) for o in (actual, reference, oracle)), FORWARD_FACTOR, name)
+    for name in ("gradient_teacher", "gradient_student"):
+        assert_within_budget(*(getattr(o, name) for o in (actual, reference, oracle)), GRADIENT_FACTOR, name)
 
 
 def assert_same(actual: Outcome, expected: Outcome, tolerance: float = 1e-10) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ _INTEGER_POISON = 77
 @pytest.fixture
 def poison_empty_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.empty` and its kin return NaN (integers: 77) when the caller is in `sward_kernels`."""
+    importlib.import_module("torch._dynamo")  # lists torch's functions once, and must find the real ones
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),

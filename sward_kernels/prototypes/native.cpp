@@ -1,0 +1,182 @@
+// The two passes of prototype discrimination over fp32 features on a CPU.
+//
+// Statistics go eight channels at a time: one vector a pixel is added to the sums of its class. Every sum belongs to one
+// thread and is added up in the order of the pixels, so the result does not depend on how many threads there are.
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+#include "matrices.h"
+
+// [batch, channels, height, width] by strides. Rows that join on the map are given as one: height 1.
+struct Features {
+    float* data;
+    int64_t batch, channels, height, width;  // `sizes` of native.py
+    int64_t image, channel, row, column;     // `strides`
+
+    bool channels_last() const { return channel == 1; }
+};
+
+// As `_Statistics` in native.py. Tables are by eight channels: [blocks, num_classes + 1, 8].
+struct Statistics {
+    Features features;
+    const int32_t* classes;  // [batch, height, width], num_classes where a pixel has none
+    int64_t num_classes;
+    const float* shift;  // what the features of a class are summed about
+    double* sums;        // of feature - shift, a class
+    double* squares;     // of its square
+};
+
+// As `_Gradient` in native.py.
+struct Gradient {
+    Features features, gradient;
+    const int32_t* classes;
+    int64_t num_classes;
+    const float* slopes;            // [batch, height, width], of each pixel's class
+    const float* offsets;           // [channels, num_classes + 1]
+    const float* offsets_by_class;  // [num_classes + 1, channels]
+};
+
+namespace {
+
+constexpr int64_t TILE = 64;       // channels_last pixels that pass all channels of a thread together
+constexpr int64_t LONGEST = 4096;  // pixels of the longest fp32 sum; sums of sums are double
+
+struct Sums {
+    Lanes sum, squares;
+};
+
+// Up to eight neighbouring pixels as one vector of up to eight channels each, zeros elsewhere.
+inline void read_pixels(const Features& features, const float* from, int64_t pixels, int64_t channels, Lanes* to) {
+    const bool whole = pixels == LANES && channels == LANES;
+    if (whole && features.channels_last()) {
+        for (int64_t pixel = 0; pixel < LANES; ++pixel) to[pixel] = load(from + pixel * features.column);
+    } else if (whole && features.column == 1) {
+        transpose_block(from, features.channel, reinterpret_cast<float*>(to), LANES);
+    } else {
+        for (int64_t pixel = 0; pixel < LANES; ++pixel) to[pixel] = Lanes{};
+        for (int64_t channel = 0; channel < channels; ++channel)
+            for (int64_t pixel = 0; pixel < pixels; ++pixel)
+                to[pixel][channel] = from[channel * features.channel + pixel * features.column];
+    }
+}
+
+// Adds pixels `from` to `to` of one row to the sums of their classes; `block` names the eight channels.
+void add_pixels(
+    const Statistics& given, int64_t block, int64_t image, int64_t row, int64_t from, int64_t to, Sums* sums) {
+    const Features& features = given.features;
+    const int64_t channel = block * LANES, channels = std::min(LANES, features.channels - channel);
+    const float* data =
+        features.data + image * features.image + channel * features.channel + row * features.row;
+    const int32_t* classes = given.classes + (image * features.height + row) * features.width;
+    const float* shift = given.shift + block * (given.num_classes + 1) * LANES;
+    Lanes values[LANES];
+    for (int64_t x = from; x < to; x += LANES) {
+        const int64_t pixels = std::min(LANES, to - x);
+        read_pixels(features, data + x * features.column, pixels, channels, values);
+        for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+            const int32_t own = classes[x + pixel];
+            const Lanes deviation = values[pixel] - load(shift + own * LANES);
+            sums[own].sum += deviation;
+            sums[own].squares += deviation * deviation;
+        }
+    }
+}
+
+// Moves the fp32 sums of blocks `first` to `last` to the double ones.
+void settle(const Statistics& given, int64_t first, int64_t last, Sums* sums) {
+    const int64_t rows = given.num_classes + 1;
+    for (int64_t row = first * rows; row < last * rows; ++row, ++sums) {
+        for (int64_t lane = 0; lane < LANES; ++lane) {
+            given.sums[row * LANES + lane] += sums->sum[lane];
+            given.squares[row * LANES + lane] += sums->squares[lane];
+        }
+        *sums = Sums{};
+    }
+}
+
+// All pixels of the batch, for the channels of blocks `first` to `last`.
+void add_batch(const Statistics& given, int64_t first, int64_t last, Sums* sums) {
+    const Features& features = given.features;
+    const int64_t step = std::min(features.channels_last() ? TILE : features.width, LONGEST);
+    int64_t waiting = 0;
+    for (int64_t image = 0; image < features.batch; ++image)
+        for (int64_t row = 0; row < features.height; ++row)
+            for (int64_t x = 0; x < features.width; x += step) {
+                const int64_t end = std::min(features.width, x + step);
+                if (waiting + end - x > LONGEST) {
+                    settle(given, first, last, sums);
+                    waiting = 0;
+                }
+                for (int64_t block = first; block < last; ++block)
+                    add_pixels(given, block, image, row, x, end, sums + (block - first) * (given.num_classes + 1));
+                waiting += end - x;
+            }
+    settle(given, first, last, sums);
+}
+
+}  // namespace
+
+// Adds to `sums` and `squares`. Returns 0, or 1 if a thread has no memory for its sums.
+extern "C" int statistics(const Statistics* arguments, int threads) {
+    const Statistics& given = *arguments;
+    const int64_t blocks = (given.features.channels + LANES - 1) / LANES;
+    int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : failed)
+    for (int64_t thread = 0; thread < threads; ++thread) {
+        const int64_t first = blocks * thread / threads, last = blocks * (thread + 1) / threads;
+        // Pixels whose channels lie together are read once for all channels of a thread, planes one after another.
+        const int64_t together = given.features.channels_last() ? last - first : 1;
+        std::unique_ptr<Sums[]> sums(new (std::nothrow) Sums[together * (given.num_classes + 1)]());
+        if (!sums) {
+            failed = 1;
+            continue;
+        }
+        for (int64_t block = first; block < last; block += together)
+            add_batch(given, block, block + together, sums.get());
+    }
+    return failed;
+}
+
+// gradient = slope * feature + offset, both of the pixel's class.
+extern "C" void gradient(const Gradient* arguments, int threads) {
+    const Gradient& given = *arguments;
+    const Features &features = given.features, &gradient = given.gradient;
+    const int64_t channels = features.channels, classes = given.num_classes + 1;
+    if (features.channels_last() && gradient.channels_last()) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t line = 0; line < features.batch * features.height; ++line) {
+            const int64_t image = line / features.height, row = line % features.height;
+            for (int64_t x = 0; x < features.width; ++x) {
+                const float* from = features.data + image * features.image + row * features.row + x * features.column;
+                float* to = gradient.data + image * gradient.image + row * gradient.row + x * gradient.column;
+                const int64_t pixel = line * features.width + x;
+                const float slope = given.slopes[pixel];
+                const float* offsets = given.offsets_by_class + given.classes[pixel] * channels;
+                for (int64_t channel = 0; channel < channels; ++channel)
+                    to[channel] = slope * from[channel] + offsets[channel];
+            }
+        }
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t plane = 0; plane < features.batch * channels; ++plane) {
+        const int64_t image = plane / channels, channel = plane % channels;
+        const float* offsets = given.offsets + channel * classes;
+        for (int64_t row = 0; row < features.height; ++row) {
+            const float* from =
+                features.data + image * features.image + channel * features.channel + row * features.row;
+            float* to = gradient.data + image * gradient.image + channel * gradient.channel + row * gradient.row;
+            const int64_t pixel = (image * features.height + row) * features.width;
+            const float* slopes = given.slopes + pixel;
+            const int32_t* own = given.classes + pixel;
+            if (features.column == 1 && gradient.column == 1)
+                for (int64_t x = 0; x < features.width; ++x) to[x] = slopes[x] * from[x] + offsets[own[x]];
+            else
+                for (int64_t x = 0; x < features.width; ++x)
+                    to[x * gradient.column] = slopes[x] * from[x * features.column] + offsets[own[x]];
+        }
+    }
+}

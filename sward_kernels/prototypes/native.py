@@ -1,0 +1,147 @@
+"""Prototype statistics and their gradient in C++ (native.cpp): fp32 features on a CPU, not normalised."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sward_kernels import cpp
+from sward_kernels.prototypes.classes import class_indices, one_pixel_of_each_class, statistics_about
+from sward_kernels.prototypes.closed_form import Passes
+from sward_kernels.prototypes.eager import fake_gradient, fake_statistics
+from sward_kernels.registration import register
+
+LIBRARY = cpp.Library("prototype_discrimination", Path(__file__).with_name("native.cpp"))
+LANES = 8  # of cpp/matrices.h
+
+
+class _Features(ctypes.Structure):
+    """`Features` of native.cpp."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("sizes", ctypes.c_int64 * 4),
+        ("strides", ctypes.c_int64 * 4),
+    )
+
+
+class _Statistics(ctypes.Structure):
+    """`Statistics` of native.cpp."""
+
+    _fields_ = (
+        ("features", _Features),
+        ("classes", ctypes.c_void_p),
+        ("num_classes", ctypes.c_int64),
+        ("shift", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("squares", ctypes.c_void_p),
+    )
+
+
+class _Gradient(ctypes.Structure):
+    """`Gradient` of native.cpp."""
+
+    _fields_ = (
+        ("features", _Features),
+        ("gradient", _Features),
+        ("classes", ctypes.c_void_p),
+        ("num_classes", ctypes.c_int64),
+        ("slopes", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("offsets_by_class", ctypes.c_void_p),
+    )
+
+
+def serves(features: Tensor, normalize: bool) -> bool:
+    """Whether these passes are written for such features at all."""
+    return features.is_cpu and features.dtype == torch.float32 and not normalize
+
+
+def require_support(features: Tensor, normalize: bool) -> None:
+    """Raises NotImplementedError, with the reason, if the features cannot be served here."""
+    if not serves(features, normalize):
+        raise NotImplementedError(
+            "implementation='native' of prototype_discrimination takes fp32 features on a CPU with normalize=False, "
+            f"not {features.dtype} on {features.device.type} with normalize={normalize}; use 'eager'."
+        )
+    LIBRARY.require()
+
+
+def _describe(features: Tensor, join_rows: bool) -> _Features:
+    batch, channels, height, width = features.shape
+    if join_rows:
+        height, width = 1, height * width
+    return _Features(features.data_ptr(), (batch, channels, height, width), features.stride())
+
+
+def _rows_join(features: Tensor) -> bool:
+    return features.stride(2) == features.shape[3] * features.stride(3)
+
+
+def statistics(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of the whole batch: sums about one pixel of each class."""
+    channels = features.shape[1]
+    classes = class_indices(labels, num_classes, ignore_index)
+    shift = one_pixel_of_each_class(features, classes, num_classes, features.dtype, normalize)
+    blocks = -(-channels // LANES)
+    table = (
+        F.pad(shift, (0, blocks * LANES - channels, 0, 1)).unflatten(1, (blocks, LANES)).transpose(0, 1).contiguous()
+    )
+    sums, squares = features.new_zeros(2, blocks, num_classes + 1, LANES, dtype=torch.float64)
+    own = classes.int().contiguous()
+    arguments = _Statistics(
+        _describe(features, _rows_join(features)),
+        own.data_ptr(),
+        num_classes,
+        table.data_ptr(),
+        sums.data_ptr(),
+        squares.data_ptr(),
+    )
+    if LIBRARY.functions.statistics(ctypes.byref(arguments), torch.get_num_threads()):
+        raise MemoryError("prototype_discrimination has no memory left for its sums")
+    sums = sums.transpose(0, 1).flatten(1)[:num_classes, :channels]
+    return statistics_about(shift, classes, sums, squares.sum((0, 2))[:num_classes])
+
+
+def gradient(
+    features: Tensor, labels: Tensor, slope: Tensor, offset: Tensor, ignore_index: int, normalize: bool
+) -> Tensor:
+    """The features' gradient, where they are dense in their strides."""
+    classes = class_indices(labels, len(slope), ignore_index)
+    slopes, by_class = F.pad(slope, (0, 1))[classes].contiguous(), F.pad(offset, (0, 0, 0, 1)).contiguous()
+    by_channel, own = by_class.T.contiguous(), classes.int().contiguous()
+    result = torch.empty_like(features)
+    join_rows = _rows_join(features) and _rows_join(result)
+    arguments = _Gradient(
+        _describe(features, join_rows),
+        _describe(result, join_rows),
+        own.data_ptr(),
+        len(slope),
+        slopes.data_ptr(),
+        by_channel.data_ptr(),
+        by_class.data_ptr(),
+    )
+    LIBRARY.functions.gradient(ctypes.byref(arguments), torch.get_num_threads())
+    return result
+
+
+passes = Passes(
+    register(
+        "prototype_statistics_native(Tensor features, Tensor labels, int num_classes, int ignore_index, bool normalize)"
+        " -> (Tensor counts, Tensor means, Tensor scatter)",
+        statistics,
+        fake_statistics,
+    ),
+    register(
+        "prototype_gradient_native(Tensor features, Tensor labels, Tensor slope, Tensor offset, int ignore_index,"
+        " bool normalize) -> Tensor",
+        gradient,
+        fake_gradient,
+    ),
+)
