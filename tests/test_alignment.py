@@ -46,3 +46,24 @@ def test_labels_take_the_nearest_pixel_and_keep_their_dtype(dtype: torch.dtype, 
 def test_labels_with_a_channel_axis_are_refused() -> None:
     with pytest.raises(ValueError, match=r"labels must be \[B, H, W\], got shape \(2, 1, 4, 4\)"):
         resize_labels(torch.zeros(2, 1, 4, 4, dtype=torch.int64), (2, 2))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced", "one pixel", "one channel"])
+def test_a_projection_is_a_convolution(layout: str, bias: bool) -> None:
+    maps = torch.randn(2, 1 if layout == "one channel" else 5, 7, 6, dtype=torch.float64)
+    if layout == "channels_last":
+        maps = maps.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        maps = maps[:, :, 1:, 2:]
+    elif layout == "one pixel":
+        maps = maps[:, :, :1, :1]
+    phi = ChannelProjection(maps.shape[1], 3, bias=bias).double()
+    inputs = (maps.requires_grad_(), *phi.parameters())
+    actual, expected = phi(maps), F.conv2d(maps, phi.weight, phi.bias)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
+    upstream = torch.randn_like(expected)
+    for one, other in zip(
+        torch.autograd.grad(actual, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)

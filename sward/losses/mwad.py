@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sward.alignment import ChannelProjection, aligned_size, resize
+from sward.alignment import ChannelProjection, aligned_size, project, resize
 from sward.losses.relation_health import relation_health
 from sward_kernels import WindowedDistillation, windowed_distillation
 
@@ -207,9 +206,9 @@ class MWADLoss(nn.Module):
         if merged < one_by_one:
             # Theta after phi is one linear map; where the student is wide, applying it at once is far cheaper.
             theta_matrix, phi_matrix = theta.weight.flatten(1), phi.weight.flatten(1)
-            weight = (theta_matrix @ phi_matrix)[:, :, None, None]
+            weight = theta_matrix @ phi_matrix
             assert phi.bias is not None
-            projected = F.conv2d(features, weight.to(features.dtype), (theta_matrix @ phi.bias).to(features.dtype))
+            projected = project(features, weight.to(features.dtype), (theta_matrix @ phi.bias).to(features.dtype))
         else:
             projected = theta(phi(features))
         return resize(projected, size)
