@@ -41,8 +41,7 @@ struct Weights {
 // Scores and attention. A padded query attends to nothing: all that follows is 0.
 void attend(Side& side, const float* real, const Sizes& sizes) {
     const int64_t width = sizes.width;
-    multiply(
-        side.scores, side.qkv + sizes.matrix, 1, width, side.qkv, sizes.tokens, sizes.dim, width);
+    multiply(side.scores, side.qkv + sizes.matrix, 1, width, side.qkv, sizes.tokens, sizes.dim, width);
     for (int64_t query = 0; query < width; query += LANES) {
         const float* scores = side.scores + query;
         float* attention = side.attention + query;
@@ -176,9 +175,7 @@ float value_term(Side& teacher, Side& student, const float* real, float weight, 
 }
 
 // The three terms of one window, and its sides' `qkv` replaced by their gradients where those are wanted.
-void distil_window(
-    Scratch& scratch, const Weights& weights, float epsilon,
-    const Sizes& sizes, float* terms) {
+void distil_window(Scratch& scratch, const Weights& weights, float epsilon, const Sizes& sizes, float* terms) {
     Side &teacher = scratch.teacher, &student = scratch.student;
     const bool attends = weights.attention != 0 || weights.context != 0;
     const float scale = 1 / std::sqrt(static_cast<float>(sizes.dim));
@@ -213,13 +210,13 @@ void distil_window(
 // As `_Arguments` in native.py. Maps are [batch, 3 * dim, height, width]; a null gradient is not wanted.
 struct Arguments {
     int64_t batch, dim, side, window_rows, window_columns;
-    float* maps[4];         // teacher, student, the teacher's gradient, the student's
-    int64_t strides[4][4];  // image, channel, row, column
+    float* maps[4];          // teacher, student, the teacher's gradient, the student's
+    int64_t strides[4][4];   // image, channel, row, column
     const int64_t* rows;     // [window_rows * side], the map's row that each row of the window grid reads, or -1
     const int64_t* columns;  // [window_columns * side], likewise
     Weights weights;
     float epsilon;
-    float* terms;  // [batch * window_rows * window_columns, 3]
+    float* terms;            // [batch * window_rows * window_columns, 3]
 };
 
 Sizes sizes_of(const Arguments& given) {
@@ -281,8 +278,10 @@ void distil_strip(const Arguments& given, int64_t strip, const Sizes& sizes, Wor
     for (int64_t column = 0; column < given.window_columns; column += workspace.group) {
         const int64_t count = std::min(workspace.group, given.window_columns - column);
         const int64_t* columns = given.columns + column * sizes.side;
+        // Padding comes last in both directions.
+        const bool padded = rows[sizes.side - 1] < 0 || columns[count * sizes.side - 1] < 0;
         for (int i = 0; i < 2; ++i) {
-            std::fill_n(workspace.windows[i], count * workspace.stride, 0.0f);
+            if (padded || sizes.width != sizes.tokens) std::fill_n(workspace.windows[i], count * workspace.stride, 0.0f);
             const int64_t found = find_runs(maps[i], rows, columns, count, workspace.stride, sizes, workspace.runs.get());
             read_windows(maps[i], workspace.runs.get(), found, sizes, workspace.windows[i]);
         }
