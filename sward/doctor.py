@@ -7,7 +7,8 @@ import importlib.util
 import torch
 
 from sward.tracking import environment
-from sward_kernels.windowed_distillation import native
+from sward_kernels.prototypes import native as prototypes
+from sward_kernels.windowed_distillation import native as windowed_distillation
 
 OPTIONAL = {
     "torchvision": "training transforms",
@@ -35,13 +36,15 @@ def report() -> str:
 
 
 def _implementations() -> list[tuple[str, str]]:
-    reason = native.LIBRARY.why_not()
-    choice = "native (C++) in fp32" if reason is None else f"eager instead of native ({reason})"
-    found = [
-        ("MWAD, CPU tensors", f"{choice}; eager in windows above 16 x 16 and in other dtypes"),
-        ("PDR, CPU tensors", f"{choice}; eager for normalised features and in other dtypes"),
-        ("CIRKD, CPU tensors", "eager"),
-    ]
+    found = []
+    for loss, library, otherwise in (
+        ("MWAD", windowed_distillation.LIBRARY, "in windows above 16 x 16"),
+        ("PDR", prototypes.LIBRARY, "for normalised features"),
+    ):
+        reason = library.why_not()
+        choice = "native (C++) in fp32" if reason is None else f"eager instead of native ({reason})"
+        found.append((f"{loss}, CPU tensors", f"{choice}; eager {otherwise} and in other dtypes"))
+    found.append(("CIRKD, CPU tensors", "eager"))
     if not torch.cuda.is_available():
         return found
     if importlib.util.find_spec("triton") is None:

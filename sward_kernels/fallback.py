@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import warnings
 
+from sward_kernels.registration import constant_in_graphs
+
 _warned: set[str] = set()
 
 
+@constant_in_graphs
 def warn_once(message: str, stacklevel: int = 3) -> None:
     """Warns (RuntimeWarning) with a message that this process has not been given before.
 
@@ -17,8 +20,3 @@ def warn_once(message: str, stacklevel: int = 3) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=stacklevel)
-
-
-# Inside a graph of torch.compile it runs once, while the graph is made. As torch.compiler.assume_constant_result, which
-# would import Dynamo here.
-warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]

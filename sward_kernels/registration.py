@@ -7,11 +7,13 @@ is what autograd, `torch.compile`, autocast and `opcheck` see.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 _library = torch.library.Library("sward_kernels", "DEF")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
@@ -27,3 +29,12 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     torch.library.register_fake(f"sward_kernels::{name}", fake, lib=_library)
     operator: torch._ops.OpOverload = getattr(torch.ops.sward_kernels, name).default
     return operator
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Lets a graph of `torch.compile` call the function while it is made, and keep its answer without looking inside.
+
+    As `torch.compiler.assume_constant_result`, which would import Dynamo where it decorates.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

@@ -11,6 +11,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from sward_kernels.registration import constant_in_graphs
+
 HEADERS = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", f"-I{HEADERS}")
 
@@ -32,6 +34,7 @@ class Library:
         self._functions: ctypes.CDLL | None = None
         self._reason: str | None = None
 
+        @constant_in_graphs
         def why_not() -> str | None:
             if self._functions is None and self._reason is None:
                 try:
@@ -40,8 +43,6 @@ class Library:
                     self._reason = str(error)
             return self._reason
 
-        # What torch.compiler.assume_constant_result does, which would import Dynamo: a graph asks and looks no further.
-        why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
         self.why_not = why_not
         """Why there is no library here; None if there is one. Asked again, it compiles nothing."""
 
