@@ -6,6 +6,7 @@ among them, gradients are averaged by `DistributedDataParallel`, and only the pr
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,10 @@ def joined(device: torch.device) -> Iterator[None]:
     if launched_processes() == 1 or world_size() > 1:
         yield
         return
+    # Before there is a group: functions of this module take the group that exists at its import as a default, and DDP
+    # imports it. They would keep the group and its threads past the end, and a thread that frees a tensor while Python
+    # shuts down ends the process with SIGABRT.
+    importlib.import_module("torch.distributed.nn")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, rank, size = next(rendezvous("env://"))
