@@ -114,8 +114,6 @@ def compare(session: Session, shape: Shape, dtype: torch.dtype, max_seconds: flo
     ]
     if session.device.type == "cuda":
         providers.append(provider("triton", ours(labels, shape.classes, "triton"), features))
-    elif dtype == torch.float32:
-        providers.append(provider("native", ours(labels, shape.classes, "native"), features))
     # Each pass reads the features once; the backward pass also writes their gradient once.
     ideal_bytes = 3 * features.numel() * features.element_size() + 2 * labels.numel() * labels.element_size()
     case = Case(

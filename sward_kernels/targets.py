@@ -316,7 +316,14 @@ _PROTOTYPES: dict[str, tuple[tuple[int, PrototypeTiles], ...]] = {
         (128, PrototypeTiles(64, 32, 128, 32, 8)),
         (256, PrototypeTiles(64, 16, 256, 64, 8)),
     ),
-    "inverse_norms": ((256, PrototypeTiles(32, 64, 0, 1, 4)),),
+    # All channels of a program's pixels stay in cache between two readings: fewer pixels than above.
+    "normalized_statistics": (
+        (16, PrototypeTiles(64, 32, 16, 2, 4)),
+        (32, PrototypeTiles(64, 32, 32, 4, 4)),
+        (64, PrototypeTiles(64, 32, 64, 4, 8)),
+        (128, PrototypeTiles(64, 32, 128, 8, 8)),
+        (256, PrototypeTiles(64, 16, 256, 16, 8)),
+    ),
     "gradient": ((256, PrototypeTiles(64, 64, 0, 1, 4)),),
     "normalized_gradient": ((256, PrototypeTiles(32, 64, 0, 1, 4)),),
 }

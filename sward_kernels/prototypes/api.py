@@ -73,10 +73,10 @@ def prototype_discrimination(
             `DistributedDataParallel` does, the parameters' gradients equal those of one process with the whole
             batch. Divide by the world size if you sum gradients yourself.
         implementation: `"reference"` (plain autograd PyTorch, the specification), `"eager"` (closed-form gradient in
-            cache-sized chunks, any device), `"compiled"` (the same as eager: `torch.compile` gains nothing here),
-            `"native"` (the same two passes in C++: fp32 on a CPU with `normalize=False`, compiled for it on first use),
-            `"triton"`, or `"auto"`: triton on GPU tensors, native where it is written for the call, eager elsewhere;
-            where triton or native cannot serve a call after all, eager with a warning.
+            cache-sized chunks, any device), `"native"` (the same two passes in C++: fp32 on a CPU with
+            `normalize=False`, compiled for it on first use), `"compiled"` (native where it is written for the call,
+            eager elsewhere: what `torch.compile` makes of eager is slower), `"triton"`, or `"auto"`: triton on GPU
+            tensors, compiled elsewhere; where triton or native cannot serve a call after all, eager with a warning.
 
     Returns:
         `PrototypeDiscrimination(loss, separation, compactness, prototypes, counts)`.
@@ -104,7 +104,11 @@ def prototype_discrimination(
 
 
 def _choose_passes(implementation: str, features: Tensor, num_classes: int, normalize: bool) -> closed_form.Passes:
-    wanted = _preferred(features, normalize) if implementation == "auto" else implementation
+    wanted = implementation
+    if wanted == "auto":
+        wanted = "triton" if features.is_cuda else "compiled"  # of ROCm tensors too
+    if wanted == "compiled":
+        wanted = "native" if native.serves(features, normalize) else "eager"
     try:
         if wanted == "triton":
             return _triton_passes(features, num_classes)
@@ -116,12 +120,6 @@ def _choose_passes(implementation: str, features: Tensor, num_classes: int, norm
             raise
         warn_once(f"prototype_discrimination runs eager instead of {wanted}: {reason}", stacklevel=4)
     return eager.passes
-
-
-def _preferred(features: Tensor, normalize: bool) -> str:
-    if features.is_cuda:  # of ROCm tensors too
-        return "triton"
-    return "native" if native.serves(features, normalize) else "eager"
 
 
 def _triton_passes(features: Tensor, num_classes: int) -> closed_form.Passes:

@@ -148,6 +148,27 @@ def load_row(table, own_class, channel, CHANNELS: tl.constexpr, NUM_CLASSES: tl.
     return tl.load(table + place, mask=mask, other=0.0)
 
 
+@triton.jit
+def load_tile(
+    features, pixel, inside, channel, width, stride_channel, stride_y, stride_x, CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """A tile of one image's features, 0 past its channels and pixels."""
+    offsets = tile_offsets(
+        pixel, channel, width, stride_channel, stride_y, stride_x, CHANNELS_LAST, FLAT, ALIGNED, WIDE
+    )
+    mask = tile_mask(inside, channel, CHANNELS, CHANNELS_LAST)
+    return tl.load(features + offsets, mask=mask, other=0.0).to(ACCUMULATE)
+
+
+@triton.jit
+def inverse_length(square, NORM_FLOOR: tl.constexpr):
+    """`1 / |f|` from `|f|^2`, 0 for the zero vector."""
+    length = tl.sqrt(square)
+    return tl.where(length > NORM_FLOOR, 1.0 / tl.maximum(length, NORM_FLOOR), 0.0)
+
+
 @triton.jit(
     do_not_specialize=[
         "pixels", "width", "chunks", "stride_image", "stride_channel", "stride_y", "stride_x",
@@ -155,86 +176,82 @@ def load_row(table, own_class, channel, CHANNELS: tl.constexpr, NUM_CLASSES: tl.
     ]
 )  # fmt: skip
 def statistics_kernel(
-    features, labels, shift, inverse_norms, sums, squares,
+    features, labels, shift, sums, squares,
     pixels, width, chunks, stride_image, stride_channel, stride_y, stride_x,
     label_stride_image, label_stride_y, label_stride_x, ignore_index,
     CHANNELS: tl.constexpr, NUM_CLASSES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, TILES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
-    NORMALIZE: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr,
+    NORMALIZE: tl.constexpr, NORM_FLOOR: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Class sums of `f - shift[k]` and of its square over `TILES` tiles of pixels and one block of channels.
+    """Class sums of `f - shift[k]` and of its square over a chunk of `TILES` tiles of pixels.
 
-    Each element is loaded once. `shift`, laid out as `load_row` wants it, holds one pixel of each class: about it, sums
-    of features far from 0 keep their digits. Outputs, a row for each chunk of tiles: `sums [chunks, K, C]`,
-    `squares [chunks, channel blocks, K]`.
+    A program takes one block of channels and loads each element once. With `NORMALIZE` it takes all channels: it first
+    reads the chunk for the lengths of its pixels, and then finds it in cache.
+    `shift`, laid out as `load_row` wants it, holds one pixel of each class: about it, sums of features far from 0 keep
+    their digits. Outputs, a row for each chunk: `sums [chunks, K, C]`, `squares [chunks, channel blocks, K]`.
     """
     channel_blocks: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
-    channel_block = tl.program_id(0) % channel_blocks
-    chunk = tl.program_id(0) // channel_blocks
+    own_blocks: tl.constexpr = channel_blocks if NORMALIZE else 1
+    first_block = tl.program_id(0) % (channel_blocks // own_blocks) * own_blocks
+    chunk = tl.program_id(0) // (channel_blocks // own_blocks)
     image = chunk // chunks
     first = (chunk - image * chunks) * (BLOCK_PIXELS * TILES)
     tiles = tl.minimum((pixels - first + BLOCK_PIXELS - 1) // BLOCK_PIXELS, TILES)
     features = image_pointer(features, image, stride_image, ALIGNED)
     labels = image_pointer(labels, image, label_stride_image, False)
-    channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     classes = tl.arange(0, BLOCK_CLASSES)
 
-    total = tl.zeros([BLOCK_CLASSES, BLOCK_CHANNELS], ACCUMULATE)
-    total_squares = tl.zeros([BLOCK_CLASSES, 16], ACCUMULATE)
-    for tile in range(0, tiles):
-        pixel = first + tile * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-        inside = inside_image(pixel, pixels, ALIGNED and not CHANNELS_LAST)
-        own_class = load_classes(
-            labels, pixel, inside, width, label_stride_y, label_stride_x, ignore_index, NUM_CLASSES, FLAT, WIDE
-        )
-        offsets = tile_offsets(
-            pixel, channel, width, stride_channel, stride_y, stride_x, CHANNELS_LAST, FLAT, ALIGNED, WIDE
-        )
-        x = tl.load(features + offsets, mask=tile_mask(inside, channel, CHANNELS, CHANNELS_LAST), other=0.0)
-        x = x.to(ACCUMULATE)
-        if NORMALIZE:
-            inverse = tl.load(inverse_norms + image.to(tl.int64) * pixels + pixel, mask=inside, other=0.0)
-            x = x * (inverse[:, None] if CHANNELS_LAST else inverse[None, :])
-        deviation = x - load_row(shift, own_class, channel, CHANNELS, NUM_CLASSES, CHANNELS_LAST)
-        distance = tl.sum(deviation * deviation, 1 if CHANNELS_LAST else 0)
-        if not CHANNELS_LAST:
-            deviation = tl.trans(deviation)
-        one_hot = classes[:, None] == own_class[None, :]
-        total = add_scattered(total, one_hot, deviation, ACCUMULATE, INTERPRET)
-        total_squares = add_scattered_scalars(total_squares, one_hot, distance, ACCUMULATE, INTERPRET)
+    if NORMALIZE:
+        # The lengths of all tiles are kept in registers, a row each: written to memory, they would need a barrier.
+        row_of_tile = tl.arange(0, TILES)[:, None]
+        inverse_lengths = tl.zeros([TILES, BLOCK_PIXELS], ACCUMULATE)
+        for tile in range(0, tiles):
+            pixel = first + tile * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+            inside = inside_image(pixel, pixels, ALIGNED and not CHANNELS_LAST)
+            square = tl.zeros([BLOCK_PIXELS], ACCUMULATE)
+            for start in range(0, CHANNELS, BLOCK_CHANNELS):
+                x = load_tile(
+                    features, pixel, inside, start + tl.arange(0, BLOCK_CHANNELS), width, stride_channel, stride_y,
+                    stride_x, CHANNELS, CHANNELS_LAST, FLAT, ALIGNED, WIDE, ACCUMULATE,
+                )  # fmt: skip
+                square += tl.sum(x * x, 1 if CHANNELS_LAST else 0)
+            inverse_lengths = tl.where(
+                row_of_tile == tile, inverse_length(square, NORM_FLOOR)[None, :], inverse_lengths
+            )
 
-    is_class = classes < NUM_CLASSES
-    row = chunk.to(tl.int64) * NUM_CLASSES + classes
-    mask = is_class[:, None] & (channel < CHANNELS)[None, :]
-    tl.store(sums + row[:, None] * CHANNELS + channel[None, :], total, mask=mask)
-    row = (chunk.to(tl.int64) * channel_blocks + channel_block) * NUM_CLASSES + classes
-    tl.store(squares + row, tl.sum(total_squares, 1), mask=is_class)
+    for block in range(0, own_blocks):
+        channel_block = first_block + block
+        channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+        total = tl.zeros([BLOCK_CLASSES, BLOCK_CHANNELS], ACCUMULATE)
+        total_squares = tl.zeros([BLOCK_CLASSES, 16], ACCUMULATE)
+        for tile in range(0, tiles):
+            pixel = first + tile * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+            inside = inside_image(pixel, pixels, ALIGNED and not CHANNELS_LAST)
+            own_class = load_classes(
+                labels, pixel, inside, width, label_stride_y, label_stride_x, ignore_index, NUM_CLASSES, FLAT, WIDE
+            )
+            x = load_tile(
+                features, pixel, inside, channel, width, stride_channel, stride_y, stride_x,
+                CHANNELS, CHANNELS_LAST, FLAT, ALIGNED, WIDE, ACCUMULATE,
+            )  # fmt: skip
+            if NORMALIZE:
+                inverse = tl.sum(tl.where(row_of_tile == tile, inverse_lengths, 0.0), 0)
+                x = x * (inverse[:, None] if CHANNELS_LAST else inverse[None, :])
+            deviation = x - load_row(shift, own_class, channel, CHANNELS, NUM_CLASSES, CHANNELS_LAST)
+            distance = tl.sum(deviation * deviation, 1 if CHANNELS_LAST else 0)
+            if not CHANNELS_LAST:
+                deviation = tl.trans(deviation)
+            one_hot = classes[:, None] == own_class[None, :]
+            total = add_scattered(total, one_hot, deviation, ACCUMULATE, INTERPRET)
+            total_squares = add_scattered_scalars(total_squares, one_hot, distance, ACCUMULATE, INTERPRET)
 
-
-@triton.jit(do_not_specialize=["pixels", "width", "tiles", "stride_image", "stride_channel", "stride_y", "stride_x"])
-def inverse_norms_kernel(
-    features, inverse_norms, pixels, width, tiles, stride_image, stride_channel, stride_y, stride_x,
-    CHANNELS: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    FLAT: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, NORM_FLOOR: tl.constexpr, ACCUMULATE: tl.constexpr,
-):  # fmt: skip
-    """`1 / |f|` of every pixel, 0 for the zero vector."""
-    image = tl.program_id(0) // tiles
-    pixel = (tl.program_id(0) - image * tiles) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-    inside = inside_image(pixel, pixels, ALIGNED and not CHANNELS_LAST)
-    features = image_pointer(features, image, stride_image, ALIGNED)
-    square = tl.zeros([BLOCK_PIXELS], ACCUMULATE)
-    for start in range(0, CHANNELS, BLOCK_CHANNELS):
-        channel = start + tl.arange(0, BLOCK_CHANNELS)
-        offsets = tile_offsets(
-            pixel, channel, width, stride_channel, stride_y, stride_x, CHANNELS_LAST, FLAT, ALIGNED, WIDE
-        )
-        mask = tile_mask(inside, channel, CHANNELS, CHANNELS_LAST)
-        x = tl.load(features + offsets, mask=mask, other=0.0).to(ACCUMULATE)
-        square += tl.sum(x * x, 1 if CHANNELS_LAST else 0)
-    norm = tl.sqrt(square)
-    inverse = tl.where(norm > NORM_FLOOR, 1.0 / tl.maximum(norm, NORM_FLOOR), 0.0)
-    tl.store(inverse_norms + image.to(tl.int64) * pixels + pixel, inverse, mask=inside)
+        is_class = classes < NUM_CLASSES
+        row = chunk.to(tl.int64) * NUM_CLASSES + classes
+        mask = is_class[:, None] & (channel < CHANNELS)[None, :]
+        tl.store(sums + row[:, None] * CHANNELS + channel[None, :], total, mask=mask)
+        row = (chunk.to(tl.int64) * channel_blocks + channel_block) * NUM_CLASSES + classes
+        tl.store(squares + row, tl.sum(total_squares, 1), mask=is_class)
 
 
 @triton.jit(
@@ -269,10 +286,10 @@ def gradient_kernel(
     )
     own_slope = tl.load(slope + own_class, mask=own_class >= 0, other=0.0)
     mask = tile_mask(inside, channel, CHANNELS, CHANNELS_LAST)
-    offsets = tile_offsets(
-        pixel, channel, width, stride_channel, stride_y, stride_x, CHANNELS_LAST, FLAT, ALIGNED, WIDE
-    )
-    x = tl.load(features + offsets, mask=mask, other=0.0).to(ACCUMULATE)
+    x = load_tile(
+        features, pixel, inside, channel, width, stride_channel, stride_y, stride_x,
+        CHANNELS, CHANNELS_LAST, FLAT, ALIGNED, WIDE, ACCUMULATE,
+    )  # fmt: skip
     own_offset = load_row(offset, own_class, channel, CHANNELS, NUM_CLASSES, CHANNELS_LAST)
     if CHANNELS_LAST:
         result = own_slope[:, None] * x + own_offset
@@ -318,24 +335,22 @@ def normalized_gradient_kernel(
     inner = tl.zeros([BLOCK_PIXELS], ACCUMULATE)
     for start in range(0, CHANNELS, BLOCK_CHANNELS):
         channel = start + tl.arange(0, BLOCK_CHANNELS)
-        mask = tile_mask(inside, channel, CHANNELS, CHANNELS_LAST)
-        offsets = tile_offsets(
-            pixel, channel, width, stride_channel, stride_y, stride_x, CHANNELS_LAST, FLAT, ALIGNED, WIDE
-        )
-        x = tl.load(features + offsets, mask=mask, other=0.0).to(ACCUMULATE)
+        x = load_tile(
+            features, pixel, inside, channel, width, stride_channel, stride_y, stride_x,
+            CHANNELS, CHANNELS_LAST, FLAT, ALIGNED, WIDE, ACCUMULATE,
+        )  # fmt: skip
         own_offset = load_row(offset, own_class, channel, CHANNELS, NUM_CLASSES, CHANNELS_LAST)
         square += tl.sum(x * x, 1 if CHANNELS_LAST else 0)
         inner += tl.sum(x * own_offset, 1 if CHANNELS_LAST else 0)
-    norm = tl.sqrt(square)
-    inverse = tl.where(norm > NORM_FLOOR, 1.0 / tl.maximum(norm, NORM_FLOOR), 0.0)
+    inverse = inverse_length(square, NORM_FLOOR)
     along = inner * inverse * inverse
     for start in range(0, CHANNELS, BLOCK_CHANNELS):
         channel = start + tl.arange(0, BLOCK_CHANNELS)
         mask = tile_mask(inside, channel, CHANNELS, CHANNELS_LAST)
-        offsets = tile_offsets(
-            pixel, channel, width, stride_channel, stride_y, stride_x, CHANNELS_LAST, FLAT, ALIGNED, WIDE
-        )
-        x = tl.load(features + offsets, mask=mask, other=0.0).to(ACCUMULATE)
+        x = load_tile(
+            features, pixel, inside, channel, width, stride_channel, stride_y, stride_x,
+            CHANNELS, CHANNELS_LAST, FLAT, ALIGNED, WIDE, ACCUMULATE,
+        )  # fmt: skip
         own_offset = load_row(offset, own_class, channel, CHANNELS, NUM_CLASSES, CHANNELS_LAST)
         if CHANNELS_LAST:
             result = (own_offset - along[:, None] * x) * inverse[:, None]

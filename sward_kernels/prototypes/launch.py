@@ -16,7 +16,6 @@ from sward_kernels.prototypes.classes import class_indices, one_pixel_of_each_cl
 from sward_kernels.prototypes.closed_form import NORM_FLOOR, Passes
 from sward_kernels.prototypes.kernels import (
     gradient_kernel,
-    inverse_norms_kernel,
     normalized_gradient_kernel,
     statistics_kernel,
 )
@@ -75,10 +74,12 @@ class _Problem:
         return tl.float64 if self.dtype == torch.float64 else tl.float32
 
     def constants(self, kernel: str) -> tuple[dict[str, Any], int]:
-        """Constexpr arguments of one kernel, and its warps."""
-        tiles = prototype_tiles(kernel, self.num_classes, self.channels, self.family)
+        """Constexpr arguments of the `"statistics"` or `"gradient"` kernel, and its warps."""
+        name = f"normalized_{kernel}" if self.normalize else kernel
+        tiles = prototype_tiles(name, self.num_classes, self.channels, self.family)
         constants: dict[str, Any] = {
             "CHANNELS": self.channels,
+            "NUM_CLASSES": self.num_classes,
             "BLOCK_PIXELS": tiles.pixels,
             "BLOCK_CHANNELS": tiles.channels,
             "CHANNELS_LAST": self.channels_last,
@@ -86,16 +87,15 @@ class _Problem:
             "ALIGNED": self.aligned,
             "WIDE": self.wide,
             "ACCUMULATE": self.accumulate,
+            "INTERPRET": INTERPRETED,
         }
-        if kernel != "inverse_norms":
-            constants |= {"NUM_CLASSES": self.num_classes, "INTERPRET": INTERPRETED}
         if kernel == "statistics":
             constants |= {
                 "BLOCK_CLASSES": tiles.classes,
                 "TILES": tiles.steps,
                 "NORMALIZE": self.normalize,
             }
-        elif kernel != "gradient":
+        if kernel == "statistics" or self.normalize:
             constants["NORM_FLOOR"] = NORM_FLOOR
         return constants, tiles.num_warps
 
@@ -137,19 +137,17 @@ _INTEGERS = (
 def configurations(target: Target) -> Iterator[Configuration]:
     """Every configuration the report compiles for a target.
 
-    Other sizes and layouts run the same code with the same tiles; `normalize` loads one more number a pixel.
+    Other sizes and layouts run the same code with the same tiles.
     """
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for num_classes, channels in REPORTED_SIZES if dtype != torch.float16 else ((19, 576),):
-            for channels_last in (True, False):
-                problem = _Problem(channels, num_classes, dtype, channels_last, True, True, False, False, target.family)
-                yield _configuration("statistics", statistics_kernel, problem)
-                yield _configuration("gradient", gradient_kernel, problem)
-        for channels_last in (True, False) if dtype != torch.float16 else ():
-            problem = _Problem(576, 19, dtype, channels_last, True, True, False, True, target.family)
-            yield _configuration("statistics", statistics_kernel, problem)
-            yield _configuration("inverse_norms", inverse_norms_kernel, problem)
-            yield _configuration("normalized_gradient", normalized_gradient_kernel, problem)
+        for normalize in (False, True):
+            for num_classes, channels in REPORTED_SIZES if dtype != torch.float16 else ((19, 576),):
+                for channels_last in (True, False):
+                    problem = _Problem(
+                        channels, num_classes, dtype, channels_last, True, True, False, normalize, target.family
+                    )
+                    yield _configuration("statistics", statistics_kernel, problem)
+                    yield _configuration("gradient", _gradient_kernel(normalize), problem)
 
 
 REPORTED_SIZES = ((2, 256), (19, 96), (19, 576), (64, 576), (100, 576), (150, 2048))
@@ -160,11 +158,8 @@ def _configuration(name: str, kernel: Any, problem: _Problem) -> Configuration:
     constants, num_warps = problem.constants(name)
     element = f"*{_TYPES[problem.dtype]}"
     types = dict.fromkeys(("features", "gradient"), element) | {"labels": "*i64"}
-    types |= dict.fromkeys(("inverse_norms", "shift", "sums", "squares", "slope", "offset"), "*fp32")
+    types |= dict.fromkeys(("shift", "sums", "squares", "slope", "offset"), "*fp32")
     types |= dict.fromkeys(_INTEGERS, "i32")
-    if name == "statistics" and not problem.normalize:
-        constants["inverse_norms"] = None
-    writes = name in ("gradient", "normalized_gradient")
     classes = f"x{constants['BLOCK_CLASSES']}" if name == "statistics" else ""
     return Configuration(
         operation="prototypes",
@@ -180,7 +175,7 @@ def _configuration(name: str, kernel: Any, problem: _Problem) -> Configuration:
             "tile": f"{constants['BLOCK_PIXELS']}x{constants['BLOCK_CHANNELS']}{classes}",
         },
         # Features read once, their gradient written once; an int64 label.
-        ideal_bytes=problem.channels * problem.dtype.itemsize * (1 + writes) + 8,
+        ideal_bytes=problem.channels * problem.dtype.itemsize * (1 if name == "statistics" else 2) + 8,
         flops=problem.channels * (4 * problem.num_classes + 4 if name == "statistics" else 2),
         unit="pixel",
     )
@@ -200,13 +195,13 @@ def _statistics(
     shift = one_pixel_of_each_class(features, classes, num_classes, precision, normalize)
     chunks = math.ceil(height * width / (constants["BLOCK_PIXELS"] * constants["TILES"]))
     channel_blocks = math.ceil(channels / constants["BLOCK_CHANNELS"])
+    programs = batch * chunks * (1 if normalize else channel_blocks)
     sums = features.new_empty(batch * chunks, num_classes, channels, dtype=precision)
     squares = features.new_empty(batch * chunks * channel_blocks, num_classes, dtype=precision)
     arguments = {
         "features": features,
         "labels": labels,
         "shift": _table(shift, problem),
-        "inverse_norms": _inverse_norms(features, problem) if normalize else None,
         "sums": sums,
         "squares": squares,
         "pixels": height * width,
@@ -217,7 +212,7 @@ def _statistics(
         **_strides(labels, "label_"),
         **constants,
     }
-    _launch(statistics_kernel, batch * chunks * channel_blocks, arguments, num_warps)
+    _launch(statistics_kernel, programs, arguments, num_warps)
     # In float64 and in a fixed order: bitwise repeatable.
     return statistics_about(shift, classes, sums.sum(0, dtype=torch.float64), squares.sum(0, dtype=torch.float64))
 
@@ -227,22 +222,8 @@ def _table(table: Tensor, problem: _Problem) -> Tensor:
     return table.contiguous() if problem.channels_last else table.T.contiguous()
 
 
-def _inverse_norms(features: Tensor, problem: _Problem) -> Tensor:
-    batch, _, height, width = features.shape
-    constants, num_warps = problem.constants("inverse_norms")
-    tiles = math.ceil(height * width / constants["BLOCK_PIXELS"])
-    inverse_norms = features.new_empty(batch, height * width, dtype=torch.promote_types(features.dtype, torch.float32))
-    arguments = {
-        "features": features,
-        "inverse_norms": inverse_norms,
-        "pixels": height * width,
-        "width": width,
-        "tiles": tiles,
-        **_strides(features),
-        **constants,
-    }
-    _launch(inverse_norms_kernel, batch * tiles, arguments, num_warps)
-    return inverse_norms
+def _gradient_kernel(normalize: bool) -> Any:
+    return normalized_gradient_kernel if normalize else gradient_kernel
 
 
 def _gradient(
@@ -250,8 +231,7 @@ def _gradient(
 ) -> Tensor:
     batch, channels, height, width = features.shape
     problem = _problem(features, labels, slope.shape[0], normalize)
-    name, kernel = ("normalized_gradient", normalized_gradient_kernel) if normalize else ("gradient", gradient_kernel)
-    constants, num_warps = problem.constants(name)
+    constants, num_warps = problem.constants("gradient")
     tiles = math.ceil(height * width / constants["BLOCK_PIXELS"])
     channel_blocks = 1 if normalize else math.ceil(channels / constants["BLOCK_CHANNELS"])
     gradient = _allocate_gradient(features, problem.channels_last)
@@ -271,7 +251,7 @@ def _gradient(
     }
     if not normalize:
         arguments["slope"] = slope
-    _launch(kernel, batch * tiles * channel_blocks, arguments, num_warps)
+    _launch(_gradient_kernel(normalize), batch * tiles * channel_blocks, arguments, num_warps)
     return gradient
 
 

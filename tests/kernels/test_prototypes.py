@@ -85,14 +85,6 @@ def test_gradient_equals_autograd_in_float64(normalize: bool, channels: int, num
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-10, rtol=1e-10)
 
 
-def test_compiled_is_eager() -> None:
-    features, labels = close_clusters(2, 8, 6, 5, 3, dtype=torch.float32)
-    expected, expected_gradient = run("eager", features, labels, 3)
-    result, gradient = run("compiled", features, labels, 3)
-    assert torch.equal(result.loss, expected.loss)
-    assert torch.equal(gradient, expected_gradient)
-
-
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
 def test_each_weight_alone(weights: tuple[float, float]) -> None:
     features, labels = close_clusters(2, 6, 5, 4, 4)

@@ -135,11 +135,12 @@ def test_one_graph_in_a_users_compile() -> None:
     ("dtype", "normalize", "chosen"),
     [(torch.float32, False, "native"), (torch.float32, True, "eager"), (torch.float64, False, "eager")],
 )
-def test_auto_on_the_cpu(dtype: torch.dtype, normalize: bool, chosen: str) -> None:
+@pytest.mark.parametrize("implementation", ["auto", "compiled"])
+def test_native_is_taken_where_it_serves(implementation: str, dtype: torch.dtype, normalize: bool, chosen: str) -> None:
     features, labels = close_clusters(2, 6, 8, 5, 4, dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result, gradient = run("auto", features, labels, 4, normalize=normalize)
+        result, gradient = run(implementation, features, labels, 4, normalize=normalize)
     expected, expected_gradient = run(chosen, features, labels, 4, normalize=normalize)
     assert torch.equal(result.loss, expected.loss)
     assert torch.equal(gradient, expected_gradient)
@@ -163,5 +164,6 @@ def test_without_a_compiler_auto_warns_once_and_runs_eager(tmp_path: Path, monke
         warnings.simplefilter("error")
         run("auto", features, labels, 4)
     assert torch.equal(result.loss, run("eager", features, labels, 4)[0].loss)
-    with pytest.raises(NotImplementedError, match=r"implementation='native' .*no C"):
-        run("native", features, labels, 4)
+    for implementation in ("native", "compiled"):
+        with pytest.raises(NotImplementedError, match=r"implementation='native' .*no C"):
+            run(implementation, features, labels, 4)
