@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from sward import printing
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {}
 """Name -> the function that runs it, and its line in the list of commands. Filled by `_command`."""
 
@@ -205,12 +207,11 @@ def _preset(command: str, words: list[str]) -> tuple[str, list[str]]:
 
 @_command("demo", "train teacher, baseline and SWARD on generated scenes and print one table")
 def _demo(words: list[str]) -> None:
-
     options = _parse(Demo, "demo", words)
     from sward import demo
 
     result = demo.run(options.output, seed=options.seed, iterations=options.iterations)
-    _print_table(
+    printing.print_table(
         "scenes, validation split",
         ("network", "params (M)", "GFLOPs", "mIoU (%)", "mAcc (%)", "train (s)"),
         [
@@ -237,7 +238,7 @@ def _train(words: list[str]) -> None:
     config = _parse(DistillationConfig, f"train {name}", rest, presets.get(name).student)
     from sward.runs import train_student
 
-    _print_result(train_student(config), config.metric)
+    printing.print_result(train_student(config), config.metric)
 
 
 @_command("train-teacher", "train the teacher that a preset distils")
@@ -249,7 +250,7 @@ def _train_teacher(words: list[str]) -> None:
     config = _parse(TeacherTrainingConfig, f"train-teacher {name}", rest, presets.get(name).teacher)
     from sward.runs import train_teacher
 
-    _print_result(train_teacher(config), config.metric)
+    printing.print_result(train_teacher(config), config.metric)
 
 
 @_command("train-masks", "learn MasKD's tokens or FreeKD's prompts on a trained teacher")
@@ -304,7 +305,6 @@ def _data(words: list[str]) -> None:
 
 @_command("evaluate", "score a run on a split, or on another data set")
 def _evaluate(words: list[str]) -> None:
-
     options = _parse(Evaluate, "evaluate", words)
     from sward.runs import evaluate_run, evaluation_file
     from sward.tracking import RunFolder
@@ -320,14 +320,13 @@ def _evaluate(words: list[str]) -> None:
         device=options.device,
     )
     dataset = options.dataset or RunFolder(options.run).read()[0].dataset.name
-    _print_evaluation(result, f"{dataset}, {options.split} split, {result.images} images")
+    printing.print_evaluation(result, f"{dataset}, {options.split} split, {result.images} images")
     path = evaluation_file(options.run, dataset, options.split)
     print(f"written: {path}")
 
 
 @_command("predict", "write mask and overlay of any image")
 def _predict(words: list[str]) -> None:
-
     options = _parse(Predict, "predict", words)
     if not options.images:
         raise ValueError("name at least one image after the run folder")
@@ -349,7 +348,6 @@ def _reproduce(words: list[str]) -> None:
 
 @_command("report", "write one HTML page about one or more runs")
 def _report(words: list[str]) -> None:
-
     options = _parse(Report, "report", words)
     from sward.report import write_report
 
@@ -358,59 +356,15 @@ def _report(words: list[str]) -> None:
 
 @_command("complexity", "parameters and FLOPs of every teacher and student beside the paper's")
 def _complexity(words: list[str]) -> None:
-
     options = _parse(Complexity, "complexity", words)
     from sward.models.complexity import complexity_table, render
 
-    _console().print(render(complexity_table(options.models or None)))
+    printing.console().print(render(complexity_table(options.models or None)))
 
 
 @_command("doctor", "versions, devices, and which implementation each operation will use")
 def _doctor(words: list[str]) -> None:
-
     _parse(Doctor, "doctor", words)
     from sward.doctor import report
 
     print(report())
-
-
-def _print_result(result: Any, metric: str) -> None:
-    from sward import distributed
-
-    if not distributed.is_main():
-        return
-    _print_evaluation(result.evaluation, f"validation, {result.evaluation.images} images, last weights")
-    print(f"best {metric} on validation: {100 * result.best_score:.2f} %")
-    print(f"seconds in the training loop: {result.seconds:.0f}\nrun: {result.run}")
-
-
-def _print_evaluation(evaluation: Any, title: str) -> None:
-    summary = [("mIoU", evaluation.mean_iou), ("mAcc", evaluation.mean_accuracy)]
-    if evaluation.dice is not None:
-        summary += [
-            ("Dice, mean over images", evaluation.dice),
-            ("IoU, mean over images", evaluation.iou),
-            ("Dice, pooled", evaluation.pooled_dice),
-        ]
-    rows = summary + [(f"IoU {name}", value) for name, value in evaluation.class_iou.items()]
-    _print_table(title, ("score", "%"), [(name, f"{100 * value:.2f}") for name, value in rows])
-
-
-def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.table import Table
-
-    table = Table()
-    for index, column in enumerate(header):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    console = _console()
-    console.print(f"[bold]{title}[/bold]")
-    console.print(table)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    # A pipe has no width: wide enough that no table is folded in a log.
-    return Console() if sys.stdout.isatty() else Console(width=160)

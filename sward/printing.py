@@ -1,0 +1,53 @@
+"""How the command line shows results: tables of rich, imported when the first one is printed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def print_result(result: Any, metric: str) -> None:
+    """What a training run reached (a `sward.training.TrainingResult`); of several processes, rank 0 prints."""
+    from sward import distributed
+
+    if not distributed.is_main():
+        return
+    print_evaluation(result.evaluation, f"validation, {result.evaluation.images} images, last weights")
+    print(f"best {metric} on validation: {100 * result.best_score:.2f} %")
+    print(f"seconds in the training loop: {result.seconds:.0f}\nrun: {result.run}")
+
+
+def print_evaluation(evaluation: Any, title: str) -> None:
+    """All scores of a `sward.evaluation.Evaluation`, in percent."""
+    summary = [("mIoU", evaluation.mean_iou), ("mAcc", evaluation.mean_accuracy)]
+    if evaluation.dice is not None:
+        summary += [
+            ("Dice, mean over images", evaluation.dice),
+            ("IoU, mean over images", evaluation.iou),
+            ("Dice, pooled", evaluation.pooled_dice),
+        ]
+    rows = summary + [(f"IoU {name}", value) for name, value in evaluation.class_iou.items()]
+    print_table(title, ("score", "%"), [(name, f"{100 * value:.2f}") for name, value in rows])
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table with its title above; the first column is text, the others are numbers."""
+    from rich.table import Table
+
+    table = Table()
+    for index, column in enumerate(header):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    output = console()
+    output.print(f"[bold]{title}[/bold]")
+    output.print(table)
+
+
+def console() -> Any:
+    """Where tables go: the terminal, or a log."""
+    from rich.console import Console
+
+    # A pipe has no width: wide enough that no table is folded in a log.
+    return Console() if sys.stdout.isatty() else Console(width=160)
