@@ -25,6 +25,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/mwad_throughput.py
 	$(BIN)/python benchmarks/pdr_throughput.py
+	$(BIN)/python benchmarks/training_step.py
 
 report: $(READY)
 	$(BIN)/python -m sward_kernels.report

@@ -47,7 +47,7 @@ class Shape(NamedTuple):
 
 # The presets' own shapes where two cores take seconds for them, smaller ones where they would take minutes.
 SHAPES = (
-    Shape("demo", (64, 64), 16),
+    Shape("demo", (64, 64), 8),
     Shape("clinicdb-small", (128, 128), 8),
     Shape("camvid-small", (128, 160), 4),
     Shape("clinicdb-unext", (256, 256), 8),

@@ -59,9 +59,14 @@ def _nearest_index(source: int, target: int, like: Tensor) -> Tensor:
 def project(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 1x1 convolution of `[B, C, H, W]` features with `weight [out, C]`, in their memory layout.
 
+    Features of any floating dtype are computed in the weight's, or in autocast's where it is on.
+
     On a CPU as products of matrices, which on two cores take three quarters of a convolution's time, forward and
     backward. Not on a GPU: there torch gives fp32 convolutions TF32 and products not.
     """
+    # Autocast brings both to one dtype itself, all but float64.
+    if features.dtype == torch.float64 or not torch.is_autocast_enabled(features.device.type):
+        features = features.to(weight.dtype)
     if not features.is_cpu:
         return F.conv2d(features, weight[:, :, None, None], bias)
     if features.stride(1) == 1:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +40,19 @@ class Evaluation:
     dice: float | None = None
     iou: float | None = None
     pooled_dice: float | None = None
+
+    def __post_init__(self) -> None:
+        # Scores read from a file: what `to_dict` made None is nan again.
+        self.class_iou = {name: math.nan if iou is None else iou for name, iou in self.class_iou.items()}
+        overlaps = ("dice", "iou", "pooled_dice") if len(self.class_iou) == 2 else ()
+        for name in ("mean_iou", "mean_accuracy", *overlaps):
+            if getattr(self, name) is None:
+                setattr(self, name, math.nan)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scores as they can be written to JSON, which has no nan: None stands for it."""
+        scores: dict[str, Any] = json.loads(json.dumps(asdict(self)), parse_constant=lambda constant: None)
+        return scores
 
     def score(self, metric: str) -> float:
         """The number named `metric`, for picking the best checkpoint.

@@ -14,6 +14,7 @@ from sward.data.files import read_image
 from sward.evaluation import predicted_labels
 from sward.figures.predictions import overlay
 from sward.runs import choose_device, load_run
+from sward.tracking import make_folder
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ def predict_images(
 
     Raises:
         FileNotFoundError: if the run or an image is not there, before anything is written.
-        ValueError: if an image cannot be read.
+        ValueError: if the folder cannot be written, before any work, or an image cannot be read.
     """
     from PIL import Image
 
@@ -49,7 +50,7 @@ def predict_images(
     target = choose_device(device)
     network.to(target)
     folder = output or run / "predictions"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     transform = EvaluationTransform(config.dataset.image_size)
     for path in images:
         image = read_image(path)

@@ -18,7 +18,7 @@ from sward.evaluation import predict_sample
 from sward.figures.curves import training_curves
 from sward.figures.predictions import prediction_grid
 from sward.runs import build_split, load_run
-from sward.tracking import RunFolder
+from sward.tracking import RunFolder, make_folder
 
 IMAGES = 4
 VALIDATION = "last validation during training"
@@ -68,13 +68,16 @@ def write_report(paths: Sequence[Path], output: Path | None = None, *, root: Pat
         root: folder that holds the data sets; None takes each run's own. Where images are not there, the page says so.
 
     Raises:
-        ValueError: if no run is named.
+        ValueError: if no run is named, or the page cannot be written.
         FileNotFoundError: if a folder holds no run.
     """
     if not paths:
         raise ValueError("name at least one run folder")
     runs = [_read(path, title) for path, title in zip(paths, _titles(paths), strict=True)]
     output = output or paths[0] / "report.html"
+    if output.is_dir():
+        raise ValueError(f"output is {output}, which is a folder, and must be a file, such as {output / 'report.html'}")
+    make_folder(output.parent)
     heading = runs[0].title if len(runs) == 1 else f"{len(runs)} runs"
     with TemporaryDirectory() as folder:
         sections = [
@@ -83,7 +86,6 @@ def write_report(paths: Sequence[Path], output: Path | None = None, *, root: Pat
             _section("Curves", _curves(runs, Path(folder))),
             _section("Results per class", _per_class(runs)),
             _section("Predictions", _predictions(runs, Path(folder), root)),
-            _section("Figures", _figures(runs)),
             _section("Configuration", _configuration(runs)),
             _section("Environment", _environment(runs)),
         ]
@@ -92,7 +94,6 @@ def write_report(paths: Sequence[Path], output: Path | None = None, *, root: Pat
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
         f"<body><h1>{html.escape(heading)}</h1>\n{''.join(sections)}</body></html>\n"
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")
     return output
 
@@ -198,11 +199,6 @@ def _predictions(runs: Sequence[ReportedRun], folder: Path, root: Path | None) -
         path = prediction_grid(images, columns, dataset.info, folder / f"{name}.png")
         pages.append(_figure(path, f"{name}, validation split, best weights"))
     return "".join(pages)
-
-
-def _figures(runs: Sequence[ReportedRun]) -> str:
-    found = [(run, path) for run in runs for path in sorted(run.folder.figures.glob("*.png"))]
-    return "".join(_figure(path, f"{run.title}: {path.name}") for run, path in found)
 
 
 def _configuration(runs: Sequence[ReportedRun]) -> str:

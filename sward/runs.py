@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,7 @@ from sward.evaluation import Evaluation, evaluate
 from sward.losses import DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
 from sward.models.teachers import Teacher
 from sward.teacher_cache import TeacherCache
-from sward.tracking import Progress, RunFolder
+from sward.tracking import Progress, RunFolder, make_folder
 from sward.training import FrozenTeacher, TrainingResult, TrainingStep, batches, fit
 from sward.training_state import seed_generators
 
@@ -149,7 +149,7 @@ def train_masks(config: MaskTrainingConfig) -> Path:
     tap = distillation.mask_tap(config.method, name)
     stream = batches(dataset, config.batch, seed=config.seed, workers=config.dataset.workers)
     path = config.output or masks_path(config.preset, config.method)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with Progress(f"{config.method} masks", steps) as progress:
 
         def show(step: int, terms: dict[str, Tensor]) -> None:
@@ -238,8 +238,10 @@ def evaluate_run(
         device: where to run; None takes the GPU where there is one.
 
     Raises:
-        ValueError, FileNotFoundError: if there is no such run or data set, or it has other classes.
+        ValueError, FileNotFoundError: if there is no such run or data set, it has other classes, or a batch is empty.
     """
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
     config, info, network = load_run(path, checkpoint)
     target = choose_device(device)
     settings = config.dataset
@@ -256,7 +258,7 @@ def evaluate_run(
     with Progress(f"evaluate on {settings.name}, {split}", -(-len(images) // batch)) as progress:
         result = evaluate(network.to(target), images, batch=batch, device=target, advance=progress.advance)
     scores = {"dataset": settings.name, "split": split, "split_by": settings.split_by, "checkpoint": checkpoint}
-    text = json.dumps({**scores, **asdict(result)}, indent=2)
+    text = json.dumps({**scores, **result.to_dict()}, indent=2, allow_nan=False)
     evaluation_file(path, settings.name, split).write_text(text + "\n", encoding="utf-8")
     return result
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -19,9 +21,37 @@ from sward import checkpointing, distributed
 from sward.config import DistillationConfig, TeacherTrainingConfig, TrainingConfig, from_json, to_json
 from sward.data import DatasetInfo
 
+UNCOMPARED = {
+    "resume",
+    "log_every",
+    "checkpoint_every",
+    "tensorboard",
+    "device",
+    "output",
+    "on_corrupt",
+    "dataset.root",
+    "dataset.workers",
+    "dataset.packed",
+    "teacher.run",
+    "teacher.masks",
+    "teacher.cache",
+}
+"""Fields that say where and how a run works, not what it computes: they may differ from those of a stored run."""
+
+UNWRITABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.ENOENT,
+    errno.ENAMETOOLONG,
+)
+"""What the system says of a folder that is the wrong one, rather than of a disk that is full or failing."""
+
 
 class RunFolder:
-    """`config.json`, `dataset.json`, `environment.json`, `metrics.jsonl`, `checkpoints/` and `figures/` of one run.
+    """`config.json`, `dataset.json`, `environment.json`, `metrics.jsonl` and `checkpoints/` of one run.
 
     Args:
         path: the folder. It is made on `start`.
@@ -35,7 +65,6 @@ class RunFolder:
         self.last = path / "checkpoints" / "last.pt"
         self.previous = path / "checkpoints" / "previous.pt"
         self.best = path / "checkpoints" / "best.pt"
-        self.figures = path / "figures"
         self._tensorboard: _TensorBoard | None = None
 
     def start(self, config: TrainingConfig, info: DatasetInfo) -> None:
@@ -46,27 +75,48 @@ class RunFolder:
             info: classes and colours of its data set, so that the run can be used without the data.
 
         Raises:
-            ValueError: if it holds a run already and is not to go on.
+            ValueError: if it cannot be written, or holds a run already that is not to go on or is another one.
             ModuleNotFoundError: if `config.tensorboard` is set and the package is missing.
         """
-        if self.holds_checkpoint() and not (config.resume or distributed.restarted()):
-            raise ValueError(f"{self.path} already holds a run; continue it with --resume, or choose another --output")
         if config.tensorboard:
             self._tensorboard = _TensorBoard(self.path / "tensorboard")
+        if distributed.is_main():
+            make_folder(self.path)
+        if self.holds_checkpoint():
+            self._check_same(config)
         if not distributed.is_main():
             return
-        for folder in (self.last.parent, self.figures):
-            folder.mkdir(parents=True, exist_ok=True)
+        self.last.parent.mkdir(exist_ok=True)
         _write_text(self.config, to_json(config))
         _write_text(self.dataset, to_json(info))
         _write_text(self.path / "environment.json", json.dumps(environment(), indent=2))
+
+    def _check_same(self, config: TrainingConfig) -> None:
+        if not (config.resume or distributed.restarted()):
+            raise ValueError(f"{self.path} already holds a run; continue it with --resume, or choose another --output")
+        stored, _ = self.read()
+        for length in ("iterations", "epochs"):
+            before, now = getattr(stored, length), getattr(config, length)
+            if before is not None and now is not None and now > before:
+                setattr(stored, length, now)
+        different = differences(stored, config)
+        if different:
+            raise ValueError(
+                f"{self.path} holds a run with another configuration: {different[0]}; "
+                "resume it with its own, or choose another --output"
+            )
 
     def holds_checkpoint(self) -> bool:
         """Whether there is a run to go on with."""
         return self.last.exists() or self.previous.exists()
 
     def forget_checkpoints(self) -> None:
-        """Makes room for another run."""
+        """Makes room for another run.
+
+        Raises:
+            ValueError: if the folder cannot be written.
+        """
+        make_folder(self.path)
         for path in (self.last, self.previous, self.best):
             path.unlink(missing_ok=True)
 
@@ -116,6 +166,44 @@ class RunFolder:
 
 def _write_text(path: Path, text: str) -> None:
     checkpointing.write(path, f"{text}\n".encode() if text else b"")
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder that a command writes to, if it is not there, and tries whether it can be written.
+
+    Raises:
+        ValueError: if it cannot.
+        OSError: if the disk is full or fails.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise ValueError(f"cannot write to {path} ({error.strerror}): choose another --output") from error
+
+
+def differences(stored: Any, wanted: Any) -> list[str]:
+    """What differs between two configurations in a way that changes results, one phrase for each field."""
+    return _differences(json.loads(to_json(stored)), json.loads(to_json(wanted)))
+
+
+def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name in sorted({*stored, *wanted}):
+        old, new = stored.get(name), wanted.get(name)
+        if prefix + name in UNCOMPARED:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{name}.")
+        elif name == "trunk_checkpoint" and old and new:
+            if Path(old).name != Path(new).name:
+                found.append(f"{prefix}{name} is {old}, not {new}")
+        elif old != new:
+            found.append(f"{prefix}{name} is {old}, not {new}")
+    return found
 
 
 class _TensorBoard:

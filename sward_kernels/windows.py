@@ -120,6 +120,6 @@ def _runs(start: int, stop: int, offset: int, size: int) -> list[Run]:
 
 
 def split_windows(maps: Tensor, window_size: int) -> Tensor:
-    """Cut `[..., C, rows * M, columns * M]` into windows: `[..., rows * columns, C, T]`, row by row (Eq. 7)."""
+    """Cut `[..., C, rows * M, columns * M]` into windows: `[..., rows * columns, C, T]`, row by row (Eq. 4)."""
     cells = maps.unflatten(-1, (-1, window_size)).unflatten(-3, (-1, window_size))  # [..., C, rows, M, columns, M]
     return cells.movedim((-4, -2), (-5, -4)).flatten(-2).flatten(-4, -3)

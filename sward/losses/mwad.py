@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sward.alignment import ChannelProjection, aligned_size, project, resize
 from sward.losses.relation_health import relation_health
 from sward_kernels import WindowedDistillation, windowed_distillation
+from sward_kernels.windowed_distillation.api import check_implementation, check_weights
 
 ShiftStrategy = Literal["stochastic", "deterministic", "none"]
 """The three window strategies of Table 4."""
@@ -63,11 +64,13 @@ class MWADLoss(nn.Module):
 
     Shapes:
         student_features: list of `[B, C_s, H_s, W_s]`; teacher_features: list of `[B, C_t, H_t, W_t]`. Any floating
-        dtype, any strides. No gradient reaches the teacher's features.
+        dtype, which may differ from map to map: outside autocast they are computed in the dtype of this module's
+        parameters, and the gradient comes back in the map's own. Any strides. No gradient reaches the teacher's
+        features.
 
     Raises:
-        ValueError: for lists of different lengths, unknown options, or (when called) features whose number or
-            channels are not those given here.
+        ValueError: for lists of different lengths, unknown options, other than three finite weights of at least 0, or
+            (when called) features whose number or channels are not those given here.
     """
 
     def __init__(
@@ -93,6 +96,8 @@ class MWADLoss(nn.Module):
         _check_choice("shift", shift, get_args(ShiftStrategy))
         _check_choice("teacher_projections", teacher_projections, get_args(TeacherProjections))
         _check_choice("context_reduction", context_reduction, get_args(ContextReduction))
+        check_weights(weights)
+        check_implementation(implementation)
         self.student_channels = tuple(student_channels)
         self.teacher_channels = tuple(teacher_channels)
         stages = len(self.student_channels)
@@ -208,7 +213,7 @@ class MWADLoss(nn.Module):
             theta_matrix, phi_matrix = theta.weight.flatten(1), phi.weight.flatten(1)
             weight = theta_matrix @ phi_matrix
             assert phi.bias is not None
-            projected = project(features, weight.to(features.dtype), (theta_matrix @ phi.bias).to(features.dtype))
+            projected = project(features, weight, theta_matrix @ phi.bias)
         else:
             projected = theta(phi(features))
         return resize(projected, size)

@@ -15,6 +15,7 @@ from sward.losses.mwad import MWADLoss
 from sward.losses.pairs import full_precision
 from sward.losses.pdr import PDRLoss
 from sward.losses.protocol import DistillationInputs, DistillationLoss, DistillationOutput
+from sward_kernels.prototypes.classes import class_indices_op
 
 
 class SegmentationCrossEntropy(nn.Module):
@@ -29,6 +30,11 @@ class SegmentationCrossEntropy(nn.Module):
         logits: `[B, K, H, W]`, or `[B, 1, H, W]` for a binary task with labels 0 and 1, computed in float32 at least;
         labels: `[B, H, W]` integers.
         Where no pixel is labelled the loss is 0 with zero gradient, where plain cross-entropy gives NaN.
+
+    Raises:
+        ValueError: (when called) for logits or labels of other shapes or labels of another dtype; on the CPU, for a
+            label that is neither a class nor `ignore_index` (on a GPU it is ignored, since looking would stall the
+            device).
     """
 
     def __init__(self, ignore_index: int = 255, *, process_group: ProcessGroup | None = None) -> None:
@@ -37,15 +43,36 @@ class SegmentationCrossEntropy(nn.Module):
         self.process_group = process_group
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        logits, labels = full_precision(logits), labels.long()
-        valid = labels != self.ignore_index
+        _check_logits_and_labels(logits, labels)
+        logits, num_classes = full_precision(logits), _num_classes(logits)
+        classes = class_indices_op(labels, num_classes, self.ignore_index)
+        valid = classes != num_classes
         if logits.shape[1] == 1:
-            target = labels.where(valid, 0).to(logits.dtype)
+            target = classes.where(valid, 0).to(logits.dtype)
             pixels = F.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="none")
             total = pixels.where(valid, 0.0).sum()
         else:
-            total = F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="sum")
+            total = F.cross_entropy(logits, classes, ignore_index=num_classes, reduction="sum")
         return total / mean_count(valid, self.process_group)
+
+
+def _num_classes(logits: Tensor) -> int:
+    return max(2, logits.shape[1])
+
+
+def _check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
+    if logits.dim() != 4:
+        raise ValueError(f"logits must be [B, K, H, W], got shape {tuple(logits.shape)}")
+    if labels.dim() != 3:
+        raise ValueError(f"labels must be [B, H, W], got shape {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must have an integer dtype, got {labels.dtype}")
+    batch, _, height, width = logits.shape
+    if labels.shape != (batch, height, width):
+        raise ValueError(
+            f"labels must be [{batch}, {height}, {width}], on the grid of logits {tuple(logits.shape)}, "
+            f"got shape {tuple(labels.shape)}; resize the logits to the labels first"
+        )
 
 
 class SWARDOutput(NamedTuple):
@@ -105,8 +132,16 @@ class SWARDLoss(nn.Module):
             student_features: the student's maps, as `MWADLoss` takes them.
             teacher_features: the teacher's maps, in the same order.
             pdr_features: the student's map for PDR. Default: its last one in `student_features`.
+
+        Raises:
+            ValueError: if the logits have other classes than PDR, or as the three parts do.
         """
         alpha, beta, gamma = self.weights
+        if gamma and _num_classes(logits) != self.pdr.num_classes:
+            raise ValueError(
+                f"pdr must have as many classes as the logits {tuple(logits.shape)}, {_num_classes(logits)}, "
+                f"got PDRLoss(num_classes={self.pdr.num_classes})"
+            )
         task = self.task(logits, labels) if alpha else logits.new_zeros(())
         relational = _mwad_and_pdr(
             self.mwad,

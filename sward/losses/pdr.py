@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 
 from sward.alignment import resize_labels
 from sward_kernels import prototype_discrimination
+from sward_kernels.prototypes.api import check_implementation
 
 
 class PDROutput(NamedTuple):
@@ -43,8 +44,9 @@ class PDRLoss(nn.Module):
         resized to the features' grid by nearest neighbour.
 
     Raises:
-        ValueError: (when called) for a label outside `0..num_classes-1` that is not `ignore_index`, on the CPU; on
-            a GPU such a label is ignored, since looking would stall the device.
+        ValueError: for fewer than 1 class, an unknown implementation, or (when called) a label outside
+            `0..num_classes-1` that is not `ignore_index`, on the CPU; on a GPU such a label is ignored, since looking
+            would stall the device.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class PDRLoss(nn.Module):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        check_implementation(implementation)
         self.num_classes = num_classes
         self.margin = margin
         self.weights = weights

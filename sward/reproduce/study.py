@@ -16,6 +16,7 @@ from sward.config import (
     MaskTrainingConfig,
     TeacherConfig,
     TeacherTrainingConfig,
+    from_json,
     to_json,
 )
 from sward.data import DatasetNotFoundError
@@ -33,7 +34,7 @@ from sward.runs import (
     train_student,
     train_teacher,
 )
-from sward.tracking import Progress, RunFolder
+from sward.tracking import Progress, RunFolder, differences
 
 State = Literal["finished", "started", "new"]
 
@@ -50,21 +51,6 @@ MASK_STEPS = {"clinicdb-small": 300, "camvid-small": 200, "demo": 100}
 CACHED_PRESETS = ("clinicdb-small", "camvid-small")
 VIEWS = 8
 """Augmented views of each training image that runs of these presets draw from."""
-
-UNCOMPARED = {
-    "resume",
-    "log_every",
-    "checkpoint_every",
-    "tensorboard",
-    "device",
-    "output",
-    "dataset.root",
-    "dataset.workers",
-    "teacher.run",
-    "teacher.masks",
-    "teacher.cache",
-}
-"""Fields that say where and how a run works, not what it computes: they may differ from those of a finished run."""
 
 
 @dataclass(frozen=True)
@@ -301,9 +287,8 @@ class Study:
         config = self.masks_config(run, method)
         path = self.masks_file(run)
         record = path.with_suffix(".json")
-        wanted = json.loads(to_json(config))
         if path.exists() and record.exists():
-            different = _differences(json.loads(record.read_text(encoding="utf-8")), wanted)
+            different = differences(from_json(MaskTrainingConfig, record.read_text(encoding="utf-8")), config)
             if different:
                 raise ValueError(
                     f"{path} holds masks learned with another configuration: {different[0]}; "
@@ -325,27 +310,6 @@ class Study:
         config.dataset.views = VIEWS
         if config.distillation == "sward":
             config.teacher.cache = self.folder(teacher_of(config.preset), 0).path / "features"
-
-
-def differences(stored: Any, wanted: Any) -> list[str]:
-    """What differs between two configurations in a way that changes results, one phrase for each field."""
-    return _differences(json.loads(to_json(stored)), json.loads(to_json(wanted)))
-
-
-def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for name in sorted({*stored, *wanted}):
-        old, new = stored.get(name), wanted.get(name)
-        if prefix + name in UNCOMPARED:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{name}.")
-        elif name == "trunk_checkpoint" and old and new:
-            if Path(old).name != Path(new).name:
-                found.append(f"{prefix}{name} is {old}, not {new}")
-        elif old != new:
-            found.append(f"{prefix}{name} is {old}, not {new}")
-    return found
 
 
 def _set(config: Any, name: str, value: Any) -> None:

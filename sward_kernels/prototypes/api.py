@@ -76,7 +76,8 @@ def prototype_discrimination(
             cache-sized chunks, any device), `"native"` (the same two passes in C++: fp32 on a CPU with
             `normalize=False`, compiled for it on first use), `"compiled"` (native where it is written for the call,
             eager elsewhere: what `torch.compile` makes of eager is slower), `"triton"`, or `"auto"`: triton on GPU
-            tensors, compiled elsewhere; where triton or native cannot serve a call after all, eager with a warning.
+            tensors, compiled elsewhere. Where compiled or auto find no C++ compiler, or auto finds that triton cannot
+            serve the call, eager runs with a warning.
 
     Returns:
         `PrototypeDiscrimination(loss, separation, compactness, prototypes, counts)`.
@@ -84,7 +85,7 @@ def prototype_discrimination(
     Raises:
         ValueError: for an argument that does not fit the above; for a label that is neither a class nor
             `ignore_index` on the CPU (on a GPU such a label counts as ignored, since looking would stall the device).
-        NotImplementedError: if the implementation asked for by name cannot serve this call.
+        NotImplementedError: if `"native"` or `"triton"` cannot serve this call.
 
     Source: SWARD, Eq. 16-19. Differentiable once (twice with `"reference"`).
     """
@@ -116,7 +117,7 @@ def _choose_passes(implementation: str, features: Tensor, num_classes: int, norm
             native.require_support(features, normalize)
             return native.passes
     except NotImplementedError as reason:
-        if implementation != "auto":
+        if implementation == wanted:
             raise
         warn_once(f"prototype_discrimination runs eager instead of {wanted}: {reason}", stacklevel=4)
     return eager.passes
@@ -134,6 +135,14 @@ def _triton_passes(features: Tensor, num_classes: int) -> closed_form.Passes:
     return launch.passes
 
 
+def check_implementation(implementation: str) -> None:
+    """Raises ValueError for a name that `prototype_discrimination` does not know."""
+    if implementation not in IMPLEMENTATIONS:
+        near = difflib.get_close_matches(str(implementation), IMPLEMENTATIONS)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(IMPLEMENTATIONS)}."
+        raise ValueError(f"implementation={implementation!r} is not known: {hint}")
+
+
 def _check(
     features: Tensor,
     labels: Tensor,
@@ -142,10 +151,7 @@ def _check(
     weights: tuple[float, float],
     implementation: str,
 ) -> None:
-    if implementation not in IMPLEMENTATIONS:
-        near = difflib.get_close_matches(str(implementation), IMPLEMENTATIONS)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(IMPLEMENTATIONS)}."
-        raise ValueError(f"implementation={implementation!r} is not known: {hint}")
+    check_implementation(implementation)
     if features.dim() != 4 or 0 in features.shape:
         raise ValueError(f"features has shape {list(features.shape)}; it must be a non-empty [B, C, H, W].")
     if not features.is_floating_point():

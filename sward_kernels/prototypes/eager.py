@@ -126,7 +126,7 @@ def _project(upstream: Tensor, matrices: Tensor) -> None:
     """Turns the gradient g of `u = f / |f|` into that of f, in place: `(g - (g . u) u) / |f|`."""
     inverse = inverse_norms(matrices)
     along = (upstream * matrices).sum(1, keepdim=True)
-    upstream.mul_(inverse).addcmul_(matrices, along * inverse**3, value=-1)
+    upstream.mul_(inverse).addcmul_(matrices, along * inverse * inverse * inverse, value=-1)  # a cube would underflow
 
 
 def fake_statistics(

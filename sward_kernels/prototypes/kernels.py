@@ -163,6 +163,16 @@ def load_tile(
 
 
 @triton.jit
+def zeros_like_tile(
+    BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACCUMULATE: tl.constexpr
+):
+    if CHANNELS_LAST:
+        return tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], ACCUMULATE)
+    else:
+        return tl.zeros([BLOCK_CHANNELS, BLOCK_PIXELS], ACCUMULATE)
+
+
+@triton.jit
 def inverse_length(square, NORM_FLOOR: tl.constexpr):
     """`1 / |f|` from `|f|^2`, 0 for the zero vector."""
     length = tl.sqrt(square)
@@ -180,21 +190,21 @@ def statistics_kernel(
     pixels, width, chunks, stride_image, stride_channel, stride_y, stride_x,
     label_stride_image, label_stride_y, label_stride_x, ignore_index,
     CHANNELS: tl.constexpr, NUM_CLASSES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, TILES: tl.constexpr, OWN_BLOCKS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
     NORMALIZE: tl.constexpr, NORM_FLOOR: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Class sums of `f - shift[k]` and of its square over a chunk of `TILES` tiles of pixels.
 
-    A program takes one block of channels and loads each element once. With `NORMALIZE` it takes all channels: it first
-    reads the chunk for the lengths of its pixels, and then finds it in cache.
+    A program takes `OWN_BLOCKS` blocks of channels. With `NORMALIZE` it first reads all channels of its chunk for the
+    lengths of the pixels; a chunk is small enough that its own channels may still be in cache then.
     `shift`, laid out as `load_row` wants it, holds one pixel of each class: about it, sums of features far from 0 keep
     their digits. Outputs, a row for each chunk: `sums [chunks, K, C]`, `squares [chunks, channel blocks, K]`.
     """
     channel_blocks: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
-    own_blocks: tl.constexpr = channel_blocks if NORMALIZE else 1
-    first_block = tl.program_id(0) % (channel_blocks // own_blocks) * own_blocks
-    chunk = tl.program_id(0) // (channel_blocks // own_blocks)
+    programs_per_chunk: tl.constexpr = (channel_blocks + OWN_BLOCKS - 1) // OWN_BLOCKS
+    first_block = tl.program_id(0) % programs_per_chunk * OWN_BLOCKS
+    chunk = tl.program_id(0) // programs_per_chunk
     image = chunk // chunks
     first = (chunk - image * chunks) * (BLOCK_PIXELS * TILES)
     tiles = tl.minimum((pixels - first + BLOCK_PIXELS - 1) // BLOCK_PIXELS, TILES)
@@ -203,24 +213,24 @@ def statistics_kernel(
     classes = tl.arange(0, BLOCK_CLASSES)
 
     if NORMALIZE:
-        # The lengths of all tiles are kept in registers, a row each: written to memory, they would need a barrier.
+        # A row for each tile, in registers, so that no buffer is written and read back.
         row_of_tile = tl.arange(0, TILES)[:, None]
         inverse_lengths = tl.zeros([TILES, BLOCK_PIXELS], ACCUMULATE)
         for tile in range(0, tiles):
             pixel = first + tile * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
             inside = inside_image(pixel, pixels, ALIGNED and not CHANNELS_LAST)
-            square = tl.zeros([BLOCK_PIXELS], ACCUMULATE)
-            for start in range(0, CHANNELS, BLOCK_CHANNELS):
+            products = zeros_like_tile(BLOCK_PIXELS, 2 * BLOCK_CHANNELS, CHANNELS_LAST, ACCUMULATE)
+            for start in range(0, CHANNELS, 2 * BLOCK_CHANNELS):
                 x = load_tile(
-                    features, pixel, inside, start + tl.arange(0, BLOCK_CHANNELS), width, stride_channel, stride_y,
+                    features, pixel, inside, start + tl.arange(0, 2 * BLOCK_CHANNELS), width, stride_channel, stride_y,
                     stride_x, CHANNELS, CHANNELS_LAST, FLAT, ALIGNED, WIDE, ACCUMULATE,
                 )  # fmt: skip
-                square += tl.sum(x * x, 1 if CHANNELS_LAST else 0)
-            inverse_lengths = tl.where(
-                row_of_tile == tile, inverse_length(square, NORM_FLOOR)[None, :], inverse_lengths
-            )
+                products += x * x
+            inverse = inverse_length(tl.sum(products, 1 if CHANNELS_LAST else 0), NORM_FLOOR)
+            inverse_lengths = tl.where(row_of_tile == tile, inverse[None, :], inverse_lengths)
 
-    for block in range(0, own_blocks):
+    even: tl.constexpr = channel_blocks % OWN_BLOCKS == 0
+    for block in range(0, OWN_BLOCKS if even else min(OWN_BLOCKS, channel_blocks - first_block)):
         channel_block = first_block + block
         channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
         total = tl.zeros([BLOCK_CLASSES, BLOCK_CHANNELS], ACCUMULATE)
@@ -331,8 +341,8 @@ def normalized_gradient_kernel(
     own_class = load_classes(
         labels, pixel, inside, width, label_stride_y, label_stride_x, ignore_index, NUM_CLASSES, FLAT, WIDE
     )
-    square = tl.zeros([BLOCK_PIXELS], ACCUMULATE)
-    inner = tl.zeros([BLOCK_PIXELS], ACCUMULATE)
+    squares = zeros_like_tile(BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST, ACCUMULATE)
+    products = zeros_like_tile(BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST, ACCUMULATE)
     for start in range(0, CHANNELS, BLOCK_CHANNELS):
         channel = start + tl.arange(0, BLOCK_CHANNELS)
         x = load_tile(
@@ -340,10 +350,10 @@ def normalized_gradient_kernel(
             CHANNELS, CHANNELS_LAST, FLAT, ALIGNED, WIDE, ACCUMULATE,
         )  # fmt: skip
         own_offset = load_row(offset, own_class, channel, CHANNELS, NUM_CLASSES, CHANNELS_LAST)
-        square += tl.sum(x * x, 1 if CHANNELS_LAST else 0)
-        inner += tl.sum(x * own_offset, 1 if CHANNELS_LAST else 0)
-    inverse = inverse_length(square, NORM_FLOOR)
-    along = inner * inverse * inverse
+        squares += x * x
+        products += x * own_offset
+    inverse = inverse_length(tl.sum(squares, 1 if CHANNELS_LAST else 0), NORM_FLOOR)
+    along = tl.sum(products, 1 if CHANNELS_LAST else 0) * inverse * inverse
     for start in range(0, CHANNELS, BLOCK_CHANNELS):
         channel = start + tl.arange(0, BLOCK_CHANNELS)
         mask = tile_mask(inside, channel, CHANNELS, CHANNELS_LAST)

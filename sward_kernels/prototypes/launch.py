@@ -76,7 +76,7 @@ class _Problem:
     def constants(self, kernel: str) -> tuple[dict[str, Any], int]:
         """Constexpr arguments of the `"statistics"` or `"gradient"` kernel, and its warps."""
         name = f"normalized_{kernel}" if self.normalize else kernel
-        tiles = prototype_tiles(name, self.num_classes, self.channels, self.family)
+        tiles = prototype_tiles(name, self.num_classes, self.channels, self.dtype, self.flat, self.family)
         constants: dict[str, Any] = {
             "CHANNELS": self.channels,
             "NUM_CLASSES": self.num_classes,
@@ -93,6 +93,7 @@ class _Problem:
             constants |= {
                 "BLOCK_CLASSES": tiles.classes,
                 "TILES": tiles.steps,
+                "OWN_BLOCKS": tiles.blocks,
                 "NORMALIZE": self.normalize,
             }
         if kernel == "statistics" or self.normalize:
@@ -106,9 +107,9 @@ def _problem(features: Tensor, labels: Tensor, num_classes: int, normalize: bool
     channels_last = stride_channel == 1 and channels > 1
     flat = stride_y == width * stride_x and labels.stride(1) == width * labels.stride(2) == width
     flat = flat and (channels_last or stride_x == 1)
-    # 8 elements are 16 bytes of a 16-bit type: what a 128-bit load needs.
+    # 8 elements are 16 bytes of a 16-bit type: what a 128-bit load needs. The gradient is dense in the same layout.
     if channels_last:
-        aligned = all(stride % 8 == 0 for stride in (stride_image, stride_y, stride_x))
+        aligned = all(number % 8 == 0 for number in (stride_image, stride_y, stride_x, channels))
     else:
         aligned = flat and all(number % 8 == 0 for number in (stride_image, stride_channel, height * width))
     reach = sum((size - 1) * abs(stride) for size, stride in zip(features.shape[1:], features.stride()[1:]))
@@ -137,17 +138,19 @@ _INTEGERS = (
 def configurations(target: Target) -> Iterator[Configuration]:
     """Every configuration the report compiles for a target.
 
-    Other sizes and layouts run the same code with the same tiles.
+    Other sizes run the same code with the same tiles. Slices are reported for one size; float64, which serves tests,
+    and images of over 2**31 elements are not.
     """
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for normalize in (False, True):
             for num_classes, channels in REPORTED_SIZES if dtype != torch.float16 else ((19, 576),):
                 for channels_last in (True, False):
-                    problem = _Problem(
-                        channels, num_classes, dtype, channels_last, True, True, False, normalize, target.family
-                    )
-                    yield _configuration("statistics", statistics_kernel, problem)
-                    yield _configuration("gradient", _gradient_kernel(normalize), problem)
+                    for dense in (True, False) if (num_classes, channels) == (19, 576) else (True,):
+                        problem = _Problem(
+                            channels, num_classes, dtype, channels_last, dense, dense, False, normalize, target.family
+                        )
+                        yield _configuration("statistics", statistics_kernel, problem)
+                        yield _configuration("gradient", _gradient_kernel(normalize), problem)
 
 
 REPORTED_SIZES = ((2, 256), (19, 96), (19, 576), (64, 576), (100, 576), (150, 2048))
@@ -171,14 +174,21 @@ def _configuration(name: str, kernel: Any, problem: _Problem) -> Configuration:
         details={
             "dtype": _TYPES[problem.dtype],
             "dim": problem.channels,
-            "layout": "channels_last" if problem.channels_last else "nchw",
+            "layout": ("channels_last" if problem.channels_last else "nchw") + ("" if problem.flat else ", sliced"),
             "tile": f"{constants['BLOCK_PIXELS']}x{constants['BLOCK_CHANNELS']}{classes}",
         },
-        # Features read once, their gradient written once; an int64 label.
+        # Features read once, their gradient written once; an int64 label. What is read again comes from cache at best.
         ideal_bytes=problem.channels * problem.dtype.itemsize * (1 if name == "statistics" else 2) + 8,
-        flops=problem.channels * (4 * problem.num_classes + 4 if name == "statistics" else 2),
+        flops=problem.channels * _FLOPS[name](problem.num_classes, problem.normalize),
         unit="pixel",
     )
+
+
+_FLOPS = {
+    "statistics": lambda num_classes, normalize: 4 * num_classes + 4 + 3 * normalize,
+    "gradient": lambda num_classes, normalize: 7 if normalize else 2,
+}
+"""Of one feature."""
 
 
 # ------------------------------------------------------------------------------------------------------- the operators
@@ -195,7 +205,7 @@ def _statistics(
     shift = one_pixel_of_each_class(features, classes, num_classes, precision, normalize)
     chunks = math.ceil(height * width / (constants["BLOCK_PIXELS"] * constants["TILES"]))
     channel_blocks = math.ceil(channels / constants["BLOCK_CHANNELS"])
-    programs = batch * chunks * (1 if normalize else channel_blocks)
+    programs = batch * chunks * math.ceil(channel_blocks / constants["OWN_BLOCKS"])
     sums = features.new_empty(batch * chunks, num_classes, channels, dtype=precision)
     squares = features.new_empty(batch * chunks * channel_blocks, num_classes, dtype=precision)
     arguments = {

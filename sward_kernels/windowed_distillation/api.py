@@ -81,10 +81,10 @@ def windowed_distillation(
 
     Source: SWARD, Eq. 4-14. Differentiable once.
     """
-    _check_implementation(implementation)
+    check_implementation(implementation)
     _check_maps(qkv_teacher, qkv_student)
     _check_window(window_size, shift, qkv_teacher.device)
-    _check_weights(weights)
+    check_weights(weights)
     if qkv_teacher.dtype != qkv_student.dtype:
         common = torch.promote_types(qkv_teacher.dtype, qkv_student.dtype)
         qkv_teacher, qkv_student = qkv_teacher.to(common), qkv_student.to(common)
@@ -131,7 +131,8 @@ def _run(
     return WindowedDistillation(loss, attention, value, context)
 
 
-def _check_implementation(implementation: str) -> None:
+def check_implementation(implementation: str) -> None:
+    """Raises ValueError for a name that `windowed_distillation` does not know."""
     if implementation not in IMPLEMENTATIONS:
         near = difflib.get_close_matches(str(implementation), IMPLEMENTATIONS)
         hint = (
@@ -184,7 +185,8 @@ def _check_window(window_size: int, shift: Shift, device: torch.device) -> None:
         )
 
 
-def _check_weights(weights: tuple[float, float, float]) -> None:
+def check_weights(weights: tuple[float, float, float]) -> None:
+    """Raises ValueError for weights that `windowed_distillation` does not take."""
     if len(weights) != 3 or not all(0 <= weight < math.inf for weight in weights):
         raise ValueError(
             f"weights={tuple(weights)} must be three finite numbers of at least 0, for attention, value and context."

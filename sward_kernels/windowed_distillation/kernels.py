@@ -1,4 +1,4 @@
-"""Triton kernels of windowed distillation (Eq. 6-13) for windows that fit one tile: up to 64 tokens.
+"""Triton kernels of windowed distillation (Eq. 4-14) for windows that fit one tile: up to 64 tokens.
 
 One program owns a group of windows, reads their Q, K and V where the projection left them, and keeps scores and
 softmaxes in registers. Channels pass by in chunks of `BLOCK_DIM`, so the registers a program needs do not grow with D.

@@ -1,4 +1,4 @@
-"""Triton kernel of windowed distillation (Eq. 6-13), backward, for windows larger than one tile: up to 1024 tokens.
+"""Triton kernel of windowed distillation (Eq. 4-14), backward, for windows larger than one tile: up to 1024 tokens.
 
 Of a window's programs, half own `BLOCK_ROWS` queries each and their dQ, half own as many keys and their dK and dV. Each
 walks over the rest of its window, which it reads from cache, `BLOCK_KEYS` tokens at a step; nothing is summed across

@@ -1,4 +1,4 @@
-"""Triton kernel of windowed distillation (Eq. 6-13), forward, for windows larger than one tile: up to 1024 tokens.
+"""Triton kernel of windowed distillation (Eq. 4-14), forward, for windows larger than one tile: up to 1024 tokens.
 
 A program owns `BLOCK_ROWS` queries of a window and walks over its keys, `BLOCK_KEYS` at a step, which it reads from
 cache, and rescales its sums online. Conventions: `tiles.py`.

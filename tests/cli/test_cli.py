@@ -113,6 +113,82 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     assert sentence in printed
 
 
+@pytest.fixture
+def run() -> Path:
+    assert main(["train", "demo", "--distillation", "none", *TINY]) == 0
+    return Path("runs/demo/none-seed0")
+
+
+@pytest.mark.parametrize("batch", ["0", "-1"])
+def test_an_empty_batch_leaves_the_scores_alone(batch: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run)]) == 0
+    scores = (run / "evaluation-scenes-val.json").read_text()
+    assert main(["evaluate", str(run), "--batch", batch]) == 2
+    assert capsys.readouterr().err == f"sward evaluate: batch must be at least 1, got {batch}\n"
+    assert (run / "evaluation-scenes-val.json").read_text() == scores
+
+
+def test_the_score_of_a_class_that_never_occurs_is_null(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sward.metrics.ConfusionMatrix.iou", lambda self: torch.full((self.num_classes,), torch.nan))
+    assert main(["evaluate", str(run)]) == 0
+    scores = json.loads((run / "evaluation-scenes-val.json").read_text(), parse_constant=pytest.fail)
+    assert set(scores["class_iou"].values()) == {None}
+    assert main(["report", str(run)]) == 0
+    assert "<td>-</td>" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_run_leaves_what_the_documentation_lists(run: Path) -> None:
+    assert {path.name for path in run.iterdir()} == {
+        "config.json",
+        "dataset.json",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints",
+    }
+
+
+@pytest.mark.parametrize("folder", ["a-file", "a-file/deeper", "/proc", "/proc/new"])
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["train", "demo", "--distillation", "none", *TINY], ""),
+        (["train-teacher", "demo", *TINY], ""),
+        (["train-masks", "demo", "--teacher.untrained", "--steps", "2", *TINY[:5]], "tokens.pt"),
+        (["predict", "runs/demo/none-seed0", "photo.jpg"], ""),
+        (["report", "runs/demo/none-seed0"], "page.html"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_named_before_any_work(
+    words: list[str], name: str, folder: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if folder.startswith("/proc") and not Path("/proc").is_dir():
+        pytest.skip("no /proc, a folder that nobody can write to, on this machine")
+    if words[0] in ("predict", "report"):
+        request.getfixturevalue("run")
+    Path("a-file").write_text("kept")
+    Image.new("RGB", (50, 37)).save("photo.jpg")
+    capsys.readouterr()
+    assert main([*words, "--output", str(Path(folder) / name)]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"sward {words[0]}: cannot write to {folder} (")
+    assert printed.endswith("): choose another --output\n")
+    assert Path("a-file").read_text() == "kept"
+
+
+def test_a_demo_cannot_go_to_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a-file").write_text("kept")
+    assert main(["demo", "--output", "a-file"]) == 2
+    assert "cannot write to a-file/teacher (Not a directory): choose another --output" in capsys.readouterr().err
+
+
+def test_a_page_is_not_a_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("pages").mkdir()
+    assert main(["report", str(run), "--output", "pages"]) == 2
+    assert (
+        "output is pages, which is a folder, and must be a file, such as pages/report.html" in capsys.readouterr().err
+    )
+
+
 def test_a_wrong_option_exits_with_2() -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["train", "demo", "--optimizer.learning", "1"])

@@ -149,6 +149,16 @@ def test_error_budget(dtype: torch.dtype, normalize: bool) -> None:
     assert relative(gradient, expected_gradient) <= 2 * (relative(reference_gradient, expected_gradient) + band)
 
 
+@pytest.mark.parametrize("scale", [1e-10, 1e14])
+def test_long_and_short_features_normalised(scale: float) -> None:
+    """Whose inverse length, cubed, leaves fp32."""
+    features, labels = close_clusters(2, 48, 8, 8, 5, dtype=torch.float32)
+    features = (features.detach() * scale).requires_grad_()
+    _, expected = run("reference", features.detach().double().requires_grad_(), labels, 5, normalize=True)
+    _, gradient = run("eager", features, labels, 5, normalize=True)
+    assert relative(gradient, expected) < 1e-5
+
+
 @pytest.mark.parametrize("implementation", EVERY)
 class TestDegenerate:
     def test_all_ignored(self, implementation: str) -> None:

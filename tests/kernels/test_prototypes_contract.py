@@ -191,7 +191,7 @@ def test_wrong_arguments(arguments: tuple, options: dict, message: str) -> None:
         prototype_discrimination(*arguments, **options)
 
 
-def test_auto_on_the_cpu_is_eager() -> None:
+def test_auto_on_the_cpu_is_eager_in_float64() -> None:
     features, labels = close_clusters(2, 6, 8, 5, 4)
     result, gradient = run("auto", features, labels, 4)
     expected, expected_gradient = run("eager", features, labels, 4)

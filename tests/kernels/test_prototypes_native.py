@@ -153,17 +153,19 @@ def test_what_it_is_not_written_for_is_refused_by_name() -> None:
             prototype_discrimination(features, labels, 2, normalize=normalize, implementation="native")
 
 
-def test_without_a_compiler_auto_warns_once_and_runs_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("implementation", ["auto", "compiled"])
+def test_without_a_compiler_it_warns_once_and_runs_eager(
+    implementation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
     monkeypatch.setattr("sward_kernels.fallback._warned", set())
     monkeypatch.setattr(native, "LIBRARY", cpp.Library(native.LIBRARY.operation, native.LIBRARY.source))
     features, labels = close_clusters(2, 6, 8, 5, 4, dtype=torch.float32)
     with pytest.warns(RuntimeWarning, match=r"eager instead of native: .*no C\+\+ compiler"):
-        result, _ = run("auto", features, labels, 4)
+        result, _ = run(implementation, features, labels, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run("auto", features, labels, 4)
+        run(implementation, features, labels, 4)
     assert torch.equal(result.loss, run("eager", features, labels, 4)[0].loss)
-    for implementation in ("native", "compiled"):
-        with pytest.raises(NotImplementedError, match=r"implementation='native' .*no C"):
-            run(implementation, features, labels, 4)
+    with pytest.raises(NotImplementedError, match=r"implementation='native' .*no C"):
+        run("native", features, labels, 4)

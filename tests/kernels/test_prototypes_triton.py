@@ -101,13 +101,13 @@ def test_equals_loops_over_classes(
 @pytest.mark.parametrize("normalize", [False, True])
 def test_many_tiles_and_chunks(normalize: bool) -> None:
     """More pixels than one program takes, a last tile that is not full, and more channels than one block."""
-    problem = launch._Problem(40, 5, torch.float64, False, True, False, False, normalize, "interpreter")
+    problem = launch._Problem(40, 19, torch.float64, False, True, False, False, normalize, "interpreter")
     constants, _ = problem.constants("statistics")
     assert constants["TILES"] > 1
     assert constants["BLOCK_PIXELS"] * constants["TILES"] < 27 * 31
     assert constants["BLOCK_CHANNELS"] < 40
-    features, labels = case(1, 40, 27, 31, 5)
-    assert_equals_reference(features, labels, 5, normalize=normalize)
+    features, labels = case(1, 40, 27, 31, 19)
+    assert_equals_reference(features, labels, 19, normalize=normalize)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -312,7 +312,7 @@ def test_features_and_gradient_move_once(monkeypatch: pytest.MonkeyPatch, layout
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_normalized_features_are_read_twice_by_one_program(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
-    """Once for the lengths of its pixels, once from cache; nothing but tables of classes is stored beside."""
+    """Once for the lengths of its pixels, and once more; nothing but tables of classes is stored beside."""
     features, labels = case(2, 40, 20, 14, 19, dtype=torch.float32, layout=layout)
     values = features.detach()
     constants, _ = launch._problem(values, labels, 19, True).constants("statistics")
@@ -330,6 +330,16 @@ def test_normalized_features_are_read_twice_by_one_program(monkeypatch: pytest.M
     gradient = launch.passes.gradient(values, labels, torch.rand(19), torch.rand(19, 40), 255, True)
     assert traffic.of(traffic.loads, values) == (values.numel(), 2 * values.numel())
     assert traffic.of(traffic.stores, gradient) == (values.numel(), values.numel())
+
+
+def test_programs_for_every_multiprocessor() -> None:
+    """Normalised statistics of sixteen maps of 32 x 64: a program takes many channels, so few pixels must be enough."""
+    for num_classes, channels in launch.REPORTED_SIZES:
+        problem = launch._Problem(channels, num_classes, torch.bfloat16, True, True, True, False, True, "hopper")
+        constants, _ = problem.constants("statistics")
+        chunks = -(-32 * 64 // (constants["BLOCK_PIXELS"] * constants["TILES"]))
+        blocks = -(-channels // constants["BLOCK_CHANNELS"])
+        assert 16 * chunks * -(-blocks // constants["OWN_BLOCKS"]) >= 128
 
 
 def recorded(launcher: Callable, programs: list[int]) -> Callable:

@@ -132,6 +132,48 @@ def test_evaluation_mode_does_not_shift_and_draws_nothing() -> None:
     assert torch.equal(before, generator.get_state())
 
 
+FLOATING = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("student_dtype", FLOATING)
+@pytest.mark.parametrize("teacher_dtype", FLOATING)
+@pytest.mark.parametrize("width", [96, 4], ids=["merged projections", "stacked projections"])
+def test_features_of_any_dtype_are_projected_in_that_of_the_parameters(
+    width: int, student_dtype: torch.dtype, teacher_dtype: torch.dtype
+) -> None:
+    loss = MWADLoss([width], [64], window_size=4, embed_dim=8, shift="none")
+    student, teacher = maps([width], [(8, 8)], student_dtype), maps([64], [(8, 8)], teacher_dtype)
+    leaves = [student[0].requires_grad_(), student[0].detach().float().requires_grad_()]
+    actual, expected = loss(leaves[:1], teacher).loss, loss(leaves[1:], [teacher[0].float()]).loss
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, expected)
+    actual.backward()
+    expected.backward()
+    gradient, exact = (leaf.grad for leaf in leaves)
+    assert gradient is not None
+    assert exact is not None
+    assert gradient.dtype == student_dtype
+    assert torch.equal(gradient, exact.to(student_dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("width", [96, 4], ids=["merged projections", "stacked projections"])
+def test_under_autocast_features_of_any_dtype_are_projected_in_its_own(width: int, dtype: torch.dtype) -> None:
+    loss = MWADLoss([width], [64], embed_dim=8)
+    student, teacher = maps([width], [(8, 8)], dtype), maps([64], [(8, 8)], dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {qkv.dtype for qkv in loss.project(0, student[0], teacher[0])} == {torch.bfloat16}
+
+
+def test_a_half_precision_teacher_compiles_without_a_graph_break() -> None:
+    torch._dynamo.reset()
+    loss = MWADLoss([96, 4], [64, 5], window_size=4, embed_dim=8).eval()
+    student = maps([96, 4], [(8, 8), (4, 4)], torch.float32)
+    teacher = maps([64, 5], [(8, 8), (8, 8)], torch.bfloat16)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(student, teacher).loss
+    torch.testing.assert_close(compiled, loss(student, teacher).loss)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -141,6 +183,8 @@ def test_evaluation_mode_does_not_shift_and_draws_nothing() -> None:
         (dict(student_channels=[4], teacher_channels=[4], window_size=[8, 8]), "window_size must be one number or one"),
         (dict(student_channels=[4], teacher_channels=[4], window_size=0), "window_size must be at least 1, got 0"),
         (dict(student_channels=[4], teacher_channels=[4], teacher_projections="fixed"), "teacher_projections must be"),
+        (dict(student_channels=[4], teacher_channels=[4], weights=(1, 1)), r"weights=\(1, 1\) must be three finite"),
+        (dict(student_channels=[4], teacher_channels=[4], implementation="cuda"), "implementation='cuda' is not known"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_sentence(arguments: dict, message: str) -> None:

@@ -118,6 +118,66 @@ def test_all_ignored_costs_nothing(classes: int) -> None:
     assert logits.grad.abs().sum() == 0
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_cross_entropy_refuses_a_label_that_is_no_class(channels: int) -> None:
+    logits, labels = torch.randn(2, channels, 4, 4), torch.full((2, 4, 4), 255)
+    labels[1, 2, 3] = 7
+    message = r"labels hold 7, which is neither a class in 0\.\.1 nor ignore_index=255"
+    for loss in (SegmentationCrossEntropy(), torch.compile(SegmentationCrossEntropy(), backend="aot_eager")):
+        with pytest.raises(ValueError, match=message):
+            loss(logits, labels)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (
+            torch.zeros(2, 3, 32, 32),
+            torch.zeros(2, 64, 64, dtype=torch.int64),
+            r"labels must be \[2, 32, 32\], on the grid of logits \(2, 3, 32, 32\), got shape \(2, 64, 64\)",
+        ),
+        (
+            torch.zeros(2, 1, 4, 4),
+            torch.zeros(2, 1, 4, 4, dtype=torch.int64),
+            r"labels must be \[B, H, W\], got shape \(2, 1, 4, 4\)",
+        ),
+        (
+            torch.zeros(2, 4, 4),
+            torch.zeros(2, 4, 4, dtype=torch.int64),
+            r"logits must be \[B, K, H, W\], got shape \(2, 4, 4\)",
+        ),
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4), r"labels must have an integer dtype, got torch\.float32"),
+        (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4).bool(), r"labels must have an integer dtype, got torch\.bool"),
+    ],
+)
+def test_cross_entropy_refuses_what_does_not_fit(logits: torch.Tensor, labels: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SegmentationCrossEntropy()(logits, labels)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_cross_entropy_compiles_without_a_graph_break(channels: int) -> None:
+    torch._dynamo.reset()
+    logits, labels = torch.randn(2, channels, 4, 4), torch.randint(0, 2, (2, 4, 4))
+    labels[0, :2] = 255
+    compiled = torch.compile(SegmentationCrossEntropy(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits, labels), SegmentationCrossEntropy()(logits, labels))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_logits_of_other_classes_than_pdr_are_refused(channels: int) -> None:
+    _, labels, student, teacher = batch()
+    with pytest.raises(ValueError, match=rf"the logits \(2, {channels}, 16, 16\), .*got PDRLoss\(num_classes=3\)"):
+        SWARDLoss(SegmentationCrossEntropy(), *parts())(torch.randn(2, channels, 16, 16), labels, student, teacher)
+
+
+def test_one_logit_goes_with_two_prototypes() -> None:
+    _, labels, student, teacher = batch()
+    mwad, _ = parts()
+    loss = SWARDLoss(SegmentationCrossEntropy(), mwad, PDRLoss(2))
+    assert loss(torch.randn(2, 1, 16, 16), labels.clamp(max=1), student, teacher).loss.isfinite()
+
+
 def test_importing_the_losses_is_light() -> None:
     heavy = ("triton", "timm", "sam2", "segmentation_models_pytorch", "torchvision", "matplotlib", "sklearn", "hydra")
     code = (

@@ -61,3 +61,8 @@ def test_a_label_out_of_range_is_refused() -> None:
 def test_num_classes_must_be_positive() -> None:
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         PDRLoss(0)
+
+
+def test_an_unknown_implementation_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="implementation='cuda' is not known"):
+        PDRLoss(2, implementation="cuda")

@@ -228,7 +228,7 @@ def test_a_method_without_mwad_leaves_no_parameter_without_gradient(tmp_path: Pa
 
 
 DYING = """
-import os, signal, sys
+import contextlib, os, signal, sys
 from pathlib import Path
 from sward import data, training
 from sward.cli import main
@@ -243,7 +243,10 @@ def dying(state, *others):
 
 training.log_record = dying
 code = main(sys.argv[1:])
-threads = [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]
+threads = []
+for file in Path("/proc/self/task").glob("*/comm"):
+    with contextlib.suppress(OSError):  # it ended in between
+        threads.append(file.read_text())
 Path(f"threads-{os.environ['RANK']}").write_text("".join(threads))
 sys.exit(code)
 """
@@ -275,6 +278,8 @@ def test_torchrun_restarts_a_run_whose_process_died_and_it_goes_on(tmp_path: Pat
     assert steps == [1, 2, 3, 4, 5, 6]
     # A thread of the group that outlives it can end the process with SIGABRT while Python shuts down.
     for rank in range(2):
-        assert "gloo" not in (tmp_path / f"threads-{rank}").read_text()
+        threads = (tmp_path / f"threads-{rank}").read_text()
+        assert "gloo" not in threads
+        assert threads or sys.platform != "linux"
     # Rank 0 alone speaks and writes: one table, one line a step.
     assert printed.count("best mean_iou on validation") == 1

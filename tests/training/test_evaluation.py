@@ -1,5 +1,6 @@
 """Scoring at label resolution, against counts made by hand."""
 
+import json
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sward.data import DatasetInfo, EvaluationTransform, SegmentationDataset
-from sward.evaluation import evaluate, predicted_labels
+from sward.evaluation import Evaluation, evaluate, predicted_labels
 
 
 class TwoImages(SegmentationDataset):
@@ -81,3 +82,13 @@ def test_dice_needs_two_classes() -> None:
     assert math.isnan(result.class_iou["c"])
     with pytest.raises(ValueError, match="metric 'dice' needs a data set with two classes"):
         result.score("dice")
+
+
+@pytest.mark.parametrize(("classes", "iou"), [(2, math.nan), (3, None)])
+def test_undefined_scores_come_back_from_json(classes: int, iou: float | None) -> None:
+    names = "abc"[:classes]
+    scores = Evaluation(1, 0.5, math.nan, {**dict.fromkeys(names, 0.25), "b": math.nan}, iou, iou, iou)
+    text = json.dumps(scores.to_dict(), allow_nan=False)
+    assert json.loads(text)["class_iou"]["b"] is None
+    # repr: nan is not equal to itself.
+    assert repr(Evaluation(**json.loads(text))) == repr(scores)

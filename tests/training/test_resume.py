@@ -17,7 +17,7 @@ import pytest
 
 from sward import data
 from sward.cli import main
-from sward.config import DatasetConfig, DistillationConfig, TeacherConfig
+from sward.config import DatasetConfig, DistillationConfig, OptimizerConfig, TeacherConfig
 from sward.runs import train_student
 from sward.tracking import RunFolder
 from tests.support.training_runs import SPLITS, assert_equal_runs, checkpoint, records, small, start
@@ -187,8 +187,39 @@ def test_nothing_whole_to_go_on_from_is_said_and_nothing_is_lost(
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
     train_student(small(tmp_path / "run", iterations=1))
+    train_student(small(tmp_path / "other", iterations=1, distillation="none"))
+    (tmp_path / "other" / "checkpoints" / "last.pt").replace(tmp_path / "run" / "checkpoints" / "last.pt")
     with pytest.raises(ValueError, match="does not belong to this configuration, so the run cannot be resumed"):
-        train_student(small(tmp_path / "run", iterations=2, distillation="kd", resume=True))
+        train_student(small(tmp_path / "run", iterations=1, resume=True))
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_is_not_resumed_with_another_configuration_and_stays_as_it_is(tmp_path: Path) -> None:
+    options = dict(iterations=2, distillation="none")
+    train_student(small(tmp_path / "run", **options))
+    before = contents(tmp_path / "run")
+    for changes, difference in (
+        (dict(optimizer=OptimizerConfig(lr=0.5)), r"optimizer\.lr is 0\.001, not 0\.5"),
+        (dict(distillation="kd"), "distillation is none, not kd"),
+        (dict(batch=2), "batch is 4, not 2"),
+        (dict(iterations=1), "iterations is 2, not 1"),
+        (dict(iterations=None, epochs=3), "epochs is None, not 3"),
+    ):
+        with pytest.raises(ValueError, match=f"holds a run with another configuration: {difference}; resume it"):
+            train_student(small(tmp_path / "run", **(options | changes), resume=True))
+        assert contents(tmp_path / "run") == before
+
+
+def test_a_resumed_run_may_become_longer_and_work_elsewhere(tmp_path: Path) -> None:
+    train_student(small(tmp_path / "run", iterations=2, distillation="none"))
+    changes = dict(device="cpu", log_every=2, checkpoint_every=1, on_corrupt="skip", dataset=workers(1))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    train_student(small(tmp_path / "moved", iterations=4, distillation="none", resume=True, **changes))
+    assert checkpoint(tmp_path / "moved")["step"] == 4
+    assert json.loads((tmp_path / "moved" / "config.json").read_text())["iterations"] == 4
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a file that is always full")
