@@ -18,6 +18,7 @@ from sward.losses.global_mean import mean_count
 from sward.losses.pairs import TapComparison, require_same_classes
 from sward.losses.protocol import LOGITS, DistillationOutput
 from sward_kernels import relational_kl
+from sward_kernels.relational_kl.api import check_implementation
 
 # Scores of this many elements (64 MiB in float32) exist at once in the memory terms.
 _CHUNK_ELEMENTS = 2**24
@@ -68,8 +69,9 @@ class CIRKDLoss(TapComparison):
         implementation: handed to `sward_kernels.relational_kl`.
 
     Raises:
-        ValueError: for an unknown `pixel_queue` or fewer than 2 classes; when called, on the CPU, for a label outside
-            `0..K-1` that is not `ignore_index` (on a GPU it is ignored, since looking would stall the device).
+        ValueError: for an unknown `pixel_queue` or `implementation`, or fewer than 2 classes; when called, on the CPU,
+            for a label outside `0..K-1` that is not `ignore_index` (on a GPU it is ignored, since looking would stall
+            the device).
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class CIRKDLoss(TapComparison):
             raise ValueError(f"pixel_queue must be 'fixed' or 'official', got {pixel_queue!r}")
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2 (a one-logit task has 2), got {num_classes}")
+        check_implementation(implementation)
         super().__init__(
             (LOGITS, student_tap), (LOGITS, teacher_tap), (None, student_channels), (None, teacher_channels)
         )

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from sward.alignment import resize_labels
 from sward_kernels import prototype_discrimination
-from sward_kernels.prototypes.api import check_implementation
+from sward_kernels.prototypes.api import check_settings
 
 
 class PDROutput(NamedTuple):
@@ -44,7 +44,7 @@ class PDRLoss(nn.Module):
         resized to the features' grid by nearest neighbour.
 
     Raises:
-        ValueError: for fewer than 1 class, an unknown implementation, or (when called) a label outside
+        ValueError: for settings that `prototype_discrimination` does not take, or (when called) a label outside
             `0..num_classes-1` that is not `ignore_index`, on the CPU; on a GPU such a label is ignored, since looking
             would stall the device.
     """
@@ -61,9 +61,7 @@ class PDRLoss(nn.Module):
         implementation: str = "auto",
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        check_implementation(implementation)
+        check_settings(num_classes, margin, weights, implementation)
         self.num_classes = num_classes
         self.margin = margin
         self.weights = weights

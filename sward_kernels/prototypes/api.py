@@ -89,7 +89,8 @@ def prototype_discrimination(
 
     Source: SWARD, Eq. 16-19. Differentiable once (twice with `"reference"`).
     """
-    _check(features, labels, num_classes, margin, weights, implementation)
+    check_settings(num_classes, margin, weights, implementation)
+    _check(features, labels)
     arguments = (features, labels, num_classes, margin, weights, ignore_index, normalize, process_group)
     # Every implementation chooses its own precision; autocast would lower it in the middle of the formulas.
     with torch.autocast(features.device.type, enabled=False):
@@ -135,23 +136,23 @@ def _triton_passes(features: Tensor, num_classes: int) -> closed_form.Passes:
     return launch.passes
 
 
-def check_implementation(implementation: str) -> None:
-    """Raises ValueError for a name that `prototype_discrimination` does not know."""
+def check_settings(num_classes: int, margin: float, weights: tuple[float, float], implementation: str) -> None:
+    """Raises ValueError for settings that `prototype_discrimination` does not take."""
     if implementation not in IMPLEMENTATIONS:
         near = difflib.get_close_matches(str(implementation), IMPLEMENTATIONS)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(IMPLEMENTATIONS)}."
         raise ValueError(f"implementation={implementation!r} is not known: {hint}")
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
+        raise ValueError(f"num_classes={num_classes!r} must be an int of at least 1.")
+    if not (math.isfinite(margin) and margin >= 0):
+        raise ValueError(f"margin={margin} must be a finite number of at least 0.")
+    if len(weights) != 2 or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+        raise ValueError(
+            f"weights={tuple(weights)} must be two finite numbers of at least 0, for separation and compactness."
+        )
 
 
-def _check(
-    features: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    margin: float,
-    weights: tuple[float, float],
-    implementation: str,
-) -> None:
-    check_implementation(implementation)
+def _check(features: Tensor, labels: Tensor) -> None:
     if features.dim() != 4 or 0 in features.shape:
         raise ValueError(f"features has shape {list(features.shape)}; it must be a non-empty [B, C, H, W].")
     if not features.is_floating_point():
@@ -166,11 +167,3 @@ def _check(
         raise ValueError(f"labels has dtype {labels.dtype}; it must be an integer dtype.")
     if labels.device != features.device:
         raise ValueError(f"labels is on {labels.device} and features on {features.device}; they must share one device.")
-    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
-        raise ValueError(f"num_classes={num_classes!r} must be an int of at least 1.")
-    if not (math.isfinite(margin) and margin >= 0):
-        raise ValueError(f"margin={margin} must be a finite number of at least 0.")
-    if len(weights) != 2 or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
-        raise ValueError(
-            f"weights={tuple(weights)} must be two finite numbers of at least 0, for separation and compactness."
-        )

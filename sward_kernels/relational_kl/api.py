@@ -47,7 +47,8 @@ def relational_kl(
             implementation.
         NotImplementedError: if triton, asked for by name, cannot serve this call.
     """
-    _check(teacher, student, temperature, implementation)
+    check_implementation(implementation)
+    _check(teacher, student, temperature)
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     with torch.autocast(student.device.type, enabled=False):
         teacher_units = F.normalize(teacher.detach().to(dtype), dim=-1)
@@ -69,9 +70,13 @@ def relational_kl(
         return loss
 
 
-def _check(teacher: Tensor, student: Tensor, temperature: float, implementation: str) -> None:
+def check_implementation(implementation: str) -> None:
+    """Raises ValueError for a name that `relational_kl` does not know."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
+
+
+def _check(teacher: Tensor, student: Tensor, temperature: float) -> None:
     for name, tensor in (("teacher", teacher), ("student", student)):
         if tensor.dim() != 3 or 0 in tensor.shape:
             raise ValueError(f"{name} must be a non-empty [B, P, C] tensor, got shape {tuple(tensor.shape)}")

@@ -356,5 +356,7 @@ def test_wrong_labels_and_options_are_named() -> None:
         build()(inputs)
     with pytest.raises(ValueError, match="pixel_queue must be 'fixed' or 'official', got 'broken'"):
         build(pixel_queue="broken")
+    with pytest.raises(ValueError, match=r"implementation must be one of .*, got 'cuda'"):
+        build(implementation="cuda")
     with pytest.raises(ValueError, match="num_classes must be at least 2"):
         CIRKDLoss(3, 5, 1, **TAPS)

@@ -1,6 +1,7 @@
 """PDRLoss: Eq. 16-19 by hand, and labels at any resolution. The kernels' own tests go deeper."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -58,11 +59,15 @@ def test_a_label_out_of_range_is_refused() -> None:
         PDRLoss(3)(torch.randn(1, 4, 2, 2), torch.full((1, 2, 2), 7))
 
 
-def test_num_classes_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
-        PDRLoss(0)
-
-
-def test_an_unknown_implementation_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="implementation='cuda' is not known"):
-        PDRLoss(2, implementation="cuda")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_classes": 0}, "num_classes=0 must be an int of at least 1"),
+        ({"margin": -1.0}, "margin=-1.0 must be a finite number of at least 0"),
+        ({"weights": (1.0,)}, r"weights=\(1.0,\) must be two finite numbers"),
+        ({"implementation": "cuda"}, "implementation='cuda' is not known"),
+    ],
+)
+def test_wrong_settings_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PDRLoss(**{"num_classes": 2, **settings})
