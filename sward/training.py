@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +279,7 @@ def fit(
                     if config.batch_norm_images is not None:
                         estimate_batch_norm(step_module.model, train_set, config.batch_norm_images, config.batch)
                     evaluation = validate(step_module.model, validation_set, device)
-                run.log({"step": state.step, "validation": asdict(evaluation)})
+                run.log({"step": state.step, "validation": evaluation.to_dict()})
                 score = evaluation.score(config.metric)
             if saves or validates or stop:
                 state.save(run, score)
