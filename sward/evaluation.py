@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -41,18 +41,21 @@ class Evaluation:
     iou: float | None = None
     pooled_dice: float | None = None
 
-    def __post_init__(self) -> None:
-        # Scores read from a file: what `to_dict` made None is nan again.
-        self.class_iou = {name: math.nan if iou is None else iou for name, iou in self.class_iou.items()}
-        overlaps = ("dice", "iou", "pooled_dice") if len(self.class_iou) == 2 else ()
-        for name in ("mean_iou", "mean_accuracy", *overlaps):
-            if getattr(self, name) is None:
-                setattr(self, name, math.nan)
-
     def to_dict(self) -> dict[str, Any]:
         """The scores as they can be written to JSON, which has no nan: None stands for it."""
         scores: dict[str, Any] = json.loads(json.dumps(asdict(self)), parse_constant=lambda constant: None)
         return scores
+
+    @classmethod
+    def from_dict(cls, scores: Mapping[str, Any]) -> Evaluation:
+        """What `to_dict` wrote, its None nan again. Other entries, such as those of `evaluate_run`, are left out."""
+        found = {field.name: scores[field.name] for field in fields(cls)}
+        found["class_iou"] = {name: math.nan if iou is None else iou for name, iou in scores["class_iou"].items()}
+        overlaps = ("dice", "iou", "pooled_dice") if len(scores["class_iou"]) == 2 else ()
+        for name in ("mean_iou", "mean_accuracy", *overlaps):
+            if found[name] is None:
+                found[name] = math.nan
+        return cls(**found)
 
     def score(self, metric: str) -> float:
         """The number named `metric`, for picking the best checkpoint.

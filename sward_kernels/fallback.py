@@ -1,12 +1,22 @@
-"""How an operation says, once, that it runs another implementation than the one its tensors call for."""
+"""The implementation of an operation: an unknown name is refused, and another than the wanted one is told, once."""
 
 from __future__ import annotations
 
+import difflib
 import warnings
+from collections.abc import Sequence
 
 from sward_kernels.registration import constant_in_graphs
 
 _warned: set[str] = set()
+
+
+def require_known(implementation: str, known: Sequence[str]) -> None:
+    """Raises ValueError, naming those that are near, for an implementation that is not among the known ones."""
+    if implementation not in known:
+        near = difflib.get_close_matches(str(implementation), known)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose one of {', '.join(known)}."
+        raise ValueError(f"implementation={implementation!r} is not known: {hint}")
 
 
 @constant_in_graphs

@@ -266,8 +266,7 @@ class Study:
         if path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored.get("checkpoint") == checkpoint:
-                fields = {field.name for field in dataclasses.fields(Evaluation)}
-                return Evaluation(**{name: value for name, value in stored.items() if name in fields})
+                return Evaluation.from_dict(stored)
         try:
             return evaluate_run(
                 folder.path,

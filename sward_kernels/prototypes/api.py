@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sward_kernels.fallback import warn_once
+from sward_kernels.fallback import require_known, warn_once
 from sward_kernels.prototypes import closed_form, eager, native, reference
 from sward_kernels.prototypes.classes import class_indices_op
 
@@ -138,10 +137,7 @@ def _triton_passes(features: Tensor, num_classes: int) -> closed_form.Passes:
 
 def check_settings(num_classes: int, margin: float, weights: tuple[float, float], implementation: str) -> None:
     """Raises ValueError for settings that `prototype_discrimination` does not take."""
-    if implementation not in IMPLEMENTATIONS:
-        near = difflib.get_close_matches(str(implementation), IMPLEMENTATIONS)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(IMPLEMENTATIONS)}."
-        raise ValueError(f"implementation={implementation!r} is not known: {hint}")
+    require_known(implementation, IMPLEMENTATIONS)
     if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
         raise ValueError(f"num_classes={num_classes!r} must be an int of at least 1.")
     if not (math.isfinite(margin) and margin >= 0):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sward_kernels.fallback import warn_once
+from sward_kernels.fallback import require_known, warn_once
 from sward_kernels.windowed_distillation import eager, gradient_in_forward, native, reference
 from sward_kernels.windows import Shift
 
@@ -102,8 +101,7 @@ def windowed_distillation(
 def _preferred(qkv: Tensor, window_size: int) -> str:
     if qkv.is_cuda:  # of ROCm tensors too
         return "triton"
-    native_is_faster = qkv.is_cpu and qkv.dtype == torch.float32 and window_size <= native.LARGEST_FAST_WINDOW
-    return "native" if native_is_faster else "eager"
+    return "native" if native.serves(qkv) and window_size <= native.LARGEST_FAST_WINDOW else "eager"
 
 
 def _run(
@@ -133,12 +131,7 @@ def _run(
 
 def check_implementation(implementation: str) -> None:
     """Raises ValueError for a name that `windowed_distillation` does not know."""
-    if implementation not in IMPLEMENTATIONS:
-        near = difflib.get_close_matches(str(implementation), IMPLEMENTATIONS)
-        hint = (
-            f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose one of {', '.join(IMPLEMENTATIONS)}."
-        )
-        raise ValueError(f"implementation={implementation!r} is not known: {hint}")
+    require_known(implementation, IMPLEMENTATIONS)
 
 
 def _check_maps(qkv_teacher: Tensor, qkv_student: Tensor) -> None:

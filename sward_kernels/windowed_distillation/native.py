@@ -39,9 +39,14 @@ class _Arguments(ctypes.Structure):
     )
 
 
+def serves(qkv: Tensor) -> bool:
+    """Whether this operator is written for such maps at all."""
+    return qkv.is_cpu and qkv.dtype == torch.float32
+
+
 def require_support(qkv: Tensor) -> None:
     """Raises NotImplementedError, with the reason, if maps like these cannot be served here."""
-    if not qkv.is_cpu or qkv.dtype != torch.float32:
+    if not serves(qkv):
         raise NotImplementedError(
             f"implementation='native' of windowed_distillation takes fp32 maps on a CPU, not {qkv.dtype} on "
             f"{qkv.device.type}; use 'eager'."

@@ -91,4 +91,4 @@ def test_undefined_scores_come_back_from_json(classes: int, iou: float | None) -
     text = json.dumps(scores.to_dict(), allow_nan=False)
     assert json.loads(text)["class_iou"]["b"] is None
     # repr: nan is not equal to itself.
-    assert repr(Evaluation(**json.loads(text))) == repr(scores)
+    assert repr(Evaluation.from_dict(json.loads(text))) == repr(scores)
