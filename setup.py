@@ -41,7 +41,7 @@ setup(
         "dev": DEVELOPMENT,
         "all": MODELS + COMMAND_LINE + FIGURES + DEVELOPMENT,
     },
-    entry_points={"console_scripts": ["sward=sward.cli:main"]},
+    entry_points={"console_scripts": ["sward=sward.cli.main:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",

@@ -30,11 +30,12 @@ from harness import Session, peak_extra_bytes
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from sward import data, distillation, models, presets
+from sward import data, models, presets
 from sward.config import DistillationConfig
-from sward.losses import LOGITS, DistillationInputs, SegmentationCrossEntropy, SWARDDistillation
-from sward.teacher_cache import TeacherCache
+from sward.losses import LOGITS, DistillationInputs, DistillationLoss, SegmentationCrossEntropy, SWARDDistillation
+from sward.runs import methods
 from sward.training import FrozenTeacher, TrainingStep
+from sward.training.teacher_cache import TeacherCache
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -90,9 +91,7 @@ def load_batch(config: DistillationConfig) -> Callable[[], object] | None:
     return lambda: default_collate([dataset[index] for index in range(config.batch)])
 
 
-def losses_of(
-    loss: distillation.DistillationLoss, inputs: DistillationInputs, method: str
-) -> dict[str, Callable[[], Tensor]]:
+def losses_of(loss: DistillationLoss, inputs: DistillationInputs, method: str) -> dict[str, Callable[[], Tensor]]:
     """The parts of a distillation loss that can be timed alone: MWAD and PDR of SWARD, any other method as a whole."""
     if not isinstance(loss, SWARDDistillation):
         return {method: lambda: loss(inputs).loss}
@@ -112,8 +111,8 @@ def measure(shape: Shape, method: str, device: torch.device, rounds: int) -> dic
     torch.manual_seed(0)
     student: nn.Module = models.build(config.model, info.num_classes).to(device)
     network = models.build(config.teacher.name, info.num_classes).to(device)
-    pair = distillation.DistillationPair(config, student, config.teacher.name, network, info)
-    loss = distillation.build(method, pair).to(device)
+    pair = methods.DistillationPair(config, student, config.teacher.name, network, info)
+    loss = methods.build(method, pair).to(device)
     teacher = FrozenTeacher(network, loss.teacher_taps)
     task = SegmentationCrossEntropy(info.ignore_index)
     step = TrainingStep(student, task, loss).train()
@@ -196,9 +195,7 @@ def main() -> int:
     parser.add_argument("--preset", choices=presets.names(), help="one preset instead of all shapes")
     parser.add_argument("--image-size", type=int, nargs=2, help="with --preset; the preset's own by default")
     parser.add_argument("--batch", type=int, help="with --preset; the preset's own by default")
-    parser.add_argument(
-        "--distillation", default="sward", choices=sorted({*distillation.METHODS} - {"maskd", "freekd"})
-    )
+    parser.add_argument("--distillation", default="sward", choices=sorted({*methods.METHODS} - {"maskd", "freekd"}))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()

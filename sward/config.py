@@ -12,10 +12,29 @@ from typing import Any, Literal, TypeVar
 
 from sward.data.files import OnCorrupt
 from sward.losses.mwad import ContextReduction, ShiftStrategy, TeacherProjections
-from sward.precision import Precision
+
+Precision = Literal["fp32", "bf16", "fp16"]
+"""`fp32` computes everything in float32; the others run under autocast, weights and optimiser stay in float32."""
 
 MaskMethod = Literal["maskd", "freekd"]
 """The methods that learn something on the teacher before they distil it."""
+
+UNCOMPARED = {
+    "resume",
+    "log_every",
+    "checkpoint_every",
+    "tensorboard",
+    "device",
+    "output",
+    "on_corrupt",
+    "dataset.root",
+    "dataset.workers",
+    "dataset.packed",
+    "teacher.run",
+    "teacher.masks",
+    "teacher.cache",
+}
+"""Fields that say where and how a run works, not what it computes: they may differ from those of a stored run."""
 
 
 @dataclass
@@ -219,7 +238,7 @@ class DistillationConfig(TrainingConfig):
     """A student's run, alone (`distillation="none"`) or with a teacher.
 
     Attributes:
-        distillation: the method: `"none"`, or a name in `sward.distillation.METHODS`.
+        distillation: the method: `"none"`, or a name in `sward.runs.methods.METHODS`.
         teacher: the frozen network.
         sward: settings of `"sward"`.
     """
@@ -341,3 +360,24 @@ def _build(kind: Any, value: Any) -> Any:
             )
         return kind(**{name: _build(hints[name], item) for name, item in value.items()})
     return Path(value) if kind is Path else value
+
+
+def differences(stored: Any, wanted: Any) -> list[str]:
+    """What differs between two configurations in a way that changes results, one phrase for each field."""
+    return _differences(json.loads(to_json(stored)), json.loads(to_json(wanted)))
+
+
+def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name in sorted({*stored, *wanted}):
+        old, new = stored.get(name), wanted.get(name)
+        if prefix + name in UNCOMPARED:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{name}.")
+        elif name == "trunk_checkpoint" and old and new:
+            if Path(old).name != Path(new).name:
+                found.append(f"{prefix}{name} is {old}, not {new}")
+        elif old != new:
+            found.append(f"{prefix}{name} is {old}, not {new}")
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 IGNORE_INDEX = 255
+
+
+class Pair(NamedTuple):
+    """A frame's name and its two files."""
+
+    name: str
+    image: Path
+    mask: Path
 
 
 class Sample(NamedTuple):

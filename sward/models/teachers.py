@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sward.models.heads import conv_norm_relu, resize
+from sward.alignment import resize
+from sward.models.heads import conv_norm_relu
 from sward.models.inputs import SIZE_MULTIPLE, check_images
 
 

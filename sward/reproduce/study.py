@@ -16,25 +16,25 @@ from sward.config import (
     MaskTrainingConfig,
     TeacherConfig,
     TeacherTrainingConfig,
+    differences,
     from_json,
     to_json,
 )
 from sward.data import DatasetNotFoundError
 from sward.evaluation import Evaluation
-from sward.observation import forget_peak_memory, peak_memory
 from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, teacher_of
 from sward.reproduce.options import Options
 from sward.runs import (
-    build_datasets,
-    build_split,
-    choose_device,
     evaluate_run,
     evaluation_file,
     train_masks,
     train_student,
     train_teacher,
 )
-from sward.tracking import Progress, RunFolder, differences
+from sward.runs.load import build_datasets, build_split, choose_device
+from sward.training.observation import forget_peak_memory, peak_memory
+from sward.training.progress import Progress
+from sward.training.run_folder import RunFolder
 
 State = Literal["finished", "started", "new"]
 

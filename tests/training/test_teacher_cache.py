@@ -12,8 +12,8 @@ from sward import data
 from sward.config import DatasetConfig, DistillationConfig, SWARDConfig, TeacherConfig
 from sward.losses import LOGITS
 from sward.runs import train_student
-from sward.teacher_cache import TeacherCache
 from sward.training import FrozenTeacher
+from sward.training.teacher_cache import TeacherCache
 
 
 class Network(nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import pickle
 import warnings
 import zlib
@@ -14,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sward import atomic
 from sward.losses.masks import teacher_fingerprint
-from sward.training import FrozenTeacher
+from sward.training.teacher import FrozenTeacher
 
 FORMAT = 1
 _CHECKSUM_BYTES = 4
@@ -78,13 +78,10 @@ class TeacherCache:
         buffer = io.BytesIO()
         torch.save(entry, buffer)
         payload = buffer.getbuffer()
-        # Its own name for each process: two may make the same entry at once, and the later one wins.
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
-            with partial.open("wb") as file:
+            with atomic.replacing(path, shared=True, durable=False) as file:
                 file.write(zlib.crc32(payload).to_bytes(_CHECKSUM_BYTES, "big"))
                 file.write(payload)
-            partial.replace(path)
         except OSError as error:
             self._full = True
             warnings.warn(
@@ -92,8 +89,6 @@ class TeacherCache:
                 "rest of the images",
                 stacklevel=4,
             )
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def fingerprint(teacher: FrozenTeacher) -> str:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sward import data, distillation, presets
-from sward.cli import COMMANDS, main
+from sward import data, presets
+from sward.cli.main import COMMANDS, main
 from sward.config import DistillationConfig, TeacherTrainingConfig, from_json, to_json
+from sward.runs import methods
 
 TINY = ["--dataset.image-size", "64", "64", "--batch", "2", "--iterations", "2"]
 
@@ -47,7 +48,7 @@ def test_train_evaluate_predict_in_a_row(tmp_path: Path, capsys: pytest.CaptureF
         assert image.size == (50, 37)
 
 
-@pytest.mark.parametrize("method", [name for name in distillation.METHODS if name != "sward"])
+@pytest.mark.parametrize("method", [name for name in methods.METHODS if name != "sward"])
 def test_every_method_trains_from_the_command_line(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train-teacher", "demo", *TINY]) == 0
     options = [*TINY, "--distillation", method]
