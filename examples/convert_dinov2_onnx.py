@@ -20,8 +20,8 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
+from sward.alignment import resize
 from sward.models import build, load_trunk_checkpoint
-from sward.models.heads import resize
 
 DEPTH = 12
 FINAL_NORM = "/backbone/layernorm/Add_1_output_0"
