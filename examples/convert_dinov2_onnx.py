@@ -75,7 +75,7 @@ def largest_difference(model: onnx.ModelProto, path: Path) -> float:
     # 16 x 16 tokens either way: the teacher resizes 256 pixels to the 224 that the ONNX file wants.
     images = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        ours = teacher.trunk(images)[-1].flatten(2).transpose(1, 2)
+        ours = teacher.get_submodule("trunk")(images)[-1].flatten(2).transpose(1, 2)
 
     model.graph.output.append(onnx.ValueInfoProto(name=FINAL_NORM))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

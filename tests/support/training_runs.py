@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sward import data
 from sward.config import DatasetConfig, DistillationConfig, OptimizerConfig, SWARDConfig, TeacherConfig
-from sward.losses import CIRKDLoss
+from sward.losses import CIRKDLoss, DistillationLoss
 from sward.runs import methods
 
 SPLITS = {"train": 18, "val": 4}
@@ -48,7 +48,7 @@ def small(output: Path, **changes: Any) -> DistillationConfig:
 
 def small_cirkd(
     pair: methods.DistillationPair, weights: tuple[float, float, float, float] = (1.0, 1.0, 0.1, 0.1)
-) -> CIRKDLoss:
+) -> DistillationLoss:
     """`cirkd` as `sward.runs.methods` builds it, with a memory that a CPU fills and reads in no time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
