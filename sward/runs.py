@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +142,11 @@ def train_masks(config: MaskTrainingConfig) -> Path:
         raise ValueError("train-masks runs in one process; start it without torchrun")
     device = choose_device(config.device)
     steps = config.steps or (10_000 if config.method == "maskd" else 2_000)
+    if config.teacher.image_size is not None:
+        # No student looks on: the teacher's views alone.
+        config = dataclasses.replace(
+            config, dataset=dataclasses.replace(config.dataset, image_size=config.teacher.image_size)
+        )
     dataset = build_split(config, "train", train=True)
     name, teacher = load_teacher(config.teacher, config.preset, dataset.info)
     teacher.to(device)
@@ -304,10 +310,20 @@ def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple
 
 def build_datasets(config: TrainingConfig) -> tuple[SegmentationDataset, SegmentationDataset]:
     """Training and validation split of the configured data set."""
-    return build_split(config, "train", train=True), build_split(config, "val", train=False)
+    teacher_size = None
+    if isinstance(config, DistillationConfig) and config.distillation != "none":
+        teacher_size = config.teacher_image_size if config.teacher_image_size != config.dataset.image_size else None
+    train_set = build_split(config, "train", train=True, teacher_size=teacher_size)
+    return train_set, build_split(config, "val", train=False)
 
 
-def build_split(config: TrainingConfig | MaskTrainingConfig, split: str, *, train: bool) -> SegmentationDataset:
+def build_split(
+    config: TrainingConfig | MaskTrainingConfig,
+    split: str,
+    *,
+    train: bool,
+    teacher_size: tuple[int, int] | None = None,
+) -> SegmentationDataset:
     """One split of the configured data set, with training or evaluation transforms."""
     settings = config.dataset
     return data.build(
@@ -322,6 +338,7 @@ def build_split(config: TrainingConfig | MaskTrainingConfig, split: str, *, trai
         packed=settings.packed,
         on_corrupt=config.on_corrupt if train else "stop",
         views=settings.views if train else None,
+        teacher_size=teacher_size,
     )
 
 

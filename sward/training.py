@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from sward import data, distributed
 from sward.config import OptimizerConfig, TrainingConfig
-from sward.data import Sample, SegmentationDataset
+from sward.data import Sample, SegmentationDataset, TeacherSample
 from sward.evaluation import Evaluation, evaluate
 from sward.features import FeatureTaps
 from sward.interruption import Interruption, TrainingInterrupted
@@ -139,7 +139,7 @@ class EpochSampler(Sampler[list[int]]):
 
 def batches(
     dataset: SegmentationDataset, batch: int, *, seed: int, workers: int = 0, start: int = 0, pin_memory: bool = False
-) -> Iterator[Sample]:
+) -> Iterator[Sample | TeacherSample]:
     """This process's part of the training batches, without end, from step `start`.
 
     The same seed gives the same batches, wherever it starts, with any number of workers and of processes.
@@ -258,12 +258,15 @@ def fit(
                 (state.step + 1) % every == 0 or state.step + 1 == steps
                 for every in (config.log_every, config.checkpoint_every, validate_every)
             )
-            images, labels, names = next(stream)
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            features = {} if teacher is None else teacher(images)
+            sample = next(stream)
+            images, labels = (each.to(device, non_blocking=True) for each in (sample.image, sample.labels))
+            seen = images
+            if isinstance(sample, TeacherSample):
+                seen = sample.teacher_image.to(device, non_blocking=True)
+            features = {} if teacher is None else teacher(seen)
             output = replica(images, labels, features, diagnose=logs)
             gradient_norm = state.update(output.loss, measure=logs)
-            watch.remember(state.step, output, names)
+            watch.remember(state.step, output, sample.name)
             progress.advance()
             # Several processes agree on a signal only where they meet anyway.
             stop = interruption.agreed() if logs or distributed.world_size() == 1 else None

@@ -65,10 +65,27 @@ class TrainingTransform:
 
     Args:
         steps: transforms that take and return `(tv_tensors.Image, tv_tensors.Mask)`.
+        resized: size -> the same transform with another size of its result, drawing the same numbers from the same
+            random state. None if there is no such thing.
     """
 
-    def __init__(self, steps: Sequence[Callable[..., Any]]) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Callable[..., Any]],
+        resized: Callable[[tuple[int, int]], TrainingTransform] | None = None,
+    ) -> None:
         self.steps = tuple(steps)
+        self.resized = resized
+
+    def at(self, size: tuple[int, int]) -> TrainingTransform:
+        """The transform that gives the same view at another size, from the same random state.
+
+        Raises:
+            ValueError: if it was made without `resized`.
+        """
+        if self.resized is None:
+            raise ValueError(f"resized must be given for a transform with views of another size, got None for {size}")
+        return self.resized(size)
 
     def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         tv_tensors = _torchvision().tv_tensors
@@ -90,9 +107,12 @@ class ScaleCrop:
         scales: least and greatest scale; the logarithm of the scale is uniform.
     """
 
-    def __init__(self, size: tuple[int, int], scales: tuple[float, float]) -> None:
+    def __init__(
+        self, size: tuple[int, int], scales: tuple[float, float], output: tuple[int, int] | None = None
+    ) -> None:
         self.size = size
         self.scales = scales
+        self.output = output or size
 
     def __call__(self, image: Any, labels: Any) -> tuple[Any, Any]:
         torchvision = _torchvision()
@@ -111,17 +131,24 @@ class ScaleCrop:
             for side, present in zip((height, width), image.shape[1:], strict=True)
         )
         window = top, left, height, width
-        resized = functional.resized_crop(image, *window, size=list(self.size), antialias=True)
-        return resized, functional.resized_crop(labels, *window, size=list(self.size))
+        resized = functional.resized_crop(image, *window, size=list(self.output), antialias=True)
+        return resized, functional.resized_crop(labels, *window, size=list(self.output))
 
 
 def street_training(
-    crop: tuple[int, int], *, resize_first: bool = False, scales: tuple[float, float] = (0.5, 2.0)
+    crop: tuple[int, int],
+    *,
+    resize_first: bool = False,
+    scales: tuple[float, float] = (0.5, 2.0),
+    output: tuple[int, int] | None = None,
 ) -> TrainingTransform:
     """Random scale, crop and horizontal flip. `resize_first`: scales are relative to an image resized to `crop`."""
     v2 = _torchvision().transforms.v2
     steps: list[Callable[..., Any]] = [v2.Resize(crop, antialias=True)] if resize_first else []
-    return TrainingTransform([*steps, ScaleCrop(crop, scales), v2.RandomHorizontalFlip()])
+    return TrainingTransform(
+        [*steps, ScaleCrop(crop, scales, output), v2.RandomHorizontalFlip()],
+        resized=lambda size: street_training(crop, resize_first=resize_first, scales=scales, output=size),
+    )
 
 
 def polyp_training(size: tuple[int, int]) -> TrainingTransform:
@@ -138,14 +165,16 @@ def polyp_training(size: tuple[int, int]) -> TrainingTransform:
                 fill={tv_tensors.Image: IMAGE_FILL, tv_tensors.Mask: IGNORE_INDEX},
             ),
             v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02),
-        ]
+        ],
+        resized=polyp_training,
     )
 
 
-def flip_training() -> TrainingTransform:
-    """Flips both ways and nothing else, for data without a preferred direction and without end."""
+def flip_training(size: tuple[int, int] | None = None) -> TrainingTransform:
+    """Flips both ways and nothing else, for data without a preferred direction and without end; resized to `size`."""
     v2 = _torchvision().transforms.v2
-    return TrainingTransform([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()])
+    resize = [] if size is None else [v2.Resize(size, antialias=True)]
+    return TrainingTransform([*resize, v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()], resized=flip_training)
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
