@@ -7,6 +7,8 @@ pixel sum to one, so they commute, bias included; `ChannelProjection.project_and
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -35,12 +37,19 @@ def resize_to_common(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return resize(first, size), resize(second, size)
 
 
-def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Nearest-neighbour resize of `[B, H, W]` integer labels to `size`; dtype and values are kept.
+def resize_labels(labels: Tensor, size: tuple[int, int], *, pick: Literal["centre", "corner"] = "centre") -> Tensor:
+    """Resize `[B, H, W]` integer labels to `size` without mixing them; dtype and values are kept.
 
-    Target pixel `i` takes source pixel `floor(i * source / target)`, as `F.interpolate(mode="nearest")` does, which
-    official distillation code uses on labels; the index is computed in integers, so it is exact and the labels
-    are never turned into floats. Labels that already have that size are returned themselves.
+    Each target pixel is a cell of the source grid and takes the label at the cell's centre, where `resize` samples
+    features. A centre between two pixels takes the one before and the one after in turn, so that labels do not drift.
+    The index is computed in integers, so it is exact. Labels that already have that size are returned themselves.
+
+    Args:
+        labels: `[B, H, W]`.
+        size: target height and width.
+        pick: "corner" takes each cell's upper left pixel instead, `floor(i * source / target)`, as
+            `F.interpolate(mode="nearest")` does. Such labels lie up to half a target pixel low and right of the
+            image; official distillation code has them.
 
     Raises:
         ValueError: if `labels` is not `[B, H, W]`.
@@ -49,13 +58,22 @@ def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
         raise ValueError(f"labels must be [B, H, W], got shape {tuple(labels.shape)}")
     if tuple(labels.shape[-2:]) == tuple(size):
         return labels
-    rows = _nearest_index(labels.shape[-2], size[0], labels)
-    columns = _nearest_index(labels.shape[-1], size[1], labels)
-    return labels[:, rows[:, None], columns[None, :]]
+    index = _centre_index if pick == "centre" else _corner_index
+    rows = index(labels.shape[-2], size[0], labels.device)
+    columns = index(labels.shape[-1], size[1], labels.device)
+    # A third of the time of indexing with both at once.
+    return labels.index_select(1, rows).gather(2, columns.expand(len(labels), size[0], -1))
 
 
-def _nearest_index(source: int, target: int, like: Tensor) -> Tensor:
-    return torch.arange(target, device=like.device) * source // target
+def _centre_index(source: int, target: int, device: torch.device) -> Tensor:
+    cells = torch.arange(target, device=device)
+    centres = (2 * cells + 1) * source
+    between = centres % (2 * target) == 0
+    return centres // (2 * target) - (between & (cells % 2 == 0)).long()
+
+
+def _corner_index(source: int, target: int, device: torch.device) -> Tensor:
+    return torch.arange(target, device=device) * source // target
 
 
 def project(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

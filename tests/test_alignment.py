@@ -1,8 +1,11 @@
 """phi and psi (Eq. 1-3), and the resize of labels."""
 
+from typing import Literal
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sward.alignment import ChannelProjection, aligned_size, resize, resize_labels, resize_to_common
 
@@ -33,14 +36,76 @@ def test_projection_and_resize_commute_bias_included(size: tuple[int, int]) -> N
     torch.testing.assert_close(phi(resize(features, size)), expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize(
+    ("source", "target", "taken"),
+    [
+        (6, 2, [1, 4]),
+        (9, 4, [1, 3, 5, 7]),
+        (2, 4, [0, 0, 1, 1]),
+        (4, 2, [0, 3]),  # the centres 1 and 3 lie between two pixels
+        (16, 4, [1, 6, 9, 14]),
+        (2, 5, [0, 0, 0, 1, 1]),
+    ],
+)
+def test_labels_take_the_pixel_at_the_centre_of_the_cell(source: int, target: int, taken: list[int]) -> None:
+    labels = torch.arange(source)
+    assert resize_labels(labels.expand(2, 3, -1), (3, target))[1, 2].tolist() == taken
+    assert resize_labels(labels[:, None].expand(2, -1, 3), (target, 3))[1, :, 2].tolist() == taken
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
 @pytest.mark.parametrize("size", [(2, 3), (4, 6), (5, 7), (16, 24)])
-def test_labels_take_the_nearest_pixel_and_keep_their_dtype(dtype: torch.dtype, size: tuple[int, int]) -> None:
-    labels = torch.randint(0, 200, (2, 8, 12)).to(dtype)
-    expected = F.interpolate(labels[:, None].double(), size=size, mode="nearest")[:, 0]
-    resized = resize_labels(labels, size)
+@pytest.mark.parametrize("pick", ["centre", "corner"])
+def test_labels_are_never_mixed_and_keep_their_dtype(
+    pick: Literal["centre", "corner"], size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    labels = torch.randint(0, 200, (2, 9, 15)).to(dtype)
+    # 9 x 15 has no centre between two pixels at these sizes.
+    mode = "nearest-exact" if pick == "centre" else "nearest"
+    expected = F.interpolate(labels[:, None].double(), size=size, mode=mode)[:, 0]
+    resized = resize_labels(labels, size, pick=pick)
     assert resized.dtype == dtype
     assert torch.equal(resized.double(), expected)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [(288, 128), (192, 64), (256, 128), (256, 64), (256, 16), (64, 192), (100, 128)]
+)
+def test_labels_lie_where_the_features_are(source: int, target: int) -> None:
+    side = torch.arange(source) + 0.5
+    generator = torch.Generator().manual_seed(source)
+    apart = []
+    for _ in range(16):
+        row, column = (torch.rand(2, generator=generator) * 0.2 + 0.4) * source
+        disc = (side[:, None] - row).square() + (side - column).square() < (0.3 * source) ** 2
+        features = F.interpolate(disc[None, None].float(), (target, target), mode="bilinear", antialias=True)[0, 0]
+        labels = resize_labels(disc[None].long(), (target, target))[0]
+        apart.append(centroid(labels) - centroid(features))
+    # On average: a single disc of few pixels has a ragged edge.
+    assert torch.stack(apart).mean(0).abs().max() < 0.05
+
+
+def test_few_labels_differ_from_the_majority_of_their_cell() -> None:
+    """Polyp-like masks on a grid of 16 x 16: what the losses see at stride 16 or of a small image."""
+    differ = foreground = 0
+    rows, columns = torch.meshgrid(torch.arange(288) + 0.5, torch.arange(384) + 0.5, indexing="ij")
+    for seed in range(20):
+        draw = torch.rand(5, generator=torch.Generator().manual_seed(seed))
+        y, x = rows - 288 * (0.3 + 0.4 * draw[0]), columns - 384 * (0.3 + 0.4 * draw[1])
+        angle = torch.atan2(y, x)
+        radius = 40 + 70 * draw[2]
+        mask = (x.square() + y.square()).sqrt() < radius * (1 + 0.2 * (2 * angle).cos() + 0.1 * (5 * angle).sin())
+        majority = F.avg_pool2d(mask[None, None].float(), (18, 24))[0, 0] > 0.5
+        differ += int((resize_labels(mask[None], (16, 16))[0] != majority).sum())
+        foreground += int(majority.sum())
+    assert differ / (20 * 256) < 0.015
+    assert differ / foreground < 0.05
+
+
+def centroid(mass: Tensor) -> Tensor:
+    """Row and column of the centre of mass, in pixels."""
+    rows, columns = (torch.arange(side, dtype=torch.float64) + 0.5 for side in mass.shape)
+    return torch.stack([(mass.sum(1) * rows).sum(), (mass.sum(0) * columns).sum()]) / mass.sum()
 
 
 def test_labels_with_a_channel_axis_are_refused() -> None:

@@ -45,7 +45,7 @@ SOURCE = (
 class CamVid(PairedFiles):
     """Street scenes of 360 x 480 pixels: 367 for training, 101 for validation, 233 for testing where present.
 
-    Training: resize to `image_size`, random scale 0.5 to 2, crop of `image_size`, horizontal flip. Evaluation: image
+    Training: random scale 0.5 to 2 relative to `image_size`, crop of `image_size`, horizontal flip. Evaluation: image
     resized to `image_size`, labels at 360 x 480.
 
     Args:

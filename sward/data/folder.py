@@ -18,8 +18,8 @@ class ImageFolder(PairedFiles):
     """Your own images: `images/{split}/NAME.*` with `masks/{split}/NAME.*`.
 
     A mask has one channel (8-bit grey, 16-bit grey or palette) of class indices 0 to `num_classes - 1`, and 255 where
-    pixels are to be ignored. Training: resize to `image_size`, random scale 0.5 to 2, crop of `image_size`, horizontal
-    flip. Evaluation: image resized to `image_size`, labels as they are.
+    pixels are to be ignored. Training: random scale 0.5 to 2 relative to `image_size`, crop of `image_size`,
+    horizontal flip. Evaluation: image resized to `image_size`, labels as they are.
 
     Args:
         root: folder with `images` and `masks`.

@@ -77,7 +77,7 @@ COLONDB = Release(
 class Polyps(PairedFiles):
     """Colonoscopy frames with polyp masks, 2 classes; a mask pixel is polyp where it is above 127.
 
-    Training: resize to `image_size`, flips, rotation, colour jitter (`transforms.polyp_training`). Evaluation: image
+    Training: flips, rotation, resize to `image_size`, colour jitter (`transforms.polyp_training`). Evaluation: image
     resized to `image_size`, labels at the resolution of the mask.
 
     Args:

@@ -41,7 +41,7 @@ class PDRLoss(nn.Module):
 
     Shapes:
         features: `[B, C, H, W]`, floating; labels: `[B, H_l, W_l]`, any integer dtype, any resolution: they are
-        resized to the features' grid by nearest neighbour.
+        resized to the features' grid, each cell taking the label at its centre.
 
     Raises:
         ValueError: for settings that `prototype_discrimination` does not take, or (when called) a label outside
