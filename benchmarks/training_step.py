@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -111,6 +112,8 @@ def _backward(loss: Callable[[], Tensor]) -> None:
 def measure(shape: Shape, method: str, device: torch.device, rounds: int) -> dict[str, float | str]:
     """Return the milliseconds of each part, the share of distillation, and the peak memory of a step in MiB."""
     config = presets.get(shape.preset).student
+    if shape.image_size != config.dataset.image_size:
+        config.teacher.image_size = None
     config.dataset.image_size, config.batch = shape.image_size, shape.batch
     info = data.describe(config.dataset.name)
     torch.manual_seed(0)
@@ -127,7 +130,8 @@ def measure(shape: Shape, method: str, device: torch.device, rounds: int) -> dic
     # Regions of 32 pixels, as labels have regions.
     cells = torch.randint(info.num_classes, (shape.batch, *(side // 32 for side in shape.image_size)), device=device)
     labels = cells.repeat_interleave(32, 1).repeat_interleave(32, 2)
-    features = teacher(images)
+    views = F.interpolate(images, config.teacher_image_size, mode="bilinear")
+    features = teacher(views)
     logits = student(images)
     maps = {name: each.detach().requires_grad_() for name, each in step.taps.collect().items()}
     inputs = DistillationInputs({**maps, LOGITS: logits.detach().requires_grad_()}, features, labels)
@@ -143,10 +147,10 @@ def measure(shape: Shape, method: str, device: torch.device, rounds: int) -> dic
     clock = Clock(device, rounds)
     batch = load_batch(config)
     row: dict[str, float | str] = {"data": "" if batch is None else 1e3 * clock(batch)}
-    row["teacher"] = 1e3 * clock(lambda: teacher(images), rounds=2)
+    row["teacher"] = 1e3 * clock(lambda: teacher(views), rounds=2)
     with tempfile.TemporaryDirectory(prefix="sward-training-step-") as folder:
         cache = TeacherCache(teacher, Path(folder))
-        row["teacher cached"] = 1e3 * clock(lambda: cache(images))
+        row["teacher cached"] = 1e3 * clock(lambda: cache(views))
     with torch.no_grad():
         row["student forward"] = 1e3 * clock(lambda: student(images))
         row["task loss"] = 1e3 * clock(lambda: task(logits, labels))

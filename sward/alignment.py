@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 
 def aligned_size(first: Tensor, second: Tensor) -> tuple[int, int]:
@@ -116,3 +118,87 @@ class ChannelProjection(nn.Conv2d):
         if size[0] * size[1] <= features.shape[-2] * features.shape[-1]:
             return self(resize(features, size))
         return resize(self(features), size)
+
+
+class Standardization(nn.Module):
+    """Gives every channel of a teacher's map mean 0 and variance 1.
+
+    Channels of transformer features differ in scale by one to two orders of magnitude, and much of their energy is one
+    constant vector, so that a random projection sees little else. Standardising each channel removes both; known from
+    multi-teacher distillation (Ranzinger et al., "PHI-S", 2024, and "AM-RADIO", CVPR 2024).
+
+    A batch norm without affine parameters, but for its statistics: they are the exact mean and variance over all
+    positions of all maps that came in training mode so far, the present one included, and both modes normalise with
+    them. The first batch is normalised by its own statistics. A teacher is frozen, so later ones converge to those of
+    the data set, and neither a small batch nor a change of mode moves the target that the student learns.
+
+    Args:
+        channels: channels of the map.
+        process_group: processes over whose maps the statistics are taken; they are the same on all of them. Default:
+            this process alone.
+
+    Shapes:
+        `[B, channels, H, W]`, floating -> the same shape in float32, or float64 where the map is. 16-bit maps are
+        computed in float32. A channel that is constant up to rounding gives zeros. Before the first map in training
+        mode the map is returned as it is.
+
+    Attributes:
+        count: int64, positions seen so far.
+        mean: `[channels]`, of all positions.
+        variance: `[channels]`, of all positions (divided by their number).
+    """
+
+    count: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, channels: int, *, process_group: ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.process_group = process_group
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Update the statistics in training mode, then normalise."""
+        if self.training:
+            self.update(features)
+        return self.normalize(features)
+
+    @torch.no_grad()
+    def update(self, features: Tensor) -> None:
+        """Add all positions of a map, and those of the other processes' maps, to the statistics."""
+        variance, mean = (
+            each.double() for each in torch.var_mean(_at_least_float32(features), dim=(0, 2, 3), correction=0)
+        )
+        count = torch.full_like(mean[:1], features.numel() // features.shape[1])
+        # Sums add up over processes; in float64 their difference does not cancel.
+        sums = torch.cat([count, count * mean, count * (variance + mean.square())])
+        if self.process_group is not None:
+            dist.all_reduce(sums, group=self.process_group)
+        count = sums[0]
+        mean, squares = (sums[1:] / count).chunk(2)
+        # Two sets of positions as one (Chan et al., 1979).
+        share = count / (self.count + count)
+        change = mean - self.mean
+        within = torch.lerp(self.variance.double(), (squares - mean.square()).clamp(min=0), share)
+        self.variance.copy_(within + share * (1 - share) * change.square())
+        self.mean.copy_(self.mean + share * change)
+        self.count.add_(count.long())
+
+    def normalize(self, features: Tensor) -> Tensor:
+        """Normalise with the statistics as they are."""
+        spread = self.variance.sqrt()
+        scale = torch.where(spread > _CONSTANT * self.mean.abs(), 1 / spread, 0.0)
+        return (_at_least_float32(features) - self.mean[:, None, None]) * scale[:, None, None]
+
+    def extra_repr(self) -> str:
+        return str(len(self.mean))
+
+
+_CONSTANT = 1e-6
+"""Spread over mean of a channel that counts as constant: what rounding to float32 leaves of one."""
+
+
+def _at_least_float32(features: Tensor) -> Tensor:
+    return features if features.dtype == torch.float64 else features.float()

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from sward.data.files import OnCorrupt
-from sward.losses.mwad import ContextReduction, ShiftStrategy, TeacherProjections
+from sward.losses.mwad import ShiftStrategy
+from sward.losses.recipes import (
+    RECIPES,
+    RECOMMENDED,
+    ContextReduction,
+    RecipeName,
+    TeacherNormalization,
+    TeacherProjections,
+)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """`fp32` computes everything in float32; the others run under autocast, weights and optimiser stay in float32."""
@@ -93,6 +101,8 @@ class TeacherConfig:
         run: folder of the `sward train-teacher` run to load; None takes `runs/PRESET/teacher`.
         untrained: distil the teacher `name` with random weights instead, to try shapes and speed without a checkpoint.
         name: for `untrained`: a teacher that `sward.models.build` knows.
+        image_size: height and width of the images that the teacher sees: the student's own views (same crop, flips and
+            colours) sampled at this size, with the same aspect ratio. None takes `dataset.image_size`.
         masks: file that `sward train-masks` wrote, for `maskd` and `freekd`; None takes `runs/PRESET/METHOD.pt`.
         cache: folder in which the teacher's features are kept, so that it runs once for each view of an image; needs
             `dataset.views`. None runs it every step.
@@ -102,6 +112,7 @@ class TeacherConfig:
     run: Path | None = None
     untrained: bool = False
     name: str = "hiera_demo"
+    image_size: tuple[int, int] | None = None
     masks: Path | None = None
     cache: Path | None = None
     precision: Precision = "fp32"
@@ -109,7 +120,7 @@ class TeacherConfig:
 
 @dataclass
 class SWARDConfig:
-    """MWAD, PDR and their weights (Eq. 11-20).
+    """MWAD, PDR and their weights (Eq. 11-20). The defaults are the recommended recipe, see `sward.losses.recipes`.
 
     Attributes:
         weights: beta of MWAD and gamma of PDR in Eq. 20; alpha of the task loss is 1.
@@ -119,6 +130,7 @@ class SWARDConfig:
         embed_dim: width of queries, keys and values.
         shift: window strategy (Table 4).
         terms: weights of the attention, value and context terms (Table 3).
+        teacher_normalization: standardise each channel of the teacher's features, or take them as they are.
         teacher_projections: whether the teacher's projections learn.
         context_reduction: sum over channels as Eq. 13 is written, or mean.
         margin: least distance of two prototypes (Eq. 16).
@@ -127,19 +139,20 @@ class SWARDConfig:
         normalize: L2-normalise PDR's features first.
     """
 
-    weights: tuple[float, float] = (2.0, 1.0)
+    weights: tuple[float, float] = RECOMMENDED.weights
     student_layers: tuple[str, ...] = ()
     teacher_layers: tuple[str, ...] = ()
     window_size: tuple[int, ...] = (8,)
     embed_dim: int = 64
     shift: ShiftStrategy = "stochastic"
     terms: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    teacher_projections: TeacherProjections = "learned"
-    context_reduction: ContextReduction = "sum"
+    teacher_normalization: TeacherNormalization = RECOMMENDED.teacher_normalization
+    teacher_projections: TeacherProjections = RECOMMENDED.teacher_projections
+    context_reduction: ContextReduction = RECOMMENDED.context_reduction
     margin: float = 1.3
     pdr_weights: tuple[float, float] = (1.0, 1.0)
     pdr_layer: str | None = None
-    normalize: bool = False
+    normalize: bool = RECOMMENDED.normalize
 
 
 @dataclass
@@ -240,16 +253,41 @@ class DistillationConfig(TrainingConfig):
     Attributes:
         distillation: the method: `"none"`, or a name in `sward.runs.methods.METHODS`.
         teacher: the frozen network.
+        recipe: which recipe `sward` started from: `"recommended"`, or `"paper"` for the equations and section 4.1 to
+            the letter. On the command line it sets its fields of `sward` first; options for single fields come after.
         sward: settings of `"sward"`.
     """
 
     distillation: str = "sward"
+    recipe: RecipeName = "recommended"
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     sward: SWARDConfig = field(default_factory=SWARDConfig)
+
+    @property
+    def teacher_image_size(self) -> tuple[int, int]:
+        """Height and width of the images that the teacher sees."""
+        return self.teacher.image_size or self.dataset.image_size
+
+    def use_recipe(self, name: RecipeName) -> None:
+        """Sets the fields of `sward` that the recipe `name` defines and leaves the others.
+
+        Raises:
+            ValueError: if there is no such recipe.
+        """
+        if name not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(map(repr, RECIPES))}, got {name!r}")
+        self.recipe = name
+        self.sward = dataclasses.replace(self.sward, **RECIPES[name]._asdict())
 
     def check(self) -> None:
         """As for every run; and features can be kept only of images that come again."""
         super().check()
+        (height, width), (tall, wide) = self.dataset.image_size, self.teacher_image_size
+        if tall * width != wide * height:
+            raise ValueError(
+                f"teacher.image_size must have the aspect ratio of dataset.image_size, {height}x{width}, "
+                f"got {tall}x{wide}"
+            )
         if self.teacher.cache is not None and self.dataset.views is None:
             raise ValueError(
                 "teacher.cache keeps the features of images that come again, but every epoch draws new crops and "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader
 
-from sward.data import Sample, SegmentationDataset, collate_evaluation
+from sward.data import Sample, SegmentationDataset, TeacherSample, collate_evaluation
 from sward.metrics import ConfusionMatrix, PerImageOverlap
 
 
@@ -80,7 +80,7 @@ def predicted_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def predict_sample(network: nn.Module, sample: Sample) -> Tensor:
+def predict_sample(network: nn.Module, sample: Sample | TeacherSample) -> Tensor:
     """Class of every pixel of one evaluation sample at the resolution of its labels, int64 `[H, W]`.
 
     Args:

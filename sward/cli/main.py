@@ -8,6 +8,7 @@ an error was raised, run `python -X dev -m sward COMMAND ...`.
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -191,6 +192,13 @@ def _parse(kind: Any, command: str, words: list[str], default: Any = None) -> An
     return tyro.cli(kind, prog=f"sward {command}", args=words, **options)
 
 
+def _value_of(option: str, words: list[str]) -> str | None:
+    """The last value that `words` give an option, as `--option value` or `--option=value`."""
+    given = [after for word, after in itertools.pairwise(words) if word == option]
+    given += [word.removeprefix(f"{option}=") for word in words if word.startswith(f"{option}=")]
+    return given[-1] if given else None
+
+
 def _preset(command: str, words: list[str]) -> tuple[str, list[str]]:
     """Splits the preset's name from the options that follow it."""
     from sward import presets
@@ -233,9 +241,15 @@ def _demo(words: list[str]) -> None:
 def _train(words: list[str]) -> None:
     from sward import presets
     from sward.config import DistillationConfig
+    from sward.losses.recipes import RECIPES
 
     name, rest = _preset("train", words)
-    config = _parse(DistillationConfig, f"train {name}", rest, presets.get(name).student)
+    default = presets.get(name).student
+    # Before the other options are read: they change single fields of it.
+    for recipe in RECIPES:
+        if _value_of("--recipe", rest) == recipe:
+            default.use_recipe(recipe)
+    config = _parse(DistillationConfig, f"train {name}", rest, default)
     from sward.runs import train_student
 
     printing.print_result(train_student(config), config.metric)

@@ -19,18 +19,22 @@ from sward.data import camvid, cityscapes, folder, polyps, scenes
 from sward.data.files import CorruptFileError, OnCorrupt, PairedFiles, read_image
 from sward.data.sample import (
     IGNORE_INDEX,
+    Batch,
     DatasetInfo,
     DatasetNotFoundError,
     EvaluationBatch,
     Sample,
     SegmentationDataset,
+    TeacherSample,
     collate_evaluation,
+    collate_training,
     sample_seed,
 )
 from sward.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     EvaluationTransform,
+    TrainingTransform,
     denormalise,
     normalise,
     parse_size,
@@ -40,6 +44,7 @@ __all__ = [
     "IGNORE_INDEX",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "Batch",
     "CorruptFileError",
     "DatasetInfo",
     "DatasetNotFoundError",
@@ -48,9 +53,11 @@ __all__ = [
     "OnCorrupt",
     "Sample",
     "SegmentationDataset",
+    "TeacherSample",
     "build",
     "build_for_packing",
     "collate_evaluation",
+    "collate_training",
     "default_image_size",
     "denormalise",
     "describe",
@@ -116,6 +123,7 @@ def build(
     packed: str = "auto",
     on_corrupt: OnCorrupt = "stop",
     views: int | None = None,
+    teacher_size: Sequence[int] | None = None,
 ) -> SegmentationDataset:
     """Build a data set.
 
@@ -137,6 +145,8 @@ def build(
         on_corrupt: what to do about an image or mask that cannot be read: `"stop"` raises an error that names it,
             `"skip"` warns once a file and hands out the next frame in its place. For training sets only.
         views: fixed augmented views an image, for a cache of teacher features; None draws new ones each epoch.
+        teacher_size: `(height, width)` of a second sampling of every training view, for a teacher that sees more pixels
+            than the student; samples are then `TeacherSample`s. None hands out `Sample`s.
 
     Raises:
         DatasetNotFoundError: the data set is missing or incomplete.
@@ -162,6 +172,10 @@ def build(
         dataset.set_on_corrupt(on_corrupt)
         dataset.use_pack(packed)
     dataset.views = views
+    if teacher_size is not None:
+        if not isinstance(dataset.transform, TrainingTransform):
+            raise ValueError(f"teacher_size must be None where train is False, got {tuple(teacher_size)}")
+        dataset.teacher_transform = dataset.transform.at(parse_size(teacher_size))
     return dataset
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -68,10 +69,27 @@ class TrainingTransform:
 
     Args:
         steps: transforms that take and return `(tv_tensors.Image, tv_tensors.Mask)`.
+        resized: size -> the same transform with another size of its result, drawing the same numbers from the same
+            random state. None if there is no such thing.
     """
 
-    def __init__(self, steps: Sequence[Callable[..., Any]]) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Callable[..., Any]],
+        resized: Callable[[tuple[int, int]], TrainingTransform] | None = None,
+    ) -> None:
         self.steps = tuple(steps)
+        self.resized = resized
+
+    def at(self, size: tuple[int, int]) -> TrainingTransform:
+        """The transform that gives the same view at another size, from the same random state.
+
+        Raises:
+            ValueError: if it was made without `resized`.
+        """
+        if self.resized is None:
+            raise ValueError(f"resized must be given for a transform with views of another size, got None for {size}")
+        return self.resized(size)
 
     def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         pair = _wrapped(image, labels)
@@ -91,26 +109,35 @@ class ScaleCrop:
         size: `(height, width)` of the crop.
         scales: least and greatest scale; the logarithm of the scale is uniform.
         relative: scale 1 is the image resized to `size`, not the image as it is.
+        output: `(height, width)` of the result: the same crop, sampled at this size. Default: `size`.
     """
 
-    def __init__(self, size: tuple[int, int], scales: tuple[float, float], *, relative: bool = False) -> None:
+    def __init__(
+        self,
+        size: tuple[int, int],
+        scales: tuple[float, float],
+        *,
+        relative: bool = False,
+        output: tuple[int, int] | None = None,
+    ) -> None:
         self.size = size
         self.scales = scales
         self.relative = relative
+        self.output = output or size
 
     def __call__(self, image: Any, labels: Any) -> tuple[Any, Any]:
         low, high = torch.tensor(self.scales, dtype=torch.float64).log().tolist()
         scale = torch.empty((), dtype=torch.float64).uniform_(low, high).exp().item()
         rows, columns = (
-            _Span.draw(present, side, scale * side / present if self.relative else scale)
-            for present, side in zip(image.shape[1:], self.size, strict=True)
+            _Span.draw(present, side, scale * side / present if self.relative else scale).stretched(sampled / side)
+            for present, side, sampled in zip(image.shape[1:], self.size, self.output, strict=True)
         )
         window = (..., rows.window, columns.window)
         size = rows.length, columns.length
         resized = resize_image(image.as_subclass(Tensor)[window], size)
         moved = resize_labels(labels.as_subclass(Tensor)[window][None], size)[0]
-        if size != self.size:
-            padding = [*columns.margins(self.size[1]), *rows.margins(self.size[0])]
+        if size != self.output:
+            padding = [*columns.margins(self.output[1]), *rows.margins(self.output[0])]
             resized = F.pad(resized, padding, value=IMAGE_FILL)
             moved = F.pad(moved, padding, value=IGNORE_INDEX)
         return _wrapped(resized, moved)
@@ -132,6 +159,11 @@ class _Span(NamedTuple):
             return cls(slice(first, first + taken), 0, side)
         length = min(side, max(1, round(present * scale)))
         return cls(slice(0, present), int(torch.randint(0, side - length + 1, ())), length)
+
+    def stretched(self, factor: float) -> _Span:
+        """The same window in a crop of `factor` times the pixels."""
+        start, end = (round(factor * place) for place in (self.start, self.start + self.length))
+        return self._replace(start=start, length=max(1, end - start))
 
     def margins(self, side: int) -> tuple[int, int]:
         return self.start, side - self.start - self.length
@@ -185,23 +217,32 @@ def _smoothed(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def street_training(
-    crop: tuple[int, int], *, resize_first: bool = False, scales: tuple[float, float] = (0.5, 2.0)
+    crop: tuple[int, int],
+    output: tuple[int, int] | None = None,
+    *,
+    resize_first: bool = False,
+    scales: tuple[float, float] = (0.5, 2.0),
 ) -> TrainingTransform:
     """Random scale, crop and horizontal flip. `resize_first`: scales are relative to an image resized to `crop`."""
     v2 = _torchvision().transforms.v2
-    return TrainingTransform([ScaleCrop(crop, scales, relative=resize_first), v2.RandomHorizontalFlip()])
+    return TrainingTransform(
+        [ScaleCrop(crop, scales, relative=resize_first, output=output), v2.RandomHorizontalFlip()],
+        # Loader processes that are spawned need something that can be pickled.
+        resized=partial(street_training, crop, resize_first=resize_first, scales=scales),
+    )
 
 
 def polyp_training(size: tuple[int, int]) -> TrainingTransform:
     """Flips both ways, rotation within 30 degrees, mild colour jitter. An endoscope has no up and no down."""
     jitter = _torchvision().transforms.v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02)
-    return TrainingTransform([FlipRotateResize(size, 30), jitter])
+    return TrainingTransform([FlipRotateResize(size, 30), jitter], resized=polyp_training)
 
 
-def flip_training() -> TrainingTransform:
-    """Flips both ways and nothing else, for data without a preferred direction and without end."""
+def flip_training(size: tuple[int, int] | None = None) -> TrainingTransform:
+    """Flips both ways and nothing else, for data without a preferred direction and without end; resized to `size`."""
     v2 = _torchvision().transforms.v2
-    return TrainingTransform([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()])
+    resize = [] if size is None else [v2.Resize(size, antialias=True)]
+    return TrainingTransform([*resize, v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()], resized=flip_training)
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -15,6 +15,7 @@ from sward.losses.mwad import MWADLoss
 from sward.losses.pairs import full_precision
 from sward.losses.pdr import PDRLoss
 from sward.losses.protocol import DistillationInputs, DistillationLoss, DistillationOutput
+from sward.losses.recipes import RECOMMENDED
 from sward_kernels.prototypes.classes import class_indices_op
 
 
@@ -99,18 +100,24 @@ class SWARDLoss(nn.Module):
     Args:
         task: `(logits, labels) -> scalar`, such as `SegmentationCrossEntropy()`.
         mwad: windowed distillation between student and teacher.
-        pdr: prototype regularization of the student.
-        weights: alpha, beta, gamma. Default 1, 2, 1 (section 4.1). A weight of 0 skips the part.
+        pdr: prototype regularization of the student; needed only where gamma is not 0.
+        weights: alpha, beta, gamma. Default 1, 1, 0, the recommended recipe; the paper has 1, 2, 1 (section 4.1). A
+            weight of 0 skips the part.
+
+    Raises:
+        ValueError: if gamma is not 0 and `pdr` is missing.
     """
 
     def __init__(
         self,
         task: Callable[[Tensor, Tensor], Tensor],
         mwad: MWADLoss,
-        pdr: PDRLoss,
-        weights: tuple[float, float, float] = (1.0, 2.0, 1.0),
+        pdr: PDRLoss | None = None,
+        weights: tuple[float, float, float] = (1.0, *RECOMMENDED.weights),
     ) -> None:
         super().__init__()
+        if weights[2] and pdr is None:
+            raise ValueError(f"pdr must be a PDRLoss where its weight gamma is not 0, got None with weights {weights}")
         self.task = task
         self.mwad = mwad
         self.pdr = pdr
@@ -137,7 +144,7 @@ class SWARDLoss(nn.Module):
             ValueError: if the logits have other classes than PDR, or as the three parts do.
         """
         alpha, beta, gamma = self.weights
-        if gamma and _num_classes(logits) != self.pdr.num_classes:
+        if gamma and self.pdr is not None and _num_classes(logits) != self.pdr.num_classes:
             raise ValueError(
                 f"pdr must have as many classes as the logits {tuple(logits.shape)}, {_num_classes(logits)}, "
                 f"got PDRLoss(num_classes={self.pdr.num_classes})"
@@ -165,7 +172,7 @@ class SWARDDistillation(DistillationLoss):
         student_taps: the student's layers for MWAD.
         teacher_taps: the teacher's layers, in the same order.
         pdr_tap: the student's layer for PDR. Default: the last of `student_taps`.
-        weights: beta and gamma of Eq. 20. Default 2 and 1.
+        weights: beta and gamma of Eq. 20. Default 1 and 0, the recommended recipe; the paper has 2 and 1.
     """
 
     def __init__(
@@ -176,7 +183,7 @@ class SWARDDistillation(DistillationLoss):
         student_taps: Sequence[str],
         teacher_taps: Sequence[str],
         pdr_tap: str | None = None,
-        weights: tuple[float, float] = (2.0, 1.0),
+        weights: tuple[float, float] = RECOMMENDED.weights,
     ) -> None:
         self.pdr_tap = student_taps[-1] if pdr_tap is None else pdr_tap
         super().__init__(list(dict.fromkeys((*student_taps, self.pdr_tap))), teacher_taps)
@@ -203,7 +210,7 @@ class SWARDDistillation(DistillationLoss):
 
 def _mwad_and_pdr(
     mwad: MWADLoss,
-    pdr: PDRLoss,
+    pdr: PDRLoss | None,
     weights: tuple[float, float],
     student_features: Sequence[Tensor],
     teacher_features: Sequence[Tensor],
@@ -213,10 +220,11 @@ def _mwad_and_pdr(
     beta, gamma = weights
     zero = torch.zeros((), device=pdr_features.device)
     loss = zero
+    lambdas = (0.0, 0.0) if pdr is None else pdr.weights
     terms = dict.fromkeys(("mwad", "attention", "value", "context", "pdr", "separation", "compactness"), zero)
     factors = {
         **{name: beta * weight for name, weight in zip(("attention", "value", "context"), mwad.weights)},
-        **{name: gamma * weight for name, weight in zip(("separation", "compactness"), pdr.weights)},
+        **{name: gamma * weight for name, weight in zip(("separation", "compactness"), lambdas)},
     }
     if beta:
         relations = mwad(student_features, teacher_features)
@@ -227,7 +235,7 @@ def _mwad_and_pdr(
             "value": relations.value,
             "context": relations.context,
         }
-    if gamma:
+    if gamma and pdr is not None:
         prototypes = pdr(pdr_features, labels)
         loss = loss + gamma * prototypes.loss
         terms |= {

@@ -92,8 +92,8 @@ def build(name: str, num_classes: int, **options: Any) -> nn.Module:
     Args:
         name: one of `names`.
         num_classes: K, at least 1.
-        options: ``backend="sam2" | "timm"`` for the Hiera teachers (default ``"sam2"``); ``token_stride``, a divisor
-            of 32, for ``vit_small_dinov2`` (default 8). The other networks have none.
+        options: ``backend="sam2" | "timm"`` for the Hiera teachers (default ``"sam2"``); ``token_stride``,
+            pixels per token, for ``vit_small_dinov2`` (default 8). The other networks have none.
 
     Returns:
         A module that maps images ``[B, 3, H, W]`` (ImageNet-normalised, H and W multiples of 32) to logits

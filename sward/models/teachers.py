@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sward.alignment import resize
 from sward.models.heads import conv_norm_relu
-from sward.models.inputs import SIZE_MULTIPLE, check_images
+from sward.models.inputs import check_images
 
 
 class Teacher(nn.Module):
@@ -172,14 +172,14 @@ class PatchEmbedFromStem(nn.Module):
 
 
 class DINOv2Trunk(nn.Module):
-    """timm's ``vit_small_patch14_dinov2`` with four block outputs as maps ``[B, 384, H/s, W/s]``.
+    """timm's ``vit_small_patch14_dinov2`` with four block outputs as maps ``[B, 384, H/s, W/s]``, sides rounded.
 
     Oquab et al., "DINOv2", 2023. The image is resized so that each patch of 14 pixels covers ``token_stride`` pixels
     of the input, and the position table is resized by plain bicubic interpolation. Each tapped output goes
     through the trunk's final layer norm.
 
     Args:
-        token_stride: s, pixels of the input per token; must divide 32.
+        token_stride: s, pixels of the input per token; 14 takes an image whose sides are multiples of 14 as it is.
         blocks: the four blocks whose outputs are returned.
     """
 
@@ -187,8 +187,8 @@ class DINOv2Trunk(nn.Module):
 
     def __init__(self, token_stride: int = 8, blocks: Sequence[int] = (2, 5, 8, 11)) -> None:
         super().__init__()
-        if token_stride < 1 or SIZE_MULTIPLE % token_stride:
-            raise ValueError(f"token_stride must divide {SIZE_MULTIPLE}, got {token_stride}")
+        if token_stride < 1:
+            raise ValueError(f"token_stride must be at least 1, got {token_stride}")
         import timm
 
         self.vit: Any = timm.create_model(
@@ -198,7 +198,7 @@ class DINOv2Trunk(nn.Module):
         self.blocks = tuple(blocks)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        height, width = (length // self.token_stride for length in images.shape[-2:])
+        height, width = (max(1, round(length / self.token_stride)) for length in images.shape[-2:])
         patches = self.vit.patch_embed(resize(images, (height * self.PATCH_SIZE, width * self.PATCH_SIZE))).flatten(
             1, 2
         )

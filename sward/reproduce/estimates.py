@@ -65,7 +65,7 @@ def estimate(config: TrainingConfig, teacher: TeacherTrainingConfig) -> Estimate
     flops, memory = own.flops, own.memory
     if isinstance(config, DistillationConfig) and config.distillation != "none":
         other = _frozen(
-            teacher.model, classes, tuple(sorted(teacher.options.items())), settings.image_size, config.batch
+            teacher.model, classes, tuple(sorted(teacher.options.items())), config.teacher_image_size, config.batch
         )
         flops, memory = flops + other.flops, memory + other.memory
     return Estimate(steps, steps * flops, memory)

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sward import presets
-from sward.config import SWARDConfig
-from sward.losses.mwad import ContextReduction, TeacherProjections
+from sward.losses.recipes import PAPER, ContextReduction, TeacherProjections
 from sward.runs.methods import METHODS
 
 Scale = Literal["paper", "small"]
@@ -279,11 +278,7 @@ def questions(preset: str) -> Table:
     reduction: ContextReduction = "mean" if base.context_reduction == "sum" else "sum"
     pdr = "as they are" if base.normalize else "normalised"
     windows = [side for side in (2, 4, 8, 16) if (side,) != base.window_size]
-    paper = SWARDConfig()
-    literal = {
-        name: getattr(paper, name)
-        for name in ("weights", "window_size", "embed_dim", "teacher_projections", "context_reduction", "normalize")
-    }
+    literal = {**PAPER._asdict(), "window_size": (8,), "embed_dim": 64}
     runs = {
         "student alone": method(preset, "none"),
         f"SWARD as {preset} sets it": method(preset, "sward"),

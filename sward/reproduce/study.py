@@ -45,12 +45,8 @@ TRUNK_FILES = {
 }
 """Pretrained trunk of each teacher, by the name under which it is published (docs/reproduce.md)."""
 
-MASK_STEPS = {"clinicdb-small": 300, "camvid-small": 200, "demo": 100}
+MASK_STEPS = {"clinicdb-small": 300, "colondb-small": 300, "camvid-small": 200, "demo": 100}
 """Steps of learning MasKD's tokens and FreeKD's prompts at the small scale; elsewhere the papers' own."""
-
-CACHED_PRESETS = ("clinicdb-small", "camvid-small")
-VIEWS = 8
-"""Augmented views of each training image that runs of these presets draw from."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,7 @@ class Study:
             preset=teacher.preset,
             method=method,
             dataset=student.dataset,
-            teacher=TeacherConfig(run=self.folder(teacher, 0).path),
+            teacher=TeacherConfig(run=self.folder(teacher, 0).path, image_size=student.teacher.image_size),
             batch=student.batch,
             steps=steps,
             device=self.options.device,
@@ -298,16 +294,12 @@ class Study:
         record.write_text(to_json(config) + "\n", encoding="utf-8")
 
     def _cache_teacher(self, config: DistillationConfig) -> None:
-        """The one place that switches the cache of the teacher's features on: at the small scale, where it pays most.
+        """The one place that switches the cache of the teacher's features on: where the views of an image come again.
 
-        A cache needs augmented views that come again. Every student sees the same views, or the comparison would not be
-        fair. Only SWARD's features are kept: all its variants read the same maps, so that one cache serves them all
-        (0.4 to 0.9 MB a view), while each peer would need gigabytes of its own.
+        Only SWARD's features are kept: all its variants read the same maps, so that one cache serves them all
+        (1.6 to 2 MB per view), while each peer would need gigabytes of its own.
         """
-        if config.preset not in CACHED_PRESETS:
-            return
-        config.dataset.views = VIEWS
-        if config.distillation == "sward":
+        if config.dataset.views is not None and config.distillation == "sward":
             config.teacher.cache = self.folder(teacher_of(config.preset), 0).path / "features"
 
 

@@ -105,10 +105,20 @@ def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple
 
 def build_datasets(config: TrainingConfig) -> tuple[SegmentationDataset, SegmentationDataset]:
     """Training and validation split of the configured data set."""
-    return build_split(config, "train", train=True), build_split(config, "val", train=False)
+    teacher_size = None
+    if isinstance(config, DistillationConfig) and config.distillation != "none":
+        teacher_size = config.teacher_image_size if config.teacher_image_size != config.dataset.image_size else None
+    train_set = build_split(config, "train", train=True, teacher_size=teacher_size)
+    return train_set, build_split(config, "val", train=False)
 
 
-def build_split(config: TrainingConfig | MaskTrainingConfig, split: str, *, train: bool) -> SegmentationDataset:
+def build_split(
+    config: TrainingConfig | MaskTrainingConfig,
+    split: str,
+    *,
+    train: bool,
+    teacher_size: tuple[int, int] | None = None,
+) -> SegmentationDataset:
     """One split of the configured data set, with training or evaluation transforms."""
     settings = config.dataset
     return data.build(
@@ -123,6 +133,7 @@ def build_split(config: TrainingConfig | MaskTrainingConfig, split: str, *, trai
         packed=settings.packed,
         on_corrupt=config.on_corrupt if train else "stop",
         views=settings.views if train else None,
+        teacher_size=teacher_size,
     )
 
 

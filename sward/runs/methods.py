@@ -92,16 +92,17 @@ def _sward(pair: DistillationPair) -> SWARDDistillation:
     student, teacher = models.describe(pair.config.model), models.describe(pair.teacher_name)
     student_layers = settings.student_layers or tuple(stage.layer for stage in student.stages)
     teacher_layers = settings.teacher_layers or tuple(stage.layer for stage in teacher.stages)
-    image_size = pair.config.dataset.image_size
     mwad = MWADLoss(
-        tap_channels(pair.student, student_layers, image_size),
-        tap_channels(pair.teacher, teacher_layers, image_size),
+        tap_channels(pair.student, student_layers, pair.config.dataset.image_size),
+        tap_channels(pair.teacher, teacher_layers, pair.config.teacher_image_size),
         window_size=settings.window_size[0] if len(settings.window_size) == 1 else settings.window_size,
         embed_dim=settings.embed_dim,
         shift=settings.shift,
         weights=settings.terms,
+        teacher_normalization=settings.teacher_normalization,
         teacher_projections=settings.teacher_projections,
         context_reduction=settings.context_reduction,
+        process_group=distributed.group(),
         # A stream of its own: a run with and one without distillation see the same images and the same dropout.
         generator=torch.Generator().manual_seed(distributed.rank_seed(pair.config.seed)),
     )
@@ -196,9 +197,8 @@ def _penultimate(pair: DistillationPair) -> tuple[str, str]:
 
 
 def _channels(pair: DistillationPair, student_layer: str, teacher_layer: str) -> tuple[int, int]:
-    image_size = pair.config.dataset.image_size
-    (student,) = tap_channels(pair.student, [student_layer], image_size)
-    (teacher,) = tap_channels(pair.teacher, [teacher_layer], image_size)
+    (student,) = tap_channels(pair.student, [student_layer], pair.config.dataset.image_size)
+    (teacher,) = tap_channels(pair.teacher, [teacher_layer], pair.config.teacher_image_size)
     return student, teacher
 
 

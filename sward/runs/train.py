@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -136,6 +137,11 @@ def train_masks(config: MaskTrainingConfig) -> Path:
         raise ValueError("train-masks runs in one process; start it without torchrun")
     device = choose_device(config.device)
     steps = config.steps or (10_000 if config.method == "maskd" else 2_000)
+    if config.teacher.image_size is not None:
+        # No student looks on: the teacher's views alone.
+        config = dataclasses.replace(
+            config, dataset=dataclasses.replace(config.dataset, image_size=config.teacher.image_size)
+        )
     dataset = build_split(config, "train", train=True)
     name, teacher = load_teacher(config.teacher, config.preset, dataset.info)
     teacher.to(device)

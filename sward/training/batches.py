@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from sward import data, distributed
-from sward.data import Sample, SegmentationDataset
+from sward.data import Batch, SegmentationDataset
 
 
 class EpochSampler(Sampler[list[int]]):
@@ -46,7 +46,7 @@ class EpochSampler(Sampler[list[int]]):
 
 def batches(
     dataset: SegmentationDataset, batch: int, *, seed: int, workers: int = 0, start: int = 0, pin_memory: bool = False
-) -> Iterator[Sample]:
+) -> Iterator[Batch]:
     """This process's part of the training batches, without end, from step `start`.
 
     The same seed gives the same batches, wherever it starts, with any number of workers and of processes.
@@ -68,6 +68,7 @@ def batches(
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
+        collate_fn=data.collate_training,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,

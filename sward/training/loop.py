@@ -100,12 +100,13 @@ def fit(
                 (state.step + 1) % every == 0 or state.step + 1 == steps
                 for every in (config.log_every, config.checkpoint_every, validate_every)
             )
-            images, labels, names = next(stream)
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            features = {} if teacher is None else teacher(images)
+            batch = next(stream)
+            images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+            seen = images if batch.teacher_images is None else batch.teacher_images.to(device, non_blocking=True)
+            features = {} if teacher is None else teacher(seen)
             output = replica(images, labels, features, diagnose=logs)
             gradient_norm = state.update(output.loss, measure=logs)
-            watch.remember(state.step, output, names)
+            watch.remember(state.step, output, batch.names)
             progress.advance()
             # Several processes agree on a signal only where they meet anyway.
             stop = interruption.agreed() if logs or distributed.world_size() == 1 else None

@@ -37,8 +37,9 @@ def test_batches_started_late_are_those_of_the_whole_stream(workers: int) -> Non
     whole = batches(dataset, 4, seed=5)
     expected = [next(whole) for _ in range(9)]
     late = batches(dataset, 4, seed=5, workers=workers, start=6)
-    for sample in expected[6:]:
-        image, labels, names = next(late)
-        assert names == sample.name
-        assert torch.equal(image, sample.image)
-        assert torch.equal(labels, sample.labels)
+    for batch in expected[6:]:
+        images, labels, names, teacher_images = next(late)
+        assert names == batch.names
+        assert torch.equal(images, batch.images)
+        assert torch.equal(labels, batch.labels)
+        assert teacher_images is batch.teacher_images is None
