@@ -41,8 +41,15 @@ UNCOMPARED = {
     "teacher.run",
     "teacher.masks",
     "teacher.cache",
+    "cache",
 }
 """Fields that say where and how a run works, not what it computes: they may differ from those of a stored run."""
+
+
+NEEDS_VIEWS = (
+    "{name} must be None where dataset.views is None, got {folder}; every epoch draws new crops and flips then, and "
+    "only features of images that come again can be kept: fix them with --dataset.views N, N augmented views per image"
+)
 
 
 @dataclass
@@ -104,7 +111,7 @@ class TeacherConfig:
         image_size: height and width of the images that the teacher sees: the student's own views (same crop, flips and
             colours) sampled at this size, with the same aspect ratio. None takes `dataset.image_size`.
         masks: file that `sward train-masks` wrote, for `maskd` and `freekd`; None takes `runs/PRESET/METHOD.pt`.
-        cache: folder in which the teacher's features are kept, so that it runs once for each view of an image; needs
+        cache: folder in which the teacher's features are kept, so that it runs once per view of an image; needs
             `dataset.views`. None runs it every step.
         precision: of the teacher's forward pass, whatever the student's is.
     """
@@ -289,10 +296,7 @@ class DistillationConfig(TrainingConfig):
                 f"got {tall}x{wide}"
             )
         if self.teacher.cache is not None and self.dataset.views is None:
-            raise ValueError(
-                "teacher.cache keeps the features of images that come again, but every epoch draws new crops and "
-                "flips; fix them with --dataset.views N: N augmented views of each image, taken in turn"
-            )
+            raise ValueError(NEEDS_VIEWS.format(name="teacher.cache", folder=self.teacher.cache))
 
     def teacher_masks(self) -> Path:
         """The file of the method's masks on this teacher.
@@ -318,11 +322,23 @@ class TeacherTrainingConfig(TrainingConfig):
         options: options of the network's builder, such as `backend` of the Hiera trunks.
         trunk_checkpoint: SAM 2.1 or MedSAM2 file to load into the trunk first.
         train_trunk: train the trunk too. The paper's teachers keep it frozen and train the head.
+        cache: folder in which the maps of the frozen trunk are kept, so that it runs once per view of an image; needs
+            `dataset.views`. With the same folder as `--teacher.cache`, students with the same seed read them too.
+            None runs the trunk every step.
     """
 
     options: dict[str, int | str] = field(default_factory=dict)
     trunk_checkpoint: Path | None = None
     train_trunk: bool = False
+    cache: Path | None = None
+
+    def check(self) -> None:
+        """As for every run; and a cache needs a frozen trunk and images that come again."""
+        super().check()
+        if self.cache is not None and self.train_trunk:
+            raise ValueError(f"cache must be None where train_trunk is set, got {self.cache}; such a trunk changes")
+        if self.cache is not None and self.dataset.views is None:
+            raise ValueError(NEEDS_VIEWS.format(name="cache", folder=self.cache))
 
 
 @dataclass

@@ -22,7 +22,7 @@ from sward.training.run_folder import RunFolder, make_folder
 from sward.training.state import seed_generators
 from sward.training.step import TrainingStep
 from sward.training.teacher import FrozenTeacher
-from sward.training.teacher_cache import TeacherCache
+from sward.training.teacher_cache import TeacherCache, TrunkCache
 
 
 def train_student(config: DistillationConfig) -> TrainingResult:
@@ -65,7 +65,10 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
         if config.compile:
             network.compile()
         if config.teacher.cache is not None:
-            teacher = TeacherCache(teacher, config.teacher.cache)
+            if isinstance(network, Teacher):
+                network.trunk_cache = TrunkCache(network.trunk, config.teacher.cache)
+            else:
+                teacher = TeacherCache(teacher, config.teacher.cache)
     run = RunFolder(config.output or student_run(config))
     return _fit(student, loss, config, train_set, validation_set, run, teacher)
 
@@ -95,8 +98,12 @@ def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> Train
         if not isinstance(network, Teacher):
             raise ValueError(f"model {config.model!r} has no trunk to freeze; train all of it with --train-trunk")
         network.freeze_trunk()
+    network = _placed(network, config, device)
+    if config.cache is not None:
+        assert isinstance(network, Teacher)
+        network.trunk_cache = TrunkCache(network.trunk, config.cache)
     run = RunFolder(config.output or teacher_run(config.preset))
-    return _fit(_placed(network, config, device), None, config, train_set, validation_set, run, None)
+    return _fit(network, None, config, train_set, validation_set, run, None)
 
 
 def _placed(network: nn.Module, config: TrainingConfig, device: torch.device) -> nn.Module:

@@ -8,10 +8,11 @@ import json
 import pickle
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sward import atomic
 from sward.losses.masks import teacher_fingerprint
@@ -22,42 +23,93 @@ _CHECKSUM_BYTES = 4
 
 
 class TeacherCache:
-    """A frozen teacher that runs once for each image and reads its features from disk after that.
+    """A frozen teacher that runs once per image and reads its features from disk after that.
 
-    An entry is found by the SHA-256 of the very tensor the teacher sees. So image, crop, flip, colour and
-    normalisation are all in the key, and another transform can never meet features that are not its own. Entries lie
-    in a folder named by the teacher: weights, layers, precision and kind of device. The teacher sees one image at a
-    time, so an entry does not depend on the batch it was made in, and a run gives the same weights from an empty cache,
-    from a full one and after a resume.
-
-    An entry appears under its name only once it is whole, and is checked when it is read; a damaged one is warned of
-    and made again. Several processes may share a cache. When the disk is full, training goes on without new entries.
+    For any teacher; where the teacher is a `sward.models.teachers.Teacher`, `TrunkCache` serves every method at once.
 
     Args:
-        teacher: what to ask for features that are not there; every map it hands out is kept.
-        folder: of the cache; made if it is not there.
+        teacher: computes the features that are not there yet; every map it returns is kept.
+        folder: of the cache; created if it is not there.
 
     Attributes:
-        hits: images whose features were read.
-        misses: images that the teacher had to run for.
+        files: the entries, with counts of hits and misses.
     """
 
     def __init__(self, teacher: FrozenTeacher, folder: Path) -> None:
         self.teacher = teacher
-        self.folder = folder / fingerprint(teacher)
+        self.files = FeatureFiles(folder / fingerprint(teacher))
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """`images [B, 3, H, W]` -> layer -> `[B, C, h, w]`, on the device of the images."""
+        return self.files.batch(images, self.teacher)
+
+
+class TrunkCache:
+    """The maps of a frozen trunk on disk, one entry per image, for training its head and for every method.
+
+    Set it as `Teacher.trunk_cache`. The head runs every time, so one cache serves logits and feature maps alike.
+
+    Args:
+        trunk: `[B, 3, H, W]` -> list of `[B, C_i, H_i, W_i]`; in eval mode, its weights fixed from now on.
+        folder: of the cache; created if it is not there.
+
+    Attributes:
+        files: the entries, with counts of hits and misses.
+    """
+
+    def __init__(self, trunk: nn.Module, folder: Path) -> None:
+        settings = {name: str(value) for name, value in vars(trunk).items() if isinstance(value, int | float | tuple)}
+        self.trunk = trunk
+        self.files = FeatureFiles(folder / _name(settings, trunk))
+
+    @torch.compiler.disable
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """`images [B, 3, H, W]` -> the trunk's maps, on the device of the images."""
+        return list(self.files.batch(images, self._compute).values())
+
+    def _compute(self, images: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {str(index): maps for index, maps in enumerate(self.trunk(images))}
+
+
+class FeatureFiles:
+    """Feature maps in a folder, one file per image.
+
+    An entry is found by the SHA-256 of the very tensor the network sees. So image, crop, flip, colour and
+    normalisation are all in the key, and another transform can never meet features that are not its own. The network
+    sees one image at a time, so an entry does not depend on the batch it was made in, and a run gives the same weights
+    from an empty cache, from a full one and after a resume.
+
+    An entry appears under its name only once it is whole, and is checked when it is read; a damaged one is computed
+    again with a warning. Several processes may share a folder. When the disk is full, training goes on without new
+    entries.
+
+    Args:
+        folder: named after everything besides the image that decides the features.
+
+    Attributes:
+        hits: images whose features were read.
+        misses: images whose features were computed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.hits = self.misses = 0
         self._full = False
 
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """`images [B, 3, H, W]` -> layer -> `[B, C, h, w]`, on the device of the images."""
-        entries = [self._features(image) for image in images]
-        return {
-            layer: torch.stack([entry[layer] for entry in entries]).to(images.device) for layer in self.teacher.layers
-        }
+    def batch(self, images: Tensor, compute: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """`images [B, 3, H, W]` -> name -> `[B, C, h, w]`, on the device of the images.
 
-    def _features(self, image: Tensor) -> dict[str, Tensor]:
-        path = self.folder / f"{_digest(image, image.device.type)}.features"
+        Args:
+            images: normalised.
+            compute: `[1, 3, H, W]` -> name -> `[1, C, h, w]`, called for an image without an entry.
+        """
+        entries = [self._features(image, compute) for image in images]
+        return {name: torch.stack([entry[name] for entry in entries]).to(images.device) for name in entries[0]}
+
+    def _features(self, image: Tensor, compute: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+        path = self.folder / f"{_digest(image, image.device.type, *_autocast(image.device))}.features"
         try:
             entry = _read(path)
             self.hits += 1
@@ -65,10 +117,11 @@ class TeacherCache:
         except FileNotFoundError:
             pass
         except (ValueError, pickle.UnpicklingError, RuntimeError, EOFError):
-            warnings.warn(f"{path} is damaged: its teacher features are computed again", stacklevel=3)
+            warnings.warn(f"{path} is damaged: its teacher features are computed again", stacklevel=4)
         self.misses += 1
-        maps = self.teacher(image[None])
-        entry = {layer: maps[layer][0].detach().to("cpu", copy=True).contiguous() for layer in self.teacher.layers}
+        entry = {
+            name: maps[0].detach().to("cpu", copy=True).contiguous() for name, maps in compute(image[None]).items()
+        }
         self._write(path, entry)
         return entry
 
@@ -87,7 +140,7 @@ class TeacherCache:
             warnings.warn(
                 f"teacher features can no longer be kept in {self.folder} ({error.strerror}): the teacher runs for the "
                 "rest of the images",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
@@ -99,8 +152,16 @@ def fingerprint(teacher: FrozenTeacher) -> str:
         for name, value in vars(teacher).items()
         if value is None or isinstance(value, str | int | float | tuple | torch.dtype)
     }
-    network = (type(teacher.network).__qualname__, teacher_fingerprint(teacher.network))
-    return hashlib.sha256(json.dumps([FORMAT, settings, *network], sort_keys=True).encode()).hexdigest()[:24]
+    return _name(settings, teacher.network)
+
+
+def _name(settings: dict[str, str], network: nn.Module) -> str:
+    decisive = [FORMAT, settings, type(network).__qualname__, teacher_fingerprint(network)]
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _autocast(device: torch.device) -> tuple[str, ...]:
+    return (str(torch.get_autocast_dtype(device.type)),) if torch.is_autocast_enabled(device.type) else ()
 
 
 def _digest(tensor: Tensor, *more: str) -> str:
