@@ -17,10 +17,11 @@ from sward.runs import methods
 TINY = ["--dataset.image-size", "64", "64", "--batch", "2", "--iterations", "2"]
 
 
+pytestmark = pytest.mark.usefixtures("few_images")
+
+
 @pytest.fixture(autouse=True)
-def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(data.scenes.SPLITS, "train", 16)
-    monkeypatch.setitem(data.scenes.SPLITS, "val", 2)
+def in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -34,7 +35,7 @@ def test_train_evaluate_predict_in_a_row(tmp_path: Path, capsys: pytest.CaptureF
 
     assert main(["evaluate", str(run)]) == 0
     scores = json.loads((run / "evaluation-scenes-val.json").read_text())
-    assert scores["images"] == 2
+    assert scores["images"] == 4
     assert 0 <= scores["mean_iou"] <= 1
 
     Image.new("RGB", (50, 37), (200, 30, 30)).save("photo.jpg")
