@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from tests.support.drawn_figures import drawn_figures  # noqa: F401  (a fixture, found by name)
 from tests.support.poison import poison_empty_tensors  # noqa: F401  (a fixture, found by name)
 
 
