@@ -27,7 +27,7 @@ from sward.data import EvaluationTransform, SegmentationDataset
 from sward.evaluation import evaluate
 from sward.runs import methods, train_masks, train_student, train_teacher
 from sward.training import FrozenTeacher
-from tests.support.training_runs import SERVER, SPLITS, checkpoint, records, small, small_cirkd
+from tests.support.training_runs import SERVER, SPLITS, checkpoint, records, small, small_cirkd, use_few_images
 
 TOLERANCE = 1e-9
 """Of weights after five steps, in float64: AdamW's first steps move every weight by the learning rate, 1e-3, whatever
@@ -122,8 +122,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher, masks for the methods that need them, and every case trained by one process and by two."""
     folder = tmp_path_factory.mktemp("distributed")
     with pytest.MonkeyPatch.context() as patch:
-        for split, count in SPLITS.items():
-            patch.setitem(data.scenes.SPLITS, split, count)
+        use_few_images(patch)
         train_teacher(
             TeacherTrainingConfig(
                 model="hiera_demo", dataset=DATASET, batch=4, iterations=2, train_trunk=True, output=folder / "teacher"

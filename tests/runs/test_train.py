@@ -6,18 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sward import data
 from sward.config import OptimizerConfig, TeacherConfig
 from sward.runs import train_student
 from sward.training import checkpoints
 from sward.training.run_folder import RunFolder
-from tests.support.training_runs import SPLITS, small
+from tests.support.training_runs import small
 
-
-@pytest.fixture(autouse=True)
-def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    for split, count in SPLITS.items():
-        monkeypatch.setitem(data.scenes.SPLITS, split, count)
+pytestmark = pytest.mark.usefixtures("few_images")
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
