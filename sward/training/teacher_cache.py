@@ -1,4 +1,4 @@
-"""Teacher features on disk, for training on images that come again (`--dataset.views`)."""
+"""Cache of teacher features on disk, for training on fixed views of the images (`--dataset.views`)."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ _CHECKSUM_BYTES = 4
 
 
 class TeacherCache:
-    """A frozen teacher that runs once for each image and reads its features from disk after that.
+    """A frozen teacher that runs once per image and reads its features from disk afterwards.
 
-    An entry is found by the SHA-256 of the very tensor the teacher sees. So image, crop, flip, colour and
-    normalisation are all in the key, and another transform can never meet features that are not its own. Entries lie
-    in a folder named by the teacher: weights, layers, precision and kind of device. The teacher sees one image at a
-    time, so an entry does not depend on the batch it was made in, and a run gives the same weights from an empty cache,
-    from a full one and after a resume.
+    The key of an entry is the SHA-256 of the tensor that the teacher sees. It covers image, crop, flip, colour and
+    normalisation, so a changed transform never reads features of another one. Entries lie in a folder named after the
+    teacher's weights, layers and precision; the kind of device is part of the key. The teacher runs on one image at a
+    time, so an entry does not depend on its batch, and a run gives the same weights from an empty cache, from a full
+    one and after a resume.
 
-    An entry appears under its name only once it is whole, and is checked when it is read; a damaged one is warned of
-    and made again. Several processes may share a cache. When the disk is full, training goes on without new entries.
+    Entries are written atomically and verified on reading; a damaged one raises a warning and is computed again.
+    Several processes may share a cache. If the disk is full, training continues without new entries.
 
     Args:
-        teacher: what to ask for features that are not there; every map it hands out is kept.
-        folder: of the cache; made if it is not there.
+        teacher: computes the features that are missing; every map it returns is stored.
+        folder: folder of the cache; created if necessary.
 
     Attributes:
         hits: images whose features were read.
-        misses: images that the teacher had to run for.
+        misses: images that the teacher ran for.
     """
 
     def __init__(self, teacher: FrozenTeacher, folder: Path) -> None:
@@ -65,7 +65,7 @@ class TeacherCache:
         except FileNotFoundError:
             pass
         except (ValueError, pickle.UnpicklingError, RuntimeError, EOFError):
-            warnings.warn(f"{path} is damaged: its teacher features are computed again", stacklevel=3)
+            warnings.warn(f"{path} is damaged; computing its teacher features again", stacklevel=3)
         self.misses += 1
         maps = self.teacher(image[None])
         entry = {layer: maps[layer][0].detach().to("cpu", copy=True).contiguous() for layer in self.teacher.layers}
@@ -85,15 +85,15 @@ class TeacherCache:
         except OSError as error:
             self._full = True
             warnings.warn(
-                f"teacher features can no longer be kept in {self.folder} ({error.strerror}): the teacher runs for the "
-                "rest of the images",
+                f"cannot write teacher features to {self.folder} ({error.strerror}); the teacher runs for the "
+                "remaining images",
                 stacklevel=4,
             )
 
 
 def fingerprint(teacher: FrozenTeacher) -> str:
-    """A name for all that decides a teacher's features besides the image: weights, settings and layers."""
-    # Every plain attribute, so that a setting added to the teacher one day is not forgotten here.
+    """Hash everything that determines a teacher's features besides the image: weights, settings and layers."""
+    # Every plain attribute, so that settings added to the teacher later are included.
     settings = {
         name: str(value)
         for name, value in vars(teacher).items()
