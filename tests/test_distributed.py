@@ -190,8 +190,11 @@ def test_every_process_gets_exactly_the_scores_of_one(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(batch=3), "batch is 3, .* cannot be shared out evenly among 2 processes; use a multiple of 2"),
-        (dict(sync_batch_norm=True), "sync_batch_norm needs GPUs: torch's SyncBatchNorm does not run on a CPU"),
+        (dict(batch=3), r"batch must be a multiple of the number of processes \(2\), got 3"),
+        (
+            dict(sync_batch_norm=True),
+            "sync_batch_norm must be off on CPUs, got True; torch's SyncBatchNorm runs on GPUs only",
+        ),
     ],
 )
 def test_what_several_processes_cannot_do_is_said_before_any_work(
@@ -205,7 +208,7 @@ def test_what_several_processes_cannot_do_is_said_before_any_work(
 
 def test_masks_are_learned_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="train-masks runs in one process; start it without torchrun"):
+    with pytest.raises(ValueError, match="train-masks must run in one process, got 2; start it without torchrun"):
         train_masks(MaskTrainingConfig())
 
 

@@ -64,7 +64,7 @@ def test_attention_sums_to_one_inside_and_to_less_where_the_window_is_padded(
 
 def test_a_pixel_outside_is_refused(pair: tuple[Net, Net, SWARDDistillation]) -> None:
     with pytest.raises(
-        ValueError, match=r"pixel must lie in the image of 24 x 40 pixels \(row, column\), got \(24, 0\)"
+        ValueError, match=r"pixel must be a row and column inside the image of 24 x 40 pixels, got \(24, 0\)"
     ):
         window_attention(*pair, torch.randn(3, 24, 40), (24, 0))
 

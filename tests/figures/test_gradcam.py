@@ -102,7 +102,7 @@ def test_what_speaks_against_the_class_is_nothing(image: Tensor) -> None:
 
 
 def test_an_unknown_class_is_refused(image: Tensor) -> None:
-    with pytest.raises(ValueError, match="target must be a class of the network, 0 to 2, got 3"):
+    with pytest.raises(ValueError, match="target must be one of the network's classes 0 to 2, got 3"):
         grad_cam(Tiny().double(), "features", image, 3)
 
 

@@ -114,7 +114,7 @@ def test_a_signal_ends_the_command_with_a_checkpoint_and_a_sentence(
         assert main(["train", "demo", *options]) == code
     assert (
         f"stopped by {sent.name} after step 3 of 5, with a checkpoint in {tmp_path / 'run'}; "
-        "continue with the same command; 'sward train' and 'train-teacher' need --resume with it"
+        "resume with the same command; 'sward train' and 'train-teacher' also need --resume"
     ) in capsys.readouterr().err
     assert checkpoint(tmp_path / "run")["step"] == 3
     assert signal.getsignal(sent) == before
@@ -158,7 +158,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path: Path) -> None:
     content = bytearray((folder / "last.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (folder / "last.pt").write_bytes(content)
-    with pytest.warns(UserWarning, match=r"last\.pt is not a readable checkpoint, .* going on from .*previous\.pt"):
+    with pytest.warns(UserWarning, match=r"last\.pt is damaged or not a checkpoint; resuming from .*previous\.pt"):
         train_student(small(tmp_path / "run", iterations=6, checkpoint_every=2, resume=True))
     assert (folder / "last.pt.damaged").read_bytes() == content
     assert_equal_runs(tmp_path / "whole", tmp_path / "run")
@@ -172,7 +172,7 @@ def test_nothing_whole_to_go_on_from_is_said_and_nothing_is_lost(
     for name in ("last.pt", "previous.pt"):
         (folder / name).write_bytes((folder / name).read_bytes()[:-100])
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
-    with pytest.raises(ValueError, match="there is no earlier checkpoint to go on from"):
+    with pytest.raises(ValueError, match="there is no earlier checkpoint to resume from"):
         train_student(small(tmp_path / "run", iterations=4, resume=True))
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
     assert {"last.pt", "previous.pt", "best.pt"} <= set(os.listdir(folder))
