@@ -61,7 +61,7 @@ class PairedFiles(SegmentationDataset):
         self.packed = find_pack(where, self.info.name, self.info.num_classes, self.folder, self.pairs)
 
     def set_on_corrupt(self, on_corrupt: OnCorrupt) -> None:
-        """Set what `read` does with damaged files: `"skip"` warns once per file and returns the next good frame.
+        """Set what `read` does with damaged files: `"skip"` warns once per file and reads the next frame.
 
         Raises:
             ValueError: if `on_corrupt` is neither `"stop"` nor `"skip"`.
@@ -71,7 +71,7 @@ class PairedFiles(SegmentationDataset):
         self.on_corrupt = on_corrupt
 
     def read(self, index: int) -> tuple[Tensor, Tensor, str]:
-        """Read a frame; raise a ValueError that names the file if it is damaged or its mask has a wrong size or label."""
+        """Read a frame; raise a ValueError that names the file if the image or the mask is invalid."""
         for candidate in (*range(index, len(self)), *range(index)):
             try:
                 return self._read(candidate)
