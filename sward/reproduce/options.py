@@ -35,8 +35,7 @@ class Options:
     """
 
     what: Annotated[What, tyro.conf.Positional]
-    """Tables and figures of the paper; methods: all distillation methods, trained alike;
-    questions: settings that the paper leaves open; attention: window attention of teacher and student."""
+    """Table or figure of the paper, or methods (all of them), questions (open in the paper), attention (windows)."""
     scale: Scale = "paper"
     """paper: exactly as in section 4.1; small: CVC-ClinicDB and CamVid at a size for two CPU cores."""
     seeds: int = 1
@@ -48,11 +47,9 @@ class Options:
     output: Path = Path("runs/reproduce")
     """Folder of the runs, tables and figures."""
     preset: str | None = None
-    """Preset of methods, questions and attention (clinicdb-small by default), or of a figure instead of its own
-    presets. Not for tables 1 to 4."""
+    """Preset of methods, questions and attention (clinicdb-small by default), or of a figure; not for tables 1 to 4."""
     only: tuple[str, ...] = ()
-    """Names of runs to train (none, sward, sward-mwad, ...), with the teacher they need; all by default.
-    The table shows whatever is finished."""
+    """Names of runs to train (none, sward, ...), with their teacher; all by default. The table shows finished runs."""
     iterations: int | None = None
     """Steps of every run, including teacher and masks, for a quick trial."""
     epochs: int | None = None
