@@ -42,7 +42,7 @@ class DatasetConfig:
     """Which images to use, and at what size."""
 
     name: str = "scenes"
-    """A name that `sward.data.build` knows."""
+    """Name of the data set, as in `sward.data.build`."""
     root: Path | None = None
     """Folder that holds the data set; None looks in `$SWARD_DATA`, then in `./data`."""
     image_size: tuple[int, int] = (128, 128)
@@ -132,9 +132,9 @@ class TrainingConfig:
     """A network, a data set and a schedule."""
 
     preset: str = "demo"
-    """The preset this started from."""
+    """The preset that the run is based on."""
     model: str = "unext"
-    """The network to train; a name that `sward.models.build` knows."""
+    """Name of the network to train, as in `sward.models.build`."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     """Images and labels."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -263,7 +263,7 @@ class MaskTrainingConfig:
     """Settings for learning MasKD's tokens or FreeKD's prompts on a trained teacher."""
 
     preset: str = "demo"
-    """The preset this started from."""
+    """The preset that the run is based on."""
     method: MaskMethod = "maskd"
     """The method that will use the masks."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

@@ -235,7 +235,7 @@ def find_pack(where: str, dataset: str, num_classes: int, source: Path, pairs: S
 
 
 def again_hint(index: Index, source: Path, folder: Path) -> str:
-    """Return the hint that tells how to write the pack again."""
+    """Return a hint for error messages on how to write the pack again."""
     output = "" if folder == source / FOLDER else f" --output {folder}"
     classes = f" --num-classes {index.num_classes}" if index.dataset == "folder" else ""
     command = f"sward data pack {index.dataset} --root {source}{output}{classes}"

@@ -50,7 +50,7 @@ class TeacherCache:
         self._full = False
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """`images [B, 3, H, W]` -> layer -> `[B, C, h, w]`, on the device of the images."""
+        """Return the maps of `images [B, 3, H, W]`: layer -> `[B, C, h, w]`, on the device of the images."""
         entries = [self._features(image) for image in images]
         return {
             layer: torch.stack([entry[layer] for entry in entries]).to(images.device) for layer in self.teacher.layers
