@@ -145,7 +145,7 @@ def test_a_full_disk_keeps_what_was_written(root: Path, monkeypatch: pytest.Monk
 
     with monkeypatch.context() as patch:
         patch.setattr(Index, "write", fail)
-        with pytest.raises(ValueError, match=r"the disk of .*sward-pack is full: make room and start again"):
+        with pytest.raises(ValueError, match=r"the disk of .*sward-pack is full; free some space and pack again"):
             pack(root)
     result = pack(root)
     assert result.frames == 8

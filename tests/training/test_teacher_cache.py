@@ -44,7 +44,7 @@ def test_the_teacher_runs_once_for_each_image(tmp_path: Path) -> None:
     assert network.seen == 3
     again = kept(images[[2, 0, 3]])
     assert network.seen == 4
-    assert (kept.hits, kept.misses) == (2, 4)
+    assert (kept.files.hits, kept.files.misses) == (2, 4)
     direct = FrozenTeacher(network, LAYERS)(images)
     for layer in LAYERS:
         assert torch.equal(first[layer][[2, 0]], again[layer][:2])
