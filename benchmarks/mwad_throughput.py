@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from harness import Case, Measurement, Provider, Session
 from torch import Tensor
 
+from harness import Case, Measurement, Provider, Session
 from sward_kernels import windowed_distillation
 
 RESULTS = Path(__file__).parent / "results"
@@ -89,8 +89,8 @@ def maps_of(stage: Stage, device: torch.device) -> list[Tensor]:
 def provider(name: str, loss: Loss, maps: list[Tensor]) -> Provider:
     def run() -> dict[str, Tensor]:
         value = loss(*maps)
-        teacher, student = torch.autograd.grad(value, maps)
-        return {"loss": value, "gradient_teacher": teacher, "gradient_student": student}
+        student, teacher = torch.autograd.grad(value, maps)
+        return {"loss": value, "gradient_student": student, "gradient_teacher": teacher}
 
     return Provider(name, run)
 
@@ -99,9 +99,16 @@ def compare(session: Session, stage: Stage, max_seconds: float) -> list[Measurem
     """Check and time every implementation on one stage."""
 
     def ours(implementation: str) -> Loss:
-        return lambda teacher, student: (
-            windowed_distillation(teacher, student, stage.window_size, stage.shift, implementation=implementation).loss
-        )
+        def loss(student: Tensor, teacher: Tensor) -> Tensor:
+            return windowed_distillation(
+                qkv_student=student,
+                qkv_teacher=teacher,
+                window_size=stage.window_size,
+                shift=stage.shift,
+                implementation=implementation,
+            ).loss
+
+        return loss
 
     maps = maps_of(stage, session.device)
     oracle = provider("oracle", ours("reference"), [one.detach().double().requires_grad_() for one in maps]).run()
@@ -138,7 +145,7 @@ def table_of(results: Path, device: torch.device, sweep: str | None = None) -> P
 
 
 def plot_sweeps(results: Path, device: torch.device, path: Path) -> None:
-    """Time and memory of every provider against what was swept, from the tables of the sweeps measured so far."""
+    """Draw time and memory of every provider against what was swept, from the tables of the sweeps measured so far."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -173,7 +180,7 @@ def plot_sweeps(results: Path, device: torch.device, path: Path) -> None:
 
 
 def print_resources() -> None:
-    """What the Triton kernels need of each GPU target, compiled here without one."""
+    """Print what the Triton kernels need of each GPU target, compiled here without a GPU."""
     from sward_kernels import report
     from sward_kernels.targets import TARGETS, Configuration
 
@@ -187,7 +194,7 @@ def print_resources() -> None:
         print(
             f"{row['target']:>6} {row['pass']:<8} registers {row['registers']:>3}  spill {row['spill_bytes']} B  "
             f"shared {row['shared_bytes']:>5} of {row['shared_limit']} B  occupancy {row['occupancy']:.2f}  "
-            f"at least {row['bound_nanoseconds']:.1f} ns a window on a {TARGETS[row['target']].device} (bound)"
+            f"at least {row['bound_nanoseconds']:.1f} ns per window on a {TARGETS[row['target']].device} (bound)"
         )
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from sward.cli import main
+from sward.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

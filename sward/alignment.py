@@ -7,6 +7,7 @@ pixel sum to one, so they commute, bias included; `ChannelProjection.project_and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -21,14 +22,14 @@ def aligned_size(first: Tensor, second: Tensor) -> tuple[int, int]:
     return min(first.shape[-2], second.shape[-2]), min(first.shape[-1], second.shape[-1])
 
 
-def resize(features: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(features: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear resize of `[B, C, H, W]` features to `size`, without corner alignment or antialiasing (psi, Eq. 2).
 
     A map that already has that size is returned itself, not copied.
     """
     if tuple(features.shape[-2:]) == tuple(size):
         return features
-    return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(features, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def resize_to_common(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

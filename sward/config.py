@@ -20,10 +20,36 @@ from sward.losses.recipes import (
     TeacherNormalization,
     TeacherProjections,
 )
-from sward.precision import Precision
+
+Precision = Literal["fp32", "bf16", "fp16"]
+"""`fp32` computes everything in float32; the others run under autocast, weights and optimiser stay in float32."""
 
 MaskMethod = Literal["maskd", "freekd"]
 """The methods that learn something on the teacher before they distil it."""
+
+UNCOMPARED = {
+    "resume",
+    "log_every",
+    "checkpoint_every",
+    "tensorboard",
+    "device",
+    "output",
+    "on_corrupt",
+    "dataset.root",
+    "dataset.workers",
+    "dataset.packed",
+    "teacher.run",
+    "teacher.masks",
+    "teacher.cache",
+    "cache",
+}
+"""Fields that say where and how a run works, not what it computes: they may differ from those of a stored run."""
+
+
+NEEDS_VIEWS = (
+    "{name} must be None where dataset.views is None, got {folder}; every epoch draws new crops and flips then, and "
+    "only features of images that come again can be kept: fix them with --dataset.views N, N augmented views per image"
+)
 
 
 @dataclass
@@ -85,7 +111,7 @@ class TeacherConfig:
         image_size: height and width of the images that the teacher sees: the student's own views (same crop, flips and
             colours) sampled at this size, with the same aspect ratio. None takes `dataset.image_size`.
         masks: file that `sward train-masks` wrote, for `maskd` and `freekd`; None takes `runs/PRESET/METHOD.pt`.
-        cache: folder in which the teacher's features are kept, so that it runs once for each view of an image; needs
+        cache: folder in which the teacher's features are kept, so that it runs once per view of an image; needs
             `dataset.views`. None runs it every step.
         precision: of the teacher's forward pass, whatever the student's is.
     """
@@ -232,7 +258,7 @@ class DistillationConfig(TrainingConfig):
     """A student's run, alone (`distillation="none"`) or with a teacher.
 
     Attributes:
-        distillation: the method: `"none"`, or a name in `sward.distillation.METHODS`.
+        distillation: the method: `"none"`, or a name in `sward.runs.methods.METHODS`.
         teacher: the frozen network.
         recipe: which recipe `sward` started from: `"recommended"`, or `"paper"` for the equations and section 4.1 to
             the letter. On the command line it sets its fields of `sward` first; options for single fields come after.
@@ -270,10 +296,7 @@ class DistillationConfig(TrainingConfig):
                 f"got {tall}x{wide}"
             )
         if self.teacher.cache is not None and self.dataset.views is None:
-            raise ValueError(
-                "teacher.cache keeps the features of images that come again, but every epoch draws new crops and "
-                "flips; fix them with --dataset.views N: N augmented views of each image, taken in turn"
-            )
+            raise ValueError(NEEDS_VIEWS.format(name="teacher.cache", folder=self.teacher.cache))
 
     def teacher_masks(self) -> Path:
         """The file of the method's masks on this teacher.
@@ -299,11 +322,23 @@ class TeacherTrainingConfig(TrainingConfig):
         options: options of the network's builder, such as `backend` of the Hiera trunks.
         trunk_checkpoint: SAM 2.1 or MedSAM2 file to load into the trunk first.
         train_trunk: train the trunk too. The paper's teachers keep it frozen and train the head.
+        cache: folder in which the maps of the frozen trunk are kept, so that it runs once per view of an image; needs
+            `dataset.views`. With the same folder as `--teacher.cache`, students with the same seed read them too.
+            None runs the trunk every step.
     """
 
     options: dict[str, int | str] = field(default_factory=dict)
     trunk_checkpoint: Path | None = None
     train_trunk: bool = False
+    cache: Path | None = None
+
+    def check(self) -> None:
+        """As for every run; and a cache needs a frozen trunk and images that come again."""
+        super().check()
+        if self.cache is not None and self.train_trunk:
+            raise ValueError(f"cache must be None where train_trunk is set, got {self.cache}; such a trunk changes")
+        if self.cache is not None and self.dataset.views is None:
+            raise ValueError(NEEDS_VIEWS.format(name="cache", folder=self.cache))
 
 
 @dataclass
@@ -379,3 +414,24 @@ def _build(kind: Any, value: Any) -> Any:
             )
         return kind(**{name: _build(hints[name], item) for name, item in value.items()})
     return Path(value) if kind is Path else value
+
+
+def differences(stored: Any, wanted: Any) -> list[str]:
+    """What differs between two configurations in a way that changes results, one phrase for each field."""
+    return _differences(json.loads(to_json(stored)), json.loads(to_json(wanted)))
+
+
+def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name in sorted({*stored, *wanted}):
+        old, new = stored.get(name), wanted.get(name)
+        if prefix + name in UNCOMPARED:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{name}.")
+        elif name == "trunk_checkpoint" and old and new:
+            if Path(old).name != Path(new).name:
+                found.append(f"{prefix}{name} is {old}, not {new}")
+        elif old != new:
+            found.append(f"{prefix}{name} is {old}, not {new}")
+    return found

@@ -158,15 +158,16 @@ def _small(
 ) -> Callable[[], Preset]:
     """Real images at a size that two cores train: a student from scratch, a head on pretrained DINOv2.
 
-    The student draws from four fixed views of each image, so that the teacher's features can be kept.
+    Both draw from four fixed views of each image, so that the features of the frozen trunk can be kept.
     """
+    dataset = dataclasses.replace(dataset, views=4)
 
     def make() -> Preset:
         return Preset(
             description,
             DistillationConfig(
                 model=model,
-                dataset=dataclasses.replace(dataset, views=4),
+                dataset=dataset,
                 optimizer=OptimizerConfig(lr=1e-3, schedule=schedule, warmup=50),
                 batch=batch,
                 epochs=epochs,
@@ -200,7 +201,7 @@ def _small_polyps(dataset_name: str, title: str, split_by: str) -> Callable[[], 
         epochs=60,
         teacher_size=(224, 224),
         token_stride=14,
-        teacher_epochs=30,
+        teacher_epochs=45,
         schedule="cosine",
         metric="dice",
     )

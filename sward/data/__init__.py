@@ -19,6 +19,7 @@ from sward.data import camvid, cityscapes, folder, polyps, scenes
 from sward.data.files import CorruptFileError, OnCorrupt, PairedFiles, read_image
 from sward.data.sample import (
     IGNORE_INDEX,
+    Batch,
     DatasetInfo,
     DatasetNotFoundError,
     EvaluationBatch,
@@ -26,6 +27,7 @@ from sward.data.sample import (
     SegmentationDataset,
     TeacherSample,
     collate_evaluation,
+    collate_training,
     sample_seed,
 )
 from sward.data.transforms import (
@@ -42,6 +44,7 @@ __all__ = [
     "IGNORE_INDEX",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "Batch",
     "CorruptFileError",
     "DatasetInfo",
     "DatasetNotFoundError",
@@ -54,6 +57,7 @@ __all__ = [
     "build",
     "build_for_packing",
     "collate_evaluation",
+    "collate_training",
     "default_image_size",
     "denormalise",
     "describe",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sward.data.files import Pair, PairedFiles, indices, locate
-from sward.data.sample import IGNORE_INDEX, DatasetInfo, DatasetNotFoundError
+from sward.data.files import PairedFiles, indices, locate
+from sward.data.sample import IGNORE_INDEX, DatasetInfo, DatasetNotFoundError, Pair
 from sward.data.transforms import EvaluationTransform, street_training
 
 if TYPE_CHECKING:

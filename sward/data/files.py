@@ -6,7 +6,7 @@ import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sward.data.packed import PackedFrames, find_pack
-from sward.data.sample import DatasetInfo, DatasetNotFoundError, SegmentationDataset, Transform
+from sward.data.sample import DatasetInfo, DatasetNotFoundError, Pair, SegmentationDataset, Transform
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,14 +31,6 @@ OnCorrupt = Literal["stop", "skip"]
 
 class CorruptFileError(ValueError):
     """An image or a mask is damaged, or is no image at all. The message names the file."""
-
-
-class Pair(NamedTuple):
-    """A frame's name and its two files."""
-
-    name: str
-    image: Path
-    mask: Path
 
 
 class PairedFiles(SegmentationDataset):

@@ -14,21 +14,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import mmap
-import os
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sward.data.files import Pair
+from sward import atomic
+from sward.data.sample import Pair
 
 FOLDER = "sward-pack"
 INDEX = "index.json"
@@ -102,12 +101,7 @@ class Index:
     def write(self, folder: Path) -> None:
         """Replaces the index of the pack in `folder`, whole or not at all."""
         text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)})
-        partial = folder / f"{INDEX}.partial"
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(folder / INDEX)
+        atomic.write(folder / INDEX, text.encode())
 
     @classmethod
     def read(cls, folder: Path) -> Index:

@@ -25,8 +25,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sward.data.files import CorruptFileError, OnCorrupt, Pair, PairedFiles, image_size
+from sward import atomic
+from sward.data.files import CorruptFileError, OnCorrupt, PairedFiles, image_size
 from sward.data.packed import FOLDER, Frame, Index, Shard, Source, map_file
+from sward.data.sample import Pair
 
 SHARD_BYTES = 2**28
 """A shard is closed once it is larger: what an interruption costs at most."""
@@ -150,35 +152,29 @@ def _write_shard(
     """Writes the next frames to a shard, whole or not at all; None if there are none left."""
     frames: list[Frame] = []
     offset = 0
-    partial = folder / f"{file}.partial"
-    try:
-        with partial.open("wb") as target:
-            for image, mask, pixels in decoded:
-                if advance is not None:
-                    advance()
-                if isinstance(pixels, CorruptFileError):
-                    if on_corrupt == "stop":
-                        raise pixels
-                    warnings.warn(f"skipped: {pixels}", stacklevel=2)
-                    corrupt[image.path] = str(pixels)
-                    continue
-                checksum = 0
-                for part in pixels:
-                    checksum = zlib.crc32(part.data, checksum)
-                    target.write(part.data)
-                height, width = pixels[1].shape
-                frames.append(Frame(image, mask, offset, height, width, checksum))
-                offset += frames[-1].size
-                if offset >= SHARD_BYTES:
-                    break
-            target.flush()
-            os.fsync(target.fileno())
-        if not frames:
-            return None
-        partial.replace(folder / file)
-        return Shard(file, tuple(frames))
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic.replacing(folder / file) as target:
+        for image, mask, pixels in decoded:
+            if advance is not None:
+                advance()
+            if isinstance(pixels, CorruptFileError):
+                if on_corrupt == "stop":
+                    raise pixels
+                warnings.warn(f"skipped: {pixels}", stacklevel=2)
+                corrupt[image.path] = str(pixels)
+                continue
+            checksum = 0
+            for part in pixels:
+                checksum = zlib.crc32(part.data, checksum)
+                target.write(part.data)
+            height, width = pixels[1].shape
+            frames.append(Frame(image, mask, offset, height, width, checksum))
+            offset += frames[-1].size
+            if offset >= SHARD_BYTES:
+                break
+    if not frames:
+        (folder / file).unlink()
+        return None
+    return Shard(file, tuple(frames))
 
 
 def _decoded(work: Sequence[tuple[PairedFiles, Pair]], source: Path, workers: int) -> Generator[_Decoded, None, None]:

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sward.data.files import Pair, PairedFiles, locate, pair_by_name
-from sward.data.sample import DatasetInfo, DatasetNotFoundError
+from sward.data.files import PairedFiles, locate, pair_by_name
+from sward.data.sample import DatasetInfo, DatasetNotFoundError, Pair
 from sward.data.transforms import EvaluationTransform, polyp_training
 
 if TYPE_CHECKING:

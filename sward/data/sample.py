@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 IGNORE_INDEX = 255
+
+
+class Pair(NamedTuple):
+    """A frame's name and its two files."""
+
+    name: str
+    image: Path
+    mask: Path
 
 
 class Sample(NamedTuple):
@@ -45,6 +54,33 @@ class TeacherSample(NamedTuple):
     labels: Tensor
     name: str
     teacher_image: Tensor
+
+
+class Batch(NamedTuple):
+    """Training samples of equal size as one batch.
+
+    Attributes:
+        images: `[B, 3, H, W]` float32.
+        labels: `[B, H, W]` int64.
+        names: of the frames.
+        teacher_images: `[B, 3, H', W']` float32 where the samples are `TeacherSample`s, else None.
+    """
+
+    images: Tensor
+    labels: Tensor
+    names: list[str]
+    teacher_images: Tensor | None
+
+
+def collate_training(samples: Sequence[Sample | TeacherSample]) -> Batch:
+    """Batch training samples, which are of equal size."""
+    teacher_images = [sample.teacher_image for sample in samples if isinstance(sample, TeacherSample)]
+    return Batch(
+        default_collate([sample.image for sample in samples]),
+        default_collate([sample.labels for sample in samples]),
+        [sample.name for sample in samples],
+        default_collate(teacher_images) if teacher_images else None,
+    )
 
 
 class EvaluationBatch(NamedTuple):

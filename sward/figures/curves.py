@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sward.figures.style import plot_library, save_figure
-from sward.tracking import RunFolder
+from sward.training.run_folder import RunFolder
 
 
 def training_curves(runs: Mapping[str, RunFolder], path: Path, *, metric: str = "mean_iou") -> Path:

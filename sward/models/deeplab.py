@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sward.models.heads import DeepLabV3PlusHead, resize
+from sward.alignment import resize
+from sward.models.heads import DeepLabV3PlusHead
 from sward.models.inputs import check_images
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sward.alignment import resize
 from sward.models.resunetpp import DecoderBlock, SummedASPP
 
 
@@ -157,13 +158,6 @@ class MultiLevelHead(nn.Module):
             finer = laterals.pop()
             total = finer + resize(total, finer.shape[-2:])
         return self.classifier(self.fuse(total))
-
-
-def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear resize of ``[B, C, H, W]`` to ``size``, ``align_corners=False``; nothing to do if it has that size."""
-    if maps.shape[-2:] == torch.Size(size):
-        return maps
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def conv_norm_relu(

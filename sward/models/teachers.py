@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sward.models.heads import conv_norm_relu, resize
+from sward.alignment import resize
+from sward.models.heads import conv_norm_relu
 from sward.models.inputs import check_images
 
 
@@ -22,6 +23,10 @@ class Teacher(nn.Module):
         trunk: maps ``[B, 3, H, W]`` to a list of ``[B, C_i, H_i, W_i]``, highest resolution first. The last four are
             the levels; a finer map in front of them goes to the head only.
         head: maps that list to logits ``[B, K, h, w]``; they are resized to the input's resolution.
+
+    Attributes:
+        trunk_cache: takes the place of a frozen trunk where its maps are kept, see
+            `sward.training.teacher_cache.TrunkCache`; None runs the trunk.
     """
 
     def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
@@ -29,13 +34,14 @@ class Teacher(nn.Module):
         self.trunk = trunk
         self.levels = nn.ModuleList(nn.Identity() for _ in range(4))
         self.head = head
+        self.trunk_cache: Callable[[Tensor], list[Tensor]] | None = None
         self._trunk_is_frozen = False
 
     def forward(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` to logits ``[B, K, H, W]``; ValueError if H or W is not a multiple of 32."""
         check_images(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._trunk_is_frozen):
-            *finer, first, second, third, fourth = self.trunk(images)
+            *finer, first, second, third, fourth = (self.trunk_cache or self.trunk)(images)
         levels = [level(maps) for level, maps in zip(self.levels, (first, second, third, fourth), strict=True)]
         return resize(self.head([*finer, *levels]), images.shape[-2:])
 

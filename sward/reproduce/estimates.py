@@ -15,7 +15,7 @@ from sward.data import DatasetNotFoundError
 from sward.losses import SegmentationCrossEntropy
 from sward.models.complexity import gemm_flops
 from sward.models.teachers import Teacher
-from sward.runs import build_split
+from sward.runs.load import build_split
 
 BYTES = 4
 """Of one number in fp32."""

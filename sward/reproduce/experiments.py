@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sward import distillation, presets
+from sward import presets
 from sward.losses.recipes import PAPER, ContextReduction, TeacherProjections
+from sward.runs.methods import METHODS
 
 Scale = Literal["paper", "small"]
 Scores = tuple[float | None, ...]
@@ -255,8 +256,8 @@ def table4(scale: Scale) -> Table:
 
 
 def methods(preset: str) -> Table:
-    """Every method of `sward.distillation` in one equal run each, with what a step costs."""
-    names = [TEACHER, "none", *sorted(distillation.METHODS, key=list(METHOD_TITLES).index)]
+    """Every method of `sward.runs.methods` in one equal run each, with what a step costs."""
+    names = [TEACHER, "none", *sorted(METHODS, key=list(METHOD_TITLES).index)]
     tests = own_tests(preset)
     rows = tuple(
         Row(

@@ -24,7 +24,8 @@ from sward.losses import SWARDDistillation
 from sward.reproduce.experiments import EvaluationSet, Run, Scale, method, mwad, own_tests, teacher_of
 from sward.reproduce.options import DEFAULT_PRESET
 from sward.reproduce.study import Study
-from sward.runs import build_split, load_distillation, load_run
+from sward.runs import load_distillation, load_run
+from sward.runs.load import build_split
 
 ROWS = 3
 """Images of each data set in the grid of predictions."""

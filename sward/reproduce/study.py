@@ -16,25 +16,25 @@ from sward.config import (
     MaskTrainingConfig,
     TeacherConfig,
     TeacherTrainingConfig,
+    differences,
     from_json,
     to_json,
 )
 from sward.data import DatasetNotFoundError
 from sward.evaluation import Evaluation
-from sward.observation import forget_peak_memory, peak_memory
 from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, teacher_of
 from sward.reproduce.options import Options
 from sward.runs import (
-    build_datasets,
-    build_split,
-    choose_device,
     evaluate_run,
     evaluation_file,
     train_masks,
     train_student,
     train_teacher,
 )
-from sward.tracking import Progress, RunFolder, differences
+from sward.runs.load import build_datasets, build_split, choose_device
+from sward.training.observation import forget_peak_memory, peak_memory
+from sward.training.progress import Progress
+from sward.training.run_folder import RunFolder
 
 State = Literal["finished", "started", "new"]
 
@@ -103,6 +103,8 @@ class Study:
             trunk = TRUNK_FILES.get(config.model)
             if trunk is not None and not self.options.untrained_trunk:
                 config.trunk_checkpoint = self.options.checkpoints / trunk
+            if config.dataset.views is not None:
+                config.cache = self._features(run)
             return config
         if self.options.epochs is not None:
             config.iterations, config.epochs = None, self.options.epochs
@@ -113,7 +115,8 @@ class Study:
             config.teacher.masks = self.masks_file(run)
         for name, value in run.overrides.items():
             _set(config, name, value)
-        self._cache_teacher(config)
+        if config.dataset.views is not None:
+            config.teacher.cache = self._features(run)
         return config
 
     def masks_file(self, run: Run) -> Path:
@@ -293,14 +296,9 @@ class Study:
         train_masks(config)
         record.write_text(to_json(config) + "\n", encoding="utf-8")
 
-    def _cache_teacher(self, config: DistillationConfig) -> None:
-        """The one place that switches the cache of the teacher's features on: where the views of an image come again.
-
-        Only SWARD's features are kept: all its variants read the same maps, so that one cache serves them all
-        (1.6 to 2 MB per view), while each peer would need gigabytes of its own.
-        """
-        if config.dataset.views is not None and config.distillation == "sward":
-            config.teacher.cache = self.folder(teacher_of(config.preset), 0).path / "features"
+    def _features(self, run: Run) -> Path:
+        """Where the maps of the teacher's frozen trunk are kept; one cache serves the teacher and every method."""
+        return self.folder(teacher_of(run.preset), 0).path.with_name("features")
 
 
 def _set(config: Any, name: str, value: Any) -> None:

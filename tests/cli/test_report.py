@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sward import data
-from sward.cli import main
+from sward.cli.main import main
 
 TINY = ["--iterations", "2", "--batch", "2", "--dataset.image-size", "64", "64"]
 CHECK = """

@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from sward import data
-from sward.cli import main
+from sward.cli.main import main
 from sward.data import CorruptFileError, packing
 from sward.data.files import PairedFiles
 from sward.data.packed import FOLDER, Index

@@ -227,6 +227,29 @@ def test_a_resized_disc_is_the_disc_drawn_at_that_size(radius: float) -> None:
         assert 2 * (found & expected).sum() / (found.sum() + expected.sum()) >= least
 
 
+def test_a_rotation_turns_the_result_without_shearing_it() -> None:
+    """A circle in an oblong picture stays the circle it was."""
+    image, labels = disc(192, 320)
+    y, x = torch.arange(192) - 95.5, torch.arange(320) - 159.5
+    labels = (y[:, None].square() + x.square() < 80**2).to(torch.uint8)
+    small = (y[:96, None] + 48).square() + (x[:160] + 80).square() < 40**2
+    for _ in range(4):
+        turned = FlipRotateResize((96, 160), 30)(image, labels)[1] == 1
+        assert 2 * (turned & small).sum() / (turned.sum() + small.sum()) > 0.99
+
+
+def test_flips_go_both_ways() -> None:
+    image = torch.zeros(3, 48, 48, dtype=torch.uint8)
+    image[:, :8, :8] = 255
+    corners = set()
+    for seed in range(32):
+        torch.manual_seed(seed)
+        moved, labels = FlipRotateResize((24, 24), 0)(image, image[0] // 255)
+        corners.add(tuple((moved[0] > 127).nonzero().float().mean(0).gt(12).tolist()))
+        assert torch.equal(moved[0] > 127, labels == 1)
+    assert len(corners) == 4
+
+
 def test_an_ignored_border_stays_ignored_and_where_it_was() -> None:
     image, labels = disc(288, 288, radius=0.2)
     labels[:36], labels[-36:], labels[:, :72] = 255, 255, 255

@@ -8,7 +8,7 @@ import torch
 from sward.data import DatasetInfo
 from sward.figures.curves import training_curves
 from sward.figures.predictions import colour_labels, overlay, prediction_grid
-from sward.tracking import RunFolder
+from sward.training.run_folder import RunFolder
 
 INFO = DatasetInfo("two", ("background", "thing"), ((10, 20, 30), (200, 100, 0)))
 

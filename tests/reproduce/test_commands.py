@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sward.cli import main
+from sward.cli.main import main
 from tests.support.real_data import real_data_root
 
 pytestmark = pytest.mark.slow

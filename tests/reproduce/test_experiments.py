@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from sward import distillation, presets
+from sward import presets
 from sward.reproduce import experiments
 from sward.reproduce.experiments import TEACHER, Table, methods, questions, teacher_of
 from sward.reproduce.figures import figure
 from sward.reproduce.options import Options
 from sward.reproduce.study import Study
+from sward.runs.methods import METHODS
 
 TABLES = [
     *(getattr(experiments, f"table{number}")(scale) for number in (1, 2, 3, 4) for scale in ("paper", "small")),
@@ -80,7 +81,7 @@ def test_table_4_changes_the_shift_alone() -> None:
 
 def test_methods_are_those_of_sward_train() -> None:
     names = [row.runs[0].name for row in methods("clinicdb-small").rows]
-    assert sorted(names) == sorted([TEACHER, "none", *distillation.METHODS])
+    assert sorted(names) == sorted([TEACHER, "none", *METHODS])
 
 
 def test_questions_change_one_thing_each_from_the_preset() -> None:

@@ -11,14 +11,16 @@ import pytest
 import torch
 
 import sward.reproduce
-from sward import checkpointing, data, runs
-from sward.cli import main
-from sward.config import DistillationConfig
+from sward import data
+from sward.cli.main import main
+from sward.config import DistillationConfig, differences
 from sward.reproduce.experiments import EvaluationSet, method, teacher_of
 from sward.reproduce.experiments import sward as sward_variant
 from sward.reproduce.options import Options
-from sward.reproduce.study import Study, differences
+from sward.reproduce.study import Study
 from sward.reproduce.tables import Costs
+from sward.runs import train
+from sward.training import checkpoints
 
 COMMAND = ["reproduce", "methods", "--preset", "demo", "--output", "out"]
 QUICK = [*COMMAND, "--iterations", "2", "--only", "none", "sward"]
@@ -43,13 +45,13 @@ def table_rows(path: Path) -> dict[str, dict[str, str]]:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the run folders that training was started in."""
     started: list[str] = []
-    fit = runs.fit
+    fit = train.fit
 
     def spy(*arguments: object, **options: object) -> object:
         started.append(arguments[4].path.name)  # type: ignore[attr-defined]
         return fit(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(runs, "fit", spy)
+    monkeypatch.setattr(train, "fit", spy)
     return started
 
 
@@ -97,7 +99,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(monkeypatch: pytest.Monk
         main(["reproduce", "methods", "--preset", "demo", "--output", "whole", "--epochs", "4", "--only", "none"]) == 0
     )
 
-    real = checkpointing.save
+    real = checkpoints.save
     saved: list[Path] = []
 
     def interrupt(path: Path, state: dict[str, object], **options: object) -> None:
@@ -106,21 +108,19 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(monkeypatch: pytest.Monk
         if path.name == "last.pt":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpointing, "save", interrupt)
+    monkeypatch.setattr(checkpoints, "save", interrupt)
     assert (
         main(["reproduce", "methods", "--preset", "demo", "--output", "out", "--epochs", "4", "--only", "none"]) == 130
     )
-    monkeypatch.setattr(checkpointing, "save", real)
+    monkeypatch.setattr(checkpoints, "save", real)
     study = Study(Options("methods", output=Path("out"), epochs=4))
     run = method("demo", "none")
     assert study.state(run, 0) == "started"
-    assert checkpointing.load(study.folder(run, 0).last)["step"] == 4
+    assert checkpoints.load(study.folder(run, 0).last)["step"] == 4
 
     assert main(["reproduce", "methods", "--preset", "demo", "--output", "out", "--epochs", "4", "--only", "none"]) == 0
     assert study.state(run, 0) == "finished"
-    whole, resumed = (
-        checkpointing.load(Path(name) / "demo/none-seed0/checkpoints/last.pt") for name in ("whole", "out")
-    )
+    whole, resumed = (checkpoints.load(Path(name) / "demo/none-seed0/checkpoints/last.pt") for name in ("whole", "out"))
     assert whole["step"] == resumed["step"] == 8
     for name, tensor in whole["model"].items():
         assert torch.equal(tensor, resumed["model"][name]), name

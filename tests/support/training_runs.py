@@ -14,17 +14,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from sward import data, distillation
+from sward import data
 from sward.config import DatasetConfig, DistillationConfig, OptimizerConfig, SWARDConfig, TeacherConfig
-from sward.losses import CIRKDLoss
+from sward.losses import CIRKDLoss, DistillationLoss
+from sward.runs import methods
 
 SPLITS = {"train": 18, "val": 4}
 
-_full_cirkd = distillation.METHODS["cirkd"]
+_full_cirkd = methods.METHODS["cirkd"]
 
 # Imports sward once; every process of a test is forked from there and starts in no time.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.support.training_runs", "sward.cli", "sward.runs"])
+SERVER.set_forkserver_preload(["tests.support.training_runs", "sward.cli.main", "sward.runs"])
 
 
 def small(output: Path, **changes: Any) -> DistillationConfig:
@@ -47,12 +48,12 @@ def small(output: Path, **changes: Any) -> DistillationConfig:
 
 
 def small_cirkd(
-    pair: distillation.DistillationPair, weights: tuple[float, float, float, float] = (1.0, 1.0, 0.1, 0.1)
-) -> CIRKDLoss:
-    """`cirkd` as `sward.distillation` builds it, with a memory that a CPU fills and reads in no time."""
+    pair: methods.DistillationPair, weights: tuple[float, float, float, float] = (1.0, 1.0, 0.1, 0.1)
+) -> DistillationLoss:
+    """`cirkd` as `sward.runs.methods` builds it, with a memory that a CPU fills and reads in no time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            distillation,
+            methods,
             "CIRKDLoss",
             functools.partial(
                 CIRKDLoss,
@@ -79,15 +80,15 @@ def _train(config: DistillationConfig) -> None:
 
     torch.set_num_threads(1)
     data.scenes.SPLITS.update(SPLITS)
-    distillation.METHODS["cirkd"] = small_cirkd
+    methods.METHODS["cirkd"] = small_cirkd
     sys.exit(_as_the_command_line_does(lambda: runs.train_student(config)))
 
 
 def _as_the_command_line_does(work: Any) -> int:
-    from sward import cli
+    from sward.cli.main import COMMANDS, main
 
-    cli.COMMANDS["test"] = (lambda words: work(), "")
-    return cli.main(["test"])
+    COMMANDS["test"] = (lambda words: work(), "")
+    return main(["test"])
 
 
 def checkpoint(run: Path, name: str = "last") -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sward.cli import main
+from sward.cli.main import main
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from sward import data
-from sward.cli import main
+from sward.cli.main import main
 from sward.losses import SegmentationCrossEntropy
-from sward.observation import (
+from sward.runs import train_student
+from sward.training.observation import (
     LossWatch,
     NonFiniteLossError,
     StepOutput,
@@ -20,8 +21,7 @@ from sward.observation import (
     forget_peak_memory,
     peak_memory,
 )
-from sward.runs import train_student
-from sward.tracking import RunFolder
+from sward.training.run_folder import RunFolder
 from tests.support.training_runs import SPLITS, checkpoint, records, small
 
 
@@ -71,7 +71,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_terms_and_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     PoisonedAt.calls = 0
-    monkeypatch.setattr("sward.runs.SegmentationCrossEntropy", PoisonedAt)
+    monkeypatch.setattr("sward.runs.train.SegmentationCrossEntropy", PoisonedAt)
     run = tmp_path / "run"
     options = ["--distillation", "none", "--dataset.image-size", "64", "64", "--batch", "4", "--iterations", "8"]
     # Five steps pass between two looks; the first bad one is named all the same.

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from sward import data
-from sward.cli import main
+from sward.cli.main import main
 from sward.config import DatasetConfig, DistillationConfig, OptimizerConfig, TeacherConfig
 from sward.runs import train_student
-from sward.tracking import RunFolder
+from sward.training.run_folder import RunFolder
 from tests.support.training_runs import SPLITS, assert_equal_runs, checkpoint, records, small, start
 
 
@@ -97,7 +97,7 @@ def test_a_run_on_cached_teacher_features_ends_bit_for_bit_as_an_uninterrupted_o
     whole.join(120)
     assert whole.exitcode == 0
     assert_equal_runs(tmp_path / "whole", tmp_path / "parted")
-    assert checkpoint(tmp_path / "parted")["distillation"]["mwad.standardization.0.count"] == STEPS * 4 * 16 * 16
+    assert checkpoint(tmp_path / "parted")["distillation"]["mwad.standardization.0.count"] == STEPS * 4 * 24 * 24
     features = [
         sorted(path.name for path in (tmp_path / f"{name}-features").glob("*/*")) for name in ("whole", "parted")
     ]
@@ -112,7 +112,7 @@ def test_a_signal_ends_the_command_with_a_checkpoint_and_a_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("sward.training.log_record", SignalAtStep(2, sent))
+    monkeypatch.setattr("sward.training.loop.log_record", SignalAtStep(2, sent))
     before = signal.getsignal(sent)
     options = ["--distillation", "none", "--dataset.image-size", "64", "64", "--batch", "4", "--iterations", "5"]
     options += ["--log-every", "1", "--output", str(tmp_path / "run")]
@@ -228,7 +228,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path: Path, monkeypatch: p
     train_student(small(tmp_path / "whole", iterations=8, evaluate_every=1))
     options = dict(iterations=8, evaluate_every=1, checkpoint_every=2)
     folder = tmp_path / "run" / "checkpoints"
-    monkeypatch.setattr("sward.training.log_record", FullDiskAtStep(5, folder / "last.pt.partial"))
+    monkeypatch.setattr("sward.training.loop.log_record", FullDiskAtStep(5, folder / "last.pt.partial"))
     with pytest.raises(OSError, match="No space left") as error:
         train_student(small(tmp_path / "run", **options))
     assert error.value.errno == errno.ENOSPC
@@ -245,7 +245,7 @@ class FullDiskAtStep:
     """Stands in for `log_record` and makes the next checkpoint meet a full disk."""
 
     def __init__(self, step: int, partial: Path) -> None:
-        from sward.training import log_record
+        from sward.training.loop import log_record
 
         self.step, self.partial, self.log_record = step, partial, log_record
 

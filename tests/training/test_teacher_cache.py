@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sward import data, runs
+from sward import data
 from sward.config import DatasetConfig, DistillationConfig, MaskTrainingConfig, SWARDConfig, TeacherConfig
 from sward.losses import LOGITS
-from sward.runs import train_student
-from sward.teacher_cache import TeacherCache
+from sward.runs import train_masks, train_student
 from sward.training import FrozenTeacher
+from sward.training.teacher_cache import TeacherCache
 
 
 class Network(nn.Module):
@@ -46,7 +46,7 @@ def test_the_teacher_runs_once_for_each_image(tmp_path: Path) -> None:
     assert network.seen == 3
     again = kept(images[[2, 0, 3]])
     assert network.seen == 4
-    assert (kept.hits, kept.misses) == (2, 4)
+    assert (kept.files.hits, kept.files.misses) == (2, 4)
     direct = FrozenTeacher(network, LAYERS)(images)
     for layer in LAYERS:
         assert torch.equal(first[layer][[2, 0]], again[layer][:2])
@@ -167,7 +167,7 @@ def test_a_run_is_the_same_from_an_empty_and_from_a_full_cache_and_close_to_one_
 
 def test_training_without_fixed_views_is_refused(tmp_path: Path) -> None:
     config = small(tmp_path, "run", dataset=DatasetConfig(name="scenes", image_size=(64, 64)))
-    with pytest.raises(ValueError, match=r"teacher.cache keeps .* fix them with --dataset.views N"):
+    with pytest.raises(ValueError, match=r"teacher.cache must be None where .* fix them with --dataset.views N"):
         train_student(config)
     assert not (tmp_path / "cache").exists()
 
@@ -188,7 +188,8 @@ def test_the_teacher_may_see_more_pixels_than_the_student(tmp_path: Path) -> Non
     entries = list((tmp_path / "cache").glob("*/*"))
     assert len(entries) == 12
     maps = torch.load(io.BytesIO(entries[0].read_bytes()[4:]), weights_only=True)
-    assert maps["levels.0"].shape == (40, 24, 24)
+    # The trunk's finest map is its stem's.
+    assert maps["1"].shape == (40, 24, 24)
     # What it sees there is more: the run is another one.
     train_student(small(tmp_path, "same size"))
     assert losses(tmp_path / "same size") != losses(empty)
@@ -221,17 +222,17 @@ def test_masks_are_learned_on_what_the_teacher_will_see(tmp_path: Path, monkeypa
     seen = []
 
     def learn(
-        masks: nn.Module, teacher: nn.Module, tap: str, stream: Iterator[data.Sample], *rest: object, **more: object
+        masks: nn.Module, teacher: nn.Module, tap: str, stream: Iterator[data.Batch], *rest: object, **more: object
     ) -> None:
-        seen.append(next(stream).image.shape)
+        seen.append(next(stream).images.shape)
 
-    monkeypatch.setattr(runs, "learn_masks", learn)
+    monkeypatch.setattr("sward.runs.train.learn_masks", learn)
     config = MaskTrainingConfig(
         dataset=DatasetConfig(name="scenes", image_size=(64, 64)),
         teacher=TeacherConfig(untrained=True, image_size=(96, 96)),
         batch=2,
         output=tmp_path / "tokens.pt",
     )
-    runs.train_masks(config)
+    train_masks(config)
     assert seen == [(2, 3, 96, 96)]
     assert config.dataset.image_size == (64, 64)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sward import data, distillation, distributed, models, runs
+from sward import data, distributed, models, runs
 from sward.alignment import Standardization
 from sward.config import (
     DatasetConfig,
@@ -26,7 +26,7 @@ from sward.config import (
 )
 from sward.data import EvaluationTransform, SegmentationDataset
 from sward.evaluation import evaluate
-from sward.runs import train_masks, train_student, train_teacher
+from sward.runs import methods, train_masks, train_student, train_teacher
 from sward.training import FrozenTeacher
 from tests.support.training_runs import SERVER, SPLITS, checkpoint, records, small, small_cirkd
 
@@ -35,7 +35,7 @@ TOLERANCE = 1e-9
 the size of its gradient, so the rounding of float32 would show as up to 1e-4 where a gradient is nearly zero."""
 
 DATASET = DatasetConfig(name="scenes", image_size=(32, 32))
-CASES = {name: name for name in distillation.METHODS} | {
+CASES = {name: name for name in methods.METHODS} | {
     "none": "none",
     "sward, one shift a process": "sward",
     "sward as the paper has it": "sward",
@@ -77,11 +77,11 @@ def prepare() -> None:
     `minibatch` term, which by definition pairs the images of one process."""
     torch.set_num_threads(1)
     data.scenes.SPLITS.update(SPLITS)
-    build_model, build_loss = models.build, distillation.build
-    distillation.METHODS["cirkd"] = lambda pair: without_batch_norm(small_cirkd(pair, (1.0, 0.0, 1.0, 1.0)))
-    distillation.build = lambda name, pair: build_loss(name, pair).double()
+    build_model, build_loss = models.build, methods.build
+    methods.METHODS["cirkd"] = lambda pair: without_batch_norm(small_cirkd(pair, (1.0, 0.0, 1.0, 1.0)))
+    methods.build = lambda name, pair: build_loss(name, pair).double()
     # The teacher only here, after its masks were checked against its weights.
-    runs.FrozenTeacher = lambda network, layers, **_: FrozenTeacher(in_float64(network), layers)
+    runs.train.FrozenTeacher = lambda network, layers, **_: FrozenTeacher(in_float64(network), layers)
     models.build = lambda name, *rest, **options: (
         in_float64(without_batch_norm(build_model(name, *rest, **options)))
         if name == "unext"
@@ -262,18 +262,19 @@ def test_a_method_without_mwad_leaves_no_parameter_without_gradient(tmp_path: Pa
 DYING = """
 import contextlib, os, signal, sys
 from pathlib import Path
-from sward import data, training
-from sward.cli import main
+from sward import data
+from sward.training import loop
+from sward.cli.main import main
 
 data.scenes.SPLITS.update(train=18, val=4)
-log_record = training.log_record
+log_record = loop.log_record
 
 def dying(state, *others):
     if state.step == 4 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return log_record(state, *others)
 
-training.log_record = dying
+loop.log_record = dying
 code = main(sys.argv[1:])
 threads = []
 for file in Path("/proc/self/task").glob("*/comm"):

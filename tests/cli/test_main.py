@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sward import data, distillation, presets
-from sward.cli import COMMANDS, main
+from sward import data, presets
+from sward.cli.main import COMMANDS, main
 from sward.config import DistillationConfig, SWARDConfig, TeacherTrainingConfig, from_json, to_json
 from sward.losses import RECIPES
+from sward.runs import methods
 
 TINY = ["--dataset.image-size", "64", "64", "--batch", "2", "--iterations", "2"]
 
@@ -76,7 +77,7 @@ def test_presets_of_the_paper_follow_it_and_the_others_what_is_recommended() -> 
         assert all(getattr(student.sward, field) == value for field, value in recipe._asdict().items())
 
 
-@pytest.mark.parametrize("method", [name for name in distillation.METHODS if name != "sward"])
+@pytest.mark.parametrize("method", [name for name in methods.METHODS if name != "sward"])
 def test_every_method_trains_from_the_command_line(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train-teacher", "demo", *TINY]) == 0
     options = [*TINY, "--distillation", method]

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sward import data, models
-from sward.config import OptimizerConfig, TeacherConfig
+from sward.config import OptimizerConfig, Precision, TeacherConfig
 from sward.losses import MWADLoss, PDRLoss, SegmentationCrossEntropy, SWARDDistillation
-from sward.precision import Precision
 from sward.runs import train_student
 from sward.training import FrozenTeacher, TrainingStep
 from tests.support.peers import PEERS, batch

@@ -9,28 +9,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sward import distributed
-
-
-class StepOutput(NamedTuple):
-    """What one training step returns.
-
-    Attributes:
-        loss: scalar with gradient, the sum of all weighted terms.
-        terms: name -> detached fp32 scalar, unweighted.
-        weighted: name -> detached fp32 scalar, the terms that make up `loss` as they enter it.
-        diagnostics: name -> fp32 scalar, the distillation loss's own signs of health; empty unless asked for.
-    """
-
-    loss: Tensor
-    terms: dict[str, Tensor]
-    weighted: dict[str, Tensor]
-    diagnostics: dict[str, Tensor]
+from sward.training.step import StepOutput
 
 
 class NonFiniteLossError(FloatingPointError):

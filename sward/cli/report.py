@@ -17,8 +17,9 @@ from sward.data import DatasetInfo, DatasetNotFoundError
 from sward.evaluation import predict_sample
 from sward.figures.curves import training_curves
 from sward.figures.predictions import prediction_grid
-from sward.runs import build_split, load_run
-from sward.tracking import RunFolder, make_folder
+from sward.runs import load_run
+from sward.runs.load import build_split
+from sward.training.run_folder import RunFolder, make_folder
 
 IMAGES = 4
 VALIDATION = "last validation during training"

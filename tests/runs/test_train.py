@@ -1,17 +1,16 @@
-"""The loop, its batches and schedules, and resuming."""
+"""Whole training runs: what they write, what they refuse, and that they repeat."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from sward import checkpointing, data
+from sward import data
 from sward.config import OptimizerConfig, TeacherConfig
 from sward.runs import train_student
-from sward.tracking import RunFolder
-from sward.training import EpochSampler, batches, estimate_batch_norm, learning_rate
+from sward.training import checkpoints
+from sward.training.run_folder import RunFolder
 from tests.support.training_runs import SPLITS, small
 
 
@@ -19,45 +18,6 @@ from tests.support.training_runs import SPLITS, small
 def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     for split, count in SPLITS.items():
         monkeypatch.setitem(data.scenes.SPLITS, split, count)
-
-
-def test_sampler_visits_every_image_once_and_differently_each_epoch() -> None:
-    sampler = EpochSampler(11, 5, seed=1)
-    first = list(sampler)
-    sampler.epoch = 1
-    assert [len(batch) for batch in first] == [5, 5]
-    assert len({index for batch in first for index in batch}) == 10
-    assert list(sampler) != first
-    sampler.epoch, sampler.skip = 0, 1
-    assert list(sampler) == first[1:]
-
-
-def test_processes_take_parts_of_the_same_global_batch() -> None:
-    whole = list(EpochSampler(20, 6, seed=1))
-    parts = [list(EpochSampler(20, 6, seed=1, part=part, parts=3)) for part in range(3)]
-    assert [[index for part in batch for index in part] for batch in zip(*parts)] == whole
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_started_late_are_those_of_the_whole_stream(workers: int) -> None:
-    dataset = data.build("scenes", "train", image_size=(32, 32), train=True, seed=5)
-    whole = batches(dataset, 4, seed=5)
-    expected = [next(whole) for _ in range(9)]
-    late = batches(dataset, 4, seed=5, workers=workers, start=6)
-    for sample in expected[6:]:
-        image, labels, names = next(late)
-        assert names == sample.name
-        assert torch.equal(image, sample.image)
-        assert torch.equal(labels, sample.labels)
-
-
-def test_schedules_by_hand() -> None:
-    poly = learning_rate(OptimizerConfig(schedule="poly", power=0.9), 10)
-    assert [poly(0), poly(5), poly(10)] == pytest.approx([1.0, 0.5**0.9, 0.0])
-    cosine = learning_rate(OptimizerConfig(schedule="cosine"), 8)
-    assert [cosine(0), cosine(2), cosine(4), cosine(8)] == pytest.approx([1.0, 0.5 + math.sqrt(0.5) / 2, 0.5, 0.0])
-    warm = learning_rate(OptimizerConfig(schedule="cosine", warmup=4), 8)
-    assert [warm(0), warm(3), warm(4), warm(6)] == pytest.approx([0.25, 1.0, 1.0, 0.5])
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -119,25 +79,11 @@ def test_mistakes_are_found_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_batch_norm_takes_the_statistics_of_whole_batches_and_leaves_random_numbers_alone() -> None:
-    dataset = data.build("scenes", "train", image_size=(32, 32), train=True, seed=5)
-    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3, momentum=0.01), torch.nn.Dropout()).eval()
-    before = torch.get_rng_state()
-    estimate_batch_norm(model, dataset, images=7, batch=3)
-    views = torch.stack([dataset[index].image for index in range(6)])
-    torch.testing.assert_close(model[0].running_mean, views.mean((0, 2, 3)))
-    variances = torch.stack([half.transpose(0, 1).flatten(1).var(1) for half in views.split(3)])
-    torch.testing.assert_close(model[0].running_var, variances.mean(0))
-    assert model[0].momentum == 0.01
-    assert not model.training
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_batch_norm_images_change_statistics_and_no_weight(tmp_path: Path) -> None:
     states = []
     for name, images in (("running", None), ("estimated", 4)):
         train_student(small(tmp_path / name, iterations=3, batch_norm_images=images))
-        states.append(checkpointing.load(RunFolder(tmp_path / name).last)["model"])
+        states.append(checkpoints.load(RunFolder(tmp_path / name).last)["model"])
     running, estimated = states
     changed = {key for key in running if not torch.equal(running[key], estimated[key])}
     assert changed

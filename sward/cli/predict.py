@@ -13,8 +13,9 @@ from sward.data import EvaluationTransform
 from sward.data.files import read_image
 from sward.evaluation import predicted_labels
 from sward.figures.predictions import overlay
-from sward.runs import choose_device, load_run
-from sward.tracking import make_folder
+from sward.runs import load_run
+from sward.runs.load import choose_device
+from sward.training.run_folder import make_folder
 
 
 @torch.no_grad()

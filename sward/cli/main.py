@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sward import printing
+from sward.cli import printing
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {}
 """Name -> the function that runs it, and its line in the list of commands. Filled by `_command`."""
@@ -216,7 +216,7 @@ def _preset(command: str, words: list[str]) -> tuple[str, list[str]]:
 @_command("demo", "train teacher, baseline and SWARD on generated scenes and print one table")
 def _demo(words: list[str]) -> None:
     options = _parse(Demo, "demo", words)
-    from sward import demo
+    from sward.cli import demo
 
     result = demo.run(options.output, seed=options.seed, iterations=options.iterations)
     printing.print_table(
@@ -297,7 +297,7 @@ def _data(words: list[str]) -> None:
     options = _parse(DataPack, "data pack", words[1:])
     from sward import data
     from sward.data.packing import pack
-    from sward.tracking import Progress
+    from sward.training.progress import Progress
 
     datasets = data.build_for_packing(
         options.name, root=options.root, split_by=options.split_by, num_classes=options.num_classes
@@ -321,7 +321,7 @@ def _data(words: list[str]) -> None:
 def _evaluate(words: list[str]) -> None:
     options = _parse(Evaluate, "evaluate", words)
     from sward.runs import evaluate_run, evaluation_file
-    from sward.tracking import RunFolder
+    from sward.training.run_folder import RunFolder
 
     result = evaluate_run(
         options.run,
@@ -344,7 +344,7 @@ def _predict(words: list[str]) -> None:
     options = _parse(Predict, "predict", words)
     if not options.images:
         raise ValueError("name at least one image after the run folder")
-    from sward.prediction import predict_images
+    from sward.cli.predict import predict_images
 
     for path in predict_images(
         options.run, options.images, options.output, checkpoint=options.checkpoint, device=options.device
@@ -363,7 +363,7 @@ def _reproduce(words: list[str]) -> None:
 @_command("report", "write one HTML page about one or more runs")
 def _report(words: list[str]) -> None:
     options = _parse(Report, "report", words)
-    from sward.report import write_report
+    from sward.cli.report import write_report
 
     print(f"written: {write_report(options.runs, options.output, root=options.root)}")
 
@@ -379,6 +379,6 @@ def _complexity(words: list[str]) -> None:
 @_command("doctor", "versions, devices, and which implementation each operation will use")
 def _doctor(words: list[str]) -> None:
     _parse(Doctor, "doctor", words)
-    from sward.doctor import report
+    from sward.cli.doctor import report
 
     print(report())

@@ -15,9 +15,10 @@ from sward.evaluation import predict_sample
 from sward.figures.curves import training_curves
 from sward.figures.predictions import prediction_grid
 from sward.models.complexity import complexity
-from sward.runs import build_split, load_run, train_student, train_teacher
-from sward.tracking import RunFolder
+from sward.runs import load_run, train_student, train_teacher
+from sward.runs.load import build_split
 from sward.training import TrainingResult
+from sward.training.run_folder import RunFolder
 
 GRID_ROWS = 6
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -13,42 +12,19 @@ from typing import Any
 
 import torch
 
+from sward import atomic
 
-def write(path: Path, content: bytes | memoryview, *, keep: Path | None = None) -> None:
-    """Writes a file so that `path` holds either the old content or the whole new one, never a part.
 
-    Args:
-        path: the file.
-        content: what it shall hold.
-        keep: where the old file goes. In the moment between two renames only this one exists.
+def save(path: Path, state: dict[str, Any], *, keep: Path | None = None) -> None:
+    """Write `state`, whole or not at all (`atomic.write`); tensors and plain values only.
 
     Raises:
         OSError: if the disk is full or not writable; what was at `path` before is still there.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            path.replace(keep)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def save(path: Path, state: dict[str, Any], *, keep: Path | None = None) -> None:
-    """Writes `state` as `write` does; tensors and plain values only.
-
-    Raises:
-        OSError: as `write` does.
-    """
     # Not straight into the file: torch turns a full disk into a RuntimeError about positions in its archive.
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write(path, buffer.getbuffer(), keep=keep)
+    atomic.write(path, buffer.getbuffer(), keep=keep)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -122,13 +98,3 @@ def load_model(model: torch.nn.Module, path: Path) -> None:
         raise ValueError(
             f"{path} does not fit {type(model).__name__}, it was saved from another model: {detail}"
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    # A rename survives a power cut only once the folder itself is on the disk. Windows cannot open folders.
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -6,7 +6,7 @@ import importlib.util
 
 import torch
 
-from sward.tracking import environment
+from sward.training.run_folder import environment
 from sward_kernels.prototypes import native as prototypes
 from sward_kernels.windowed_distillation import native as windowed_distillation
 

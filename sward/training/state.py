@@ -15,9 +15,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from sward import checkpointing, distributed
-from sward.observation import Stopwatch
-from sward.tracking import RunFolder
+from sward import distributed
+from sward.training import checkpoints
+from sward.training.observation import Stopwatch
+from sward.training.run_folder import RunFolder
 
 
 class TrainingState:
@@ -83,8 +84,8 @@ class TrainingState:
         generators = distributed.gather(_generator_states(self.distillation))
         if distributed.is_main():
             if best:
-                checkpointing.save(run.best, {"model": self.model.state_dict(), "step": self.step})
-            checkpointing.save(run.last, self.state_dict(generators), keep=run.previous)
+                checkpoints.save(run.best, {"model": self.model.state_dict(), "step": self.step})
+            checkpoints.save(run.last, self.state_dict(generators), keep=run.previous)
 
     def restore(self, run: RunFolder) -> None:
         """Goes on from the newest checkpoint of `run` that is whole; from the beginning if there is none.
@@ -92,7 +93,7 @@ class TrainingState:
         Raises:
             ValueError: if all checkpoints are damaged, or belong to another network, loss or version.
         """
-        state = checkpointing.load_newest([run.last, run.previous])
+        state = checkpoints.load_newest([run.last, run.previous])
         if state is not None:
             try:
                 self.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""The folder of a run and what the user sees while it works. With several processes, only that of rank 0 writes."""
+"""The folder of a run: configuration, metrics and checkpoints. With several processes, only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -8,35 +8,16 @@ import os
 import platform
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from sward import checkpointing, distributed
-from sward.config import DistillationConfig, TeacherTrainingConfig, TrainingConfig, from_json, to_json
+from sward import atomic, distributed
+from sward.config import DistillationConfig, TeacherTrainingConfig, TrainingConfig, differences, from_json, to_json
 from sward.data import DatasetInfo
-
-UNCOMPARED = {
-    "resume",
-    "log_every",
-    "checkpoint_every",
-    "tensorboard",
-    "device",
-    "output",
-    "on_corrupt",
-    "dataset.root",
-    "dataset.workers",
-    "dataset.packed",
-    "teacher.run",
-    "teacher.masks",
-    "teacher.cache",
-}
-"""Fields that say where and how a run works, not what it computes: they may differ from those of a stored run."""
 
 UNWRITABLE = (
     errno.EACCES,
@@ -165,7 +146,7 @@ class RunFolder:
 
 
 def _write_text(path: Path, text: str) -> None:
-    checkpointing.write(path, f"{text}\n".encode() if text else b"")
+    atomic.write(path, f"{text}\n".encode() if text else b"")
 
 
 def make_folder(path: Path) -> None:
@@ -183,27 +164,6 @@ def make_folder(path: Path) -> None:
         if error.errno not in UNWRITABLE:
             raise
         raise ValueError(f"cannot write to {path} ({error.strerror}): choose another --output") from error
-
-
-def differences(stored: Any, wanted: Any) -> list[str]:
-    """What differs between two configurations in a way that changes results, one phrase for each field."""
-    return _differences(json.loads(to_json(stored)), json.loads(to_json(wanted)))
-
-
-def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for name in sorted({*stored, *wanted}):
-        old, new = stored.get(name), wanted.get(name)
-        if prefix + name in UNCOMPARED:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{name}.")
-        elif name == "trunk_checkpoint" and old and new:
-            if Path(old).name != Path(new).name:
-                found.append(f"{prefix}{name} is {old}, not {new}")
-        elif old != new:
-            found.append(f"{prefix}{name} is {old}, not {new}")
-    return found
 
 
 class _TensorBoard:
@@ -254,72 +214,3 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "command": sys.argv,
     }
-
-
-class Progress:
-    """A rich progress bar on a terminal, a plain line every `seconds` elsewhere.
-
-    One inside another shares its display: the bar of a run stands below the bar of the study it is part of.
-
-    Args:
-        title: what is being done.
-        total: steps in all.
-        start: steps done before.
-        seconds: pause between plain lines.
-    """
-
-    _shared: ClassVar[Any] = None
-
-    def __init__(self, title: str, total: int, *, start: int = 0, seconds: float = 15.0) -> None:
-        self.title, self.total, self.done = title, total, start
-        self._seconds = seconds
-        self._printed = time.monotonic()
-        self._shown = distributed.is_main()
-        self._bar: Any = Progress._shared
-        self._is_outermost = self._bar is None
-        if self._bar is None and sys.stderr.isatty() and self._shown:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as RichProgress
-
-            self._bar = RichProgress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
-            )
-        if self._bar is not None:
-            self._task = self._bar.add_task(title, total=total, completed=start, note="")
-
-    def advance(self) -> None:
-        """One step is done."""
-        self.done += 1
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.done)
-
-    def note(self, text: str) -> None:
-        """Shows `text` beside the bar, or as a line if the last one is old enough."""
-        if self._bar is not None:
-            self._bar.update(self._task, note=text)
-        elif self._shown and (time.monotonic() - self._printed >= self._seconds or self.done == self.total):
-            self._printed = time.monotonic()
-            print(f"{self.title}: {self.done}/{self.total} {text}", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> Progress:
-        if self._bar is not None and self._is_outermost:
-            self._bar.start()
-            Progress._shared = self._bar
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is None:
-            return
-        if self._is_outermost:
-            Progress._shared = None
-            self._bar.stop()
-        else:
-            self._bar.remove_task(self._task)

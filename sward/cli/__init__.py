@@ -1,0 +1,1 @@
+"""The command line `sward`; `sward.cli.main.main` runs it."""
