@@ -1,4 +1,4 @@
-"""`python -m sward`, the same as the command `sward`."""
+"""Run the `sward` command line as `python -m sward`."""
 
 import sys
 

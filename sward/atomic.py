@@ -1,4 +1,4 @@
-"""Files that are replaced whole or not at all."""
+"""Atomic file replacement: a reader sees the old content or the new, never a mixture."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import BinaryIO
 def replacing(
     path: Path, *, keep: Path | None = None, shared: bool = False, durable: bool = True
 ) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes the place of `path` when the block ends without an error.
+    """Open a temporary file for writing and rename it to `path` when the block ends without an error.
 
-    `path` holds either the old content or the whole new one, never a part of it.
+    `path` holds either the old content or all of the new content, never a part of it.
 
     Args:
-        path: the file.
-        keep: where the old file goes. Between the two renames only this one exists.
-        shared: several processes may write `path` at once, each to a partial file of its own; the last one wins.
-        durable: wait until the content is on the disk, so that it survives a power cut.
+        path: the file to replace.
+        keep: where to move the old file. Between the two renames only this file exists.
+        shared: allow several processes to write `path` at once, each to its own temporary file; the last one wins.
+        durable: sync the content to disk first, so that it survives a power cut.
 
     Raises:
-        OSError: if the disk is full or not writable; what was at `path` before is still there.
+        OSError: if the disk is full or not writable; the old file stays in place.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
     try:
@@ -43,13 +43,13 @@ def replacing(
 
 
 def write(path: Path, content: bytes | memoryview, *, keep: Path | None = None) -> None:
-    """Replace the content of `path`, whole or not at all; arguments and errors as for `replacing`."""
+    """Replace the content of `path` atomically; see `replacing` for arguments and errors."""
     with replacing(path, keep=keep) as file:
         file.write(content)
 
 
 def _sync_folder(folder: Path) -> None:
-    # A rename survives a power cut only once the folder itself is on the disk. Windows cannot open folders.
+    # A rename survives a power cut only after the folder is synced too. Windows cannot open folders.
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

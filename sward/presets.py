@@ -1,4 +1,4 @@
-"""One preset per experiment of the paper (section 4.1), and small ones for a machine without a GPU."""
+"""One preset per experiment of the paper (section 4.1), and small presets for machines without a GPU."""
 
 from __future__ import annotations
 
@@ -21,27 +21,24 @@ from sward.config import (
 
 @dataclass
 class Preset:
-    """A student's recipe and that of its teacher.
-
-    Attributes:
-        description: one line for the command line's list.
-        student: what `sward train` runs.
-        teacher: what `sward train-teacher` runs. The paper does not publish its teachers' recipes; where the trunk
-            stays frozen, these train the head with the student's optimiser.
-    """
+    """Training recipes of a student and its teacher."""
 
     description: str
+    """One line for the list that `sward --help` prints."""
     student: DistillationConfig
+    """Configuration of `sward train`."""
     teacher: TeacherTrainingConfig
+    """Configuration of `sward train-teacher`. The paper does not publish its teachers' recipes; with a frozen trunk,
+    these presets train the head with the student's optimiser."""
 
 
 def names() -> list[str]:
-    """The presets, those of the paper first."""
+    """Return the names of all presets, those of the paper first."""
     return list(_PRESETS)
 
 
 def get(name: str) -> Preset:
-    """A fresh copy of the preset `name`.
+    """Return a fresh copy of the preset `name`.
 
     Raises:
         ValueError: if there is no such preset; the message lists near matches.
@@ -50,7 +47,7 @@ def get(name: str) -> Preset:
         near = difflib.get_close_matches(name, _PRESETS, n=3, cutoff=0.4) or names()
         raise ValueError(f"unknown preset {name!r}; did you mean {' or '.join(map(repr, near))}?")
     made = _PRESETS[name]()
-    # The recipes of a student and its teacher share their data set; whoever changes a copy changes that copy alone.
+    # Student and teacher share their data set object; copy both so that a change to one preset stays local.
     preset = Preset(made.description, copy.deepcopy(made.student), copy.deepcopy(made.teacher))
     preset.student.preset = preset.teacher.preset = name
     return preset
@@ -127,7 +124,7 @@ def _demo() -> Preset:
             iterations=400,
             evaluate_every=2,
             teacher=TeacherConfig(name="hiera_demo"),
-            # At 64 pixels the deepest map is 2x2: too few pixels for prototypes, so PDR looks at stride 8.
+            # At 64 pixels the deepest map is 2x2, too few pixels for prototypes, so PDR uses the map at stride 8.
             sward=SWARDConfig(embed_dim=32, pdr_layer="encoder.2"),
         ),
         TeacherTrainingConfig(
@@ -156,7 +153,7 @@ def _small(
     metric: Literal["mean_iou", "dice"],
     batch_norm_images: int | None = None,
 ) -> Callable[[], Preset]:
-    """Real images at a size that two cores train: a student from scratch, a head on pretrained DINOv2.
+    """Presets on real images for two CPU cores: a student from scratch, a teacher head on pretrained DINOv2.
 
     Both draw from four fixed views of each image, so that the features of the frozen trunk can be kept.
     """

@@ -28,7 +28,7 @@ from sward.data import EvaluationTransform, SegmentationDataset
 from sward.evaluation import evaluate
 from sward.runs import methods, train_masks, train_student, train_teacher
 from sward.training import FrozenTeacher
-from tests.support.training_runs import SERVER, SPLITS, checkpoint, records, small, small_cirkd
+from tests.support.training_runs import SERVER, SPLITS, checkpoint, records, small, small_cirkd, use_few_images
 
 TOLERANCE = 1e-9
 """Of weights after five steps, in float64: AdamW's first steps move every weight by the learning rate, 1e-3, whatever
@@ -145,8 +145,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher, masks for the methods that need them, and every case trained by one process and by two."""
     folder = tmp_path_factory.mktemp("distributed")
     with pytest.MonkeyPatch.context() as patch:
-        for split, count in SPLITS.items():
-            patch.setitem(data.scenes.SPLITS, split, count)
+        use_few_images(patch)
         train_teacher(
             TeacherTrainingConfig(
                 model="hiera_demo", dataset=DATASET, batch=4, iterations=2, train_trunk=True, output=folder / "teacher"
@@ -223,8 +222,11 @@ def test_maps_are_standardised_over_all_processes(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(batch=3), "batch is 3, .* cannot be shared out evenly among 2 processes; use a multiple of 2"),
-        (dict(sync_batch_norm=True), "sync_batch_norm needs GPUs: torch's SyncBatchNorm does not run on a CPU"),
+        (dict(batch=3), r"batch must be a multiple of the number of processes \(2\), got 3"),
+        (
+            dict(sync_batch_norm=True),
+            "sync_batch_norm must be off on CPUs, got True; torch's SyncBatchNorm runs on GPUs only",
+        ),
     ],
 )
 def test_what_several_processes_cannot_do_is_said_before_any_work(
@@ -238,7 +240,7 @@ def test_what_several_processes_cannot_do_is_said_before_any_work(
 
 def test_masks_are_learned_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="train-masks runs in one process; start it without torchrun"):
+    with pytest.raises(ValueError, match="train-masks must run in one process, got 2; start it without torchrun"):
         train_masks(MaskTrainingConfig())
 
 

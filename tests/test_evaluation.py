@@ -80,7 +80,7 @@ def test_dice_needs_two_classes() -> None:
     result = evaluate(Zeros(), TwoImages(classes=3))
     assert result.dice is None
     assert math.isnan(result.class_iou["c"])
-    with pytest.raises(ValueError, match="metric 'dice' needs a data set with two classes"):
+    with pytest.raises(ValueError, match="metric must be 'mean_iou' unless the data set has two classes, got 'dice'"):
         result.score("dice")
 
 

@@ -10,11 +10,11 @@ from sward.training.run_folder import RunFolder
 
 
 def training_curves(runs: Mapping[str, RunFolder], path: Path, *, metric: str = "mean_iou") -> Path:
-    """Task loss over steps, and the validation metric where it was taken, one line a run.
+    """Draw the task loss and the validation metric over the steps, one line per run.
 
     Args:
         runs: title -> run folder.
-        path: the PNG to write; an SVG is written beside it.
+        path: path of the PNG; an SVG is written beside it.
         metric: name of a score in `sward.evaluation.Evaluation`.
 
     Returns:

@@ -1,8 +1,9 @@
 """Parameters and FLOPs of every teacher and student, next to the paper's columns.
 
-The paper does not say how it counted. One rule reproduces its rows (all but the Cityscapes student's): FLOPs are twice
-the multiply-adds that ptflops counts (backend "pytorch") on one 3x512x512 image, which leaves attention products out; a
-teacher row is the WHOLE SAM 2.1 model in parameters and its image encoder (trunk and neck) in FLOPs, without the head.
+The paper does not say how it counted. One rule reproduces all its rows except that of the Cityscapes student: FLOPs
+are twice the multiply-adds that ptflops (backend "pytorch") counts on one 3x512x512 image, which excludes the products
+inside attention. For a teacher, parameters are those of the whole SAM 2.1 model, including memory and mask decoder, and
+FLOPs those of its image encoder (trunk and neck), without the segmentation head.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 
 COUNTING_RULE = (
     "Params and GEMM FLOPs: the network as built here; 2 x multiply-adds of convolutions, linear layers and attention. "
-    "Paper's rule: 2 x ptflops multiply-adds, which miss attention products; for a SAM 2.1 teacher the whole SAM 2.1 "
-    "model in parameters and its image encoder in FLOPs, without the head. The rule reproduces every row of the paper "
-    "but the 22.60 GFLOPs of its Cityscapes student, which come close to half of what the rule gives."
+    "Paper's rule: 2 x ptflops multiply-adds, which exclude attention products; for a SAM 2.1 teacher, parameters of "
+    "the whole SAM 2.1 model and FLOPs of its image encoder, without the head. The rule reproduces every row of the "
+    "paper except the 22.60 GFLOPs of its Cityscapes student, which are close to half of what the rule gives."
 )
 """One paragraph to print under the table."""
 
@@ -37,7 +38,7 @@ _SAM2_CONFIGS = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
 
 @dataclass(frozen=True)
 class Complexity:
-    """One row: what a network costs, by two rules, and what the paper says."""
+    """Parameters and FLOPs of one network by two counting rules, and the paper's values."""
 
     name: str
     role: str
@@ -45,11 +46,11 @@ class Complexity:
     params: int
     """Parameters of the network as built here, head included."""
     gemm_flops: int
-    """FLOPs of one forward pass of one image: 2 x multiply-adds of all matrix products, attention included."""
+    """FLOPs of the forward pass of one image: 2 x multiply-adds of all matrix products, attention included."""
     paper_rule_params: int | None
-    """Parameters counted as the paper's columns are; None if that was not asked for."""
+    """Parameters by the paper's rule; None if not requested."""
     paper_rule_flops: int | None
-    """FLOPs counted as the paper's columns are; None if that was not asked for or ptflops is not installed."""
+    """FLOPs by the paper's rule; None if not requested or ptflops is not installed."""
     paper_params_millions: float | None
     paper_gflops: float | None
 
@@ -62,14 +63,14 @@ def complexity(
     paper_rule: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> Complexity:
-    """Count one network of the registry.
+    """Count parameters and FLOPs of one registered network.
 
     Args:
         name: one of `sward.models.names`.
-        num_classes: channels of the logits; None for the paper's data set of that network (19 or 2).
-        image_size: height and width of the one image, multiples of 32. The paper's columns hold at 512x512.
-        paper_rule: count by the paper's rule too; builds whole SAM 2.1 models and runs them (seconds to a minute).
-        options: of `sward.models.build`.
+        num_classes: channels of the logits; None for the data set on which the paper uses the network (19 or 2).
+        image_size: height and width of the image, multiples of 32. The paper's columns are for 512x512.
+        paper_rule: also count by the paper's rule; builds and runs whole SAM 2.1 models (seconds to a minute).
+        options: options of `sward.models.build`.
 
     Raises:
         ValueError: for an unknown name or an image size that is not a multiple of 32.
@@ -105,7 +106,7 @@ def complexity_table(
     image_size: tuple[int, int] = (512, 512),
     paper_rule: bool = True,
 ) -> list[Complexity]:
-    """`complexity` of several networks, by default of all registered ones, in the registry's order."""
+    """Count several networks, by default all registered ones in the registry's order; see `complexity`."""
     return [
         complexity(name, num_classes=num_classes, image_size=image_size, paper_rule=paper_rule)
         for name in (names() if model_names is None else model_names)
@@ -113,7 +114,7 @@ def complexity_table(
 
 
 def render(rows: Sequence[Complexity]) -> Table:
-    """The rows as a rich table with the counting rule below; ``rich.print`` it."""
+    """Render the rows as a rich table with the counting rule as its caption."""
     from rich.table import Table
 
     table = Table(caption=COUNTING_RULE)
@@ -143,9 +144,9 @@ def render(rows: Sequence[Complexity]) -> Table:
 
 
 def gemm_flops(model: nn.Module, image_size: tuple[int, int]) -> int:
-    """FLOPs of the matrix products in one forward pass of one image, by torch's ``FlopCounterMode``.
+    """Count the FLOPs of the matrix products in the forward pass of one image with torch's `FlopCounterMode`.
 
-    Counted on the meta device, which computes nothing. The model is moved there: its weights are gone afterwards.
+    Moves the model to the meta device, which computes nothing: its weights are lost.
 
     Args:
         model: in eval mode.
@@ -156,14 +157,14 @@ def gemm_flops(model: nn.Module, image_size: tuple[int, int]) -> int:
 
     model = model.to("meta")
     counter = FlopCounterMode(display=False)
-    # The counter knows no formula for the fused CPU attention; the plain one is made of products it does know.
+    # The counter has no formula for the fused CPU attention; the math backend uses matrix products that it can count.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(torch.zeros(1, 3, *image_size, device="meta"))
     return counter.get_total_flops()
 
 
 def ptflops_flops(model: nn.Module, image_size: tuple[int, int]) -> int | None:
-    """Twice the multiply-adds ptflops counts in one forward pass of one image; None if ptflops is not installed.
+    """Return twice the multiply-adds that ptflops counts for one image; None if ptflops is not installed.
 
     Args:
         model: in eval mode, on the CPU (ptflops counts some operations twice on the meta device).
@@ -173,7 +174,7 @@ def ptflops_flops(model: nn.Module, image_size: tuple[int, int]) -> int | None:
         return None
     from ptflops import get_model_complexity_info
 
-    # ptflops prints a warning for every pooling layer that Hiera uses in two places.
+    # ptflops prints a warning for every pooling layer that Hiera uses twice.
     with contextlib.redirect_stdout(io.StringIO()):
         multiply_adds, _ = get_model_complexity_info(
             model, (3, *image_size), backend="pytorch", as_strings=False, print_per_layer_stat=False
@@ -183,7 +184,7 @@ def ptflops_flops(model: nn.Module, image_size: tuple[int, int]) -> int | None:
 
 @lru_cache
 def _whole_sam2(size: str, image_size: tuple[int, int]) -> tuple[int, int | None]:
-    """Parameters of SAM 2.1 with memory and mask decoder, and the FLOPs of its image encoder by ptflops."""
+    """Count the parameters of SAM 2.1, including memory and mask decoder, and the FLOPs of its image encoder."""
     from sam2.build_sam import build_sam2
 
     config = f"configs/sam2.1/sam2.1_hiera_{_SAM2_CONFIGS[size]}.yaml"

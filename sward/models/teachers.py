@@ -17,12 +17,12 @@ from sward.models.inputs import check_images
 
 
 class Teacher(nn.Module):
-    """``trunk`` (images to feature maps), ``levels.0`` ... ``levels.3`` (identities to tap) and ``head``.
+    """A teacher: `trunk`, `levels.0` ... `levels.3` (identity layers whose outputs can be tapped) and `head`.
 
     Args:
-        trunk: maps ``[B, 3, H, W]`` to a list of ``[B, C_i, H_i, W_i]``, highest resolution first. The last four are
+        trunk: maps `[B, 3, H, W]` to a list of `[B, C_i, H_i, W_i]`, highest resolution first. The last four are
             the levels; a finer map in front of them goes to the head only.
-        head: maps that list to logits ``[B, K, h, w]``; they are resized to the input's resolution.
+        head: maps that list to logits `[B, K, h, w]`; they are resized to the input's resolution.
 
     Attributes:
         trunk_cache: takes the place of a frozen trunk where its maps are kept, see
@@ -38,7 +38,7 @@ class Teacher(nn.Module):
         self._trunk_is_frozen = False
 
     def forward(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` to logits ``[B, K, H, W]``; ValueError if H or W is not a multiple of 32."""
+        """Map images `[B, 3, H, W]` to logits `[B, K, H, W]`; raise ValueError if H or W is not a multiple of 32."""
         check_images(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._trunk_is_frozen):
             *finer, first, second, third, fourth = (self.trunk_cache or self.trunk)(images)
@@ -46,7 +46,7 @@ class Teacher(nn.Module):
         return resize(self.head([*finer, *levels]), images.shape[-2:])
 
     def freeze_trunk(self) -> None:
-        """From now on the trunk stays in eval mode, records no graph and its parameters ask for no gradient."""
+        """Freeze the trunk: eval mode, no autograd graph, and no gradients for its parameters."""
         self._trunk_is_frozen = True
         self.trunk.requires_grad_(False)
         self.trunk.eval()
@@ -60,7 +60,7 @@ class Teacher(nn.Module):
 
 @dataclass(frozen=True)
 class HieraSpec:
-    """Shape of a Hiera trunk with absolute windowed position embedding, as SAM 2 uses it (``Hiera``'s arguments).
+    """Shape of a Hiera trunk with absolute windowed position embedding, as in SAM 2 (arguments of its `Hiera`).
 
     Ryali et al., "Hiera", ICML 2023; Bolya et al., "Window Attention is Bugged", ICLR 2024; Ravi et al., "SAM 2", 2024.
     """
@@ -88,17 +88,17 @@ HIERA_SPECS = {
 
 
 def hiera_trunk(spec: HieraSpec, backend: str = "sam2") -> nn.Module:
-    """A Hiera trunk with random weights: ``[B, 3, H, W]`` to four maps at strides 4, 8, 16 and 32.
+    """Build a Hiera trunk with random weights: `[B, 3, H, W]` to four maps at strides 4, 8, 16 and 32.
 
     Both backends compute the same function and `sward.models.load_trunk_checkpoint` loads the same files into both;
-    they differ in parameter names and in how they draw random weights. The maps are permuted views (NHWC in memory).
+    they differ in parameter names and in random initialisation. The maps are permuted views (NHWC in memory).
 
     Args:
-        spec: the shape; `HIERA_SPECS` holds SAM 2.1's.
-        backend: ``"sam2"`` (package ``sam2``, built without its Hydra configuration) or ``"timm"``.
+        spec: shape of the trunk; `HIERA_SPECS` holds those of SAM 2.1.
+        backend: `"sam2"` (package `sam2`, built without its Hydra configuration) or `"timm"`.
 
     Raises:
-        ValueError: for another backend.
+        ValueError: for an unknown backend.
         ModuleNotFoundError: if the package is not installed.
     """
     # Imported here because `import sam2` initialises Hydra's global state as a side effect.
@@ -134,9 +134,8 @@ class HieraDemoTrunk(nn.Module):
     """A Hiera small enough to train from scratch on a CPU: 40, 80, 160 and 320 channels behind a convolutional stem.
 
     Returns five maps: the stem's 32 channels at stride 2, then the four Hiera levels at strides 4, 8, 16 and 32. The
-    deep blocks of the third stage attend globally.
-    A convolutional stem is what lets a small transformer train in few steps (Xiao et al., "Early Convolutions Help
-    Transformers See Better", NeurIPS 2021).
+    deep blocks of the third stage use global attention. The convolutional stem lets a small transformer train in few
+    steps (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021).
 
     Args:
         backend: see `hiera_trunk`.
@@ -163,7 +162,7 @@ class HieraDemoTrunk(nn.Module):
 
 
 class PatchEmbedFromStem(nn.Module):
-    """The stem's last two convolutions, in Hiera's layout: ``[B, C, H, W]`` to ``[B, H/2, W/2, C_out]``."""
+    """Last two convolutions of the stem, with output in Hiera's layout: `[B, C, H, W]` to `[B, H/2, W/2, C_out]`."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -177,11 +176,11 @@ class PatchEmbedFromStem(nn.Module):
 
 
 class DINOv2Trunk(nn.Module):
-    """timm's ``vit_small_patch14_dinov2`` with four block outputs as maps ``[B, 384, H/s, W/s]``, sides rounded.
+    """timm's `vit_small_patch14_dinov2`; returns the outputs of four blocks as maps `[B, 384, H/s, W/s]`.
 
-    Oquab et al., "DINOv2", 2023. The image is resized so that each patch of 14 pixels covers ``token_stride`` pixels
-    of the input, and the position table is resized by plain bicubic interpolation. Each tapped output goes
-    through the trunk's final layer norm.
+    Oquab et al., "DINOv2", 2023. The image is resized so that each patch of 14 pixels covers `token_stride` pixels
+    of the input, and the position table is resized by bicubic interpolation. Each output goes through the trunk's final
+    layer norm.
 
     Args:
         token_stride: s, pixels of the input per token; 14 takes an image whose sides are multiples of 14 as it is.

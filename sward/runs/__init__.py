@@ -1,4 +1,4 @@
-"""Whole runs: what `sward train`, `train-teacher`, `train-masks` and `evaluate` do, as functions."""
+"""Whole runs: the functions behind `sward train`, `train-teacher`, `train-masks` and `evaluate`."""
 
 from sward.runs.evaluate import evaluate_run, evaluation_file
 from sward.runs.load import LoadedDistillation, load_distillation, load_run

@@ -1,4 +1,4 @@
-"""Scores of a finished run, written into its folder."""
+"""Evaluate a finished run and write the scores into its folder."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def evaluate_run(
     batch: int = 8,
     device: str | None = None,
 ) -> Evaluation:
-    """`sward evaluate`: scores a run and writes the scores to `evaluation_file(path, ...)`.
+    """Score a run and write the scores to `evaluation_file(path, ...)`.
 
     Args:
         path: run folder.
         split: split of the data set.
-        dataset: another data set with the same classes; None takes the run's own.
-        root: folder that holds the data set; None takes the run's own.
-        split_by: how polyp data is split; None takes the run's own.
-        checkpoint: which weights.
-        batch: images a forward pass.
-        device: where to run; None takes the GPU where there is one.
+        dataset: another data set with the same classes; None uses that of the run.
+        root: folder that holds the data set; None uses that of the run.
+        split_by: how polyp data is split; None uses that of the run.
+        checkpoint: which weights to score.
+        batch: images per forward pass.
+        device: device to run on; None uses the GPU if there is one.
 
     Raises:
-        ValueError, FileNotFoundError: if there is no such run or data set, it has other classes, or a batch is empty.
+        ValueError, FileNotFoundError: if the run or data set does not exist, the classes differ, or `batch` is below 1.
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
@@ -49,8 +49,8 @@ def evaluate_run(
     images = build_split(config, split, train=False)
     if images.info.classes != info.classes:
         raise ValueError(
-            f"dataset {settings.name!r} has the classes {list(images.info.classes)}, "
-            f"but the run was trained on {list(info.classes)}"
+            f"dataset must have the classes of the run, {list(info.classes)}, "
+            f"got {settings.name!r} with {list(images.info.classes)}"
         )
     with Progress(f"evaluate on {settings.name}, {split}", -(-len(images) // batch)) as progress:
         result = evaluate(network.to(target), images, batch=batch, device=target, advance=progress.advance)
@@ -61,5 +61,5 @@ def evaluate_run(
 
 
 def evaluation_file(path: Path, dataset: str, split: str) -> Path:
-    """Where the scores of the run in `path` on a split of a data set are kept."""
+    """Return the file that holds the scores of the run in `path` on a split of a data set."""
     return path / f"evaluation-{dataset}-{split}.json"

@@ -1,4 +1,4 @@
-"""What a run starts from and leaves behind: data sets, devices, teachers and trained networks."""
+"""Load what runs need and produce: data sets, devices, teachers and trained networks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from sward.training.run_folder import RunFolder
 
 
 def load_run(path: Path, checkpoint: Literal["best", "last"] = "best") -> tuple[TrainingConfig, DatasetInfo, nn.Module]:
-    """Configuration, classes and trained network (on the CPU, in eval mode) of the run in `path`.
+    """Load the configuration, classes and trained network (on the CPU, in eval mode) of the run in `path`.
 
     Raises:
-        FileNotFoundError: if there is no run, or it has no such checkpoint yet.
+        FileNotFoundError: if there is no run, or it does not have that checkpoint yet.
         ValueError: if its files are damaged.
     """
     run = RunFolder(path)
@@ -35,28 +35,25 @@ def load_run(path: Path, checkpoint: Literal["best", "last"] = "best") -> tuple[
 
 @dataclass(frozen=True)
 class LoadedDistillation:
-    """A finished run with everything it trained on, in eval mode on the CPU.
-
-    Attributes:
-        config: of the run.
-        info: classes of its data set.
-        student: with the run's last weights.
-        teacher: the frozen network.
-        loss: the distillation loss, with its learned parts as they were at the end.
-    """
+    """The networks and the loss of a finished run, in eval mode on the CPU."""
 
     config: DistillationConfig
+    """Configuration of the run."""
     info: DatasetInfo
+    """Classes of its data set."""
     student: nn.Module
+    """The student with the last weights of the run."""
     teacher: nn.Module
+    """The frozen network."""
     loss: DistillationLoss
+    """The distillation loss with its learned parameters at the end of the run."""
 
 
 def load_distillation(path: Path) -> LoadedDistillation | None:
-    """Student, teacher and trained loss of the run in `path`; None for a run without distillation.
+    """Load the student, teacher and trained loss of the run in `path`; None for a run without distillation.
 
     Raises:
-        FileNotFoundError: if there is no run, no last checkpoint, or its teacher is not where it was.
+        FileNotFoundError: if the run, its last checkpoint or its teacher does not exist.
         ValueError: if its files are damaged.
     """
     config, info, student = load_run(path, "last")
@@ -70,20 +67,20 @@ def load_distillation(path: Path) -> LoadedDistillation | None:
 
 
 def student_run(config: DistillationConfig) -> Path:
-    """Where a student's run goes unless `output` says otherwise."""
+    """Return the default folder of a student's run."""
     return Path("runs") / config.preset / f"{config.distillation}-seed{config.seed}"
 
 
 def teacher_run(preset: str) -> Path:
-    """Where a teacher's run goes unless `output` says otherwise, and where a student's run looks for it."""
+    """Return the default folder of a teacher's run, used both to write and to load it."""
     return Path("runs") / preset / "teacher"
 
 
 def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple[str, nn.Module]:
-    """Name and network of the teacher: that of a `sward train-teacher` run, or one with random weights.
+    """Load the name and network of the teacher: of a `sward train-teacher` run, or with random weights.
 
     Raises:
-        FileNotFoundError: if the run is not there.
+        FileNotFoundError: if the run does not exist.
         ValueError: if it was trained on other classes.
     """
     if config.untrained:
@@ -91,8 +88,8 @@ def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple
     path = config.run or teacher_run(preset)
     if not RunFolder(path).best.exists():
         raise FileNotFoundError(
-            f"no trained teacher at {path}; train it with 'sward train-teacher {preset}', name its folder with "
-            "--teacher.run, or try shapes and speed with --teacher.untrained"
+            f"there is no trained teacher at {path}; train it with 'sward train-teacher {preset}', name its folder "
+            "with --teacher.run, or try shapes and speed with --teacher.untrained"
         )
     trained, trained_info, network = load_run(path)
     if trained_info.classes != info.classes:
@@ -104,7 +101,7 @@ def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple
 
 
 def build_datasets(config: TrainingConfig) -> tuple[SegmentationDataset, SegmentationDataset]:
-    """Training and validation split of the configured data set."""
+    """Build the training and validation splits of the configured data set."""
     teacher_size = None
     if isinstance(config, DistillationConfig) and config.distillation != "none":
         teacher_size = config.teacher_image_size if config.teacher_image_size != config.dataset.image_size else None
@@ -119,7 +116,7 @@ def build_split(
     train: bool,
     teacher_size: tuple[int, int] | None = None,
 ) -> SegmentationDataset:
-    """One split of the configured data set, with training or evaluation transforms."""
+    """Build one split of the configured data set, with training or evaluation transforms."""
     settings = config.dataset
     return data.build(
         settings.name,
@@ -138,26 +135,26 @@ def build_split(
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The named device; without a name the GPU where there is one, else the CPU. Under `torchrun` each process of a
-    node takes a GPU of its own.
+    """Return the named device; without a name the GPU if there is one, else the CPU.
+
+    Under `torchrun` each process of a node uses its own GPU.
 
     Raises:
-        ValueError: if the name is no device, or the device is not there.
+        ValueError: if the name is not a device, or torch sees no such device.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device {name!r} is not a device; use 'cpu' or 'cuda'") from error
+        raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda', got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch sees no GPU here; use 'cpu'")
+        raise ValueError(f"device must be 'cpu', got {name!r}; torch sees no GPU on this machine")
     if device.type == "cuda" and distributed.launched_processes() > 1:
         if distributed.local_rank() >= torch.cuda.device_count():
             raise ValueError(
-                f"process {distributed.local_rank()} of this node has no GPU of its own, torch sees "
-                f"{torch.cuda.device_count()} here; start as many processes as GPUs (--nproc-per-node), or use "
-                "--device cpu"
+                f"the local rank must be below the number of GPUs, {torch.cuda.device_count()}, got "
+                f"{distributed.local_rank()}; lower --nproc-per-node or use --device cpu"
             )
         return torch.device("cuda", distributed.local_rank())
     return device

@@ -36,25 +36,22 @@ from sward.losses.masks import TeacherMasks
 
 @dataclass(frozen=True)
 class DistillationPair:
-    """What a method may need to know to build itself.
-
-    Attributes:
-        config: the run's configuration.
-        student: the network that learns.
-        teacher_name: what `sward.models` calls the teacher.
-        teacher: the frozen network.
-        info: classes of the data set.
-    """
+    """What the builder of a method may need."""
 
     config: DistillationConfig
+    """The run's configuration."""
     student: nn.Module
+    """The network that learns."""
     teacher_name: str
+    """Name of the teacher in `sward.models`."""
     teacher: nn.Module
+    """The frozen network."""
     info: DatasetInfo
+    """Classes of the data set."""
 
 
 def build(name: str, pair: DistillationPair) -> DistillationLoss:
-    """The distillation loss `name` for a pair of networks, its weights drawn from torch's global generator.
+    """Build the distillation loss `name` for a pair of networks; torch's global generator initialises its weights.
 
     Raises:
         ValueError: if there is no such method; the message lists near matches.
@@ -64,7 +61,7 @@ def build(name: str, pair: DistillationPair) -> DistillationLoss:
 
 
 def check_name(name: str) -> None:
-    """Raises a ValueError that lists near matches if there is no method `name`."""
+    """Raise a ValueError that lists near matches if there is no method `name`."""
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.4) or sorted(METHODS)
         raise ValueError(
@@ -73,7 +70,7 @@ def check_name(name: str) -> None:
 
 
 def tap_channels(network: nn.Module, layers: Sequence[str], image_size: tuple[int, int]) -> list[int]:
-    """Channels of the maps that `layers` of `network` return, found by running one blank image.
+    """Return the number of channels of each layer's map, found by running one blank image.
 
     Raises:
         ValueError: if a layer does not exist or returns no `[B, C, H, W]` map.
@@ -103,7 +100,7 @@ def _sward(pair: DistillationPair) -> SWARDDistillation:
         teacher_projections=settings.teacher_projections,
         context_reduction=settings.context_reduction,
         process_group=distributed.group(),
-        # A stream of its own: a run with and one without distillation see the same images and the same dropout.
+        # A generator of its own, so that runs with and without distillation see the same images and the same dropout.
         generator=torch.Generator().manual_seed(distributed.rank_seed(pair.config.seed)),
     )
     pdr = PDRLoss(
@@ -174,7 +171,7 @@ def _freekd(pair: DistillationPair) -> FreeKDLoss:
 
 
 def new_masks(method: MaskMethod, teacher_name: str, teacher: nn.Module, image_size: tuple[int, int]) -> TeacherMasks:
-    """Untrained tokens of MasKD or prompts of FreeKD for a teacher, at the layer `mask_tap` names."""
+    """Create untrained MasKD tokens or FreeKD prompts for a teacher, at the layer that `mask_tap` names."""
     tap = mask_tap(method, teacher_name)
     if method == "maskd":
         with torch.no_grad():
@@ -184,7 +181,7 @@ def new_masks(method: MaskMethod, teacher_name: str, teacher: nn.Module, image_s
 
 
 def mask_tap(method: MaskMethod, teacher_name: str) -> str:
-    """The teacher's layer that MasKD's tokens or FreeKD's prompts are learned on."""
+    """Return the teacher's layer on which MasKD's tokens or FreeKD's prompts are learned."""
     return LOGITS if method == "maskd" else models.describe(teacher_name).penultimate_layer
 
 

@@ -26,10 +26,10 @@ from sward.training.teacher_cache import TeacherCache, TrunkCache
 
 
 def train_student(config: DistillationConfig) -> TrainingResult:
-    """`sward train`: a student alone, or with a teacher and a distillation loss.
+    """Train a student, alone or with a teacher and a distillation loss (`sward train`).
 
     Raises:
-        ValueError, FileNotFoundError: for a configuration that cannot run, before any work.
+        ValueError, FileNotFoundError: if the configuration cannot run, before any work starts.
     """
     config.check()
     models.describe(config.model)
@@ -45,7 +45,7 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
     config.steps(len(train_set))
     distributed.share_of(config.batch)
     info = train_set.info
-    # The student first: with or without distillation the same seed gives it the same weights.
+    # Build the student first, so that a seed gives it the same weights with and without distillation.
     torch.manual_seed(config.seed)
     student = _placed(models.build(config.model, info.num_classes), config, device)
     loss = None
@@ -59,7 +59,7 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
             network,
             loss.teacher_taps,
             precision=config.teacher.precision,
-            # Outside of autocast a float32 student cannot meet maps of another dtype.
+            # Without autocast, the loss cannot combine the maps of a float32 student with maps of another dtype.
             dtype=torch.float32 if config.precision == "fp32" else None,
         )
         if config.compile:
@@ -74,10 +74,10 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
 
 
 def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
-    """`sward train-teacher`: the head on a frozen trunk, or the whole network.
+    """Train a teacher: the head on a frozen trunk, or the whole network (`sward train-teacher`).
 
     Raises:
-        ValueError, FileNotFoundError: for a configuration that cannot run, before any work.
+        ValueError, FileNotFoundError: if the configuration cannot run, before any work starts.
     """
     config.check()
     models.describe(config.model)
@@ -96,7 +96,9 @@ def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> Train
         models.load_trunk_checkpoint(network, config.trunk_checkpoint)
     if not config.train_trunk:
         if not isinstance(network, Teacher):
-            raise ValueError(f"model {config.model!r} has no trunk to freeze; train all of it with --train-trunk")
+            raise ValueError(
+                f"train_trunk must be True for model {config.model!r}, got False; it has no trunk to freeze"
+            )
         network.freeze_trunk()
     network = _placed(network, config, device)
     if config.cache is not None:
@@ -123,25 +125,27 @@ def _fit(
     if config.sync_batch_norm:
         network = distributed.synchronise_batch_norm(network)
         loss = None if loss is None else distributed.synchronise_batch_norm(loss)
-    # Dropout differs between processes; the weights drawn before do not.
+    # The weights above were drawn from the same seed in every process; dropout differs between processes.
     seed_generators(distributed.rank_seed(config.seed))
     run.start(config, train_set.info)
     task = SegmentationCrossEntropy(train_set.info.ignore_index, process_group=distributed.group())
     step_module = TrainingStep(network, task, loss, precision=config.precision)
     if config.compile:
-        # In place, so that the keys of the state dict stay; and after the taps, which are traced with it.
+        # In place, which keeps the keys of the state dict; after opening the taps, so that they are traced.
         network.compile()
     return fit(step_module, config, train_set, validation_set, run, teacher=teacher)
 
 
 def train_masks(config: MaskTrainingConfig) -> Path:
-    """`sward train-masks`: MasKD's tokens or FreeKD's prompts, learned on a trained teacher; returns their file.
+    """Learn MasKD's tokens or FreeKD's prompts on a trained teacher and return their file (`sward train-masks`).
 
     Raises:
-        ValueError, FileNotFoundError: for a configuration that cannot run, before any work.
+        ValueError, FileNotFoundError: if the configuration cannot run, before any work starts.
     """
     if distributed.launched_processes() > 1:
-        raise ValueError("train-masks runs in one process; start it without torchrun")
+        raise ValueError(
+            f"train-masks must run in one process, got {distributed.launched_processes()}; start it without torchrun"
+        )
     device = choose_device(config.device)
     steps = config.steps or (10_000 if config.method == "maskd" else 2_000)
     if config.teacher.image_size is not None:

@@ -13,20 +13,20 @@ from sward.data import Batch, SegmentationDataset
 
 
 class EpochSampler(Sampler[list[int]]):
-    """Batches of indices in a new order each epoch, a function of the seed and the epoch; can start inside an epoch.
+    """Batches of indices in an order that depends on the seed and the epoch only; can start within an epoch.
 
-    The global batch of a step does not depend on the number of processes: each takes its part of the same one.
+    The global batch of a step does not depend on the number of processes; each process reads its part of it.
 
     Args:
-        length: images of the data set; those that do not fill a last batch sit this epoch out.
-        batch: images a step, on all processes together.
-        seed: of the order.
-        part: number of this process, from 0.
-        parts: processes.
+        length: images of the data set; the last, incomplete batch of an epoch is dropped.
+        batch: images per step, over all processes.
+        seed: seed of the order.
+        part: rank of this process.
+        parts: number of processes.
 
     Attributes:
-        epoch: which order.
-        skip: batches of the epoch to pass over.
+        epoch: the epoch to iterate over.
+        skip: batches to skip at the start of the epoch.
     """
 
     def __init__(self, length: int, batch: int, seed: int, *, part: int = 0, parts: int = 1) -> None:
@@ -47,21 +47,21 @@ class EpochSampler(Sampler[list[int]]):
 def batches(
     dataset: SegmentationDataset, batch: int, *, seed: int, workers: int = 0, start: int = 0, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """This process's part of the training batches, without end, from step `start`.
+    """Yield this process's part of the training batches, without end, from step `start`.
 
-    The same seed gives the same batches, wherever it starts, with any number of workers and of processes.
+    The batches depend on the seed only, not on `start` or the number of workers or processes.
 
     Args:
         dataset: images and labels of equal size.
-        batch: images a batch, on all processes together; the last, smaller batch of an epoch is dropped.
-        seed: of the order; augmentation follows the data set's own seed.
-        workers: loader processes; they do not change what comes out.
-        start: batches to pass over, without reading them.
-        pin_memory: put batches into page-locked memory, from where a GPU fetches them while it computes.
+        batch: images per batch, over all processes; the last, incomplete batch of an epoch is dropped.
+        seed: seed of the order; the augmentation uses the seed of the data set.
+        workers: loader processes; they do not change the batches.
+        start: batches to skip without reading them.
+        pin_memory: put batches into page-locked memory, so that the GPU copies them while it computes.
 
     Raises:
-        CorruptFileError: an image cannot be read.
-        ValueError: if the processes cannot share a batch evenly.
+        CorruptFileError: if an image cannot be read.
+        ValueError: if the number of processes does not divide `batch`.
     """
     distributed.share_of(batch)
     sampler = EpochSampler(len(dataset), batch, seed, part=distributed.rank(), parts=distributed.world_size())
@@ -73,7 +73,7 @@ def batches(
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         worker_init_fn=_leave_interruption_to_the_trainer,
-        # Its own generator: iterating must not move torch's global one, which dropout draws from.
+        # A generator of its own: iterating must not advance torch's global generator, which dropout uses.
         generator=torch.Generator().manual_seed(seed),
     )
     sampler.epoch, sampler.skip = divmod(start, len(dataset) // batch)
@@ -82,11 +82,11 @@ def batches(
         try:
             yield from loader
         except data.CorruptFileError as error:
-            # A loader process sends its traceback along; the sentence that names the file is its last line.
+            # A loader process puts its traceback into the message; keep the last line, which names the file.
             raise data.CorruptFileError(str(error).splitlines()[-1].rpartition("CorruptFileError: ")[2]) from error
         sampler.epoch, sampler.skip = sampler.epoch + 1, 0
 
 
 def _leave_interruption_to_the_trainer(worker: int) -> None:
-    # Ctrl-C in a terminal reaches the workers too; without them the trainer could not finish its step.
+    # Ctrl-C in a terminal reaches the workers too, but the trainer needs them to finish its step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

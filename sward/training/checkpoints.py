@@ -1,4 +1,4 @@
-"""Saving and loading the state of a run, whole or not at all."""
+"""Save and load the state of a run; writes are atomic."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from sward import atomic
 
 
 def save(path: Path, state: dict[str, Any], *, keep: Path | None = None) -> None:
-    """Write `state`, whole or not at all (`atomic.write`); tensors and plain values only.
+    """Write `state` (tensors and plain values only) atomically; see `atomic.write`.
 
     Raises:
-        OSError: if the disk is full or not writable; what was at `path` before is still there.
+        OSError: if the disk is full or not writable; the old file stays in place.
     """
-    # Not straight into the file: torch turns a full disk into a RuntimeError about positions in its archive.
+    # Via a buffer: when torch writes to a full disk itself, it raises a RuntimeError about positions in its archive.
     buffer = io.BytesIO()
     torch.save(state, buffer)
     atomic.write(path, buffer.getbuffer(), keep=keep)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads what `save` wrote, on the CPU, and checks its checksums. No code is run.
+    """Load what `save` wrote to the CPU and verify its checksums; runs no code from the file.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        OSError: if it cannot be read.
-        ValueError: if the file is not a checkpoint of this library, or is damaged.
+        FileNotFoundError: if the file does not exist.
+        OSError: if the file cannot be read.
+        ValueError: if the file is damaged or not a checkpoint of this library.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     content = io.BytesIO(path.read_bytes())
     try:
-        # torch does not look at the checksums it writes.
+        # torch does not verify the checksums that it writes.
         with zipfile.ZipFile(content) as archive:
             damaged = archive.testzip()
         if damaged is not None:
@@ -47,19 +47,19 @@ def load(path: Path) -> dict[str, Any]:
         content.seek(0)
         state = torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # a changed byte can make the two readers raise anything
-        raise ValueError(f"{path} is not a readable checkpoint, it is damaged or not one at all") from error
+        raise ValueError(f"{path} is damaged or not a checkpoint") from error
     if not isinstance(state, dict) or "model" not in state:
-        raise ValueError(f"{path} is not a checkpoint of a sward run: it holds no entry 'model'")
+        raise ValueError(f"{path} is not a checkpoint of a sward run: it has no entry 'model'")
     return state
 
 
 def load_newest(paths: Sequence[Path]) -> dict[str, Any] | None:
-    """The first of `paths` that exists and is whole; None if none exists.
+    """Load the first of `paths` that exists and is intact; None if no file exists.
 
-    Damaged files before it are passed over with a warning, and renamed so that no later write takes them for good.
+    Damaged files are skipped with a warning and renamed, so that later saves do not keep them as a backup.
 
     Raises:
-        ValueError: if there are files, but all of them are damaged.
+        ValueError: if all existing files are damaged.
     """
     damaged: list[Path] = []
     reasons: list[str] = []
@@ -73,22 +73,22 @@ def load_newest(paths: Sequence[Path]) -> dict[str, Any] | None:
             reasons.append(str(error))
             continue
         for old in damaged:
-            with contextlib.suppress(FileNotFoundError):  # another process of the run was first
+            with contextlib.suppress(FileNotFoundError):  # another process of the run renamed it first
                 old.rename(old.with_name(f"{old.name}.damaged"))
         if reasons:
-            warnings.warn(f"{'; '.join(reasons)}; going on from the checkpoint before it, {path}", stacklevel=2)
+            warnings.warn(f"{'; '.join(reasons)}; resuming from the previous checkpoint, {path}", stacklevel=2)
         return state
     if reasons:
-        raise ValueError(f"{'; '.join(reasons)}; there is no earlier checkpoint to go on from")
+        raise ValueError(f"{'; '.join(reasons)}; there is no earlier checkpoint to resume from")
     return None
 
 
 def load_model(model: torch.nn.Module, path: Path) -> None:
-    """Loads the network's weights from a run's checkpoint, every key matched.
+    """Load the network's weights from a checkpoint of a run; all keys must match.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged or belongs to another network or another number of classes.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is damaged, or was saved from another network or with another number of classes.
     """
     state = load(path)
     try:
@@ -96,5 +96,5 @@ def load_model(model: torch.nn.Module, path: Path) -> None:
     except RuntimeError as error:
         detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise ValueError(
-            f"{path} does not fit {type(model).__name__}, it was saved from another model: {detail}"
+            f"{path} does not fit {type(model).__name__}; it was saved from another model: {detail}"
         ) from error

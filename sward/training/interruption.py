@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop: the trainer finishes its step and saves a checkpoint first."""
+"""Graceful shutdown: on Ctrl-C or SIGTERM the trainer finishes its step and saves a checkpoint before it stops."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sward import distributed
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """A run was ended by a signal, after a checkpoint. The message says how to go on.
+    """A signal stopped the run after it saved a checkpoint. The message says how to resume.
 
     Args:
         cause: the signal.
         step: steps taken.
-        steps: of the whole run.
-        run: its folder.
+        steps: steps of the whole run.
+        run: folder of the run.
 
     Attributes:
         exit_code: by convention 128 plus the signal's number: 130 after Ctrl-C, 143 after SIGTERM.
@@ -28,18 +28,18 @@ class TrainingInterrupted(KeyboardInterrupt):
     def __init__(self, cause: signal.Signals, step: int, steps: int, run: Path) -> None:
         super().__init__(
             f"stopped by {cause.name} after step {step} of {steps}, with a checkpoint in {run}; "
-            "continue with the same command; 'sward train' and 'train-teacher' need --resume with it"
+            "resume with the same command; 'sward train' and 'train-teacher' also need --resume"
         )
         self.exit_code = 128 + cause
 
 
 class Interruption:
-    """Catches SIGINT and SIGTERM while it is entered, and only remembers them.
+    """Context manager that records SIGINT and SIGTERM instead of letting them end the process.
 
-    A second signal of the same kind ends the process at once, as if nobody caught it. Under `torchrun` it does not:
-    a Ctrl-C in the terminal reaches every process twice there, from the terminal and from `torchrun`.
+    A second signal of the same kind has its usual effect. Under `torchrun` it is ignored, because there a Ctrl-C in the
+    terminal reaches every process twice: from the terminal and from `torchrun`.
 
-    Outside the main thread Python allows no handlers; nothing is caught then.
+    Outside the main thread Python allows no signal handlers, so nothing is caught.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def agreed(self) -> signal.Signals | None:
-        """The signal that any process has caught, or None. All processes call this at the same steps."""
+        """Return the signal that any process caught, or None. All processes must call this at the same steps."""
         caught = -distributed.lowest(-self._caught)
         return signal.Signals(caught) if caught else None
 
@@ -68,6 +68,6 @@ class Interruption:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             return
         before = self._before[number]
-        if before == signal.SIG_IGN:  # as a shell leaves it for what it starts in the background
+        if before == signal.SIG_IGN:  # the default of background jobs in a shell
             before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, before)

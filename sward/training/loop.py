@@ -1,4 +1,4 @@
-"""The training loop. Nothing here knows which loss it runs."""
+"""The training loop; it works with any loss."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sward.training.step import StepOutput, TrainingStep
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
-    """Step -> factor of the initial learning rate; 0 after the last step."""
+    """Return a function from step to a factor of the initial learning rate; 0 after the last step."""
 
     def factor(step: int) -> float:
         if step < config.warmup:
@@ -41,19 +41,16 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[int], float]
 
 @dataclass
 class TrainingResult:
-    """What a finished run is worth.
-
-    Attributes:
-        run: its folder.
-        evaluation: scores of the final weights on the validation split.
-        best_score: best validation score of the run, by `config.metric`.
-        seconds: time in the training loop, validation excluded.
-    """
+    """Scores and duration of a finished run."""
 
     run: Path
+    """Folder of the run."""
     evaluation: Evaluation
+    """Scores of the final weights on the validation split."""
     best_score: float
+    """Best validation score of the run, by `config.metric`."""
     seconds: float
+    """Time in the training loop, validation excluded."""
 
 
 def fit(
@@ -65,13 +62,13 @@ def fit(
     *,
     teacher: Callable[[Tensor], dict[str, Tensor]] | None = None,
 ) -> TrainingResult:
-    """Trains `step_module` as `config` says and leaves a run folder that can be resumed, evaluated and repeated.
+    """Train `step_module` as `config` says; the run folder can be resumed and evaluated.
 
-    Goes on from the newest whole checkpoint in `run`, if there is one. Called by every process of a group.
+    Resumes from the newest intact checkpoint in `run`, if there is one. Every process of a group must call this.
 
     Raises:
-        TrainingInterrupted: after Ctrl-C or SIGTERM, with a checkpoint written.
-        NonFiniteLossError: if the loss is no longer a number; nothing is saved from then on.
+        TrainingInterrupted: on Ctrl-C or SIGTERM, after writing a checkpoint.
+        NonFiniteLossError: if the loss is infinite or nan; nothing is saved after that.
     """
     device = next(step_module.parameters()).device
     steps, epoch = config.steps(len(train_set)), len(train_set) // config.batch
@@ -108,7 +105,7 @@ def fit(
             gradient_norm = state.update(output.loss, measure=logs)
             watch.remember(state.step, output, batch.names)
             progress.advance()
-            # Several processes agree on a signal only where they meet anyway.
+            # Several processes exchange signals only at log steps, where they synchronise anyway.
             stop = interruption.agreed() if logs or distributed.world_size() == 1 else None
             if logs or saves or validates or stop:
                 watch.check()
@@ -134,10 +131,10 @@ def fit(
 
 
 def estimate_batch_norm(model: nn.Module, dataset: SegmentationDataset, images: int, batch: int) -> None:
-    """Sets the statistics of every batch normalisation to their means over the first `images` images of `dataset`.
+    """Set the running statistics of every batch norm to their means over the first `images` images of `dataset`.
 
-    As `torch.optim.swa_utils.update_bn`, over whole batches of views of the current epoch (fewer images than a batch
-    are one batch). Dropout's random numbers are put back, so that training goes on as if nothing had been estimated.
+    Uses `torch.optim.swa_utils.update_bn` on full batches of the current epoch's views (one smaller batch if there are
+    fewer images than that). Restores the state of the random generators, so that training continues as without it.
     """
     device = next(model.parameters()).device
     images = min(images, len(dataset))
@@ -151,7 +148,7 @@ def estimate_batch_norm(model: nn.Module, dataset: SegmentationDataset, images: 
 
 
 def validate(model: nn.Module, dataset: SegmentationDataset, device: torch.device) -> Evaluation:
-    """Scores the model as it will be saved, by all processes together. Never compiled: label sizes may vary."""
+    """Score the model as it will be saved, on all processes together; runs uncompiled, since label sizes may vary."""
     distributed.broadcast_buffers(model)
     with torch.compiler.set_stance("force_eager"):
         return evaluate(model, dataset, device=device, process_group=distributed.group())
@@ -164,7 +161,7 @@ def log_record(
     throughput: Throughput,
     device: torch.device,
 ) -> dict[str, Any]:
-    """One line of `metrics.jsonl`. Here the loop waits for the device."""
+    """Return one line of `metrics.jsonl`; waits for the device."""
     losses = losses_of(output)
     seconds = state.stopwatch.read()
     return {

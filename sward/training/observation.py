@@ -1,4 +1,4 @@
-"""What a run says about itself while it trains, without waiting for the device between two log steps."""
+"""Measurements of a run while it trains; between two log steps they never wait for the device."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class NonFiniteLossError(FloatingPointError):
 
 
 class Stopwatch:
-    """Seconds of training, added up over interruptions.
+    """Seconds of training, accumulated over interruptions.
 
     Attributes:
-        seconds: those before this watch was started.
+        seconds: seconds before the last start.
     """
 
     def __init__(self) -> None:
@@ -37,42 +37,42 @@ class Stopwatch:
         return self.seconds + time.perf_counter() - self._since
 
     def start(self, seconds: float = 0.0) -> None:
-        """Goes on from `seconds`."""
+        """Start from `seconds`."""
         self.seconds, self._since = seconds, time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out what happens inside."""
+        """Exclude the time spent in the block."""
         seconds = self.read()
         yield
         self.start(seconds)
 
 
 class LossWatch:
-    """Remembers the losses since the last look and finds the first one that is not finite.
+    """Store the losses since the last check and find the first one that is not finite.
 
-    Looking costs a wait for the device, so the trainer looks when it logs and before it saves anything: a checkpoint
-    never holds weights behind a loss that nobody looked at.
+    A check waits for the device, so the trainer checks only when it logs and before it saves: a checkpoint never holds
+    weights that come after an unchecked loss.
     """
 
     def __init__(self) -> None:
         self._recent: list[tuple[int, StepOutput, Sequence[str]]] = []
 
     def remember(self, step: int, output: StepOutput, names: Sequence[str]) -> None:
-        """Takes note of a step, without a look.
+        """Store the losses of a step without checking them.
 
         Args:
-            step: its number.
-            output: its losses; their graph is not kept.
-            names: of the images of the batch.
+            step: number of the step.
+            output: losses of the step; their graph is not kept.
+            names: names of the images in the batch.
         """
         self._recent.append((step, output._replace(loss=output.loss.detach()), names))
 
     def check(self) -> None:
-        """Looks at every loss since the last call. All processes call this at the same steps.
+        """Check every loss since the last call. All processes must call this at the same steps.
 
         Raises:
-            NonFiniteLossError: with the first bad step, its terms and the images of its batch, on every process.
+            NonFiniteLossError: on every process; names the first bad step, its terms and the images of its batch.
         """
         recent, self._recent = self._recent, []
         finite = torch.stack([output.loss for _, output, _ in recent]).isfinite().tolist() if recent else []
@@ -85,31 +85,31 @@ class LossWatch:
         shown = ", ".join(f"{name} {value:g}" for name, value in terms.items())
         raise NonFiniteLossError(
             f"the loss of step {first} is not finite ({shown}) for the images {', '.join(names)}; "
-            "the checkpoints written before are kept"
+            "earlier checkpoints are kept"
         )
 
 
 class Throughput:
-    """Images per second of training, all processes together.
+    """Images per second of training, over all processes.
 
     Args:
-        batch: images of one step on all processes.
-        step: steps taken before.
-        seconds: of training that they took.
+        batch: images per step, over all processes.
+        step: steps taken so far.
+        seconds: seconds of training so far.
     """
 
     def __init__(self, batch: int, step: int, seconds: float) -> None:
         self._batch, self._step, self._seconds = batch, step, seconds
 
     def until(self, step: int, seconds: float) -> float:
-        """The rate since the last call."""
+        """Return the rate since the last call."""
         rate = self._batch * (step - self._step) / max(seconds - self._seconds, 1e-9)
         self._step, self._seconds = step, seconds
         return rate
 
 
 def losses_of(output: StepOutput) -> dict[str, Any]:
-    """The numbers of a step as they go into `metrics.jsonl`, averaged over all processes; waits for the device."""
+    """Return the losses of a step for `metrics.jsonl`, averaged over all processes; waits for the device."""
     parts = {"terms": output.terms, "weighted": output.weighted, "diagnostics": output.diagnostics}
     tensors = [output.loss.detach(), *(value for part in parts.values() for value in part.values())]
     values = iter(distributed.mean(torch.stack([tensor.float() for tensor in tensors])).tolist())
@@ -120,9 +120,9 @@ def losses_of(output: StepOutput) -> dict[str, Any]:
 
 
 def forget_peak_memory(device: torch.device) -> bool:
-    """Starts `peak_memory` anew from what is in use now; False where the system cannot.
+    """Reset `peak_memory` to the memory in use now; return False if the system does not support it.
 
-    What earlier work left with the allocator is handed back first, so that it does not count.
+    Memory that the allocator cached is released first, so that it does not count.
     """
     gc.collect()
     if device.type == "cuda":
@@ -139,12 +139,12 @@ def forget_peak_memory(device: torch.device) -> bool:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Most bytes in use so far: tensors on a GPU, the whole process on a CPU; None where the system does not tell."""
+    """Return the peak number of bytes in use: tensors on a GPU, the whole process on a CPU; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
-        # Not getrusage: after fork and exec it still counts the process that this one was started from.
+        # Not getrusage: after fork and exec it still counts the parent process.
         sizes = (line.split() for line in status.read_text(encoding="utf-8").splitlines())
         return next((int(words[1]) * 1024 for words in sizes if words[0] == "VmHWM:"), None)
     try:

@@ -1,4 +1,4 @@
-"""What the user sees of long work: a progress bar on a terminal, plain lines elsewhere."""
+"""Progress of long-running work: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sward import distributed
 class Progress:
     """A rich progress bar on a terminal, a plain line every `seconds` elsewhere.
 
-    One inside another shares its display: the bar of a run stands below the bar of the study it is part of.
+    Nested instances share one display: the bar of a run appears below the bar of its study.
 
     Args:
-        title: what is being done.
-        total: steps in all.
+        title: name of the work.
+        total: total number of steps.
         start: steps done before.
-        seconds: pause between plain lines.
+        seconds: minimum time between plain lines.
     """
 
     _shared: ClassVar[Any] = None
@@ -48,13 +48,13 @@ class Progress:
             self._task = self._bar.add_task(title, total=total, completed=start, note="")
 
     def advance(self) -> None:
-        """One step is done."""
+        """Count one more step as done."""
         self.done += 1
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done)
 
     def note(self, text: str) -> None:
-        """Shows `text` beside the bar, or as a line if the last one is old enough."""
+        """Show `text` beside the bar, or print it as a line if the last line is old enough."""
         if self._bar is not None:
             self._bar.update(self._task, note=text)
         elif self._shown and (time.monotonic() - self._printed >= self._seconds or self.done == self.total):

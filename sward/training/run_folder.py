@@ -1,4 +1,4 @@
-"""The folder of a run: configuration, metrics and checkpoints. With several processes, only rank 0 writes."""
+"""The folder of a run: configuration, metrics and checkpoints. Only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ UNWRITABLE = (
     errno.ENOENT,
     errno.ENAMETOOLONG,
 )
-"""What the system says of a folder that is the wrong one, rather than of a disk that is full or failing."""
+"""Errors that mean a wrong folder was given, as opposed to a disk that is full or failing."""
 
 
 class RunFolder:
     """`config.json`, `dataset.json`, `environment.json`, `metrics.jsonl` and `checkpoints/` of one run.
 
     Args:
-        path: the folder. It is made on `start`.
+        path: the folder; `start` creates it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,15 +49,16 @@ class RunFolder:
         self._tensorboard: _TensorBoard | None = None
 
     def start(self, config: TrainingConfig, info: DatasetInfo) -> None:
-        """Makes the folder, or goes on in it if `config.resume` is set or torchrun has started the run again.
+        """Create the folder, or reuse it if `config.resume` is set or torchrun restarted the run.
 
         Args:
-            config: of the run.
+            config: configuration of the run.
             info: classes and colours of its data set, so that the run can be used without the data.
 
         Raises:
-            ValueError: if it cannot be written, or holds a run already that is not to go on or is another one.
-            ModuleNotFoundError: if `config.tensorboard` is set and the package is missing.
+            ValueError: if the folder cannot be written, or holds a run and `config.resume` is not set, or a run with
+                another configuration.
+            ModuleNotFoundError: if `config.tensorboard` is set and the package `tensorboard` is not installed.
         """
         if config.tensorboard:
             self._tensorboard = _TensorBoard(self.path / "tensorboard")
@@ -74,7 +75,7 @@ class RunFolder:
 
     def _check_same(self, config: TrainingConfig) -> None:
         if not (config.resume or distributed.restarted()):
-            raise ValueError(f"{self.path} already holds a run; continue it with --resume, or choose another --output")
+            raise ValueError(f"{self.path} already holds a run; resume it with --resume, or choose another --output")
         stored, _ = self.read()
         for length in ("iterations", "epochs"):
             before, now = getattr(stored, length), getattr(config, length)
@@ -84,15 +85,15 @@ class RunFolder:
         if different:
             raise ValueError(
                 f"{self.path} holds a run with another configuration: {different[0]}; "
-                "resume it with its own, or choose another --output"
+                "resume it with its own configuration, or choose another --output"
             )
 
     def holds_checkpoint(self) -> bool:
-        """Whether there is a run to go on with."""
+        """Return whether there is a run to resume."""
         return self.last.exists() or self.previous.exists()
 
     def forget_checkpoints(self) -> None:
-        """Makes room for another run.
+        """Delete the checkpoints, so that another run can start here.
 
         Raises:
             ValueError: if the folder cannot be written.
@@ -102,32 +103,32 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
     def read(self) -> tuple[TrainingConfig, DatasetInfo]:
-        """The configuration and the classes that `start` wrote.
+        """Read the configuration and the classes that `start` wrote.
 
         Raises:
             FileNotFoundError: if the folder holds no run.
             ValueError: if the files are damaged.
         """
         if not self.config.exists() or not self.dataset.exists():
-            raise FileNotFoundError(f"{self.path} is not a run folder: it holds no config.json and dataset.json")
+            raise FileNotFoundError(f"{self.path} is not a run folder: it has no config.json and dataset.json")
         text = self.config.read_text(encoding="utf-8")
         kind = DistillationConfig if '"distillation"' in text else TeacherTrainingConfig
         return from_json(kind, text), from_json(DatasetInfo, self.dataset.read_text(encoding="utf-8"))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Appends one line to `metrics.jsonl`, and hands its numbers to TensorBoard if that was asked for."""
+        """Append one line to `metrics.jsonl`, and write its numbers to TensorBoard if enabled."""
         if not distributed.is_main():
             return
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
-            # On the disk before the checkpoint that follows it: what is resumed has its lines.
+            # Sync before the next checkpoint is written, so that a resumed run has all lines up to its checkpoint.
             os.fsync(file.fileno())
         if self._tensorboard is not None:
             self._tensorboard.add(record)
 
     def records(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`, oldest first; a line cut short by a crash is left out."""
+        """Read the lines of `metrics.jsonl`, oldest first; skips a line that a crash truncated."""
         if not self.metrics.exists():
             return []
         records = []
@@ -139,7 +140,7 @@ class RunFolder:
         return records
 
     def drop_records_after(self, step: int) -> None:
-        """Forgets lines of steps that a resumed run will take again."""
+        """Drop the lines of steps that a resumed run will repeat."""
         if distributed.is_main():
             kept = [record for record in self.records() if record["step"] <= step]
             _write_text(self.metrics, "\n".join(json.dumps(record) for record in kept))
@@ -150,10 +151,10 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes the folder that a command writes to, if it is not there, and tries whether it can be written.
+    """Create the output folder of a command if necessary, and check that it is writable.
 
     Raises:
-        ValueError: if it cannot.
+        ValueError: if it is not.
         OSError: if the disk is full or fails.
     """
     try:
@@ -163,11 +164,11 @@ def make_folder(path: Path) -> None:
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        raise ValueError(f"cannot write to {path} ({error.strerror}): choose another --output") from error
+        raise ValueError(f"cannot write to {path} ({error.strerror}); choose another --output") from error
 
 
 class _TensorBoard:
-    """The numbers of `metrics.jsonl` as TensorBoard events; nested names are joined by slashes."""
+    """Write the numbers of `metrics.jsonl` as TensorBoard events; nested names are joined by slashes."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -181,7 +182,8 @@ class _TensorBoard:
 
     def add(self, record: Mapping[str, Any]) -> None:
         if self._writer is None:
-            # Only now is the first step known: events of it and later ones, from before an interruption, are void.
+            # Opened here because only now the first step is known. `purge_step` discards events of this and later steps
+            # from before an interruption.
             self._writer = self._open(self._folder, purge_step=record["step"])
         for name, value in _numbers(record):
             self._writer.add_scalar(name, value, record["step"])
@@ -197,7 +199,7 @@ def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def environment() -> dict[str, Any]:
-    """Versions and devices that decide whether a run can be repeated."""
+    """Collect the versions and devices that a run needs to be reproducible."""
     packages = ("torch", "triton", "torchvision", "timm", "segmentation-models-pytorch", "sam2", "numpy", "sward")
     versions: dict[str, str | None] = {}
     for package in packages:

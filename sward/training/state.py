@@ -1,4 +1,4 @@
-"""Everything that changes while a run trains: how one step changes it, and how it is saved and restored."""
+"""The state of a training run: updating it in a step, saving it and restoring it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from sward.training.run_folder import RunFolder
 
 
 class TrainingState:
-    """Networks, optimiser, schedule, generators and counters of a run, and its place in the run folder.
+    """Networks, optimiser, schedule, random generators and counters of a run.
 
     Args:
-        model: the network that learns.
+        model: the network to train.
         distillation: the distillation loss, or None.
-        optimizer: over the parameters of both.
-        schedule: of its learning rate.
-        scaler: of the loss, for fp16.
-        clip_norm: greatest norm of the gradient; None never clips.
+        optimizer: optimiser of the parameters of both.
+        schedule: learning rate schedule of the optimiser.
+        scaler: loss scaler for fp16.
+        clip_norm: largest norm of the gradient; None never clips.
 
     Attributes:
         step: optimiser steps taken.
@@ -50,14 +50,14 @@ class TrainingState:
         self.model, self.distillation = model, distillation
         self.optimizer, self.schedule, self.scaler, self.clip_norm = optimizer, schedule, scaler, clip_norm
         if scaler.is_enabled():
-            # While it looks for its scale it leaves out steps, which the schedule takes for a mistake of ours.
+            # The scaler skips steps while it searches for its scale, and the schedule then warns of a wrong call order.
             warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before", UserWarning)
         self.step = 0
         self.stopwatch = Stopwatch()
         self.best_score = -math.inf
 
     def update(self, loss: Tensor, *, measure: bool = False) -> Tensor | None:
-        """One step against the gradient of `loss`; returns the gradient's norm before clipping if `measure` is set."""
+        """Take one optimiser step; return the gradient's norm before clipping if `measure` is set or clipping is on."""
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         norm = None
@@ -74,9 +74,9 @@ class TrainingState:
         return norm
 
     def save(self, run: RunFolder, score: float | None = None) -> None:
-        """Writes the last checkpoint and keeps the one before it; and the best one, if `score` beats every earlier one.
+        """Write the last checkpoint and keep the previous one; write the best one if `score` beats every earlier score.
 
-        All processes call this at the same steps; rank 0 writes.
+        All processes must call this at the same steps; rank 0 writes.
         """
         best = score is not None and score > self.best_score
         if best and score is not None:
@@ -88,10 +88,10 @@ class TrainingState:
             checkpoints.save(run.last, self.state_dict(generators), keep=run.previous)
 
     def restore(self, run: RunFolder) -> None:
-        """Goes on from the newest checkpoint of `run` that is whole; from the beginning if there is none.
+        """Restore the newest intact checkpoint of `run`, or start from the beginning if there is none.
 
         Raises:
-            ValueError: if all checkpoints are damaged, or belong to another network, loss or version.
+            ValueError: if all checkpoints are damaged, or were saved from another network, loss or version.
         """
         state = checkpoints.load_newest([run.last, run.previous])
         if state is not None:
@@ -106,7 +106,7 @@ class TrainingState:
         run.drop_records_after(self.step)
 
     def state_dict(self, generators: list[dict[str, Any]]) -> dict[str, Any]:
-        """Tensors and plain values; `generators` are the random states of all processes, by rank."""
+        """Return tensors and plain values; `generators` are the random states of all processes, by rank."""
         return {
             "model": self.model.state_dict(),
             "distillation": {} if self.distillation is None else self.distillation.state_dict(),
@@ -120,7 +120,7 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned. A process that was not there then keeps its fresh generators."""
+        """Restore what `state_dict` returned. A process that did not exist then keeps its fresh generators."""
         self.model.load_state_dict(state["model"])
         if self.distillation is not None:
             self.distillation.load_state_dict(state["distillation"])
@@ -134,14 +134,14 @@ class TrainingState:
 
 
 def seed_generators(seed: int) -> None:
-    """Seeds the global generators of Python, NumPy and torch, of which a run saves the states."""
+    """Seed the global generators of Python, NumPy and torch; checkpoints contain their states."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)
 
 
 def _generator_states(loss: nn.Module | None) -> dict[str, Any]:
-    # Nothing of ours draws from Python's and NumPy's global generators; a user's model or data set may.
+    # sward does not use the global generators of Python and NumPy, but a user's model or data set may.
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
     return {

@@ -1,4 +1,4 @@
-"""Teacher features on disk, for training on images that come again (`--dataset.views`)."""
+"""Cache of teacher features on disk, for training on fixed views of the images (`--dataset.views`)."""
 
 from __future__ import annotations
 
@@ -75,14 +75,13 @@ class TrunkCache:
 class FeatureFiles:
     """Feature maps in a folder, one file per image.
 
-    An entry is found by the SHA-256 of the very tensor the network sees. So image, crop, flip, colour and
-    normalisation are all in the key, and another transform can never meet features that are not its own. The network
-    sees one image at a time, so an entry does not depend on the batch it was made in, and a run gives the same weights
-    from an empty cache, from a full one and after a resume.
+    The key of an entry is the SHA-256 of the tensor that the network sees. It covers image, crop, flip, colour and
+    normalisation, so a changed transform never reads features of another one. The network runs on one image at a time,
+    so an entry does not depend on its batch, and a run gives the same weights from an empty cache, from a full one and
+    after a resume.
 
-    An entry appears under its name only once it is whole, and is checked when it is read; a damaged one is computed
-    again with a warning. Several processes may share a folder. When the disk is full, training goes on without new
-    entries.
+    Entries are written atomically and verified on reading; a damaged one raises a warning and is computed again.
+    Several processes may share a folder. If the disk is full, training continues without new entries.
 
     Args:
         folder: named after everything besides the image that decides the features.
@@ -117,7 +116,7 @@ class FeatureFiles:
         except FileNotFoundError:
             pass
         except (ValueError, pickle.UnpicklingError, RuntimeError, EOFError):
-            warnings.warn(f"{path} is damaged: its teacher features are computed again", stacklevel=4)
+            warnings.warn(f"{path} is damaged; computing its teacher features again", stacklevel=4)
         self.misses += 1
         entry = {
             name: maps[0].detach().to("cpu", copy=True).contiguous() for name, maps in compute(image[None]).items()
@@ -138,15 +137,15 @@ class FeatureFiles:
         except OSError as error:
             self._full = True
             warnings.warn(
-                f"teacher features can no longer be kept in {self.folder} ({error.strerror}): the teacher runs for the "
-                "rest of the images",
+                f"cannot write teacher features to {self.folder} ({error.strerror}); the teacher runs for the "
+                "remaining images",
                 stacklevel=5,
             )
 
 
 def fingerprint(teacher: FrozenTeacher) -> str:
-    """A name for all that decides a teacher's features besides the image: weights, settings and layers."""
-    # Every plain attribute, so that a setting added to the teacher one day is not forgotten here.
+    """Hash everything that determines a teacher's features besides the image: weights, settings and layers."""
+    # Every plain attribute, so that settings added to the teacher later are included.
     settings = {
         name: str(value)
         for name, value in vars(teacher).items()

@@ -79,5 +79,5 @@ def test_without_ptflops_the_paper_s_rule_is_left_out(monkeypatch: pytest.Monkey
 
 
 def test_size_that_is_not_a_multiple_of_32() -> None:
-    with pytest.raises(ValueError, match="image size 100x64 is not a multiple of 32"):
+    with pytest.raises(ValueError, match="image height and width must be positive multiples of 32, got 100x64"):
         complexity("unext", image_size=(100, 64), paper_rule=False)

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import sward.reproduce
-from sward import data
 from sward.cli.main import main
 from sward.config import DistillationConfig, differences
 from sward.reproduce.experiments import EvaluationSet, method, teacher_of
@@ -26,10 +25,11 @@ COMMAND = ["reproduce", "methods", "--preset", "demo", "--output", "out"]
 QUICK = [*COMMAND, "--iterations", "2", "--only", "none", "sward"]
 
 
+pytestmark = pytest.mark.usefixtures("few_images")
+
+
 @pytest.fixture(autouse=True)
-def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(data.scenes.SPLITS, "train", 16)
-    monkeypatch.setitem(data.scenes.SPLITS, "val", 2)
+def in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     # Counting FLOPs at 512 pixels takes longer than these runs do; test_tables.py holds the count to the paper's.
     counted = {"unext": Costs(1.0, 2.0), "hiera_demo": Costs(3.0, None)}

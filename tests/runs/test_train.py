@@ -6,18 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sward import data
 from sward.config import OptimizerConfig, TeacherConfig
 from sward.runs import train_student
 from sward.training import checkpoints
 from sward.training.run_folder import RunFolder
-from tests.support.training_runs import SPLITS, small
+from tests.support.training_runs import small
 
-
-@pytest.fixture(autouse=True)
-def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    for split, count in SPLITS.items():
-        monkeypatch.setitem(data.scenes.SPLITS, split, count)
+pytestmark = pytest.mark.usefixtures("few_images")
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -60,17 +55,17 @@ def test_distillation_lowers_its_own_loss(tmp_path: Path) -> None:
 
 def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
     train_student(small(tmp_path / "run", distillation="none"))
-    with pytest.raises(ValueError, match="already holds a run; continue it with --resume"):
+    with pytest.raises(ValueError, match="already holds a run; resume it with --resume"):
         train_student(small(tmp_path / "run", distillation="none"))
 
 
 def test_mistakes_are_found_before_any_work(tmp_path: Path) -> None:
     for changes, message in (
         (dict(epochs=2), "exactly one of iterations and epochs"),
-        (dict(batch=100), "batch is 100, but the training set has only 18 images"),
+        (dict(batch=100), "batch must be at most 18, the number of training images, got 100"),
         (dict(distillation="swrad"), "unknown distillation method 'swrad'; did you mean 'sward'"),
         (dict(model="unet"), "did you mean unext"),
-        (dict(device="tpu9"), "device 'tpu9' is not a device"),
+        (dict(device="tpu9"), "device must be a torch device such as 'cpu' or 'cuda', got 'tpu9'"),
     ):
         with pytest.raises(ValueError, match=message):
             train_student(small(tmp_path / "run", **changes))

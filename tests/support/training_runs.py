@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -18,8 +19,10 @@ from sward import data
 from sward.config import DatasetConfig, DistillationConfig, OptimizerConfig, SWARDConfig, TeacherConfig
 from sward.losses import CIRKDLoss, DistillationLoss
 from sward.runs import methods
+from tests.support.executed_lines import killed_at_line
 
 SPLITS = {"train": 18, "val": 4}
+"""Images of `scenes` in a test, in place of its 1024 and 128."""
 
 _full_cirkd = methods.METHODS["cirkd"]
 
@@ -68,20 +71,35 @@ def small_cirkd(
         return _full_cirkd(pair)
 
 
-def start(config: DistillationConfig) -> BaseProcess:
-    """Trains in a process of its own, which ends with the command line's exit codes."""
-    process = SERVER.Process(target=_train, args=(config,))
+def use_few_images(patch: pytest.MonkeyPatch) -> None:
+    """Cut `scenes` to `SPLITS` until the patch is undone."""
+    for split, count in SPLITS.items():
+        patch.setitem(data.scenes.SPLITS, split, count)
+
+
+def start(config: DistillationConfig, killed_at: int | None = None) -> BaseProcess:
+    """Train in a process of its own, which ends with the command line's exit codes.
+
+    Args:
+        config: the run.
+        killed_at: the line of Python of training and saving, counted as they run, at which the process gets SIGKILL.
+    """
+    process = SERVER.Process(target=_train, args=(config, killed_at))
     process.start()
     return process
 
 
-def _train(config: DistillationConfig) -> None:
-    from sward import runs
+def _train(config: DistillationConfig, killed_at: int | None) -> None:
+    from sward import atomic, runs
+    from sward.training import checkpoints, loop, run_folder, state
 
     torch.set_num_threads(1)
     data.scenes.SPLITS.update(SPLITS)
     methods.METHODS["cirkd"] = small_cirkd
-    sys.exit(_as_the_command_line_does(lambda: runs.train_student(config)))
+    watched = (runs.train, loop, state, run_folder, checkpoints, atomic, torch.serialization)
+    with contextlib.nullcontext() if killed_at is None else killed_at_line(killed_at, *watched):
+        code = _as_the_command_line_does(lambda: runs.train_student(config))
+    sys.exit(code)
 
 
 def _as_the_command_line_does(work: Any) -> int:

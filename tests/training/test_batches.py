@@ -5,13 +5,8 @@ import torch
 
 from sward import data
 from sward.training import EpochSampler, batches
-from tests.support.training_runs import SPLITS
 
-
-@pytest.fixture(autouse=True)
-def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    for split, count in SPLITS.items():
-        monkeypatch.setitem(data.scenes.SPLITS, split, count)
+pytestmark = pytest.mark.usefixtures("few_images")
 
 
 def test_sampler_visits_every_image_once_and_differently_each_epoch() -> None:

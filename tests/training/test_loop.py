@@ -8,13 +8,8 @@ import torch
 from sward import data
 from sward.config import OptimizerConfig
 from sward.training.loop import estimate_batch_norm, learning_rate
-from tests.support.training_runs import SPLITS
 
-
-@pytest.fixture(autouse=True)
-def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    for split, count in SPLITS.items():
-        monkeypatch.setitem(data.scenes.SPLITS, split, count)
+pytestmark = pytest.mark.usefixtures("few_images")
 
 
 def test_schedules_by_hand() -> None:

@@ -22,13 +22,9 @@ from sward.training.observation import (
     peak_memory,
 )
 from sward.training.run_folder import RunFolder
-from tests.support.training_runs import SPLITS, checkpoint, records, small
+from tests.support.training_runs import checkpoint, records, small
 
-
-@pytest.fixture(autouse=True)
-def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    for split, count in SPLITS.items():
-        monkeypatch.setitem(data.scenes.SPLITS, split, count)
+pytestmark = pytest.mark.usefixtures("few_images")
 
 
 def test_a_log_line_holds_raw_and_weighted_terms_health_and_cost(tmp_path: Path) -> None:

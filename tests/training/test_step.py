@@ -8,19 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sward import data, models
+from sward import models
 from sward.config import OptimizerConfig, Precision, TeacherConfig
 from sward.losses import MWADLoss, PDRLoss, SegmentationCrossEntropy, SWARDDistillation
 from sward.runs import train_student
 from sward.training import FrozenTeacher, TrainingStep
 from tests.support.peers import PEERS, batch
-from tests.support.training_runs import SPLITS, checkpoint, records, small
+from tests.support.training_runs import checkpoint, records, small
 
-
-@pytest.fixture(autouse=True)
-def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    for split, count in SPLITS.items():
-        monkeypatch.setitem(data.scenes.SPLITS, split, count)
+pytestmark = pytest.mark.usefixtures("few_images")
 
 
 def first_losses(run: Path) -> dict[str, float]:
