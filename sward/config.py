@@ -57,7 +57,7 @@ class DatasetConfig:
     """Which images to use, and at what size."""
 
     name: str = "scenes"
-    """A name that `sward.data.build` knows."""
+    """Name of the data set, as in `sward.data.build`."""
     root: Path | None = None
     """Folder that holds the data set; None looks in `$SWARD_DATA`, then in `./data`."""
     image_size: tuple[int, int] = (128, 128)
@@ -69,8 +69,7 @@ class DatasetConfig:
     workers: int = 0
     """Loader processes; 0 loads in the training process. Results do not depend on it."""
     packed: str = "auto"
-    """`"auto"` reads the pack that `sward data pack` left in the data set's folder, if there is one; `"none"` decodes
-    the image files; a path names a pack in another place. Results do not depend on it."""
+    """Pack to read: `"auto"` (the one in the data set's folder, if any), `"none"` (decode the files) or a path."""
     views: int | None = None
     """Fixed augmented views per image, one per epoch in turn; None draws new ones each epoch."""
 
@@ -109,8 +108,7 @@ class TeacherConfig:
     masks: Path | None = None
     """File that `sward train-masks` wrote, for `maskd` and `freekd`; None uses `runs/PRESET/METHOD.pt`."""
     cache: Path | None = None
-    """Folder that caches the teacher's features, so that it runs once per view of an image; needs `dataset.views`. None
-    runs the teacher in every step."""
+    """Folder that caches the teacher's features of each view of an image; needs `dataset.views`. None has no cache."""
     precision: Precision = "fp32"
     """Precision of the teacher's forward pass; independent of the student's."""
 
@@ -154,9 +152,9 @@ class TrainingConfig:
     """A network, a data set and a schedule."""
 
     preset: str = "demo"
-    """The preset this started from."""
+    """The preset that the run is based on."""
     model: str = "unext"
-    """The network to train; a name that `sward.models.build` knows."""
+    """Name of the network to train, as in `sward.models.build`."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     """Images and labels."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -174,9 +172,7 @@ class TrainingConfig:
     evaluate_every: int | None = None
     """Epochs between validations; None validates only at the end."""
     batch_norm_images: int | None = None
-    """Training images from which batch norm re-estimates its statistics before each validation; None keeps the running
-    statistics. Meant for runs of a few hundred steps, in which MobileNetV3's momentum of 0.01 leaves the running
-    statistics far behind the weights."""
+    """Training images to re-estimate batch norm statistics from before validation; None keeps the running ones."""
     log_every: int = 20
     """Steps between lines of `metrics.jsonl`."""
     checkpoint_every: int = 500
@@ -198,8 +194,7 @@ class TrainingConfig:
     resume: bool = False
     """Resume the run in `output` from its last checkpoint, or start it if there is none."""
     on_corrupt: OnCorrupt = "stop"
-    """What to do if a training image or mask cannot be read: `"stop"` ends the run and names the file, `"skip"` warns
-    once per file and trains on the next image instead."""
+    """If a training image cannot be read: `"stop"` ends the run, `"skip"` warns and uses the next image."""
 
     def check(self) -> None:
         """Raise a ValueError if a field has an invalid value."""
@@ -322,7 +317,7 @@ class MaskTrainingConfig:
     """Settings for learning MasKD's tokens or FreeKD's prompts on a trained teacher."""
 
     preset: str = "demo"
-    """The preset this started from."""
+    """The preset that the run is based on."""
     method: MaskMethod = "maskd"
     """The method that will use the masks."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

@@ -1,4 +1,4 @@
-"""Masks and overlays for images outside any data set."""
+"""`sward predict`: masks and overlays for image files outside of a data set."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def predict_images(
     checkpoint: Literal["best", "last"] = "best",
     device: str | None = None,
 ) -> Iterator[Path]:
-    """Writes `NAME-mask.png` and `NAME-overlay.png` for every image and yields their paths.
+    """Write `NAME-mask.png` and `NAME-overlay.png` for every image and yield their paths.
 
     The mask is a palette PNG: its pixel values are class indices, and viewers show the data set's colours.
 
     Args:
         run: run folder.
-        images: files that Pillow reads, of any size; predictions come out at that size.
-        output: folder to write into, made if absent. Default: `predictions` in the run folder.
-        checkpoint: which weights of the run.
-        device: where to run; None takes the GPU where there is one.
+        images: image files that Pillow can read; predictions have the size of the image.
+        output: folder to write to, created if necessary. Default: `predictions` in the run folder.
+        checkpoint: which weights of the run to use.
+        device: device to run on; None uses the GPU if there is one.
 
     Raises:
-        FileNotFoundError: if the run or an image is not there, before anything is written.
-        ValueError: if the folder cannot be written, before any work, or an image cannot be read.
+        FileNotFoundError: if the run or an image does not exist; nothing is written then.
+        ValueError: if the folder is not writable (checked first) or an image cannot be read.
     """
     from PIL import Image
 

@@ -1,7 +1,7 @@
-"""`sward reproduce`: the paper's tables and figures, each from one command.
+"""`sward reproduce`: each table and figure of the paper from one command.
 
-`options` is what the command line gives, `experiments` says what a table consists of, `study` runs it, `tables` writes
-it, `plan` says what it will cost, and `figures` draws what the runs have learned.
+`options` holds the command-line options, `experiments` defines the rows and runs of each table, `study` trains them,
+`tables` writes the tables, `plan` estimates the cost, and `figures` draws the figures.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ __all__ = ["Options", "reproduce"]
 
 
 def reproduce(options: Options) -> list[Path]:
-    """Runs what `options.what` needs and makes it; returns the files written.
+    """Run the experiments of `options.what`, create the table or figure and return the files written.
 
-    A table is written anew after every finished run.
+    A table is rewritten after every finished run.
 
     Raises:
-        ValueError, FileNotFoundError: for what cannot be run, before any work.
+        ValueError, FileNotFoundError: if something that the runs need is missing or invalid, before any work starts.
     """
     study = Study(options)
     if options.what in ("figure1", "figure3", "figure4", "attention"):

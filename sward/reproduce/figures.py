@@ -1,4 +1,4 @@
-"""Figures 1, 3 and 4 and the window attention, from the runs of a study with seed 0."""
+"""Figures 1, 3 and 4 and the window attention, drawn from the runs with seed 0."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from sward.runs import load_distillation, load_run
 from sward.runs.load import build_split
 
 ROWS = 3
-"""Images of each data set in the grid of predictions."""
+"""Images per data set in the grid of predictions."""
 LEAST_SHARE = 0.02
-"""Of an image's pixels that must be of the class before Grad-CAM of that class is drawn for it."""
+"""Fraction of an image's pixels that the class must cover for Grad-CAM."""
 FEATURE_IMAGES = 40
 FEATURE_PIXELS = 200
 FEATURE_STRIDE = 4
-"""Images, pixels a class, and pixels of the input a point for the t-SNE."""
+"""Images, pixels per class, and input pixels per grid point of the t-SNE."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Figure:
 
 
 def figure(name: str, scale: Scale, preset: str | None) -> Figure:
-    """The figure that `sward reproduce NAME` makes, of the paper's pairs at this scale or of `preset` alone."""
+    """Return the figure of `sward reproduce NAME`, for the paper's presets at this scale or for `preset` alone."""
     streets, polyps = (
         ("cityscapes-mbv3", "clinicdb-resunetpp") if scale == "paper" else ("camvid-small", "clinicdb-small")
     )
@@ -172,12 +172,14 @@ def _target(info: DatasetInfo, name: str | None) -> int:
     if name is None:
         return next((index for index, each in enumerate(info.classes) if each in ("car", "polyp")), 1)
     if name not in info.classes:
-        raise ValueError(f"target: {info.name} has no class {name!r}; it has {', '.join(info.classes)}")
+        raise ValueError(
+            f"target must be a class of {info.name}, got {name!r}; its classes are {', '.join(info.classes)}"
+        )
     return info.classes.index(name)
 
 
 def _first_with(dataset: SegmentationDataset, target: int, start: int) -> int:
-    """The first image from `start` on in which the class covers enough to look at; `start` if there is none."""
+    """Return the first image from `start` on in which the class covers `LEAST_SHARE`; `start` if there is none."""
     for offset in range(len(dataset)):
         index = (start + offset) % len(dataset)
         if (dataset[index].labels == target).float().mean() >= LEAST_SHARE:

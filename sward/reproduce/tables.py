@@ -1,4 +1,4 @@
-"""Tables as Markdown, CSV and LaTeX: mean and spread over seeds beside the paper's own figures."""
+"""Tables as Markdown, CSV and LaTeX: mean and spread over seeds next to the paper's numbers."""
 
 from __future__ import annotations
 
@@ -22,38 +22,32 @@ HEALTH = (
     ("|cos| of V_t", 2, "value_cosine"),
     ("entropy of A_t", 3, "attention_entropy"),
 )
-"""Header, decimals and name in `sward.losses.relation_health` of each sign of collapse of the teacher's projections."""
+"""Header, decimals and name in `sward.losses.relation_health` of each measure of the teacher's projections."""
 TERMS = ("attention", "value", "context")
 LAST_SHARE = 0.1
-"""Of a run's steps, over whose log lines signs and terms are averaged."""
+"""Fraction of the steps, at the end of a run, over which measures and terms are averaged."""
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean and spread of one score over the seeds that are finished.
-
-    Attributes:
-        mean: over the runs.
-        spread: sample standard deviation (n - 1); None for a single run.
-        count: n.
-    """
+    """Mean and spread of one score over the finished seeds."""
 
     mean: float
+    """Mean over the runs."""
     spread: float | None
+    """Sample standard deviation (n - 1); None for a single run."""
     count: int
+    """N."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a finished table.
-
-    Attributes:
-        header: unique within the table.
-        digits: decimals.
-    """
+    """One column of a finished table."""
 
     header: str
+    """Header; unique within the table."""
     digits: int = 2
+    """Decimals."""
 
 
 Value = Mean | float | str | None
@@ -61,23 +55,20 @@ Value = Mean | float | str | None
 
 @dataclass(frozen=True)
 class FilledTable:
-    """A table with its numbers, ready to be written.
-
-    Attributes:
-        caption: what it shows.
-        columns: the first holds titles.
-        rows: one value a column; None where there is nothing to say.
-        notes: sentences to print below.
-    """
+    """A table with its numbers."""
 
     caption: str
+    """Caption of the table."""
     columns: tuple[Column, ...]
+    """The columns; the first one holds the titles of the rows."""
     rows: tuple[tuple[Value, ...], ...]
+    """One value per column; None for an empty cell."""
     notes: tuple[str, ...]
+    """Sentences to print below the table."""
 
 
 def average(values: Iterable[float | None]) -> Mean | None:
-    """Mean and sample standard deviation of the values that are there; None if there is none."""
+    """Return mean and sample standard deviation of the values that are not None; None if there are none."""
     present = [value for value in values if value is not None]
     if not present:
         return None
@@ -88,13 +79,13 @@ def average(values: Iterable[float | None]) -> Mean | None:
 def fill(
     table: Table, study: Study, notes: Sequence[str] = (), costs: Mapping[str, Costs] | None = None
 ) -> FilledTable:
-    """Scores the finished runs of a table and puts every number in its place.
+    """Score the finished runs of a table and fill in the numbers.
 
     Args:
-        table: what to show.
-        study: where the runs are.
-        notes: sentences to print below the standing ones.
-        costs: model -> what it costs, as `model_costs` counts it; None leaves those columns out.
+        table: definition of the table.
+        study: the runs.
+        notes: sentences to print below the standard notes.
+        costs: output of `model_costs`; None omits those columns.
     """
     columns = [Column("method"), Column("runs", 0)]
     if costs is not None:
@@ -136,14 +127,14 @@ def fill(
 
 @dataclass(frozen=True)
 class Costs:
-    """Parameters and FLOPs of one network by the paper's counting rule; None where ptflops is not installed."""
+    """Parameters and FLOPs of one network by the paper's counting rule; None if ptflops is not installed."""
 
     params_millions: float | None
     gflops: float | None
 
 
 def model_costs(table: Table) -> dict[str, Costs]:
-    """Counts the networks whose cost the table shows, with as many classes as their data set has."""
+    """Count the networks whose cost the table shows, with the number of classes of their data set."""
     found = {}
     for row in table.rows:
         if not row.shows_cost:
@@ -160,7 +151,7 @@ def model_costs(table: Table) -> dict[str, Costs]:
 
 
 def write(table: FilledTable, path: Path) -> list[Path]:
-    """Writes `path` as `.md`, `.csv` and `.tex`; returns the three paths."""
+    """Write `path` as `.md`, `.csv` and `.tex`; return the three paths."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for suffix, render in (("md", markdown), ("csv", comma_separated), ("tex", latex)):
@@ -171,7 +162,7 @@ def write(table: FilledTable, path: Path) -> list[Path]:
 
 
 def markdown(table: FilledTable) -> str:
-    """The table for a README or an issue."""
+    """Format the table as Markdown."""
     lines = [f"**{table.caption}**", "", _line(column.header.replace("|", "\\|") for column in table.columns)]
     lines.append(_line("---" if index == 0 else "---:" for index in range(len(table.columns))))
     for row in table.rows:
@@ -180,7 +171,7 @@ def markdown(table: FilledTable) -> str:
 
 
 def comma_separated(table: FilledTable) -> str:
-    """The table for a program: each score as mean, standard deviation and number of runs, unrounded."""
+    """Format the table as CSV: each score as mean, standard deviation and number of runs, unrounded."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     averaged = [any(isinstance(row[index], Mean) for row in table.rows) for index in range(len(table.columns))]
@@ -200,7 +191,7 @@ def comma_separated(table: FilledTable) -> str:
 
 
 def latex(table: FilledTable) -> str:
-    """The table for a paper; needs the package `booktabs`."""
+    """Format the table as LaTeX; needs the package `booktabs`."""
     lines = [
         "\\begin{table}",
         "\\centering",
@@ -219,7 +210,7 @@ def latex(table: FilledTable) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """`text` with every character that LaTeX gives a meaning to made literal."""
+    """Escape every character that has a special meaning in LaTeX."""
     special = {
         "\\": "\\textbackslash{}",
         "~": "\\textasciitilde{}",
@@ -266,7 +257,7 @@ def _collapse(run: Run, study: Study) -> list[Value]:
 
 
 def signs_of_collapse(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Signs of collapse and MWAD's terms over the last steps of a run, mean over stages; empty without MWAD."""
+    """Average the signs of collapse and MWAD's terms over stages and the last steps of a run; empty without MWAD."""
     logged = [record for record in records if "diagnostics" in record]
     recent = [record for record in logged if record["step"] > (1 - LAST_SHARE) * logged[-1]["step"]]
     found = {}
@@ -286,26 +277,28 @@ def signs_of_collapse(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _standing_notes(table: Table, *, with_costs: bool) -> list[str]:
-    notes = ["Mean ± sample standard deviation over the seeds; no spread where there is one run."]
+    notes = ["Mean ± sample standard deviation over the seeds; no spread for a single run."]
     if with_costs:
         notes.append(
-            "Parameters and FLOPs by the paper's rule: 2 x ptflops multiply-adds of one 3x512x512 image; of a SAM 2.1 "
-            "teacher the whole SAM 2.1 model in parameters and its image encoder in FLOPs."
+            "Parameters and FLOPs by the paper's rule: 2 x ptflops multiply-adds of one 3x512x512 image; for a SAM 2.1 "
+            "teacher, parameters of the whole SAM 2.1 model and FLOPs of its image encoder."
         )
     if any(test.split == "val" for test in table.tests):
-        notes.append("Validation images: the students' last weights, chosen on nothing; the teacher's as distilled.")
+        notes.append(
+            "Validation images: last weights of the students, best weights of the teacher (those that were distilled)."
+        )
     if any(test.split != "val" for test in table.tests):
         notes.append("Test images: the weights with the best validation score.")
     if table.costs:
         notes.append(
-            "s/step: training loop with data loading and the teacher's forward pass, without validation. Peak memory: "
-            "on a GPU torch's allocator, on a CPU the resident size of the process, Python and torch included."
+            "s/step: training loop including data loading and the teacher's forward pass, without validation. Peak "
+            "memory: torch's allocator on a GPU, resident size of the process including Python and torch on a CPU."
         )
     if table.collapse:
         notes.append(
             "Teacher's projections and MWAD's terms, mean over stages and the last tenth of the steps, on training "
             "images. Effective rank of the values (1 to their width), mean |cos| of two values in a window, entropy of "
-            "the attention as a share of the greatest, Eq. 11-13. A collapse is a rank or |cos| near 1 while the value "
-            "and context terms are near 0."
+            "the attention relative to its maximum, Eq. 11-13. A collapse shows as a rank or |cos| near 1 with value "
+            "and context terms near 0."
         )
     return notes

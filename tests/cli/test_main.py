@@ -122,7 +122,10 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["trian", "demo"], "unknown command 'trian'; did you mean train"),
         (["train"], "name a preset first, such as 'sward train cityscapes-mbv3'"),
         (["train", "demmo"], "unknown preset 'demmo'; did you mean 'demo'?"),
-        (["train", "demo", *TINY], "no trained teacher at runs/demo/teacher; train it with 'sward train-teacher demo'"),
+        (
+            ["train", "demo", *TINY],
+            "there is no trained teacher at runs/demo/teacher; train it with 'sward train-teacher demo'",
+        ),
         (["train", "demo", "--distillation", "swardd"], "unknown distillation method 'swardd'; did you mean 'sward'"),
         (["train", "demo", "--distillation", "none", "--dataset.image-size", "50", "50"], "multiple"),
         (["train", "demo", "--distillation", "none", "--model", "unxt"], "did you mean unext"),
@@ -210,22 +213,20 @@ def test_an_output_that_cannot_be_written_is_named_before_any_work(
     assert main([*words, "--output", str(Path(folder) / name)]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith(f"sward {words[0]}: cannot write to {folder} (")
-    assert printed.endswith("): choose another --output\n")
+    assert printed.endswith("); choose another --output\n")
     assert Path("a-file").read_text() == "kept"
 
 
 def test_a_demo_cannot_go_to_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     Path("a-file").write_text("kept")
     assert main(["demo", "--output", "a-file"]) == 2
-    assert "cannot write to a-file/teacher (Not a directory): choose another --output" in capsys.readouterr().err
+    assert "cannot write to a-file/teacher (Not a directory); choose another --output" in capsys.readouterr().err
 
 
 def test_a_page_is_not_a_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("pages").mkdir()
     assert main(["report", str(run), "--output", "pages"]) == 2
-    assert (
-        "output is pages, which is a folder, and must be a file, such as pages/report.html" in capsys.readouterr().err
-    )
+    assert "output must be a file, got the folder pages; use pages/report.html" in capsys.readouterr().err
 
 
 def test_a_wrong_option_exits_with_2() -> None:
@@ -241,7 +242,7 @@ def test_a_checkpoint_of_another_model_is_refused(capsys: pytest.CaptureFixture[
     config["model"] = "resunetpp"
     (run / "config.json").write_text(json.dumps(config))
     assert main(["evaluate", str(run)]) == 2
-    assert "does not fit ResUNetPlusPlus, it was saved from another model" in capsys.readouterr().err
+    assert "does not fit ResUNetPlusPlus; it was saved from another model" in capsys.readouterr().err
 
 
 def test_the_module_runs_as_the_command() -> None:
@@ -288,4 +289,4 @@ def test_a_mask_with_a_value_that_is_no_class_is_named(capsys: pytest.CaptureFix
     assert main(["train", "demo", "--distillation", "none", *options, *TINY]) == 2
     printed = capsys.readouterr().err.strip().splitlines()[-1]
     assert "masks/train/" in printed
-    assert "holds the value 7, but labels must be 0 to 2" in printed
+    assert "must be 0 to 2, or 255 for pixels to ignore, got 7" in printed

@@ -120,4 +120,4 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert "nowhere is not a run folder" in capsys.readouterr().err
     assert main(["report"]) == 2
-    assert "name at least one run folder" in capsys.readouterr().err
+    assert "paths must name at least one run folder, got none" in capsys.readouterr().err

@@ -93,9 +93,11 @@ def test_an_interrupted_pack_is_not_used_and_goes_on(root: Path, tmp_path: Path)
         with pytest.raises(KeyboardInterrupt):
             pack(root, advance=advance)
         if (root / FOLDER / "index.json").exists():
-            with pytest.warns(UserWarning, match=r"is unfinished, so images are decoded; pack again with 'sward data"):
+            with pytest.warns(
+                UserWarning, match=r"is unfinished, decoding images instead; pack again with 'sward data"
+            ):
                 assert build(root).packed is None
-    with pytest.raises(ValueError, match=r"pack in .* is unfinished: pack again with"):
+    with pytest.raises(ValueError, match=r"pack in .* is unfinished; pack again with"):
         build(root, packed=str(root / FOLDER))
     assert pack(root).frames == 8
     assert_same_samples(build(root), build(root, packed="none"), epochs=1)
@@ -187,13 +189,13 @@ def test_command_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"pack: {root / FOLDER}" in capsys.readouterr().out
     assert json.loads((root / FOLDER / "index.json").read_text())["complete"]
     assert main(arguments) == 0
-    assert "8 of them there before and sound" in capsys.readouterr().out
+    assert "8 of them reused" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["pack", "folder", "--root", "{root}"], "needs num_classes"),
+        (["pack", "folder", "--root", "{root}"], "num_classes must be 2 to 255"),
         (["pack", "scenes"], "scenes are generated"),
         (["pack", "cityscape"], "did you mean cityscapes"),
         (["pack", "camvid", "--root", "{root}/images/train"], "CamVid not found"),
