@@ -19,7 +19,7 @@ from sward.data import SegmentationDataset
 from sward.evaluation import Evaluation, evaluate
 from sward.training.batches import batches
 from sward.training.interruption import Interruption, TrainingInterrupted
-from sward.training.observation import LossWatch, Throughput, losses_of, peak_memory
+from sward.training.observation import CollapseWatch, LossWatch, Throughput, losses_of, peak_memory
 from sward.training.progress import Progress
 from sward.training.run_folder import RunFolder
 from sward.training.state import TrainingState
@@ -90,6 +90,7 @@ def fit(
         pin_memory=device.type == "cuda",
     )
     replica = distributed.replicate(step_module.train(), device)
+    collapse = CollapseWatch()
     evaluation, watch, throughput = None, LossWatch(), Throughput(config.batch, state.step, state.stopwatch.read())
     with Progress(run.path.name, steps, start=state.step) as progress, Interruption() as interruption:
         while state.step < steps:
@@ -112,6 +113,7 @@ def fit(
             if logs:
                 record = log_record(state, output, gradient_norm, throughput, device)
                 run.log(record)
+                collapse.look(record.get("diagnostics", {}))
                 progress.note(f"loss {record['loss']:.3f}")
             score = None
             if validates:

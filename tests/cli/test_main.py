@@ -11,7 +11,8 @@ from PIL import Image
 
 from sward import data, presets
 from sward.cli.main import COMMANDS, main
-from sward.config import DistillationConfig, TeacherTrainingConfig, from_json, to_json
+from sward.config import DistillationConfig, SWARDConfig, TeacherTrainingConfig, from_json, to_json
+from sward.losses import RECIPES
 from sward.runs import methods
 from tests.support.drawn_figures import DrawnFigure
 
@@ -48,6 +49,34 @@ def test_train_evaluate_predict_in_a_row(tmp_path: Path, capsys: pytest.CaptureF
         assert tuple(image.getpalette()[:3]) == data.describe("scenes").palette[0]
     with Image.open(overlay) as image:
         assert image.size == (50, 37)
+
+
+@pytest.mark.parametrize("words", [["--recipe", "paper"], ["--recipe=paper"]])
+def test_a_recipe_sets_what_no_other_option_does(words: list[str]) -> None:
+    options = ["--teacher.untrained", *TINY, "--sward.context-reduction", "mean", *words]
+    assert main(["train", "demo", *options]) == 0
+    config = from_json(DistillationConfig, Path("runs/demo/sward-seed0/config.json").read_text())
+    assert config.recipe == "paper"
+    assert config.sward == SWARDConfig(
+        weights=(2.0, 1.0),
+        teacher_normalization="none",
+        teacher_projections="learned",
+        context_reduction="mean",
+        normalize=False,
+        embed_dim=32,
+        pdr_layer="encoder.2",
+    )
+    with pytest.raises(SystemExit):
+        main(["train", "demo", "--recipe", "best"])
+
+
+def test_presets_of_the_paper_follow_it_and_the_others_what_is_recommended() -> None:
+    for name in presets.names():
+        student = presets.get(name).student
+        paper = presets.get(name).description.startswith("Table")
+        assert student.recipe == ("paper" if paper else "recommended")
+        recipe = RECIPES[student.recipe]
+        assert all(getattr(student.sward, field) == value for field, value in recipe._asdict().items())
 
 
 @pytest.mark.parametrize("method", [name for name in methods.METHODS if name != "sward"])
@@ -243,6 +272,10 @@ def test_presets_hold_section_4_1() -> None:
         assert config.sward.pdr_weights == (1.0, 1.0)
         assert config.sward.margin == 1.3
         assert config.sward.shift == "stochastic"
+        assert config.sward.teacher_projections == "learned"
+        assert config.sward.teacher_normalization == "none"
+        assert config.sward.context_reduction == "sum"
+        assert config.sward.normalize is False
 
 
 def test_a_mask_with_a_value_that_is_no_class_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,8 @@ def small(output: Path, **changes: Any) -> DistillationConfig:
         iterations=4,
         log_every=1,
         teacher=TeacherConfig(name="hiera_demo", untrained=True),
-        sward=SWARDConfig(window_size=(4,), embed_dim=8),
+        # PDR too, which the recommended recipe leaves out.
+        sward=SWARDConfig(weights=(1.0, 0.1), window_size=(4,), embed_dim=8),
         output=output,
     )
     for name, value in changes.items():

@@ -84,7 +84,7 @@ def test_a_run_stopped_by_sigterm_ends_bit_for_bit_as_an_uninterrupted_one(
 def test_a_run_on_cached_teacher_features_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path: Path) -> None:
     def settings(name: str, **changes: Any) -> DistillationConfig:
         dataset = DatasetConfig(name="scenes", image_size=(64, 64), views=2)
-        teacher = TeacherConfig(name="hiera_demo", untrained=True, cache=tmp_path / f"{name}-features")
+        teacher = TeacherConfig(untrained=True, image_size=(96, 96), cache=tmp_path / f"{name}-features")
         return small(tmp_path / name, iterations=STEPS, dataset=dataset, teacher=teacher, **changes)
 
     whole = start(settings("whole"))
@@ -92,6 +92,7 @@ def test_a_run_on_cached_teacher_features_ends_bit_for_bit_as_an_uninterrupted_o
     whole.join()
     assert whole.exitcode == 0
     assert_equal_runs(tmp_path / "whole", tmp_path / "parted")
+    assert checkpoint(tmp_path / "parted")["distillation"]["mwad.standardization.0.count"] == STEPS * 4 * 24 * 24
     features = [
         sorted(path.name for path in (tmp_path / f"{name}-features").glob("*/*")) for name in ("whole", "parted")
     ]

@@ -1,16 +1,19 @@
 """Teacher features on disk: the same training with and without, and never the features of another image or teacher."""
 
 import errno
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sward.config import DatasetConfig, DistillationConfig, SWARDConfig, TeacherConfig
+from sward import data
+from sward.config import DatasetConfig, DistillationConfig, MaskTrainingConfig, SWARDConfig, TeacherConfig
 from sward.losses import LOGITS
-from sward.runs import train_student
+from sward.runs import train_masks, train_student
 from sward.runs.load import build_split
 from sward.training import FrozenTeacher
 from sward.training.teacher_cache import TeacherCache
@@ -169,3 +172,69 @@ def test_training_without_fixed_views_is_refused(tmp_path: Path) -> None:
     ):
         train_student(config)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.usefixtures("few_images")
+def test_the_teacher_may_see_more_pixels_than_the_student(tmp_path: Path) -> None:
+    def larger(cached: bool = True) -> TeacherConfig:
+        return TeacherConfig(untrained=True, image_size=(96, 96), cache=tmp_path / "cache" if cached else None)
+
+    empty, full, without = (
+        train_student(small(tmp_path, name, teacher=larger(name != "without"))).run
+        for name in ("empty", "full", "without")
+    )
+    found = weights(full)
+    assert all(torch.equal(value, found[key]) for key, value in weights(empty).items())
+    for one, other in zip(losses(empty), losses(without), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+    entries = list((tmp_path / "cache").glob("*/*"))
+    assert len(entries) == 12
+    maps = torch.load(io.BytesIO(entries[0].read_bytes()[4:]), weights_only=True)
+    # The trunk's finest map is its stem's.
+    assert maps["1"].shape == (40, 24, 24)
+    # What it sees there is more: the run is another one.
+    train_student(small(tmp_path, "same size"))
+    assert losses(tmp_path / "same size") != losses(empty)
+
+
+def test_what_the_student_sees_does_not_depend_on_the_teacher() -> None:
+    alone, distilled = (
+        data.build("scenes", "train", train=True, image_size=64, views=2, teacher_size=size)
+        for size in (None, (96, 96))
+    )
+    for index in range(4):
+        mine, theirs = alone[index], distilled[index]
+        assert torch.equal(mine.image, theirs.image)
+        assert torch.equal(mine.labels, theirs.labels)
+        assert isinstance(theirs, data.TeacherSample)
+        assert theirs.teacher_image.shape == (3, 96, 96)
+    assert isinstance(alone[0], data.Sample)
+    with pytest.raises(ValueError, match=r"teacher_size must be None where train is False, got \(96, 96\)"):
+        data.build("scenes", "val", train=False, image_size=64, teacher_size=(96, 96))
+
+
+def test_a_teacher_with_another_aspect_ratio_is_refused(tmp_path: Path) -> None:
+    config = small(tmp_path, "run", teacher=TeacherConfig(untrained=True, image_size=(96, 128)))
+    with pytest.raises(ValueError, match=r"the aspect ratio of dataset.image_size, 64x64, got 96x128"):
+        train_student(config)
+
+
+@pytest.mark.usefixtures("few_images")
+def test_masks_are_learned_on_what_the_teacher_will_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def learn(
+        masks: nn.Module, teacher: nn.Module, tap: str, stream: Iterator[data.Batch], *rest: object, **more: object
+    ) -> None:
+        seen.append(next(stream).images.shape)
+
+    monkeypatch.setattr("sward.runs.train.learn_masks", learn)
+    config = MaskTrainingConfig(
+        dataset=DatasetConfig(name="scenes", image_size=(64, 64)),
+        teacher=TeacherConfig(untrained=True, image_size=(96, 96)),
+        batch=2,
+        output=tmp_path / "tokens.pt",
+    )
+    train_masks(config)
+    assert seen == [(2, 3, 96, 96)]
+    assert config.dataset.image_size == (64, 64)
