@@ -47,8 +47,8 @@ UNCOMPARED = {
 
 
 NEEDS_VIEWS = (
-    "dataset.views must be set with {}, got None; every epoch would draw new crops and flips, --dataset.views N draws N "
-    "fixed augmented views per image"
+    "dataset.views must be set with {}, got None; every epoch would draw new crops and flips, --dataset.views N draws "
+    "N fixed augmented views per image"
 )
 
 

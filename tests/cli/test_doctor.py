@@ -116,7 +116,8 @@ def test_gpus_are_listed_and_take_triton(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_without_triton_gpus_take_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     set_gpus(monkeypatch, "Card A")
     remove_packages(monkeypatch, "triton")
-    assert implementations(doctor.describe_machine())["GPU tensors"] == "eager, because the package triton is not installed"
+    found = implementations(doctor.describe_machine())
+    assert found["GPU tensors"] == "eager, because the package triton is not installed"
 
 
 def test_without_a_gpu_the_doctor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
