@@ -9,8 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from sward.data import EvaluationTransform
-from sward.data.files import read_image
+from sward.data import EvaluationTransform, read_image
 from sward.evaluation import predicted_labels
 from sward.figures.predictions import overlay
 from sward.runs import load_run
@@ -54,7 +53,7 @@ def predict_images(
     make_folder(folder)
     transform = EvaluationTransform(config.dataset.image_size)
     for path in images:
-        image = read_image(path)
+        image = read_image(path, config.dataset.image_range)
         size = (image.shape[-2], image.shape[-1])
         normalised, _ = transform(image, torch.zeros(size, dtype=torch.uint8))
         labels = predicted_labels(network(normalised[None].to(target)), size)[0].cpu()
