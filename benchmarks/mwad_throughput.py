@@ -175,7 +175,8 @@ def plot_sweeps(results: Path, device: torch.device, path: Path) -> None:
 def print_resources() -> None:
     """What the Triton kernels need of each GPU target, compiled here without one."""
     from sward_kernels import report
-    from sward_kernels.targets import TARGETS, Configuration
+    from sward_kernels.resources import Configuration
+    from sward_kernels.targets import TARGETS
 
     details = {"window_size": QUOTED.window_size, "dim": 64, "dtype": "bf16", "layout": "channels_last"}
 

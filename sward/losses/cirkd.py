@@ -18,7 +18,7 @@ from sward.losses.global_mean import mean_count
 from sward.losses.pairs import TapComparison, require_same_classes
 from sward.losses.protocol import LOGITS, DistillationOutput
 from sward_kernels import relational_kl
-from sward_kernels.relational_kl.api import check_implementation
+from sward_kernels.relation.api import check_implementation
 
 # Scores of this many elements (64 MiB in float32) exist at once in the memory terms.
 _CHUNK_ELEMENTS = 2**24

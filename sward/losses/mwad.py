@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sward.alignment import ChannelProjection, aligned_size, project, resize
 from sward.losses.relation_health import relation_health
 from sward_kernels import WindowedDistillation, windowed_distillation
-from sward_kernels.windowed_distillation.api import check_implementation, check_weights
+from sward_kernels.windowed.api import check_implementation, check_weights
 
 ShiftStrategy = Literal["stochastic", "deterministic", "none"]
 """The three window strategies of Table 4."""

@@ -14,14 +14,7 @@ to: ones and zeros are exact in bfloat16, and an fp32 number is the exact sum of
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def round_to(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
-    if INTERPRET and DTYPE is tl.bfloat16:  # the interpreter truncates; a GPU rounds to nearest even
-        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
+from sward_kernels.gpu.language import image_pointer, round_to
 
 
 @triton.jit
@@ -87,14 +80,6 @@ def inside_image(pixel, pixels, ALIGNED: tl.constexpr):
     if ALIGNED:  # spelled so that the compiler sees a mask that never changes inside a 128-bit load
         pixels = pixels // 8 * 8
     return pixel < pixels
-
-
-@triton.jit
-def image_pointer(pointer, image, stride_image, ALIGNED: tl.constexpr):
-    offset = image.to(tl.int64) * stride_image
-    if ALIGNED:
-        offset = tl.multiple_of(offset, [8])
-    return pointer + offset
 
 
 @triton.jit

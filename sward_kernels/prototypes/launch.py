@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from sward_kernels.gpu.launching import (
+    INTERPRETED,
+    TRITON_TYPES,
+    accumulator,
+    device_guard,
+    needs_64_bits,
+    require_dtype,
+    require_gpu,
+)
 from sward_kernels.prototypes.classes import class_indices, one_pixel_of_each_class, statistics_about
 from sward_kernels.prototypes.closed_form import NORM_FLOOR, Passes
 from sward_kernels.prototypes.kernels import (
@@ -19,17 +26,13 @@ from sward_kernels.prototypes.kernels import (
     normalized_gradient_kernel,
     statistics_kernel,
 )
+from sward_kernels.prototypes.tile_table import tiles_of
 from sward_kernels.registration import register
-from sward_kernels.targets import Configuration, Target, family_of, prototype_tiles
+from sward_kernels.resources import Configuration
+from sward_kernels.targets import Target, family_of
 
 MAX_CLASSES = 256
 MAX_CHANNELS = 2048
-INTERPRETED = not isinstance(statistics_kernel, triton.JITFunction)
-"""Whether kernels run in Triton's interpreter (on CPU tensors), decided when Triton was imported."""
-WIDE_FROM = 2**31
-"""Elements from which offsets inside one image need 64 bits."""
-
-_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
 def require_support(features: Tensor, num_classes: int) -> None:
@@ -38,13 +41,8 @@ def require_support(features: Tensor, num_classes: int) -> None:
     Raises:
         NotImplementedError: with the reason.
     """
-    if features.device.type == "cpu" and not INTERPRETED:
-        raise NotImplementedError(
-            "implementation='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 before Triton is imported); "
-            "use 'eager' on the CPU."
-        )
-    if features.dtype not in _TYPES:
-        raise NotImplementedError(f"implementation='triton' does not take {features.dtype}; use 'eager'.")
+    require_gpu(features)
+    require_dtype(features)
     if num_classes > MAX_CLASSES or features.shape[1] > MAX_CHANNELS:
         raise NotImplementedError(
             f"implementation='triton' takes up to {MAX_CLASSES} classes and {MAX_CHANNELS} channels, not "
@@ -69,14 +67,10 @@ class _Problem:
     normalize: bool
     family: str
 
-    @property
-    def accumulate(self) -> Any:
-        return tl.float64 if self.dtype == torch.float64 else tl.float32
-
     def constants(self, kernel: str) -> tuple[dict[str, Any], int]:
         """Constexpr arguments of the `"statistics"` or `"gradient"` kernel, and its warps."""
         name = f"normalized_{kernel}" if self.normalize else kernel
-        tiles = prototype_tiles(name, self.num_classes, self.channels, self.dtype, self.flat, self.family)
+        tiles = tiles_of(name, self.num_classes, self.channels, self.dtype, self.flat, self.family)
         constants: dict[str, Any] = {
             "CHANNELS": self.channels,
             "NUM_CLASSES": self.num_classes,
@@ -86,7 +80,7 @@ class _Problem:
             "FLAT": self.flat,
             "ALIGNED": self.aligned,
             "WIDE": self.wide,
-            "ACCUMULATE": self.accumulate,
+            "ACCUMULATE": accumulator(self.dtype),
             "INTERPRET": INTERPRETED,
         }
         if kernel == "statistics":
@@ -112,8 +106,7 @@ def _problem(features: Tensor, labels: Tensor, num_classes: int, normalize: bool
         aligned = all(number % 8 == 0 for number in (stride_image, stride_y, stride_x, channels))
     else:
         aligned = flat and all(number % 8 == 0 for number in (stride_image, stride_channel, height * width))
-    reach = sum((size - 1) * abs(stride) for size, stride in zip(features.shape[1:], features.stride()[1:]))
-    wide = max(reach, features.shape[1:].numel()) >= WIDE_FROM
+    wide = needs_64_bits(features)
     family = family_of(features.device)
     return _Problem(channels, num_classes, features.dtype, channels_last, flat, aligned, wide, normalize, family)
 
@@ -125,7 +118,7 @@ def _strides(tensor: Tensor, prefix: str = "") -> dict[str, int]:
 
 def _launch(kernel: Any, programs: int, arguments: dict[str, Any], num_warps: int) -> None:
     device = arguments["features"].device
-    with torch.cuda.device(device.index if device.type == "cuda" else -1):
+    with device_guard(device):
         kernel[(programs,)](**arguments, num_warps=num_warps, num_stages=1)
 
 
@@ -159,7 +152,7 @@ REPORTED_SIZES = ((2, 256), (19, 96), (19, 576), (64, 576), (100, 576), (150, 20
 
 def _configuration(name: str, kernel: Any, problem: _Problem) -> Configuration:
     constants, num_warps = problem.constants(name)
-    element = f"*{_TYPES[problem.dtype]}"
+    element = f"*{TRITON_TYPES[problem.dtype]}"
     types = dict.fromkeys(("features", "gradient"), element) | {"labels": "*i64"}
     types |= dict.fromkeys(("shift", "sums", "squares", "slope", "offset"), "*fp32")
     types |= dict.fromkeys(_INTEGERS, "i32")
@@ -172,7 +165,7 @@ def _configuration(name: str, kernel: Any, problem: _Problem) -> Configuration:
         constants=constants,
         num_warps=num_warps,
         details={
-            "dtype": _TYPES[problem.dtype],
+            "dtype": TRITON_TYPES[problem.dtype],
             "dim": problem.channels,
             "layout": ("channels_last" if problem.channels_last else "nchw") + ("" if problem.flat else ", sliced"),
             "tile": f"{constants['BLOCK_PIXELS']}x{constants['BLOCK_CHANNELS']}{classes}",

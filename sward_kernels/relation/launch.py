@@ -7,49 +7,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sward_kernels.gpu.launching import (
+    INTERPRETED,
+    accumulator,
+    device_guard,
+    full_float32_precision,
+    product_precision,
+    require_gpu,
+)
 from sward_kernels.registration import register
-from sward_kernels.relational_kl.kernels import backward_kernel, forward_kernel
-from sward_kernels.targets import Configuration, Target, family_of
-
-INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
-"""Whether kernels run in Triton's interpreter (on CPU tensors), decided when Triton was imported."""
-
-
-@dataclass(frozen=True)
-class RelationTiles:
-    """Tile shape of a kernel: rows and keys of a score tile, channels a step, channels of the gradient one program
-    writes (backward), and warps a program."""
-
-    rows: int
-    keys: int
-    chunk: int
-    out: int
-    num_warps: int
-
-
-TILES = {
-    ("ampere", "forward"): RelationTiles(64, 64, 16, 0, 4),
-    ("ampere", "backward"): RelationTiles(64, 32, 16, 64, 8),
-    ("hopper", "forward"): RelationTiles(64, 64, 16, 0, 4),
-    ("hopper", "backward"): RelationTiles(64, 32, 16, 128, 8),
-    ("cdna", "forward"): RelationTiles(64, 64, 16, 0, 4),
-    ("cdna", "backward"): RelationTiles(64, 32, 16, 128, 8),
-}
-"""(family, direction) -> the largest tiles tried that spill no register, at TF32 and at fp32's own precision."""
-
-
-def tiles_of(family: str, direction: str) -> RelationTiles:
-    """The tiles of `direction` (`"forward"` or `"backward"`); the interpreter runs Ampere's."""
-    return TILES.get((family, direction)) or TILES["ampere", direction]
+from sward_kernels.relation.kernels import backward_kernel, forward_kernel
+from sward_kernels.relation.tile_table import RelationTiles, tiles_of
+from sward_kernels.resources import Configuration
+from sward_kernels.targets import Target, family_of
 
 
 def relational_kl(teacher_units: Tensor, student_units: Tensor, temperature: float) -> Tensor:
@@ -58,11 +35,7 @@ def relational_kl(teacher_units: Tensor, student_units: Tensor, temperature: flo
     Raises:
         NotImplementedError: for CPU tensors where Triton does not interpret.
     """
-    if student_units.device.type == "cpu" and not INTERPRETED:
-        raise NotImplementedError(
-            "implementation='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 before Triton is imported); "
-            "use 'eager' on the CPU"
-        )
+    require_gpu(student_units)
     loss: Tensor = _RelationalKL.apply(teacher_units.contiguous(), student_units.contiguous(), temperature)
     return loss
 
@@ -88,7 +61,7 @@ SHIPPED_CHANNELS = ((64, 128), (256, 256))
 
 def configurations(target: Target) -> Iterator[Configuration]:
     """Every configuration the report compiles for a target. Other channels run the same code in more or fewer steps."""
-    precisions = ("tf32", "ieee" if target.family == "cdna" else "tf32x3")
+    precisions = ("tf32", full_float32_precision(target.family))
     for precision, (student_channels, teacher_channels), direction in itertools.product(
         precisions, SHIPPED_CHANNELS, ("forward", "backward")
     ):
@@ -135,7 +108,7 @@ def _constants(
         "ROWS": tiles.rows,
         "KEYS": tiles.keys,
         "PRECISION": precision,
-        "ACCUMULATE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "ACCUMULATE": accumulator(dtype),
         "INTERPRET": INTERPRETED,
     }
     if direction == "backward":
@@ -143,25 +116,18 @@ def _constants(
     return constants
 
 
-def _float32_precision(family: str) -> str:
-    # As torch multiplies fp32: TF32 where it is switched on, else three TF32 products that keep fp32's digits.
-    if torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee" if family == "cdna" else "tf32x3"
-
-
 def _launch(direction: str, teacher: Tensor, student: Tensor, temperature: float, **others: Tensor) -> None:
     images, pixels, student_channels = student.shape
     family = family_of(student.device)
     tiles = tiles_of(family, direction)
-    precision = _float32_precision(family) if student.dtype == torch.float32 else "ieee"
+    precision = product_precision(student.dtype, family)
     constants = _constants(tiles, direction, teacher.shape[-1], student_channels, student.dtype, precision)
     programs = images * triton.cdiv(pixels, tiles.rows)
     if direction == "forward":
         kernel, programs = forward_kernel, programs * images
     else:
         kernel, programs = backward_kernel, programs * triton.cdiv(student_channels, constants["OUT"])
-    with torch.cuda.device(student.device.index if student.device.type == "cuda" else -1):
+    with device_guard(student.device):
         kernel[(programs,)](
             teacher=teacher,
             student=student,

@@ -19,8 +19,8 @@ pytest.importorskip("triton")
 
 import tests.support.interpreter  # noqa: F401  (quickens it)
 from sward_kernels import windowed_distillation
-from sward_kernels.targets import Tiles
-from sward_kernels.windowed_distillation import launch, plan
+from sward_kernels.windowed import launch, plan
+from sward_kernels.windowed.tile_table import Tiles
 from tests.support.distillation_cases import WEIGHTS, assert_same, maps_like, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -187,8 +187,8 @@ def record(kernel, key, signature, *_):
     kernel.device_caches[0][0][key] = triton.compiler.CompiledKernel.__new__(triton.compiler.CompiledKernel)
 
 triton.runtime.jit.JITFunction._do_compile = record
-from sward_kernels.windowed_distillation import launch
-from sward_kernels.windowed_distillation.plan import plan_of, problem_of
+from sward_kernels.windowed import launch
+from sward_kernels.windowed.plan import plan_of, problem_of
 
 def call(batch, height, width, shift, dim=16, window_size=4, dtype=torch.bfloat16):
     sides = [torch.empty(batch, 3 * dim, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)] * 2
@@ -316,7 +316,7 @@ def test_memory_traffic_of_whole_windows(traffic: Traffic, layout: str) -> None:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Tiles:
     """The kernels of large windows for one of 25 tokens: two programs of each kind, two steps each."""
     tiles = Tiles(rows=16, keys=16, channels=16, num_warps=1)
-    monkeypatch.setattr(plan, "windowed_distillation_tiles", lambda *_: tiles)
+    monkeypatch.setattr(plan, "tiles_of", lambda *_: tiles)
     return tiles
 
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from sward_kernels.fallback import warn_once
 from sward_kernels.registration import register
-from sward_kernels.relational_kl import eager, reference
+from sward_kernels.relation import eager, reference
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "triton")
 
@@ -128,7 +128,7 @@ class _GradientInForward(torch.autograd.Function):
 
 def _triton() -> Callable[[Tensor, Tensor, float], Tensor]:
     try:
-        from sward_kernels.relational_kl import launch
+        from sward_kernels.relation import launch
     except ImportError as error:
         raise NotImplementedError(
             f"implementation='triton' of relational_kl cannot be loaded here ({error}); use 'eager'"

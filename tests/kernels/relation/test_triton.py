@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from sward_kernels import relational_kl
-from sward_kernels.relational_kl import launch
+from sward_kernels.relation import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sward_kernels import relational_kl
-from sward_kernels.relational_kl import api, eager
+from sward_kernels.relation import api, eager
 
 IMPLEMENTATIONS = ("reference", "eager")
 

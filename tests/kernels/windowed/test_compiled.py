@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from sward_kernels import windowed_distillation
-from sward_kernels.windowed_distillation import eager, native
+from sward_kernels.windowed import eager, native
 from tests.support.distillation_cases import (
     LAYOUTS,
     TERMS,
@@ -150,7 +150,7 @@ def test_compiled_terms_and_sides(weights: tuple[float, float, float], gradients
 
 @pytest.mark.slow
 def test_benchmark_runs_and_checks_before_it_times(tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "benchmarks" / "mwad_throughput.py"
+    script = Path(__file__).parents[3] / "benchmarks" / "mwad_throughput.py"
     run_once = subprocess.run(
         [sys.executable, script, "--quick", "--results", tmp_path], capture_output=True, text=True, check=False
     )

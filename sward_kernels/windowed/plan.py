@@ -13,22 +13,24 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from sward_kernels.targets import Configuration, Target, Tiles, family_of, windowed_distillation_tiles
-from sward_kernels.windowed_distillation.kernels import RUNTIME_INTEGERS, backward_kernel, forward_kernel
-from sward_kernels.windowed_distillation.kernels_tiled_backward import backward_tiled_kernel
-from sward_kernels.windowed_distillation.kernels_tiled_forward import forward_tiled_kernel
-
-INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
-"""Whether kernels run in Triton's interpreter (on CPU tensors), decided when Triton was imported."""
-
-WIDE_FROM = 2**31
-"""Elements from which offsets inside one image need 64 bits."""
+from sward_kernels.gpu.launching import (
+    INTERPRETED,
+    TRITON_TYPES,
+    accumulator,
+    full_float32_precision,
+    needs_64_bits,
+    product_precision,
+)
+from sward_kernels.resources import Configuration
+from sward_kernels.targets import Target, family_of
+from sward_kernels.windowed.kernels import RUNTIME_INTEGERS, backward_kernel, forward_kernel
+from sward_kernels.windowed.kernels_tiled_backward import backward_tiled_kernel
+from sward_kernels.windowed.kernels_tiled_forward import forward_tiled_kernel
+from sward_kernels.windowed.tile_table import Tiles, tiles_of
 
 Weights = tuple[float, float, float]
-TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,7 @@ class Plan:
 
 def plan_of(problem: Problem, direction: str, **flags: bool) -> Plan:
     channels_last = problem.teacher.channels_last and problem.student.channels_last
-    tiles = windowed_distillation_tiles(
-        problem.family, direction, problem.dtype, problem.tokens, problem.dim, channels_last
-    )
+    tiles = tiles_of(problem.family, direction, problem.dtype, problem.tokens, problem.dim, channels_last)
     padded_dim = max(16, triton.next_power_of_2(problem.dim))  # products of fewer than 16 channels do not exist
     constants: dict[str, Any] = {
         "WINDOW": problem.window_size,
@@ -100,7 +100,7 @@ def plan_of(problem: Problem, direction: str, **flags: bool) -> Plan:
         "STUDENT_ALIGNED": problem.student.aligned,
         "WIDE": problem.wide,
         "PRECISION": problem.precision,
-        "ACCUMULATE": tl.float64 if problem.dtype == torch.float64 else tl.float32,
+        "ACCUMULATE": accumulator(problem.dtype),
         "INTERPRET": INTERPRETED,
         **flags,
     }
@@ -138,27 +138,18 @@ def max_registers(family: str) -> int | None:
     return 255 if family in ("ampere", "ada", "hopper") else None
 
 
-def float32_precision(family: str) -> str:
-    """Products of fp32 follow torch's setting: TF32 when it is on, else three TF32 products that keep fp32's digits."""
-    if torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee" if family == "cdna" else "tf32x3"
-
-
 def problem_of(qkv_teacher: Tensor, qkv_student: Tensor, window_size: int, weights: Weights) -> Problem:
     family = family_of(qkv_teacher.device)
-    reach = max(sum((size - 1) * abs(stride) for size, stride in zip(qkv.shape[1:], qkv.stride()[1:]))
-                for qkv in (qkv_teacher, qkv_student))  # fmt: skip
     return Problem(
         window_size=window_size,
         dim=qkv_teacher.shape[1] // 3,
         dtype=qkv_teacher.dtype,
-        precision=float32_precision(family) if qkv_teacher.dtype == torch.float32 else "ieee",
+        precision=product_precision(qkv_teacher.dtype, family),
         family=family,
         teacher=Layout.of(qkv_teacher),
         student=Layout.of(qkv_student),
         terms=(weights[0] != 0, weights[1] != 0, weights[2] != 0),
-        wide=max(reach, qkv_teacher.shape[1:].numel()) >= WIDE_FROM,
+        wide=needs_64_bits(qkv_teacher) or needs_64_bits(qkv_student),
     )
 
 
@@ -173,7 +164,7 @@ def configurations(target: Target) -> Iterator[Configuration]:
 
     Other sizes, layouts and flags run the same code with the same tiles and fewer or as many live values.
     """
-    exact = "ieee" if target.family == "cdna" else "tf32x3"
+    exact = full_float32_precision(target.family)
     types = ((torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, exact))
     layouts = (Layout(True, True), Layout(False, False))
     for (dtype, precision), layout in itertools.product(types, layouts):

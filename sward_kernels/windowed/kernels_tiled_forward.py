@@ -7,17 +7,13 @@ cache, and rescales its sums online. Conventions: `tiles.py`.
 import triton
 import triton.language as tl
 
-from sward_kernels.windowed_distillation.kernels import RUNTIME_INTEGERS
-from sward_kernels.windowed_distillation.tiles import (
-    LN_2,
-    MASKED,
+from sward_kernels.gpu.language import LN_2, MASKED, image_pointer, product, round_to
+from sward_kernels.windowed.kernels import RUNTIME_INTEGERS
+from sward_kernels.windowed.tiles import (
     cosine,
-    image_pointer,
     load_tile,
     offsets_of,
     pixel_offsets,
-    product,
-    round_to,
     scores_tile,
     store_partials,
     value_sums,

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+pytest.importorskip("triton")
+
 import tests.support.interpreter  # noqa: F401  (quickens it)
 from sward_kernels import prototype_discrimination
-from sward_kernels.prototypes import classes
+from sward_kernels.gpu import launching
+from sward_kernels.prototypes import classes, launch
 from tests.support.error_budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
 from tests.support.prototype_cases import by_loops, close_clusters, run
-
-launch = pytest.importorskip("sward_kernels.prototypes.launch", reason="needs Triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poison_empty_tensors")
@@ -214,9 +215,9 @@ def test_64_bit_offsets_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for layout in ("nchw", "channels_last", "sliced"):
         features, labels = case(1, 8, 6, 6, 3, dtype=torch.float32, layout=layout)
         for normalize in (False, True):
-            monkeypatch.setattr(launch, "WIDE_FROM", 2**31)
+            monkeypatch.setattr(launching, "WIDE_FROM", 2**31)
             expected, expected_gradient = run("triton", features, labels, 3, normalize=normalize)
-            monkeypatch.setattr(launch, "WIDE_FROM", 0)
+            monkeypatch.setattr(launching, "WIDE_FROM", 0)
             result, gradient = run("triton", features, labels, 3, normalize=normalize)
             assert torch.equal(result.loss, expected.loss)
             assert torch.equal(gradient, expected_gradient)

@@ -8,18 +8,15 @@ Larger windows: `kernels_tiled_*.py`. Conventions: `tiles.py`. Grids and tiles: 
 import triton
 import triton.language as tl
 
-from sward_kernels.windowed_distillation.tiles import (
-    LN_2,
+from sward_kernels.gpu.language import LN_2, image_pointer, product, round_to
+from sward_kernels.windowed.tiles import (
     cosine,
     cosine_gradient,
     cosine_sums,
     gradient_offsets,
-    image_pointer,
     load_tile,
     offsets_of,
     pixel_offsets,
-    product,
-    round_to,
     score_gradient,
     scores_tile,
     store_partials,

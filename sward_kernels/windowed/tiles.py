@@ -15,30 +15,9 @@ Conventions of every kernel here and in `kernels.py` and `kernels_tiled_*.py`:
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-MASKED = tl.constexpr(-1.0e30)  # finite, so that the difference of two masked scores is 0 and not NaN
+from sward_kernels.gpu.language import LOG2_E, MASKED, product, round_to
+
 COSINE_EPSILON = tl.constexpr(1e-8)
-
-
-@triton.jit
-def round_to(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
-    if INTERPRET:
-        if DTYPE == tl.bfloat16:  # the interpreter truncates; a GPU rounds to nearest even
-            bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-            x = bits.to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
-
-
-@triton.jit
-def product(a, b, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr):
-    if INTERPRET and ACCUMULATE == tl.float32:
-        # numpy's matmul adds in an order that depends on the shape; a GPU adds channel by channel whichever operand
-        # comes first, and the backward pass relies on it: it must find the scores of the forward pass again.
-        return tl.sum(a.to(ACCUMULATE)[:, :, None] * b.to(ACCUMULATE)[None, :, :], 1)
-    else:
-        return tl.dot(a, b, input_precision=PRECISION, out_dtype=ACCUMULATE)
 
 
 @triton.jit
@@ -85,14 +64,6 @@ def window_tokens(
     x = column + shift_x
     x = tl.where(x >= width, x - width, x)
     return slot, window * (WINDOW * WINDOW) + within, inside, real, y, x
-
-
-@triton.jit
-def image_pointer(pointer, image, stride_image, ALIGNED: tl.constexpr):
-    offset = image.to(tl.int64) * stride_image
-    if ALIGNED:  # the launcher has checked that every stride is a multiple of 8
-        offset = tl.multiple_of(offset, [8])
-    return pointer + offset
 
 
 @triton.jit

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from sward_kernels.registration import register
-from sward_kernels.windowed_distillation.gradient_in_forward import (
+from sward_kernels.windowed.gradient_in_forward import (
     SCHEMA,
     Weights,
     allocate_gradients,
     fake,
     precision,
 )
-from sward_kernels.windowed_distillation.reference import COSINE_EPSILON
+from sward_kernels.windowed.reference import COSINE_EPSILON
 from sward_kernels.windows import WindowGrid
 
 ActiveWeights = tuple[Tensor | None, ...]

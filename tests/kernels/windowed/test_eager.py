@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.harness import peak_extra_bytes
 from sward_kernels import windowed_distillation
-from sward_kernels.windowed_distillation import api, eager
+from sward_kernels.windowed import api, eager
 from tests.support.distillation_cases import (
     LAYOUTS,
     TERMS,
@@ -385,7 +385,7 @@ def test_triton_that_cannot_be_loaded_says_so(monkeypatch: pytest.MonkeyPatch) -
     import sys
 
     # Both places an import looks in: an earlier test may have loaded the module already.
-    monkeypatch.delattr(sys.modules["sward_kernels.windowed_distillation"], "launch", raising=False)
-    monkeypatch.setitem(sys.modules, "sward_kernels.windowed_distillation.launch", None)
+    monkeypatch.delattr(sys.modules["sward_kernels.windowed"], "launch", raising=False)
+    monkeypatch.setitem(sys.modules, "sward_kernels.windowed.launch", None)
     with pytest.raises(NotImplementedError, match="implementation='triton' of windowed_distillation cannot be loaded"):
         windowed_distillation(*GOOD, 4, implementation="triton")

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sward_kernels.gpu.launching import device_guard, require_dtype, require_gpu
 from sward_kernels.registration import register
 from sward_kernels.targets import family_of
-from sward_kernels.windowed_distillation.plan import (
-    INTERPRETED,
-    TRITON_TYPES,
+from sward_kernels.windowed.plan import (
     Layout,
     Plan,
     Weights,
@@ -50,13 +49,8 @@ def windowed_distillation(
 
 
 def _check_served(qkv: Tensor, window_size: int) -> None:
-    if qkv.device.type == "cpu" and not INTERPRETED:
-        raise NotImplementedError(
-            "implementation='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 before Triton is imported); "
-            "use 'eager' on the CPU."
-        )
-    if qkv.dtype not in TRITON_TYPES:
-        raise NotImplementedError(f"implementation='triton' does not take {qkv.dtype}; use 'eager'.")
+    require_gpu(qkv)
+    require_dtype(qkv)
     if window_size > MAX_WINDOW_SIZE or qkv.shape[1] // 3 > MAX_DIM:
         raise NotImplementedError(
             f"implementation='triton' takes window_size up to {MAX_WINDOW_SIZE} and D up to {MAX_DIM}, not "
@@ -147,7 +141,7 @@ def _launch(plan: Plan, grid: WindowGrid, images: int, arguments: dict[str, Any]
     device = arguments["teacher"].device
     most_registers = max_registers(family_of(device))
     options = {"maxnreg": most_registers} if most_registers else {}
-    with torch.cuda.device(device.index if device.type == "cuda" else -1):
+    with device_guard(device):
         plan.kernel[(groups * plan.programs_per_group,)](
             **arguments, **plan.constants, **options, num_warps=plan.tiles.num_warps, num_stages=1
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sward_kernels.fallback import require_known, warn_once
-from sward_kernels.windowed_distillation import eager, gradient_in_forward, native, reference
+from sward_kernels.windowed import eager, gradient_in_forward, native, reference
 from sward_kernels.windows import Shift
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "compiled", "native", "triton")
@@ -188,7 +188,7 @@ def check_weights(weights: tuple[float, float, float]) -> None:
 
 def _triton_launcher() -> Callable[..., Terms]:
     try:
-        from sward_kernels.windowed_distillation import launch  # a statement, which torch.compile can follow
+        from sward_kernels.windowed import launch  # a statement, which torch.compile can follow
     except ImportError as error:
         raise NotImplementedError(
             f"implementation='triton' of windowed_distillation cannot be loaded here ({error}); "

@@ -14,8 +14,9 @@ pytest.importorskip("triton")
 
 import tests.support.interpreter  # noqa: F401  (quickens it)
 from sward_kernels import windowed_distillation
-from sward_kernels.targets import Tiles
-from sward_kernels.windowed_distillation import plan
+from sward_kernels.gpu import launching
+from sward_kernels.windowed import plan
+from sward_kernels.windowed.tile_table import Tiles
 from sward_kernels.windows import WindowGrid
 from tests.support.distillation_cases import TERMS, WEIGHTS, Outcome, assert_same, maps_like, run
 
@@ -227,7 +228,7 @@ def test_any_shape_layout_shift_and_weights(
     _, student = maps(*shape, dim=dim, layout=layouts[1])
     with pytest.MonkeyPatch.context() as patch:
         if tiled:  # the kernels of large windows, from 17 tokens
-            patch.setattr(plan, "windowed_distillation_tiles", lambda *_: Tiles(16, 16, 16, 1))
+            patch.setattr(plan, "tiles_of", lambda *_: Tiles(16, 16, 16, 1))
         against_reference(teacher, student, window_size, shift, weights=weights)
 
 
@@ -235,18 +236,19 @@ def test_any_shape_layout_shift_and_weights(
 def test_64_bit_offsets_give_the_same_bits(window_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sides = maps(2, 9, 4, layout="channels_last")
     narrow = run(*sides, window_size, (1, 2), implementation="triton")
-    monkeypatch.setattr(plan, "WIDE_FROM", 0)
+    monkeypatch.setattr(launching, "WIDE_FROM", 0)
     assert_same(run(*sides, window_size, (1, 2), implementation="triton"), narrow, 0.0)
 
 
 def test_float32_products_follow_the_setting_of_torch() -> None:
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    assert plan.float32_precision("ampere") == "tf32x3"
-    assert plan.float32_precision("cdna") == "ieee"
+    assert launching.product_precision(torch.float32, "ampere") == "tf32x3"
+    assert launching.product_precision(torch.float32, "cdna") == "ieee"
     try:
         matmul.fp32_precision = "tf32"
-        assert plan.float32_precision("hopper") == "tf32"
+        assert launching.product_precision(torch.float32, "hopper") == "tf32"
+        assert launching.product_precision(torch.bfloat16, "hopper") == "ieee"
     finally:
         matmul.fp32_precision = before
 

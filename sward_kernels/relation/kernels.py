@@ -8,7 +8,7 @@ Grids and tiles: `launch.py`.
 import triton
 import triton.language as tl
 
-from sward_kernels.windowed_distillation.tiles import LN_2, LOG2_E, MASKED, product
+from sward_kernels.gpu.language import LN_2, LOG2_E, MASKED, product
 
 RUNTIME_INTEGERS = ["images", "pixels"]
 """Arguments that change from call to call: none of their values may cause a compilation."""

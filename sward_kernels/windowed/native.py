@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sward_kernels import cpp
 from sward_kernels.registration import register
-from sward_kernels.windowed_distillation.gradient_in_forward import SCHEMA, Weights, allocate_gradients, fake
-from sward_kernels.windowed_distillation.reference import COSINE_EPSILON
+from sward_kernels.windowed.gradient_in_forward import SCHEMA, Weights, allocate_gradients, fake
+from sward_kernels.windowed.reference import COSINE_EPSILON
 from sward_kernels.windows import WindowGrid
 
 LIBRARY = cpp.Library("windowed_distillation", Path(__file__).with_name("native.cpp"))

@@ -8,17 +8,14 @@ programs. Conventions: `tiles.py`.
 import triton
 import triton.language as tl
 
-from sward_kernels.windowed_distillation.kernels import RUNTIME_INTEGERS
-from sward_kernels.windowed_distillation.tiles import (
-    LN_2,
+from sward_kernels.gpu.language import LN_2, image_pointer, product, round_to
+from sward_kernels.windowed.kernels import RUNTIME_INTEGERS
+from sward_kernels.windowed.tiles import (
     cosine_gradient,
     gradient_offsets,
-    image_pointer,
     load_tile,
     offsets_of,
     pixel_offsets,
-    product,
-    round_to,
     score_gradient,
     scores_of_keys,
     scores_tile,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sward_kernels import cpp, windowed_distillation
-from sward_kernels.windowed_distillation import native
+from sward_kernels.windowed import native
 from tests.support.distillation_cases import (
     LAYOUTS,
     TERMS,
@@ -247,7 +247,7 @@ def test_without_a_compiler_auto_warns_once_and_runs_eager(
 
 
 def test_two_processes_may_compile_at_once(nothing_compiled: Path) -> None:
-    code = "from sward_kernels.windowed_distillation import native; raise SystemExit(native.LIBRARY.why_not())"
+    code = "from sward_kernels.windowed import native; raise SystemExit(native.LIBRARY.why_not())"
     processes = [subprocess.Popen([sys.executable, "-c", code], env=os.environ) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert [path.suffix for path in nothing_compiled.iterdir()] == [".so"]
