@@ -79,6 +79,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def maps_of(stage: Stage, device: torch.device) -> list[Tensor]:
+    """The student's map and the teacher's."""
     generator = torch.Generator().manual_seed(0)
     layout = torch.channels_last if stage.channels_last else torch.contiguous_format
     shape = (stage.batch, 3 * stage.dim, stage.height, stage.width)
@@ -89,8 +90,8 @@ def maps_of(stage: Stage, device: torch.device) -> list[Tensor]:
 def provider(name: str, loss: Loss, maps: list[Tensor]) -> Provider:
     def run() -> dict[str, Tensor]:
         value = loss(*maps)
-        teacher, student = torch.autograd.grad(value, maps)
-        return {"loss": value, "gradient_teacher": teacher, "gradient_student": student}
+        student, teacher = torch.autograd.grad(value, maps)
+        return {"loss": value, "gradient_student": student, "gradient_teacher": teacher}
 
     return Provider(name, run)
 
@@ -99,9 +100,16 @@ def compare(session: Session, stage: Stage, max_seconds: float) -> list[Measurem
     """Check and time every implementation on one stage."""
 
     def ours(implementation: str) -> Loss:
-        return lambda teacher, student: (
-            windowed_distillation(teacher, student, stage.window_size, stage.shift, implementation=implementation).loss
-        )
+        def loss(student: Tensor, teacher: Tensor) -> Tensor:
+            return windowed_distillation(
+                qkv_student=student,
+                qkv_teacher=teacher,
+                window_size=stage.window_size,
+                shift=stage.shift,
+                implementation=implementation,
+            ).loss
+
+        return loss
 
     maps = maps_of(stage, session.device)
     oracle = provider("oracle", ours("reference"), [one.detach().double().requires_grad_() for one in maps]).run()

@@ -15,7 +15,7 @@ from sward.losses.mwad import MWADLoss
 from sward.losses.pairs import full_precision
 from sward.losses.pdr import PDRLoss
 from sward.losses.protocol import DistillationInputs, DistillationLoss, DistillationOutput
-from sward_kernels.prototypes.classes import class_indices_op
+from sward_kernels.labels import class_indices_op
 
 
 class SegmentationCrossEntropy(nn.Module):
@@ -215,8 +215,8 @@ def _mwad_and_pdr(
     loss = zero
     terms = dict.fromkeys(("mwad", "attention", "value", "context", "pdr", "separation", "compactness"), zero)
     factors = {
-        **{name: beta * weight for name, weight in zip(("attention", "value", "context"), mwad.weights)},
-        **{name: gamma * weight for name, weight in zip(("separation", "compactness"), pdr.weights)},
+        **{name: beta * weight for name, weight in zip(("attention", "value", "context"), mwad.terms)},
+        **{name: gamma * weight for name, weight in zip(("separation", "compactness"), pdr.terms)},
     }
     if beta:
         relations = mwad(student_features, teacher_features)

@@ -1,6 +1,6 @@
 """Grids, arguments and registration of the Triton kernels of CIRKD's mini-batch relation.
 
-What decides a compilation is gathered in `_constants`, which the call and the report share.
+`_constants` gathers what decides a compilation; the launch and the report share it.
 """
 
 from __future__ import annotations
@@ -29,55 +29,55 @@ from sward_kernels.resources import Configuration
 from sward_kernels.targets import Target, family_of
 
 
-def relational_kl(teacher_units: Tensor, student_units: Tensor, temperature: float) -> Tensor:
-    """The loss as the reference computes it, from fp32 or fp64 vectors of length one.
+def relational_kl(student_units: Tensor, teacher_units: Tensor, temperature: float) -> Tensor:
+    """Return the loss as the reference computes it, from fp32 or float64 vectors of length one.
 
     Raises:
-        NotImplementedError: for CPU tensors where Triton does not interpret.
+        NotImplementedError: for CPU tensors, unless Triton interprets.
     """
     require_gpu(student_units)
-    loss: Tensor = _RelationalKL.apply(teacher_units.contiguous(), student_units.contiguous(), temperature)
+    loss: Tensor = _RelationalKL.apply(student_units.contiguous(), teacher_units.contiguous(), temperature)
     return loss
 
 
 class _RelationalKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, teacher_units: Tensor, student_units: Tensor, temperature: float) -> Tensor:
-        partials, statistics = _forward_operator(teacher_units, student_units, temperature)
-        ctx.save_for_backward(teacher_units, student_units, statistics)
+    def forward(ctx: Any, student_units: Tensor, teacher_units: Tensor, temperature: float) -> Tensor:
+        partials, statistics = _forward_operator(student_units, teacher_units, temperature)
+        ctx.save_for_backward(student_units, teacher_units, statistics)
         ctx.temperature = temperature
         images, pixels, _ = student_units.shape
         return partials.sum() / (images * images * pixels)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
-        return None, _backward_operator(upstream, *ctx.saved_tensors, ctx.temperature), None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        return _backward_operator(upstream, *ctx.saved_tensors, ctx.temperature), None, None
 
 
 SHIPPED_CHANNELS = ((64, 128), (256, 256))
-"""Student's and teacher's channels in the report: fewer channels of the gradient than a program can write, and more."""
+"""Channels of student and teacher in the report: fewer than one program writes of the gradient, and more."""
 
 
 def configurations(target: Target) -> Iterator[Configuration]:
-    """Every configuration the report compiles for a target. Other channels run the same code in more or fewer steps."""
+    """Every configuration that the report compiles for a target; other channels run the same code in other steps."""
     precisions = ("tf32", full_float32_precision(target.family))
     for precision, (student_channels, teacher_channels), direction in itertools.product(
         precisions, SHIPPED_CHANNELS, ("forward", "backward")
     ):
         tiles = tiles_of(target.family, direction)
-        pointers = ("teacher", "student", "statistics", "partials" if direction == "forward" else "gradient")
+        pointers = ("student", "teacher", "statistics", "partials" if direction == "forward" else "gradient")
         types = dict.fromkeys(pointers, "*fp32") | {"images": "i32", "pixels": "i32", "inverse_temperature": "fp32"}
         if direction == "backward":
             types["upstream"] = "*fp32"
-        # Both networks' scores, and in backward one product with the student's vectors; each counts two operations.
+        # The scores of both networks, and in backward one product with the student's vectors.
         products = teacher_channels + student_channels * (1 if direction == "forward" else 2)
         yield Configuration(
             operation="relational_kl",
             direction=direction,
             kernel=forward_kernel if direction == "forward" else backward_kernel,
             types=types,
-            constants=_constants(tiles, direction, teacher_channels, student_channels, torch.float32, precision),
+            constants=_constants(tiles, direction, student_channels, teacher_channels, torch.float32, precision),
             num_warps=tiles.num_warps,
             details={
                 "dtype": "fp32",
@@ -86,7 +86,7 @@ def configurations(target: Target) -> Iterator[Configuration]:
                 "dim": student_channels,
                 "tile": f"{tiles.rows}x{tiles.keys}x{tiles.chunk}",
             },
-            # Keys are read once for every tile of rows, mostly from the cache: arithmetic is what bounds this.
+            # Keys are read once per tile of rows, mostly from cache: arithmetic is what bounds this.
             ideal_bytes=4 * tiles.keys * (teacher_channels + student_channels),
             flops=2 * products * tiles.rows * tiles.keys,
             unit="score tile",
@@ -96,14 +96,14 @@ def configurations(target: Target) -> Iterator[Configuration]:
 def _constants(
     tiles: RelationTiles,
     direction: str,
-    teacher_channels: int,
     student_channels: int,
+    teacher_channels: int,
     dtype: torch.dtype,
     precision: str,
 ) -> dict[str, Any]:
     constants: dict[str, Any] = {
-        "TEACHER_CHANNELS": teacher_channels,
         "STUDENT_CHANNELS": student_channels,
+        "TEACHER_CHANNELS": teacher_channels,
         "CHUNK": tiles.chunk,
         "ROWS": tiles.rows,
         "KEYS": tiles.keys,
@@ -116,12 +116,12 @@ def _constants(
     return constants
 
 
-def _launch(direction: str, teacher: Tensor, student: Tensor, temperature: float, **others: Tensor) -> None:
+def _launch(direction: str, student: Tensor, teacher: Tensor, temperature: float, **others: Tensor) -> None:
     images, pixels, student_channels = student.shape
     family = family_of(student.device)
     tiles = tiles_of(family, direction)
     precision = product_precision(student.dtype, family)
-    constants = _constants(tiles, direction, teacher.shape[-1], student_channels, student.dtype, precision)
+    constants = _constants(tiles, direction, student_channels, teacher.shape[-1], student.dtype, precision)
     programs = images * triton.cdiv(pixels, tiles.rows)
     if direction == "forward":
         kernel, programs = forward_kernel, programs * images
@@ -129,8 +129,8 @@ def _launch(direction: str, teacher: Tensor, student: Tensor, temperature: float
         kernel, programs = backward_kernel, programs * triton.cdiv(student_channels, constants["OUT"])
     with device_guard(student.device):
         kernel[(programs,)](
-            teacher=teacher,
             student=student,
+            teacher=teacher,
             images=images,
             pixels=pixels,
             inverse_temperature=1.0 / temperature,
@@ -141,13 +141,13 @@ def _launch(direction: str, teacher: Tensor, student: Tensor, temperature: float
         )
 
 
-def _forward(teacher_units: Tensor, student_units: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    partials, statistics = _forward_fake(teacher_units, student_units, temperature)
-    _launch("forward", teacher_units, student_units, temperature, partials=partials, statistics=statistics)
+def _forward(student_units: Tensor, teacher_units: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    partials, statistics = _forward_fake(student_units, teacher_units, temperature)
+    _launch("forward", student_units, teacher_units, temperature, partials=partials, statistics=statistics)
     return partials, statistics
 
 
-def _forward_fake(teacher_units: Tensor, student_units: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _forward_fake(student_units: Tensor, teacher_units: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     images, pixels, _ = student_units.shape
     rows = tiles_of(family_of(student_units.device), "forward").rows
     programs = images * images * ((pixels + rows - 1) // rows)
@@ -155,13 +155,13 @@ def _forward_fake(teacher_units: Tensor, student_units: Tensor, temperature: flo
 
 
 def _backward(
-    upstream: Tensor, teacher_units: Tensor, student_units: Tensor, statistics: Tensor, temperature: float
+    upstream: Tensor, student_units: Tensor, teacher_units: Tensor, statistics: Tensor, temperature: float
 ) -> Tensor:
     gradient = torch.empty_like(student_units)
     _launch(
         "backward",
-        teacher_units,
         student_units,
+        teacher_units,
         temperature,
         upstream=upstream,
         statistics=statistics,
@@ -171,18 +171,18 @@ def _backward(
 
 
 def _backward_fake(
-    upstream: Tensor, teacher_units: Tensor, student_units: Tensor, statistics: Tensor, temperature: float
+    upstream: Tensor, student_units: Tensor, teacher_units: Tensor, statistics: Tensor, temperature: float
 ) -> Tensor:
     return torch.empty_like(student_units)
 
 
 _forward_operator = register(
-    "relational_kl_triton_forward(Tensor teacher_units, Tensor student_units, float temperature) -> (Tensor, Tensor)",
+    "relational_kl_triton_forward(Tensor student_units, Tensor teacher_units, float temperature) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 _backward_operator = register(
-    "relational_kl_triton_backward(Tensor upstream, Tensor teacher_units, Tensor student_units, Tensor statistics, "
+    "relational_kl_triton_backward(Tensor upstream, Tensor student_units, Tensor teacher_units, Tensor statistics, "
     "float temperature) -> Tensor",
     _backward,
     _backward_fake,

@@ -1,18 +1,18 @@
 """CIRKD's mini-batch pixel-to-pixel relation as plain autograd PyTorch: the specification, written to be read.
 
-It holds `B^2` maps of `P x P` scores for each network; use it to check the other implementations, not to train.
+It holds `B^2` maps of `P x P` scores per network: use it to check the other implementations, not to train.
 """
 
 import torch
 from torch import Tensor
 
 
-def relational_kl(teacher_units: Tensor, student_units: Tensor, temperature: float) -> Tensor:
-    """The mean over all ordered image pairs (i, j) and pixels p of ``KL(teacher row || student row)``.
+def relational_kl(student_units: Tensor, teacher_units: Tensor, temperature: float) -> Tensor:
+    """Return the mean of `KL(teacher row || student row)` over all ordered pairs of images (i, j) and pixels p.
 
     Args:
-        teacher_units: ``[B, P, C_t]`` vectors of length one; no gradient reaches them.
-        student_units: ``[B, P, C_s]`` vectors of length one.
+        student_units: `[B, P, C_s]` vectors of length one.
+        teacher_units: `[B, P, C_t]` vectors of length one; no gradient reaches them.
         temperature: divides every cosine similarity.
     """
     with torch.no_grad():

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RelationTiles:
-    """Tile shape of a kernel: rows and keys of a score tile, channels a step, channels of the gradient one program
-    writes (backward), and warps a program."""
+    """Tile shape of a kernel."""
 
     rows: int
     keys: int
+    """Rows and keys of one tile of scores."""
     chunk: int
+    """Channels per step of a product over channels."""
     out: int
+    """Channels of the gradient that one program writes; 0 in the forward pass."""
     num_warps: int
+    """Warps per program."""
 
 
 TILES = {
@@ -25,7 +28,7 @@ TILES = {
     ("cdna", "forward"): RelationTiles(64, 64, 16, 0, 4),
     ("cdna", "backward"): RelationTiles(64, 32, 16, 128, 8),
 }
-"""(family, direction) -> the largest tiles tried that spill no register, at TF32 and at fp32's own precision."""
+"""(family, direction) -> the largest of the tiles tried that spill no registers, in TF32 and in full fp32 precision."""
 
 
 def tiles_of(family: str, direction: str) -> RelationTiles:

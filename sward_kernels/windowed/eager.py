@@ -1,8 +1,8 @@
 """Windowed distillation with closed-form gradients, one cache-sized chunk of windows at a time, on any device.
 
-A chunk is cut straight from the un-rolled, un-padded maps and its gradients are written back before the next one is
-read: each score is computed once and nothing of size T x T outlives its chunk. `compiled` runs the same chunk through
-`torch.compile`.
+A chunk is cut straight from the maps, without rolling or padding them first, and its gradients are written back before
+the next chunk is read: each score is computed once and nothing of size T x T outlives its chunk. `compiled` runs the
+same chunk through `torch.compile`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from sward_kernels.registration import register
 from sward_kernels.windowed.gradient_in_forward import (
     SCHEMA,
-    Weights,
+    Terms,
     allocate_gradients,
     fake,
     precision,
@@ -27,92 +27,92 @@ from sward_kernels.windowed.gradient_in_forward import (
 from sward_kernels.windowed.reference import COSINE_EPSILON
 from sward_kernels.windows import WindowGrid
 
-ActiveWeights = tuple[Tensor | None, ...]
+TermWeights = tuple[Tensor | None, ...]
+"""Weights of the attention, value and context terms as scalar tensors; None for a term that is skipped."""
 
-# Elements of one chunk's score matrix, both sides together. On a CPU about four such matrices are alive at once and
-# should stay in the cache; on a GPU a chunk must be large enough to fill the machine.
+# Elements of one chunk's score matrices, both sides together. On a CPU about four such matrices are alive at once and
+# should stay in cache; on a GPU a chunk must be large enough to fill the device.
 SCORE_ELEMENTS_CPU = 2**18
 SCORE_ELEMENTS_GPU = 2**24
 
 
 def _run(
-    qkv_teacher: Tensor,
     qkv_student: Tensor,
+    qkv_teacher: Tensor,
     window_size: int,
     offsets: list[int],
     shift: Tensor | None,
-    weights: Weights,
-    teacher_gradient: bool,
-    student_gradient: bool,
+    terms: Terms,
+    wants_student_gradient: bool,
+    wants_teacher_gradient: bool,
     *,
     compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operators; arguments and results as in `gradient_in_forward.SCHEMA`."""
-    wanted = (teacher_gradient, student_gradient)
+    wanted = (wants_student_gradient, wants_teacher_gradient)
     # Ordinary tensors even inside inference_mode: the compiled chunk would otherwise be compiled a second time.
     with torch.inference_mode(False), torch.no_grad():
-        if shift is not None and not qkv_teacher.is_cpu:
-            # Slices need host integers, and to read them would stall the device: roll the whole maps there instead.
-            grid = WindowGrid(qkv_teacher.shape[2], qkv_teacher.shape[3], window_size)
-            rolled = (grid.roll(qkv_teacher, shift), grid.roll(qkv_student, shift))
-            means, *rolled_gradients = _run(*rolled, window_size, [0, 0], None, weights, *wanted, compiled=compiled)
-            teacher, student = (grid.roll(rolled, -shift) if rolled.numel() else rolled for rolled in rolled_gradients)
-            return means, teacher, student
+        if shift is not None and not qkv_student.is_cpu:
+            # Slices need host integers, and reading them would stall the device: roll the whole maps there instead.
+            grid = WindowGrid(qkv_student.shape[2], qkv_student.shape[3], window_size)
+            rolled = (grid.roll(qkv_student, shift), grid.roll(qkv_teacher, shift))
+            means, *rolled_gradients = _run(*rolled, window_size, [0, 0], None, terms, *wanted, compiled=compiled)
+            student, teacher = (grid.roll(rolled, -shift) if rolled.numel() else rolled for rolled in rolled_gradients)
+            return means, student, teacher
         if shift is not None:
             offsets = shift.tolist()
-        gradients = allocate_gradients(qkv_teacher, qkv_student, *wanted)
+        gradients = allocate_gradients(qkv_student, qkv_teacher, *wanted)
         run_chunk = _compiled_chunk if compiled else distil_chunk
-        # As tensors, so that the compiled chunk does not depend on their values. None: the term is not wanted at all.
-        scales = tuple(qkv_teacher.new_full((), w, dtype=precision(qkv_teacher)) if w else None for w in weights)
+        # As tensors, so that the compiled chunk does not depend on their values; None for a term that is skipped.
+        scales = tuple(qkv_student.new_full((), w, dtype=precision(qkv_student)) if w else None for w in terms)
         sums = []
-        for chunk in _chunks(qkv_teacher, qkv_student, window_size, offsets, whole=compiled):
-            terms, *chunk_gradients = run_chunk(chunk.teacher, chunk.student, chunk.real, scales, *wanted)
-            sums.append(terms.sum(-1))
+        for chunk in _chunks(qkv_student, qkv_teacher, window_size, offsets, whole=compiled):
+            values, *chunk_gradients = run_chunk(chunk.student, chunk.teacher, chunk.real, scales, *wanted)
+            sums.append(values.sum(-1))
             for block, gradient in zip(chunk_gradients, gradients):
                 if block is not None:
                     chunk.write(block, gradient)
-        batch, _, height, width = qkv_teacher.shape
+        batch, _, height, width = qkv_student.shape
         return torch.stack(sums).sum(0) / (batch * height * width), *gradients
 
 
 class _Chunk(NamedTuple):
     """A block of windows: some strips (rows of windows, of any images) by some columns of windows.
 
-    Attributes:
-        teacher, student: `[strips, C, M, columns, M]`, rolled and padded with zeros, laid out as their maps are. Their
-            queries are divided by `sqrt(D)`, so that `Q K^T` and `dS^T Q` come out scaled.
-        real: 1 for a pixel and 0 for padding, `[strips, 1, M, columns, M]`; None if all are pixels.
-        pieces: index pairs (into `[strips, C, M, columns * M]`, into a map) that say what was read from where.
+    Both sides are `[strips, C, M, columns, M]`, rolled and padded with zeros, and laid out as their maps are. Their
+    queries are divided by `sqrt(D)`, so that `Q K^T` and `dS^T Q` are scaled already.
     """
 
-    teacher: Tensor
     student: Tensor
+    teacher: Tensor
     real: Tensor | None
+    """1 for a pixel and 0 for padding, `[strips, 1, M, columns, M]`; None if all are pixels."""
     pieces: list[tuple[tuple[Any, ...], tuple[Any, ...]]]
+    """Pairs of indices, into `[strips, C, M, columns * M]` and into a map: what was read from where."""
 
     def write(self, block: Tensor, target: Tensor) -> None:
-        """Put `[strips, C, M, columns * M]` where this chunk was read from."""
+        """Write `[strips, C, M, columns * M]` to the pixels of `target` that this chunk was read from."""
         for inside, outside in self.pieces:
             target[outside] = block[inside]
 
 
 def _chunks(
-    qkv_teacher: Tensor, qkv_student: Tensor, window_size: int, offsets: list[int], whole: bool
+    qkv_student: Tensor, qkv_teacher: Tensor, window_size: int, offsets: list[int], whole: bool
 ) -> Iterator[_Chunk]:
-    """Cut both maps into chunks. A `whole` one has at least two strips and two columns, and always says what is real.
+    """Cut both maps into chunks. With `whole`, a chunk has `real` and at least two strips and two columns.
 
-    All chunks share their buffers: each is valid until the next is asked for.
+    All chunks share their buffers: each is valid until the next one is yielded.
     """
-    batch, channels, height, width = qkv_teacher.shape
+    batch, channels, height, width = qkv_student.shape
     dim = channels // 3
     grid = WindowGrid(height, width, window_size)
-    windows = (SCORE_ELEMENTS_CPU if qkv_teacher.is_cpu else SCORE_ELEMENTS_GPU) // grid.tokens**2
+    windows = (SCORE_ELEMENTS_CPU if qkv_student.is_cpu else SCORE_ELEMENTS_GPU) // grid.tokens**2
     smallest = 2 if whole else 1
     strips, columns = batch * grid.window_rows, grid.window_columns
     chunk_columns = max(smallest, _even_share(columns, max(1, windows // smallest)))
     chunk_strips = max(smallest, _even_share(strips, max(1, windows // chunk_columns)))
     shape = (chunk_strips, window_size, chunk_columns * window_size)
-    teacher, student = _zeros_like_map(qkv_teacher, *shape), _zeros_like_map(qkv_student, *shape)
+    student, teacher = _zeros_like_map(qkv_student, *shape), _zeros_like_map(qkv_teacher, *shape)
     real = torch.ones_like(teacher[:, :1])
 
     for first_strip in range(0, strips, chunk_strips):
@@ -129,47 +129,53 @@ def _chunks(
                         pixels += real[inside].numel()
             partial = pixels < real.numel()
             if partial:
-                for buffer in (teacher, student, real):
+                for buffer in (student, teacher, real):
                     buffer.zero_()
             for inside, outside in pieces:
-                teacher[inside] = qkv_teacher[outside]
                 student[inside] = qkv_student[outside]
+                teacher[inside] = qkv_teacher[outside]
                 if partial:
                     real[inside] = 1
-            for buffer in (teacher, student):
+            for buffer in (student, teacher):
                 buffer[:, :dim].mul_(1 / math.sqrt(dim))
-            cells = (buffer.unflatten(-1, (chunk_columns, window_size)) for buffer in (teacher, student, real))
-            teacher_cells, student_cells, real_cells = cells
-            yield _Chunk(teacher_cells, student_cells, real_cells if partial or whole else None, pieces)
+            cells = (buffer.unflatten(-1, (chunk_columns, window_size)) for buffer in (student, teacher, real))
+            student_cells, teacher_cells, real_cells = cells
+            yield _Chunk(student_cells, teacher_cells, real_cells if partial or whole else None, pieces)
             if partial:
                 real.fill_(1)
 
 
 def _even_share(total: int, most: int) -> int:
-    """The smallest share that needs no more shares than `most` does."""
+    """The smallest share of `total` that needs no more shares than shares of `most` would."""
     return math.ceil(total / math.ceil(total / most))
 
 
 def _zeros_like_map(maps: Tensor, strips: int, height: int, width: int) -> Tensor:
-    """`[strips, C, height, width]` in at least fp32, with the channels innermost if they are in `maps`."""
+    """Zeros `[strips, C, height, width]` in at least fp32, with the channels innermost if they are in `maps`."""
     layout = torch.channels_last if maps.stride(1) == 1 else torch.contiguous_format
     shape = (strips, maps.shape[1], height, width)
     return torch.empty(shape, dtype=precision(maps), device=maps.device, memory_format=layout).zero_()
 
 
 def distil_chunk(
-    teacher: Tensor,
     student: Tensor,
+    teacher: Tensor,
     real: Tensor | None,
-    weights: ActiveWeights,
-    teacher_gradient: bool,
-    student_gradient: bool,
+    term_weights: TermWeights,
+    wants_student_gradient: bool,
+    wants_teacher_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The three terms, summed a window, `[3, windows]`, and the wanted sides' gradients `[strips, C, M, columns * M]`.
+    """The three terms summed per window, `[3, windows]`, and the wanted gradients, `[strips, C, M, columns * M]`.
 
-    Args and layout as in `_Chunk`, names as in equations.md, section 4. A term whose weight is None is skipped.
+    Arguments as in `_Chunk`. With Eq. 8-14's `S`, `A` and `Z` of a side and `dX` for `d loss / dX`::
+
+        dS_s = a (A_s - A_t)                                       from attention, weight a
+        dS_t = a A_t (L - sum(A_t L)),  L = log(A_t / A_s)
+        dZ_s = 2 c (Z_s - Z_t) = -dZ_t                             from context, weight c
+        dA   = dZ V^T,  dV = A^T dZ,  dS = A (dA - sum(A dA))      of either side
+        dQ   = dS K / sqrt(D),  dK = dS^T Q / sqrt(D)
     """
-    attention_weight, value_weight, context_weight = weights
+    attention_weight, value_weight, context_weight = term_weights
     (q_t, k_t, v_t), (q_s, k_s, v_s) = _tokens(teacher).chunk(3, dim=-1), _tokens(student).chunk(3, dim=-1)
     mask = None if real is None else _tokens(real)
     attention = value = context = teacher.new_zeros(q_t.shape[0])
@@ -191,17 +197,17 @@ def distil_chunk(
             dz_s = difference * (2 * context_weight)
             through_t, through_s = (a_t, z_t, -dz_s), (a_s, z_s, dz_s)
     if value_weight is not None:
-        value, dv_t, dv_s = _value_term(v_t, v_s, mask, value_weight)
-    gradient_t = gradient_s = None
-    if teacher_gradient:
-        gradient_t = _block(_backward(q_t, k_t, v_t, ds_t, dv_t, through_t), teacher.shape)
-    if student_gradient:
+        value, dv_s, dv_t = _value_term(v_s, v_t, mask, value_weight)
+    gradient_s = gradient_t = None
+    if wants_student_gradient:
         gradient_s = _block(_backward(q_s, k_s, v_s, ds_s, dv_s, through_s), student.shape)
-    return torch.stack((attention, value, context)), gradient_t, gradient_s
+    if wants_teacher_gradient:
+        gradient_t = _block(_backward(q_t, k_t, v_t, ds_t, dv_t, through_t), teacher.shape)
+    return torch.stack((attention, value, context)), gradient_s, gradient_t
 
 
 def _tokens(cells: Tensor) -> Tensor:
-    """`[strips, C, M, columns, M]` -> a copy `[windows, T, C]`; what is innermost in memory stays innermost."""
+    """Copy `[strips, C, M, columns, M]` to `[windows, T, C]`; the axis that is innermost in memory stays innermost."""
     strips, channels, side, columns, _ = cells.shape
     if cells.stride(1) == 1:
         tokens = cells.permute(0, 3, 2, 4, 1).clone(memory_format=torch.contiguous_format)
@@ -211,7 +217,7 @@ def _tokens(cells: Tensor) -> Tensor:
 
 
 def _block(tokens: Tensor, shape: torch.Size) -> Tensor:
-    """Undo `_tokens`, as `[strips, C, M, columns * M]`; `shape` is that of the cells."""
+    """Inverse of `_tokens`, as `[strips, C, M, columns * M]`; `shape` is that of the cells."""
     strips, channels, side, columns, _ = shape
     if tokens.stride(2) == 1:
         cells = tokens.view(strips, columns, side, side, channels).transpose(1, 2)
@@ -226,10 +232,10 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, their log-sum-exp a row and the attention. A padded query attends to nothing: all that follows is 0."""
+    """Scores, their log-sum-exp per row, and the attention: zeros for a padded query, so that it adds nothing."""
     scores = torch.bmm(q, k.mT)
     a = scores.softmax(-1)
-    # the largest probability of a row is at least 1/T, so its logarithm is exact to an ulp and saves a pass of exp
+    # The largest probability of a row is at least 1/T, so its logarithm is exact to an ulp and saves a pass of exp.
     log_sum_exp = scores.amax(-1, keepdim=True) - a.amax(-1, keepdim=True).log()
     return scores, log_sum_exp, a if mask is None else a * mask
 
@@ -244,8 +250,8 @@ def _backward(
 ) -> Tensor:
     """`dQ, dK, dV` of one side, `[windows, T, 3 * D]`, from its `Q / sqrt(D)`, `K` and `V`; None stands for zero.
 
-    `ds` and `dv` reach the scores and the values directly; what comes through the context needs its `(A, Z, dZ)`.
-    `ds` is overwritten.
+    `ds` and `dv` are what reaches the scores and the values directly; `through_context` is `(A, Z, dZ)`, from which the
+    rest is computed. `ds` is overwritten.
     """
     if through_context is not None:
         a, z, dz = through_context
@@ -264,8 +270,8 @@ def _backward(
     return torch.cat((dq.mT, dk.mT, dv.mT), 1).mT
 
 
-def _value_term(v_t: Tensor, v_s: Tensor, mask: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of `1 - cosine` over the real tokens of each window, and its weighted gradient to both sides."""
+def _value_term(v_s: Tensor, v_t: Tensor, mask: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of `1 - cosine` over the real tokens of each window, and its weighted gradients of student and teacher."""
     square_t, square_s = v_t.square().sum(-1, keepdim=True), v_s.square().sum(-1, keepdim=True)
     norm_product = square_t.sqrt() * square_s.sqrt()
     inverse = torch.where(norm_product > 0, 1 / norm_product.clamp_min(COSINE_EPSILON), 0)
@@ -275,34 +281,34 @@ def _value_term(v_t: Tensor, v_s: Tensor, mask: Tensor | None, weight: Tensor) -
     # Below the floor the denominator is a constant, without a gradient of its own. Padded tokens are zero vectors.
     pull = torch.where(norm_product >= COSINE_EPSILON, cosine, 0) * weight
     push = inverse * weight
-    dv_t = v_t * (pull / square_t.clamp_min(torch.finfo(v_t.dtype).tiny)) - v_s * push
     dv_s = v_s * (pull / square_s.clamp_min(torch.finfo(v_s.dtype).tiny)) - v_t * push
-    return value, dv_t, dv_s
+    dv_t = v_t * (pull / square_t.clamp_min(torch.finfo(v_t.dtype).tiny)) - v_s * push
+    return value, dv_s, dv_t
 
 
 def _compiled_chunk(
-    teacher: Tensor,
     student: Tensor,
+    teacher: Tensor,
     real: Tensor | None,
-    weights: ActiveWeights,
-    teacher_gradient: bool,
-    student_gradient: bool,
+    term_weights: TermWeights,
+    wants_student_gradient: bool,
+    wants_teacher_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     assert real is not None
-    for cells in (teacher, student, real):
+    for cells in (student, teacher, real):
         torch._dynamo.mark_dynamic(cells, (0, 3))  # strips and columns; all else is fixed by the key
-    layouts = teacher.stride(1) == 1, student.stride(1) == 1
-    work = tuple(weight is not None for weight in weights), teacher_gradient, student_gradient
-    run = _compiler(teacher.shape[1:3], teacher.dtype, teacher.device.type, layouts, work)
+    layouts = student.stride(1) == 1, teacher.stride(1) == 1
+    work = tuple(weight is not None for weight in term_weights), wants_student_gradient, wants_teacher_gradient
+    run = _compiler(student.shape[1:3], student.dtype, student.device.type, layouts, work)
     chunk: tuple[Tensor, Tensor | None, Tensor | None] = run(
-        teacher, student, real, weights, teacher_gradient, student_gradient
+        student, teacher, real, term_weights, wants_student_gradient, wants_teacher_gradient
     )
     return chunk
 
 
 @functools.cache
 def _compiler(*key: Any) -> Callable[..., Any]:
-    # A code object of its own for each kind of chunk: Dynamo's recompile limit counts per code object, and a network
+    # Each kind of chunk gets a code object of its own: Dynamo's recompile limit counts per code object, and a network
     # with many stages would reach it.
     code = distil_chunk.__code__.replace(co_name=distil_chunk.__name__)
     chunk = types.FunctionType(code, distil_chunk.__globals__, distil_chunk.__name__)

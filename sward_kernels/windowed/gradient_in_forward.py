@@ -1,4 +1,4 @@
-"""What `eager` and `native` share: both work out the gradients in the forward pass (equations.md, section 4).
+"""Autograd for `eager`, `compiled` and `native`, whose operators compute the gradients in the forward pass.
 
 The gradients wait in private buffers, and backward only scales them.
 """
@@ -14,41 +14,43 @@ from torch.autograd.function import once_differentiable
 
 from sward_kernels.windows import Shift
 
-Weights = tuple[float, float, float]
+Terms = tuple[float, float, float]
+"""Weights of the attention, value and context terms."""
 
 SCHEMA = (
-    "(Tensor qkv_teacher, Tensor qkv_student, int window_size, SymInt[] offsets, Tensor? shift, float[] weights, "
-    "bool teacher_gradient, bool student_gradient) -> (Tensor, Tensor, Tensor)"
+    "(Tensor qkv_student, Tensor qkv_teacher, int window_size, SymInt[] offsets, Tensor? shift, float[] terms, "
+    "bool wants_student_gradient, bool wants_teacher_gradient) -> (Tensor, Tensor, Tensor)"
 )
-"""Of the operators: `offsets` is the shift, or zeros where it is a tensor. They return the three means, `[3]`, and each
-wanted side's gradient times the number of pixels, else an empty tensor (`allocate_gradients`)."""
+"""Schema of the operators. `offsets` is the shift, or zeros where the shift is a tensor. They return the means of the
+three terms, `[3]`, and per wanted side its gradient times the number of pixels, else an empty tensor (see
+`allocate_gradients`)."""
 
 
 def windowed_distillation(
     operator: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    qkv_teacher: Tensor,
     qkv_student: Tensor,
+    qkv_teacher: Tensor,
     window_size: int,
     shift: Shift,
-    weights: Weights,
+    terms: Terms,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`(loss, attention, value, context)` as the reference computes them; only the loss carries a gradient."""
     recording = torch.is_grad_enabled()
-    terms, gradient_teacher, gradient_student = operator(
-        qkv_teacher.detach(),
+    means, student_gradient, teacher_gradient = operator(
         qkv_student.detach(),
+        qkv_teacher.detach(),
         window_size,
         *((0, 0), shift) if isinstance(shift, Tensor) else (shift, None),
-        weights,
-        recording and qkv_teacher.requires_grad,
+        terms,
         recording and qkv_student.requires_grad,
+        recording and qkv_teacher.requires_grad,
     )
-    attention, value, context = terms.unbind()
-    loss = weights[0] * attention + weights[1] * value + weights[2] * context
-    pixels = qkv_teacher.shape[0] * qkv_teacher.shape[2] * qkv_teacher.shape[3]
-    # One node a side: where a buffer cannot be scaled in place, autograd frees the first side's before it scales the
-    # second's, so that no more than three of these four maps are ever alive at once.
-    for qkv, gradient in ((qkv_teacher, gradient_teacher), (qkv_student, gradient_student)):
+    attention, value, context = means.unbind()
+    loss = terms[0] * attention + terms[1] * value + terms[2] * context
+    pixels = qkv_student.shape[0] * qkv_student.shape[2] * qkv_student.shape[3]
+    # One node per side: where a buffer cannot be scaled in place, autograd frees the first side's before it scales the
+    # second's, so that no more than three of these four maps are alive at once.
+    for qkv, gradient in ((qkv_student, student_gradient), (qkv_teacher, teacher_gradient)):
         if recording and qkv.requires_grad:
             loss = _AttachGradient.apply(loss, qkv, gradient, pixels)
     return loss, attention, value, context
@@ -76,7 +78,7 @@ class _AttachGradient(torch.autograd.Function):
 
 
 def _graph_is_kept() -> bool:
-    """Whether the backward pass that is running leaves its graph for another one; True where torch does not tell."""
+    """Whether the running backward pass retains its graph; True where torch does not say."""
     if torch.compiler.is_compiling():
         return True
     kept: bool = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
@@ -84,33 +86,33 @@ def _graph_is_kept() -> bool:
 
 
 def allocate_gradients(
-    qkv_teacher: Tensor, qkv_student: Tensor, teacher_gradient: bool, student_gradient: bool
+    qkv_student: Tensor, qkv_teacher: Tensor, wants_student_gradient: bool, wants_teacher_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Uninitialised gradients in the strides of their maps where those are dense; empty for a side not wanted."""
     # Not yet divided by the number of pixels, a gradient may exceed fp16; divided too early, it would vanish there.
-    dtype = torch.float32 if qkv_teacher.dtype == torch.float16 else qkv_teacher.dtype
-    pairs = ((qkv_teacher, teacher_gradient), (qkv_student, student_gradient))
-    teacher, student = (
-        torch.empty_like(qkv, dtype=dtype) if wanted else qkv.new_empty(0, dtype=dtype) for qkv, wanted in pairs
+    dtype = torch.float32 if qkv_student.dtype == torch.float16 else qkv_student.dtype
+    sides = ((qkv_student, wants_student_gradient), (qkv_teacher, wants_teacher_gradient))
+    student, teacher = (
+        torch.empty_like(qkv, dtype=dtype) if wanted else qkv.new_empty(0, dtype=dtype) for qkv, wanted in sides
     )
-    return teacher, student
+    return student, teacher
 
 
 def precision(maps: Tensor) -> torch.dtype:
-    """In which the terms of these maps are computed and returned: at least fp32."""
+    """The dtype in which the terms of these maps are computed and returned: at least fp32."""
     return torch.promote_types(maps.dtype, torch.float32)
 
 
 def fake(
-    qkv_teacher: Tensor,
     qkv_student: Tensor,
+    qkv_teacher: Tensor,
     window_size: int,
     offsets: list[int],
     shift: Tensor | None,
-    weights: Weights,
-    teacher_gradient: bool,
-    student_gradient: bool,
+    terms: Terms,
+    wants_student_gradient: bool,
+    wants_teacher_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes, strides and dtypes of what the operators return."""
-    means = qkv_teacher.new_empty(3, dtype=precision(qkv_teacher))
-    return means, *allocate_gradients(qkv_teacher, qkv_student, teacher_gradient, student_gradient)
+    means = qkv_student.new_empty(3, dtype=precision(qkv_student))
+    return means, *allocate_gradients(qkv_student, qkv_teacher, wants_student_gradient, wants_teacher_gradient)

@@ -1,8 +1,9 @@
 """Triton kernels of windowed distillation (Eq. 4-14) for windows that fit one tile: up to 64 tokens.
 
 One program owns a group of windows, reads their Q, K and V where the projection left them, and keeps scores and
-softmaxes in registers. Channels pass by in chunks of `BLOCK_DIM`, so the registers a program needs do not grow with D.
-Larger windows: `kernels_tiled_*.py`. Conventions: `tiles.py`. Grids and tiles: `launch.py`. Picture: `docs/kernels.md`.
+softmaxes in registers. Channels are processed in chunks of `BLOCK_DIM`, so the registers that a program needs do not
+grow with D. Larger windows: `kernels_tiled_*.py`. Conventions: `tiles.py`. Launches: `launch.py`. Data flow:
+`docs/kernels.md`.
 """
 
 import triton
@@ -10,6 +11,12 @@ import triton.language as tl
 
 from sward_kernels.gpu.language import LN_2, image_pointer, product, round_to
 from sward_kernels.windowed.tiles import (
+    KEYS,
+    LOG_SUM_EXP,
+    QUERIES,
+    STUDENT,
+    TEACHER,
+    VALUES,
     cosine,
     cosine_gradient,
     cosine_sums,
@@ -19,6 +26,7 @@ from sward_kernels.windowed.tiles import (
     pixel_offsets,
     score_gradient,
     scores_tile,
+    statistic,
     store_partials,
     store_tile,
     value_sums,
@@ -28,38 +36,43 @@ from sward_kernels.windowed.tiles import (
 
 RUNTIME_INTEGERS = [
     "shift_y", "shift_x", "height", "width", "statistic_stride",
-    "teacher_stride_image", "teacher_stride_channel", "teacher_stride_y", "teacher_stride_x",
     "student_stride_image", "student_stride_channel", "student_stride_y", "student_stride_x",
+    "teacher_stride_image", "teacher_stride_channel", "teacher_stride_y", "teacher_stride_x",
 ]  # fmt: skip
-"""Arguments that change from call to call: none of their values may cause a compilation."""
+"""Arguments that change from call to call: none of their values may trigger a compilation."""
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def forward_kernel(
-    teacher, student, partials, statistics, shift, shift_y, shift_x, height, width, statistic_stride,
+    student, teacher, partials, statistics, shift, shift_y, shift_x, height, width, statistic_stride,
     attention_weight, value_weight, context_weight,
-    teacher_stride_image, teacher_stride_channel, teacher_stride_y, teacher_stride_x,
     student_stride_image, student_stride_channel, student_stride_y, student_stride_x,
+    teacher_stride_image, teacher_stride_channel, teacher_stride_y, teacher_stride_x,
     WINDOW: tl.constexpr, WINDOWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr,
     ATTENTION: tl.constexpr, VALUE: tl.constexpr, CONTEXT: tl.constexpr, SAVE: tl.constexpr,
-    TEACHER_CHANNELS_LAST: tl.constexpr, TEACHER_ALIGNED: tl.constexpr,
     STUDENT_CHANNELS_LAST: tl.constexpr, STUDENT_ALIGNED: tl.constexpr,
+    TEACHER_CHANNELS_LAST: tl.constexpr, TEACHER_ALIGNED: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Sums over one group into `partials [programs, 4]`: the weighted sum of the terms, then each term; with `SAVE`,
-    the log-sum-exps of each row, teacher's and student's, into `statistics [2, tokens]`."""
+    """Sum the terms over one group into `partials [programs, 4]`: their weighted sum, then each term.
+
+    With `SAVE`, store the log-sum-exps of every row, the student's and the teacher's, in `statistics [2, tokens]`.
+    """
     program = tl.program_id(0)
     windows = windows_of(height, width, WINDOW)
     groups = (windows + WINDOWS - 1) // WINDOWS
     image = program // groups
     shift_y, shift_x = offsets_of(shift, shift_y, shift_x, height, width)
+    student_strides = (student_stride_channel, student_stride_y, student_stride_x)
+    teacher_strides = (teacher_stride_channel, teacher_stride_y, teacher_stride_x)
     teacher = image_pointer(teacher, image, teacher_stride_image, TEACHER_ALIGNED)
     student = image_pointer(student, image, student_stride_image, STUDENT_ALIGNED)
     slot, token, inside, real, y, x = window_tokens(
-        0, program - image * groups, height, width, shift_y, shift_x, BLOCK, WINDOW, WINDOWS
-    )
-    pixels_t = pixel_offsets(y, x, teacher_stride_y, teacher_stride_x, TEACHER_ALIGNED, WIDE)
-    pixels_s = pixel_offsets(y, x, student_stride_y, student_stride_x, STUDENT_ALIGNED, WIDE)
+        first=0, group=program - image * groups, height=height, width=width, shift_y=shift_y, shift_x=shift_x,
+        BLOCK=BLOCK, WINDOW=WINDOW, WINDOWS=WINDOWS,
+    )  # fmt: skip
+    pixels_t = pixel_offsets(y, x, teacher_strides, TEACHER_ALIGNED, WIDE)
+    pixels_s = pixel_offsets(y, x, student_strides, STUDENT_ALIGNED, WIDE)
 
     kl = tl.zeros([BLOCK], ACCUMULATE)
     distance = tl.zeros([BLOCK], ACCUMULATE)
@@ -68,12 +81,16 @@ def forward_kernel(
     square_s = tl.zeros([BLOCK], ACCUMULATE)
     if ATTENTION or CONTEXT:
         scores_t = scores_tile(
-            teacher, pixels_t, real, slot, pixels_t, real, slot, teacher_stride_channel,
-            BLOCK, BLOCK, DIM, BLOCK_DIM, TEACHER_CHANNELS_LAST, WINDOW, WINDOWS, PRECISION, ACCUMULATE, INTERPRET,
+            image=teacher, strides=teacher_strides, query_pixels=pixels_t, query_real=real, query_slot=slot,
+            key_pixels=pixels_t, key_real=real, key_slot=slot, BLOCK_ROWS=BLOCK, BLOCK_KEYS=BLOCK,
+            DIM=DIM, BLOCK_DIM=BLOCK_DIM, CHANNELS_LAST=TEACHER_CHANNELS_LAST, WINDOW=WINDOW, WINDOWS=WINDOWS,
+            PRECISION=PRECISION, ACCUMULATE=ACCUMULATE, INTERPRET=INTERPRET,
         )  # fmt: skip
         scores_s = scores_tile(
-            student, pixels_s, real, slot, pixels_s, real, slot, student_stride_channel,
-            BLOCK, BLOCK, DIM, BLOCK_DIM, STUDENT_CHANNELS_LAST, WINDOW, WINDOWS, PRECISION, ACCUMULATE, INTERPRET,
+            image=student, strides=student_strides, query_pixels=pixels_s, query_real=real, query_slot=slot,
+            key_pixels=pixels_s, key_real=real, key_slot=slot, BLOCK_ROWS=BLOCK, BLOCK_KEYS=BLOCK,
+            DIM=DIM, BLOCK_DIM=BLOCK_DIM, CHANNELS_LAST=STUDENT_CHANNELS_LAST, WINDOW=WINDOW, WINDOWS=WINDOWS,
+            PRECISION=PRECISION, ACCUMULATE=ACCUMULATE, INTERPRET=INTERPRET,
         )  # fmt: skip
         max_t = tl.max(scores_t, 1)
         lse_t = max_t + tl.log2(tl.sum(tl.exp2(scores_t - max_t[:, None]), 1))
@@ -88,18 +105,20 @@ def forward_kernel(
         a_s = round_to(tl.exp2(scores_s), teacher.dtype.element_ty, INTERPRET)
         if SAVE:
             statistics += image.to(tl.int64) * windows * (WINDOW * WINDOW)
-            tl.store(statistics + token, lse_t, mask=inside)
-            tl.store(statistics + statistic_stride + token, lse_s, mask=inside)
+            tl.store(statistic(statistics, LOG_SUM_EXP + STUDENT, statistic_stride, token), lse_s, mask=inside)
+            tl.store(statistic(statistics, LOG_SUM_EXP + TEACHER, statistic_stride, token), lse_t, mask=inside)
     if VALUE or CONTEXT:
         for first in range(0, DIM, BLOCK_DIM):
             v_t = load_tile(
-                teacher, pixels_t, real, teacher_stride_channel, 2, first, DIM, BLOCK_DIM, TEACHER_CHANNELS_LAST
-            )
+                image=teacher, pixels=pixels_t, real=real, stride_channel=teacher_stride_channel, part=VALUES,
+                first=first, DIM=DIM, BLOCK=BLOCK_DIM, CHANNELS_LAST=TEACHER_CHANNELS_LAST,
+            )  # fmt: skip
             v_s = load_tile(
-                student, pixels_s, real, student_stride_channel, 2, first, DIM, BLOCK_DIM, STUDENT_CHANNELS_LAST
-            )
+                image=student, pixels=pixels_s, real=real, stride_channel=student_stride_channel, part=VALUES,
+                first=first, DIM=DIM, BLOCK=BLOCK_DIM, CHANNELS_LAST=STUDENT_CHANNELS_LAST,
+            )  # fmt: skip
             if VALUE:
-                chunk_inner, chunk_t, chunk_s = cosine_sums(v_t, v_s, ACCUMULATE)
+                chunk_inner, chunk_s, chunk_t = cosine_sums(v_s, v_t, ACCUMULATE)
                 inner += chunk_inner
                 square_t += chunk_t
                 square_s += chunk_s
@@ -110,48 +129,61 @@ def forward_kernel(
 
     value = tl.zeros([BLOCK], ACCUMULATE)
     if VALUE:
-        value = 1.0 - cosine(inner, square_t, square_s)
-    store_partials(partials, program, kl, value, distance, real, attention_weight, value_weight, context_weight)
+        value = 1.0 - cosine(inner, square_s, square_t)
+    term_weights = (attention_weight, value_weight, context_weight)
+    store_partials(partials, program, kl, value, distance, real, term_weights)
 
 
 @triton.jit
 def side_gradient(
-    own, other, gradient, statistics, statistic_stride, pixels_own, pixels_other, outputs, slot, token, inside, real,
-    plane, scale, attention_weight, value_weight, context_weight, across, along,
-    own_stride_channel, other_stride_channel,
+    own, other, own_strides, other_strides, pixels_own, pixels_other, gradient, plane, outputs,
+    slot, token, inside, real, statistics, statistic_stride, scale, term_weights, across, along,
     WINDOW: tl.constexpr, WINDOWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    ATTENTION: tl.constexpr, VALUE: tl.constexpr, CONTEXT: tl.constexpr, TEACHER: tl.constexpr,
-    OWN_CHANNELS_LAST: tl.constexpr, OTHER_CHANNELS_LAST: tl.constexpr,
+    ATTENTION: tl.constexpr, VALUE: tl.constexpr, CONTEXT: tl.constexpr,
+    OWN_SIDE: tl.constexpr, OWN_CHANNELS_LAST: tl.constexpr, OTHER_CHANNELS_LAST: tl.constexpr,
     PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """dQ, dK and dV of one side of a group, the teacher's or the student's.
+    """Store dQ, dK and dV of one side of a group; `OWN_SIDE` is `STUDENT` or `TEACHER`.
 
-    Each side recomputes both scores: carrying them from one side to the other costs more registers than there are.
+    Each side recomputes both scores: carrying them from one side to the other takes more registers than there are.
+    `gradient` has `plane` elements per channel, and its pixels lie at `outputs`.
     """
+    attention_weight, value_weight, context_weight = term_weights
+    own_stride_channel = own_strides[0]
+    other_stride_channel = other_strides[0]
     dtype: tl.constexpr = own.dtype.element_ty
     da = tl.zeros([BLOCK, BLOCK], ACCUMULATE)
     if ATTENTION or CONTEXT:
         log_a = scores_tile(
-            own, pixels_own, real, slot, pixels_own, real, slot, own_stride_channel,
-            BLOCK, BLOCK, DIM, BLOCK_DIM, OWN_CHANNELS_LAST, WINDOW, WINDOWS, PRECISION, ACCUMULATE, INTERPRET,
+            image=own, strides=own_strides, query_pixels=pixels_own, query_real=real, query_slot=slot,
+            key_pixels=pixels_own, key_real=real, key_slot=slot, BLOCK_ROWS=BLOCK, BLOCK_KEYS=BLOCK,
+            DIM=DIM, BLOCK_DIM=BLOCK_DIM, CHANNELS_LAST=OWN_CHANNELS_LAST, WINDOW=WINDOW, WINDOWS=WINDOWS,
+            PRECISION=PRECISION, ACCUMULATE=ACCUMULATE, INTERPRET=INTERPRET,
         )  # fmt: skip
         log_other = scores_tile(
-            other, pixels_other, real, slot, pixels_other, real, slot, other_stride_channel,
-            BLOCK, BLOCK, DIM, BLOCK_DIM, OTHER_CHANNELS_LAST, WINDOW, WINDOWS, PRECISION, ACCUMULATE, INTERPRET,
+            image=other, strides=other_strides, query_pixels=pixels_other, query_real=real, query_slot=slot,
+            key_pixels=pixels_other, key_real=real, key_slot=slot, BLOCK_ROWS=BLOCK, BLOCK_KEYS=BLOCK,
+            DIM=DIM, BLOCK_DIM=BLOCK_DIM, CHANNELS_LAST=OTHER_CHANNELS_LAST, WINDOW=WINDOW, WINDOWS=WINDOWS,
+            PRECISION=PRECISION, ACCUMULATE=ACCUMULATE, INTERPRET=INTERPRET,
         )  # fmt: skip
-        own_sum = 0 if TEACHER else 1
-        log_a -= tl.load(statistics + own_sum * statistic_stride + token, mask=inside, other=0.0)[:, None]
-        log_other -= tl.load(statistics + (1 - own_sum) * statistic_stride + token, mask=inside, other=0.0)[:, None]
-        if ATTENTION and TEACHER:
+        own_lse = statistic(statistics, LOG_SUM_EXP + OWN_SIDE, statistic_stride, token)
+        other_lse = statistic(statistics, LOG_SUM_EXP + (1 - OWN_SIDE), statistic_stride, token)
+        log_a -= tl.load(own_lse, mask=inside, other=0.0)[:, None]
+        log_other -= tl.load(other_lse, mask=inside, other=0.0)[:, None]
+        if ATTENTION and OWN_SIDE == TEACHER:
             da = (attention_weight * LN_2) * (log_a - log_other)
 
     for first in range(0, DIM, BLOCK_DIM):
         dv = tl.zeros([BLOCK, BLOCK_DIM], ACCUMULATE)
         if VALUE or CONTEXT:
-            v = load_tile(own, pixels_own, real, own_stride_channel, 2, first, DIM, BLOCK_DIM, OWN_CHANNELS_LAST)
+            v = load_tile(
+                image=own, pixels=pixels_own, real=real, stride_channel=own_stride_channel, part=VALUES,
+                first=first, DIM=DIM, BLOCK=BLOCK_DIM, CHANNELS_LAST=OWN_CHANNELS_LAST,
+            )  # fmt: skip
             v_other = load_tile(
-                other, pixels_other, real, other_stride_channel, 2, first, DIM, BLOCK_DIM, OTHER_CHANNELS_LAST
-            )
+                image=other, pixels=pixels_other, real=real, stride_channel=other_stride_channel, part=VALUES,
+                first=first, DIM=DIM, BLOCK=BLOCK_DIM, CHANNELS_LAST=OTHER_CHANNELS_LAST,
+            )  # fmt: skip
         if CONTEXT:  # dZ of this side: 2 (Z_own - Z_other)
             a = round_to(tl.exp2(log_a), dtype, INTERPRET)
             dz = product(a, v, PRECISION, ACCUMULATE, INTERPRET)
@@ -162,59 +194,78 @@ def side_gradient(
             dv = product(tl.trans(a), dz, PRECISION, ACCUMULATE, INTERPRET)
         if VALUE:
             dv += value_weight * (along[:, None] * v.to(ACCUMULATE) - across[:, None] * v_other.to(ACCUMULATE))
-        store_tile(gradient, dv * scale, outputs, real, plane, 2, first, DIM, BLOCK_DIM, OWN_CHANNELS_LAST, INTERPRET)
+        store_tile(
+            image=gradient, tile=dv * scale, pixels=outputs, real=real, stride_channel=plane, part=VALUES,
+            first=first, DIM=DIM, BLOCK=BLOCK_DIM, CHANNELS_LAST=OWN_CHANNELS_LAST, INTERPRET=INTERPRET,
+        )  # fmt: skip
 
     if ATTENTION or CONTEXT:
         mean = tl.sum(tl.exp2(log_a) * da, 1)
         ds = score_gradient(
-            log_a, log_other, da, mean[:, None], real[:, None], attention_weight, dtype,
-            ATTENTION and not TEACHER, INTERPRET,
+            log_a=log_a, log_other=log_other, da=da, mean=mean[:, None], real=real[:, None],
+            student_weight=attention_weight, DTYPE=dtype, STUDENT_ATTENTION=ATTENTION and OWN_SIDE == STUDENT,
+            INTERPRET=INTERPRET,
         )  # fmt: skip
     scale = scale / DIM**0.5
     for first in range(0, DIM, BLOCK_DIM):
         dq = tl.zeros([BLOCK, BLOCK_DIM], ACCUMULATE)
         dk = tl.zeros([BLOCK, BLOCK_DIM], ACCUMULATE)
         if ATTENTION or CONTEXT:
-            k = load_tile(own, pixels_own, real, own_stride_channel, 1, first, DIM, BLOCK_DIM, OWN_CHANNELS_LAST)
+            k = load_tile(
+                image=own, pixels=pixels_own, real=real, stride_channel=own_stride_channel, part=KEYS,
+                first=first, DIM=DIM, BLOCK=BLOCK_DIM, CHANNELS_LAST=OWN_CHANNELS_LAST,
+            )  # fmt: skip
             dq = product(ds, k, PRECISION, ACCUMULATE, INTERPRET) * scale
-        store_tile(gradient, dq, outputs, real, plane, 0, first, DIM, BLOCK_DIM, OWN_CHANNELS_LAST, INTERPRET)
+        store_tile(
+            image=gradient, tile=dq, pixels=outputs, real=real, stride_channel=plane, part=QUERIES,
+            first=first, DIM=DIM, BLOCK=BLOCK_DIM, CHANNELS_LAST=OWN_CHANNELS_LAST, INTERPRET=INTERPRET,
+        )  # fmt: skip
         if ATTENTION or CONTEXT:
-            q = load_tile(own, pixels_own, real, own_stride_channel, 0, first, DIM, BLOCK_DIM, OWN_CHANNELS_LAST)
+            q = load_tile(
+                image=own, pixels=pixels_own, real=real, stride_channel=own_stride_channel, part=QUERIES,
+                first=first, DIM=DIM, BLOCK=BLOCK_DIM, CHANNELS_LAST=OWN_CHANNELS_LAST,
+            )  # fmt: skip
             dk = product(tl.trans(ds), q, PRECISION, ACCUMULATE, INTERPRET) * scale
-        store_tile(gradient, dk, outputs, real, plane, 1, first, DIM, BLOCK_DIM, OWN_CHANNELS_LAST, INTERPRET)
+        store_tile(
+            image=gradient, tile=dk, pixels=outputs, real=real, stride_channel=plane, part=KEYS,
+            first=first, DIM=DIM, BLOCK=BLOCK_DIM, CHANNELS_LAST=OWN_CHANNELS_LAST, INTERPRET=INTERPRET,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUNTIME_INTEGERS)
 def backward_kernel(
-    teacher, student, upstream, statistics, teacher_gradient, student_gradient,
+    student, teacher, upstream, statistics, student_gradient, teacher_gradient,
     shift, shift_y, shift_x, height, width, statistic_stride,
     attention_weight, value_weight, context_weight, inverse_count,
-    teacher_stride_image, teacher_stride_channel, teacher_stride_y, teacher_stride_x,
     student_stride_image, student_stride_channel, student_stride_y, student_stride_x,
+    teacher_stride_image, teacher_stride_channel, teacher_stride_y, teacher_stride_x,
     WINDOW: tl.constexpr, WINDOWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr,
     ATTENTION: tl.constexpr, VALUE: tl.constexpr, CONTEXT: tl.constexpr,
-    TEACHER: tl.constexpr, STUDENT: tl.constexpr,
-    TEACHER_CHANNELS_LAST: tl.constexpr, TEACHER_ALIGNED: tl.constexpr,
+    WANTS_STUDENT_GRADIENT: tl.constexpr, WANTS_TEACHER_GRADIENT: tl.constexpr,
     STUDENT_CHANNELS_LAST: tl.constexpr, STUDENT_ALIGNED: tl.constexpr,
+    TEACHER_CHANNELS_LAST: tl.constexpr, TEACHER_ALIGNED: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """dQ, dK and dV of the sides asked for (`TEACHER`, `STUDENT`), dense in each side's own layout.
+    """Store dQ, dK and dV of the wanted sides, dense in each side's own layout.
 
-    Score gradients carry the terms' weights but neither the upstream gradient nor 1/n. Those are applied in fp32 at the
-    store: a loss scale would overflow float16 operands, and 1/n underflow them.
+    Score gradients include the weights of the terms but neither the upstream gradient nor 1/n. Those are applied in
+    fp32 at the store: a loss scale would overflow float16 operands, and 1/n underflow them.
     """
     program = tl.program_id(0)
     windows = windows_of(height, width, WINDOW)
     groups = (windows + WINDOWS - 1) // WINDOWS
     image = program // groups
     shift_y, shift_x = offsets_of(shift, shift_y, shift_x, height, width)
+    student_strides = (student_stride_channel, student_stride_y, student_stride_x)
+    teacher_strides = (teacher_stride_channel, teacher_stride_y, teacher_stride_x)
     teacher = image_pointer(teacher, image, teacher_stride_image, TEACHER_ALIGNED)
     student = image_pointer(student, image, student_stride_image, STUDENT_ALIGNED)
     slot, token, inside, real, y, x = window_tokens(
-        0, program - image * groups, height, width, shift_y, shift_x, BLOCK, WINDOW, WINDOWS
-    )
-    pixels_t = pixel_offsets(y, x, teacher_stride_y, teacher_stride_x, TEACHER_ALIGNED, WIDE)
-    pixels_s = pixel_offsets(y, x, student_stride_y, student_stride_x, STUDENT_ALIGNED, WIDE)
+        first=0, group=program - image * groups, height=height, width=width, shift_y=shift_y, shift_x=shift_x,
+        BLOCK=BLOCK, WINDOW=WINDOW, WINDOWS=WINDOWS,
+    )  # fmt: skip
+    pixels_t = pixel_offsets(y, x, teacher_strides, TEACHER_ALIGNED, WIDE)
+    pixels_s = pixel_offsets(y, x, student_strides, STUDENT_ALIGNED, WIDE)
     plane = height * width
     teacher_gradient += image.to(tl.int64) * plane * (3 * DIM)
     student_gradient += image.to(tl.int64) * plane * (3 * DIM)
@@ -222,28 +273,39 @@ def backward_kernel(
     outputs_s = gradient_offsets(y, x, width, DIM, STUDENT_CHANNELS_LAST, WIDE)
     statistics += image.to(tl.int64) * windows * (WINDOW * WINDOW)
     scale = tl.load(upstream).to(ACCUMULATE) * inverse_count
+    term_weights = (attention_weight, value_weight, context_weight)
     across = scale
     along_t = scale
     along_s = scale
     if VALUE:
-        inner, square_t, square_s = value_sums(
-            teacher, student, pixels_t, pixels_s, real, teacher_stride_channel, student_stride_channel,
-            BLOCK, DIM, BLOCK_DIM, TEACHER_CHANNELS_LAST, STUDENT_CHANNELS_LAST, ACCUMULATE,
+        inner, square_s, square_t = value_sums(
+            own=student, other=teacher, own_strides=student_strides, other_strides=teacher_strides,
+            pixels_own=pixels_s, pixels_other=pixels_t, real=real, BLOCK=BLOCK, DIM=DIM, BLOCK_DIM=BLOCK_DIM,
+            OWN_CHANNELS_LAST=STUDENT_CHANNELS_LAST, OTHER_CHANNELS_LAST=TEACHER_CHANNELS_LAST,
+            ACCUMULATE=ACCUMULATE,
         )  # fmt: skip
-        across, along_t, along_s = cosine_gradient(inner, square_t, square_s)
-    if STUDENT:
+        across, along_s, along_t = cosine_gradient(inner, square_s, square_t)
+    if WANTS_STUDENT_GRADIENT:
         side_gradient(
-            student, teacher, student_gradient, statistics, statistic_stride, pixels_s, pixels_t, outputs_s, slot,
-            token, inside, real, plane, scale, attention_weight, value_weight, context_weight, across, along_s,
-            student_stride_channel, teacher_stride_channel, WINDOW, WINDOWS, DIM, BLOCK, BLOCK_DIM,
-            ATTENTION, VALUE, CONTEXT, False, STUDENT_CHANNELS_LAST, TEACHER_CHANNELS_LAST,
-            PRECISION, ACCUMULATE, INTERPRET,
+            own=student, other=teacher, own_strides=student_strides, other_strides=teacher_strides,
+            pixels_own=pixels_s, pixels_other=pixels_t, gradient=student_gradient, plane=plane, outputs=outputs_s,
+            slot=slot, token=token, inside=inside, real=real,
+            statistics=statistics, statistic_stride=statistic_stride,
+            scale=scale, term_weights=term_weights, across=across, along=along_s,
+            WINDOW=WINDOW, WINDOWS=WINDOWS, DIM=DIM, BLOCK=BLOCK, BLOCK_DIM=BLOCK_DIM,
+            ATTENTION=ATTENTION, VALUE=VALUE, CONTEXT=CONTEXT, OWN_SIDE=STUDENT,
+            OWN_CHANNELS_LAST=STUDENT_CHANNELS_LAST, OTHER_CHANNELS_LAST=TEACHER_CHANNELS_LAST,
+            PRECISION=PRECISION, ACCUMULATE=ACCUMULATE, INTERPRET=INTERPRET,
         )  # fmt: skip
-    if TEACHER:
+    if WANTS_TEACHER_GRADIENT:
         side_gradient(
-            teacher, student, teacher_gradient, statistics, statistic_stride, pixels_t, pixels_s, outputs_t, slot,
-            token, inside, real, plane, scale, attention_weight, value_weight, context_weight, across, along_t,
-            teacher_stride_channel, student_stride_channel, WINDOW, WINDOWS, DIM, BLOCK, BLOCK_DIM,
-            ATTENTION, VALUE, CONTEXT, True, TEACHER_CHANNELS_LAST, STUDENT_CHANNELS_LAST,
-            PRECISION, ACCUMULATE, INTERPRET,
+            own=teacher, other=student, own_strides=teacher_strides, other_strides=student_strides,
+            pixels_own=pixels_t, pixels_other=pixels_s, gradient=teacher_gradient, plane=plane, outputs=outputs_t,
+            slot=slot, token=token, inside=inside, real=real,
+            statistics=statistics, statistic_stride=statistic_stride,
+            scale=scale, term_weights=term_weights, across=across, along=along_t,
+            WINDOW=WINDOW, WINDOWS=WINDOWS, DIM=DIM, BLOCK=BLOCK, BLOCK_DIM=BLOCK_DIM,
+            ATTENTION=ATTENTION, VALUE=VALUE, CONTEXT=CONTEXT, OWN_SIDE=TEACHER,
+            OWN_CHANNELS_LAST=TEACHER_CHANNELS_LAST, OTHER_CHANNELS_LAST=STUDENT_CHANNELS_LAST,
+            PRECISION=PRECISION, ACCUMULATE=ACCUMULATE, INTERPRET=INTERPRET,
         )  # fmt: skip

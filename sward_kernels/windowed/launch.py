@@ -1,6 +1,6 @@
 """Grids, arguments and registration of the Triton kernels of windowed distillation.
 
-What a call compiles is decided in `plan.py`, from which the report takes it as well.
+`plan.py` decides what a call compiles; the report takes it from there as well.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sward_kernels.targets import family_of
 from sward_kernels.windowed.plan import (
     Layout,
     Plan,
-    Weights,
+    Terms,
     backward_plans,
     max_registers,
     plan_of,
@@ -31,30 +31,30 @@ MAX_DIM = 256
 
 
 def windowed_distillation(
-    qkv_teacher: Tensor, qkv_student: Tensor, window_size: int, shift: Shift, weights: Weights
+    qkv_student: Tensor, qkv_teacher: Tensor, window_size: int, shift: Shift, terms: Terms
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`(loss, attention, value, context)` as the reference computes them; only the loss carries a gradient.
 
     Raises:
-        NotImplementedError: for a device, dtype or size the kernels do not serve.
+        NotImplementedError: for a device, dtype or size that the kernels do not support.
     """
-    _check_served(qkv_teacher, window_size)
+    _require_support(qkv_student, window_size)
     offsets, shift_tensor = ((0, 0), shift) if isinstance(shift, Tensor) else ((shift[0], shift[1]), None)
-    if torch.is_grad_enabled() and (qkv_teacher.requires_grad or qkv_student.requires_grad):
-        loss, terms = _WindowedDistillation.apply(qkv_teacher, qkv_student, window_size, offsets, shift_tensor, weights)
+    if torch.is_grad_enabled() and (qkv_student.requires_grad or qkv_teacher.requires_grad):
+        loss, values = _WindowedDistillation.apply(qkv_student, qkv_teacher, window_size, offsets, shift_tensor, terms)
     else:
-        loss, terms, _ = _forward_terms(qkv_teacher, qkv_student, window_size, offsets, shift_tensor, weights, False)
-    attention, value, context = terms.unbind()
+        loss, values, _ = _forward_terms(qkv_student, qkv_teacher, window_size, offsets, shift_tensor, terms, False)
+    attention, value, context = values.unbind()
     return loss, attention, value, context
 
 
-def _check_served(qkv: Tensor, window_size: int) -> None:
+def _require_support(qkv: Tensor, window_size: int) -> None:
     require_gpu(qkv)
     require_dtype(qkv)
     if window_size > MAX_WINDOW_SIZE or qkv.shape[1] // 3 > MAX_DIM:
         raise NotImplementedError(
-            f"implementation='triton' takes window_size up to {MAX_WINDOW_SIZE} and D up to {MAX_DIM}, not "
-            f"window_size={window_size} and D={qkv.shape[1] // 3}; use 'eager'."
+            f"implementation='triton' takes window_size up to {MAX_WINDOW_SIZE} and D up to {MAX_DIM}, "
+            f"got window_size={window_size} and D={qkv.shape[1] // 3}; use 'eager'"
         )
 
 
@@ -62,51 +62,48 @@ class _WindowedDistillation(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        qkv_teacher: Tensor,
         qkv_student: Tensor,
+        qkv_teacher: Tensor,
         window_size: int,
         offsets: tuple[int, int],
         shift: Tensor | None,
-        weights: Weights,
+        terms: Terms,
     ) -> tuple[Tensor, Tensor]:
-        loss, terms, statistics = _forward_terms(
-            qkv_teacher, qkv_student, window_size, offsets, shift, weights, save=True
+        loss, values, statistics = _forward_terms(
+            qkv_student, qkv_teacher, window_size, offsets, shift, terms, save=True
         )
-        ctx.save_for_backward(qkv_teacher, qkv_student, statistics, shift)
-        ctx.arguments = (window_size, offsets, weights)
-        ctx.mark_non_differentiable(terms)
-        return loss, terms
+        ctx.save_for_backward(qkv_student, qkv_teacher, statistics, shift)
+        ctx.arguments = (window_size, offsets, terms)
+        ctx.mark_non_differentiable(values)
+        return loss, values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        qkv_teacher, qkv_student, statistics, shift = ctx.saved_tensors
-        window_size, offsets, weights = ctx.arguments
-        teacher, student = ctx.needs_input_grad[:2]
-        gradient_teacher, gradient_student = _backward_operator(
-            upstream, qkv_teacher, qkv_student, statistics, window_size, offsets, shift, weights, teacher, student
+        qkv_student, qkv_teacher, statistics, shift = ctx.saved_tensors
+        window_size, offsets, terms = ctx.arguments
+        wanted = ctx.needs_input_grad[:2]
+        gradients = _backward_operator(
+            upstream, qkv_student, qkv_teacher, statistics, window_size, offsets, shift, terms, *wanted
         )
-        return (
-            gradient_teacher if teacher else None,
-            gradient_student if student else None,
-            *(None for _ in range(4)),
-        )
+        return *(gradient if wants else None for gradient, wants in zip(gradients, wanted)), *(None for _ in range(4))
 
 
 def _forward_terms(
-    qkv_teacher: Tensor,
     qkv_student: Tensor,
+    qkv_teacher: Tensor,
     window_size: int,
     offsets: tuple[int, int],
     shift: Tensor | None,
-    weights: Weights,
+    terms: Terms,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, the values of the three terms, and the statistics."""
     partials, statistics = _forward_operator(
-        qkv_teacher.detach(), qkv_student.detach(), window_size, offsets, shift, weights, save
+        qkv_student.detach(), qkv_teacher.detach(), window_size, offsets, shift, terms, save
     )
     sums = partials.sum(0)  # in a fixed order: bitwise repeatable, where atomics would not be
-    pixels = qkv_teacher.shape[0] * qkv_teacher.shape[2] * qkv_teacher.shape[3]
+    pixels = qkv_student.shape[0] * qkv_student.shape[2] * qkv_student.shape[3]
     return sums[0] / pixels, sums[1:] / pixels, statistics
 
 
@@ -114,9 +111,9 @@ def _forward_terms(
 
 
 def _arguments(
-    qkv_teacher: Tensor, qkv_student: Tensor, offsets: tuple[int, int], shift: Tensor | None, weights: Weights
+    qkv_student: Tensor, qkv_teacher: Tensor, offsets: tuple[int, int], shift: Tensor | None, terms: Terms
 ) -> dict[str, Any]:
-    sides = {"teacher": qkv_teacher, "student": qkv_student}
+    sides = {"student": qkv_student, "teacher": qkv_teacher}
     strides = {
         f"{side}_stride_{axis}": stride
         for side, qkv in sides.items()
@@ -128,17 +125,17 @@ def _arguments(
         "shift": shift,
         "shift_y": offsets[0],
         "shift_x": offsets[1],
-        "height": qkv_teacher.shape[2],
-        "width": qkv_teacher.shape[3],
-        "attention_weight": weights[0],
-        "value_weight": weights[1],
-        "context_weight": weights[2],
+        "height": qkv_student.shape[2],
+        "width": qkv_student.shape[3],
+        "attention_weight": terms[0],
+        "value_weight": terms[1],
+        "context_weight": terms[2],
     }
 
 
 def _launch(plan: Plan, grid: WindowGrid, images: int, arguments: dict[str, Any]) -> None:
     groups = images * math.ceil(grid.windows / plan.windows_per_program)
-    device = arguments["teacher"].device
+    device = arguments["student"].device
     most_registers = max_registers(family_of(device))
     options = {"maxnreg": most_registers} if most_registers else {}
     with device_guard(device):
@@ -148,20 +145,20 @@ def _launch(plan: Plan, grid: WindowGrid, images: int, arguments: dict[str, Any]
 
 
 def _forward(
-    qkv_teacher: Tensor,
     qkv_student: Tensor,
+    qkv_teacher: Tensor,
     window_size: int,
     offsets: tuple[int, int],
     shift: Tensor | None,
-    weights: Weights,
+    terms: Terms,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    plan = plan_of(problem_of(qkv_teacher, qkv_student, window_size, weights), "forward", SAVE=save)
-    partials, statistics = _allocate_forward(plan, qkv_teacher, window_size, save)
-    arguments = _arguments(qkv_teacher, qkv_student, offsets, shift, weights)
+    plan = plan_of(problem_of(qkv_student, qkv_teacher, window_size, terms), "forward", SAVE=save)
+    partials, statistics = _allocate_forward(plan, qkv_student, window_size, save)
+    arguments = _arguments(qkv_student, qkv_teacher, offsets, shift, terms)
     arguments |= {"partials": partials, "statistics": statistics, "statistic_stride": statistics.shape[-1]}
-    grid = WindowGrid(qkv_teacher.shape[2], qkv_teacher.shape[3], window_size)
-    _launch(plan, grid, qkv_teacher.shape[0], arguments)
+    grid = WindowGrid(qkv_student.shape[2], qkv_student.shape[3], window_size)
+    _launch(plan, grid, qkv_student.shape[0], arguments)
     return partials, statistics
 
 
@@ -175,47 +172,49 @@ def _allocate_forward(plan: Plan, qkv: Tensor, window_size: int, save: bool) -> 
 
 
 def _forward_fake(
-    qkv_teacher: Tensor,
     qkv_student: Tensor,
+    qkv_teacher: Tensor,
     window_size: int,
     offsets: tuple[int, int],
     shift: Tensor | None,
-    weights: Weights,
+    terms: Terms,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    plan = plan_of(problem_of(qkv_teacher, qkv_student, window_size, weights), "forward", SAVE=save)
-    return _allocate_forward(plan, qkv_teacher, window_size, save)
+    plan = plan_of(problem_of(qkv_student, qkv_teacher, window_size, terms), "forward", SAVE=save)
+    return _allocate_forward(plan, qkv_student, window_size, save)
 
 
 def _backward(
     upstream: Tensor,
-    qkv_teacher: Tensor,
     qkv_student: Tensor,
+    qkv_teacher: Tensor,
     statistics: Tensor,
     window_size: int,
     offsets: tuple[int, int],
     shift: Tensor | None,
-    weights: Weights,
-    teacher: bool,
-    student: bool,
+    terms: Terms,
+    wants_student_gradient: bool,
+    wants_teacher_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    gradients = _allocate_gradients(qkv_teacher, teacher), _allocate_gradients(qkv_student, student)
-    batch, _, height, width = qkv_teacher.shape
-    arguments = _arguments(qkv_teacher, qkv_student, offsets, shift, weights)
+    student_gradient = _allocate_gradient(qkv_student, wants_student_gradient)
+    teacher_gradient = _allocate_gradient(qkv_teacher, wants_teacher_gradient)
+    batch, _, height, width = qkv_student.shape
+    arguments = _arguments(qkv_student, qkv_teacher, offsets, shift, terms)
     arguments |= {
         "upstream": upstream,
         "statistics": statistics,
         "statistic_stride": statistics.shape[-1],
-        "teacher_gradient": gradients[0],
-        "student_gradient": gradients[1],
+        "student_gradient": student_gradient,
+        "teacher_gradient": teacher_gradient,
         "inverse_count": 1.0 / (batch * height * width),
     }
-    for plan in backward_plans(problem_of(qkv_teacher, qkv_student, window_size, weights), teacher, student):
+    problem = problem_of(qkv_student, qkv_teacher, window_size, terms)
+    for plan in backward_plans(problem, wants_student_gradient, wants_teacher_gradient):
         _launch(plan, WindowGrid(height, width, window_size), batch, arguments)
-    return gradients
+    return student_gradient, teacher_gradient
 
 
-def _allocate_gradients(qkv: Tensor, wanted: bool) -> Tensor:
+def _allocate_gradient(qkv: Tensor, wanted: bool) -> Tensor:
     """Dense, in the memory format of the input, so that loads and stores are vectorised alike."""
     if not wanted:
         return qkv.new_empty(0)
@@ -225,29 +224,32 @@ def _allocate_gradients(qkv: Tensor, wanted: bool) -> Tensor:
 
 def _backward_fake(
     upstream: Tensor,
-    qkv_teacher: Tensor,
     qkv_student: Tensor,
+    qkv_teacher: Tensor,
     statistics: Tensor,
     window_size: int,
     offsets: tuple[int, int],
     shift: Tensor | None,
-    weights: Weights,
-    teacher: bool,
-    student: bool,
+    terms: Terms,
+    wants_student_gradient: bool,
+    wants_teacher_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _allocate_gradients(qkv_teacher, teacher), _allocate_gradients(qkv_student, student)
+    return (
+        _allocate_gradient(qkv_student, wants_student_gradient),
+        _allocate_gradient(qkv_teacher, wants_teacher_gradient),
+    )
 
 
 _forward_operator = register(
-    "windowed_distillation_triton_forward(Tensor qkv_teacher, Tensor qkv_student, SymInt window_size, "
-    "SymInt[2] offsets, Tensor? shift, float[3] weights, bool save) -> (Tensor, Tensor)",
+    "windowed_distillation_triton_forward(Tensor qkv_student, Tensor qkv_teacher, SymInt window_size, "
+    "SymInt[2] offsets, Tensor? shift, float[3] terms, bool save) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 _backward_operator = register(
-    "windowed_distillation_triton_backward(Tensor upstream, Tensor qkv_teacher, Tensor qkv_student, "
-    "Tensor statistics, SymInt window_size, SymInt[2] offsets, Tensor? shift, float[3] weights, bool teacher, "
-    "bool student) -> (Tensor, Tensor)",
+    "windowed_distillation_triton_backward(Tensor upstream, Tensor qkv_student, Tensor qkv_teacher, "
+    "Tensor statistics, SymInt window_size, SymInt[2] offsets, Tensor? shift, float[3] terms, "
+    "bool wants_student_gradient, bool wants_teacher_gradient) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

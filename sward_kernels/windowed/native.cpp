@@ -1,9 +1,10 @@
-// Windowed distillation (equations.md, section 4) on a CPU: value and gradients of one window after another.
+// Windowed distillation (Eq. 4-14) on a CPU: values and closed-form gradients, one window after another. The gradients
+// are those of `distil_chunk` in eager.py.
 //
-// Everything of a window stays in the second-level cache. Its tokens are the innermost axis of every matrix, padded to
-// whole panels, and a score matrix is kept as [key, query]: then the softmax runs down columns, eight queries at a
+// All matrices of a window stay in the second-level cache. Tokens are the innermost axis of every matrix, padded to
+// whole panels, and a score matrix is stored as [key, query]: the softmax then runs down columns, eight queries at a
 // time, and every product but two reads its right-hand side row by row; for those two the matrix is transposed.
-// Padding lanes hold zeros, have `real` 0 and so add nothing.
+// Padding lanes hold zeros and have `real` 0, so they add nothing.
 
 #include <algorithm>
 #include <cmath>
@@ -18,7 +19,7 @@ namespace {
 
 constexpr int64_t PIXELS_TOGETHER = 64;  // of a map's row, read as one group of windows
 
-// One side of a window. `qkv` becomes its gradient, where that is wanted.
+// One side of a window. `qkv` is overwritten by its gradient, where that is wanted.
 struct Side {
     bool wants_gradient;
     float *qkv;                                   // [3, dim, width]
@@ -28,17 +29,17 @@ struct Side {
 };
 
 struct Scratch {
-    Side teacher, student;
+    Side student, teacher;
     float *square;      // [tokens, width]
     float *difference;  // [dim, width]
     float *real;        // [width], 1 for a pixel and 0 for padding
 };
 
-struct Weights {
+struct TermWeights {
     float attention, value, context;
 };
 
-// Scores and attention. A padded query attends to nothing: all that follows is 0.
+// Computes scores and attention. The attention of a padded query is 0, so that it adds nothing.
 void attend(Side& side, const float* real, const Sizes& sizes) {
     const int64_t width = sizes.width;
     multiply(side.scores, side.qkv + sizes.matrix, 1, width, side.qkv, sizes.tokens, sizes.dim, width);
@@ -64,8 +65,8 @@ void attend(Side& side, const float* real, const Sizes& sizes) {
     }
 }
 
-// Sum of KL(teacher | student) over the queries; begins the gradients of the scores.
-float attention_term(Side& teacher, Side& student, float weight, const Sizes& sizes) {
+// Returns the sum of KL(teacher | student) over the queries, and stores this term's gradients of the scores.
+float attention_term(Side& student, Side& teacher, float weight, const Sizes& sizes) {
     const int64_t width = sizes.width;
     double total = 0;
     for (int64_t query = 0; query < width; query += LANES) {
@@ -93,9 +94,9 @@ float attention_term(Side& teacher, Side& student, float weight, const Sizes& si
     return total;
 }
 
-// Sum of |Z_s - Z_t|^2 over the queries; `difference` becomes its weighted gradient to Z_s.
-float context_term(Side& teacher, Side& student, float* difference, float weight, const Sizes& sizes) {
-    for (Side* side : {&teacher, &student})
+// Returns the sum of |Z_s - Z_t|^2 over the queries, and stores its weighted gradient to Z_s in `difference`.
+float context_term(Side& student, Side& teacher, float* difference, float weight, const Sizes& sizes) {
+    for (Side* side : {&student, &teacher})
         multiply(
             side->context, side->qkv + 2 * sizes.matrix, sizes.width, 1, side->attention, sizes.dim, sizes.tokens,
             sizes.width);
@@ -108,8 +109,8 @@ float context_term(Side& teacher, Side& student, float* difference, float weight
     return sum(total.value());
 }
 
-// Adds what reaches one side's scores through its context, and stores what reaches its values. `sign` times
-// `difference` is the gradient of that context.
+// Backpropagates through one side's context to its scores (added if `add`) and its values (stored). The gradient of the
+// context is `sign` times `difference`.
 void backward_through_context(Side& side, float sign, bool add, Scratch& scratch, const Sizes& sizes) {
     const int64_t width = sizes.width;
     const float* gradient = scratch.difference;
@@ -130,7 +131,7 @@ void backward_through_context(Side& side, float sign, bool add, Scratch& scratch
         store(side.gradient_values + at, load(side.gradient_values + at) * sign);
 }
 
-// Replaces queries and keys by their gradients. The queries were divided by sqrt(dim).
+// Overwrites queries and keys with their gradients. The queries were divided by sqrt(dim).
 void backward_through_scores(Side& side, float scale, Scratch& scratch, const Sizes& sizes) {
     const int64_t width = sizes.width;
     float *queries = side.qkv, *keys = side.qkv + sizes.matrix, *gradient = scratch.difference;
@@ -140,8 +141,8 @@ void backward_through_scores(Side& side, float scale, Scratch& scratch, const Si
     for (int64_t at = 0; at < sizes.matrix; at += LANES) store(queries + at, load(gradient + at) * scale);
 }
 
-// Sum of 1 - cosine(V_t, V_s) over the real tokens; adds to the wanted gradients of the values.
-float value_term(Side& teacher, Side& student, const float* real, float weight, float epsilon, const Sizes& sizes) {
+// Returns the sum of 1 - cosine(V_s, V_t) over the real tokens, and adds to the wanted gradients of the values.
+float value_term(Side& student, Side& teacher, const float* real, float weight, float epsilon, const Sizes& sizes) {
     const float *v_t = teacher.qkv + 2 * sizes.matrix, *v_s = student.qkv + 2 * sizes.matrix;
     double total = 0;
     for (int64_t token = 0; token < sizes.width; token += LANES) {
@@ -174,21 +175,22 @@ float value_term(Side& teacher, Side& student, const float* real, float weight, 
     return total;
 }
 
-// The three terms of one window, and its sides' `qkv` replaced by their gradients where those are wanted.
-void distil_window(Scratch& scratch, const Weights& weights, float epsilon, const Sizes& sizes, float* terms) {
-    Side &teacher = scratch.teacher, &student = scratch.student;
+// Stores the three terms of one window in `values`, and overwrites each side's `qkv` with its gradient if wanted.
+void distil_window(Scratch& scratch, const TermWeights& weights, float epsilon, const Sizes& sizes, float* values) {
+    Side &student = scratch.student, &teacher = scratch.teacher;
     const bool attends = weights.attention != 0 || weights.context != 0;
     const float scale = 1 / std::sqrt(static_cast<float>(sizes.dim));
-    terms[0] = terms[1] = terms[2] = 0;
+    float &attention = values[0], &value = values[1], &context = values[2];
+    attention = value = context = 0;
     if (attends)
-        for (Side* side : {&teacher, &student}) {
+        for (Side* side : {&student, &teacher}) {
             for (int64_t at = 0; at < sizes.matrix; at += LANES) store(side->qkv + at, load(side->qkv + at) * scale);
             attend(*side, scratch.real, sizes);
         }
-    if (weights.attention != 0) terms[0] = attention_term(teacher, student, weights.attention, sizes);
+    if (weights.attention != 0) attention = attention_term(student, teacher, weights.attention, sizes);
     if (weights.context != 0)
-        terms[2] = context_term(teacher, student, scratch.difference, weights.context, sizes);
-    for (Side* side : {&teacher, &student}) {
+        context = context_term(student, teacher, scratch.difference, weights.context, sizes);
+    for (Side* side : {&student, &teacher}) {
         if (!side->wants_gradient) continue;
         if (weights.context != 0)
             backward_through_context(*side, side == &teacher ? -1.0f : 1.0f, weights.attention != 0, scratch, sizes);
@@ -196,8 +198,8 @@ void distil_window(Scratch& scratch, const Weights& weights, float epsilon, cons
             std::fill_n(side->gradient_values, sizes.matrix, 0.0f);
     }
     if (weights.value != 0)
-        terms[1] = value_term(teacher, student, scratch.real, weights.value, epsilon, sizes);
-    for (Side* side : {&teacher, &student}) {
+        value = value_term(student, teacher, scratch.real, weights.value, epsilon, sizes);
+    for (Side* side : {&student, &teacher}) {
         if (!side->wants_gradient) continue;
         if (attends)
             backward_through_scores(*side, scale, scratch, sizes);
@@ -207,16 +209,16 @@ void distil_window(Scratch& scratch, const Weights& weights, float epsilon, cons
     }
 }
 
-// As `_Arguments` in native.py. Maps are [batch, 3 * dim, height, width]; a null gradient is not wanted.
+// The same as `_Arguments` in native.py. Maps are [batch, 3 * dim, height, width]; a gradient is null if not wanted.
 struct Arguments {
     int64_t batch, dim, side, window_rows, window_columns;
-    float* maps[4];          // teacher, student, the teacher's gradient, the student's
+    float* maps[4];          // student, teacher, the student's gradient, the teacher's
     int64_t strides[4][4];   // image, channel, row, column
-    const int64_t* rows;     // [window_rows * side], the map's row that each row of the window grid reads, or -1
+    const int64_t* rows;     // [window_rows * side]: the map's row that each row of the window grid reads, -1 for padding
     const int64_t* columns;  // [window_columns * side], likewise
-    Weights weights;
+    TermWeights term_weights;
     float epsilon;
-    float* terms;            // [batch * window_rows * window_columns, 3]
+    float* values;           // [batch * window_rows * window_columns, 3]
 };
 
 Sizes sizes_of(const Arguments& given) {
@@ -230,7 +232,7 @@ Sizes sizes_of(const Arguments& given) {
     return sizes;
 }
 
-// What one thread needs for a group of neighbouring windows, which are read and written together.
+// The memory of one thread for a group of neighbouring windows, which are read and written together.
 struct Workspace {
     Workspace(const Arguments& given, const Sizes& sizes)
         : group(std::min(given.window_columns, std::max<int64_t>(1, PIXELS_TOGETHER / sizes.side))),
@@ -240,12 +242,12 @@ struct Workspace {
         floats.reset(new (std::nothrow) float[2 * group * stride + 2 * side + shared]());
         runs.reset(new (std::nothrow) Run[group * sizes.tokens]);
         ready = floats && runs;
-        scratch.teacher.wants_gradient = given.maps[2];
-        scratch.student.wants_gradient = given.maps[3];
+        scratch.student.wants_gradient = given.maps[2];
+        scratch.teacher.wants_gradient = given.maps[3];
         float* next = floats.get();
         const auto take = [&next](int64_t count) { return (next += count) - count; };
         for (float*& side_windows : windows) side_windows = take(group * stride);
-        for (Side* each : {&scratch.teacher, &scratch.student}) {
+        for (Side* each : {&scratch.student, &scratch.teacher}) {
             each->scores = take(sizes.scores);
             each->attention = take(sizes.scores);
             each->gradient_scores = take(sizes.scores);
@@ -263,7 +265,7 @@ struct Workspace {
     bool ready;             // whether there was memory
     std::unique_ptr<float[]> floats;
     std::unique_ptr<Run[]> runs;
-    float* windows[2];  // [group, 3, dim, width], teacher and student
+    float* windows[2];  // [group, 3, dim, width], student and teacher
     Scratch scratch;
 };
 
@@ -289,10 +291,10 @@ void distil_strip(const Arguments& given, int64_t strip, const Sizes& sizes, Wor
             for (int64_t token = 0; token < sizes.tokens; ++token)
                 workspace.scratch.real[token] =
                     rows[token / sizes.side] >= 0 && columns[window * sizes.side + token % sizes.side] >= 0;
-            workspace.scratch.teacher.qkv = workspace.windows[0] + window * workspace.stride;
-            workspace.scratch.student.qkv = workspace.windows[1] + window * workspace.stride;
-            float* terms = given.terms + 3 * (strip * given.window_columns + column + window);
-            distil_window(workspace.scratch, given.weights, given.epsilon, sizes, terms);
+            workspace.scratch.student.qkv = workspace.windows[0] + window * workspace.stride;
+            workspace.scratch.teacher.qkv = workspace.windows[1] + window * workspace.stride;
+            float* values = given.values + 3 * (strip * given.window_columns + column + window);
+            distil_window(workspace.scratch, given.term_weights, given.epsilon, sizes, values);
         }
         for (int i = 2; i < 4; ++i) {
             if (!maps[i].data) continue;
@@ -304,7 +306,7 @@ void distil_strip(const Arguments& given, int64_t strip, const Sizes& sizes, Wor
 
 }  // namespace
 
-// Returns 0, or 1 if a thread has no memory for its windows.
+// Returns 0, or 1 if a thread cannot allocate the memory for its windows.
 extern "C" int distil(const Arguments* arguments, int threads) {
     const Arguments& given = *arguments;
     const Sizes sizes = sizes_of(given);
@@ -313,7 +315,7 @@ extern "C" int distil(const Arguments* arguments, int threads) {
     {
         Workspace workspace(given, sizes);
         failed |= !workspace.ready;
-        // Strips are rows of windows. Each is one thread's alone, so that the result does not depend on their number.
+        // A strip is a row of windows and belongs to one thread, so the result does not depend on the number of threads.
 #pragma omp for schedule(static)
         for (int64_t strip = 0; strip < given.batch * given.window_rows; ++strip)
             if (workspace.ready) distil_strip(given, strip, sizes, workspace);

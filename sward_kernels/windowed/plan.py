@@ -1,6 +1,7 @@
-"""What of a call decides what Triton compiles, and every such case that ships.
+"""Maps a call to what Triton compiles, and lists every shipped configuration.
 
-`launch.py` runs the plan of a call, the report compiles the plans of `configurations`: what it measures is what runs.
+`launch.py` runs the plan of a call and the report compiles the plans of `configurations`, so the report describes the
+kernels that run.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ from sward_kernels.windowed.kernels_tiled_backward import backward_tiled_kernel
 from sward_kernels.windowed.kernels_tiled_forward import forward_tiled_kernel
 from sward_kernels.windowed.tile_table import Tiles, tiles_of
 
-Weights = tuple[float, float, float]
+Terms = tuple[float, float, float]
+"""Weights of the attention, value and context terms."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one side lies in memory, as far as the kernels are compiled for it."""
+    """The part of one side's memory layout that the kernels are compiled for."""
 
     channels_last: bool
     aligned: bool
@@ -51,16 +53,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything about a call that decides what is compiled. Sizes of batch and image, strides and shifts are not."""
+    """Everything about a call that decides what is compiled: not sizes of batch and image, strides or shifts."""
 
     window_size: int
     dim: int
     dtype: torch.dtype
     precision: str
     family: str
-    teacher: Layout
-    student: Layout
-    terms: tuple[bool, bool, bool]
+    student_layout: Layout
+    teacher_layout: Layout
+    active_terms: tuple[bool, bool, bool]
     wide: bool
 
     @property
@@ -70,10 +72,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """One kernel for one problem. A group is what `programs_per_group` programs share: `windows_per_program` windows.
-
-    `statistics` counts the floats a token that the forward pass leaves for the backward pass.
-    """
+    """One kernel for one problem. `programs_per_group` programs share a group of `windows_per_program` windows."""
 
     kernel: Any
     constants: dict[str, Any]
@@ -81,23 +80,26 @@ class Plan:
     windows_per_program: int
     programs_per_group: int
     statistics: int
+    """Floats per token that the forward pass saves for the backward pass."""
 
 
 def plan_of(problem: Problem, direction: str, **flags: bool) -> Plan:
-    channels_last = problem.teacher.channels_last and problem.student.channels_last
+    """The kernel for `direction` (`"forward"` or `"backward"`) and its constants; `flags` are constants of its own."""
+    student, teacher = problem.student_layout, problem.teacher_layout
+    channels_last = student.channels_last and teacher.channels_last
     tiles = tiles_of(problem.family, direction, problem.dtype, problem.tokens, problem.dim, channels_last)
-    padded_dim = max(16, triton.next_power_of_2(problem.dim))  # products of fewer than 16 channels do not exist
+    padded_dim = max(16, triton.next_power_of_2(problem.dim))  # tl.dot takes at least 16 channels
     constants: dict[str, Any] = {
         "WINDOW": problem.window_size,
         "DIM": problem.dim,
         "BLOCK_DIM": min(tiles.channels, padded_dim),
-        "ATTENTION": problem.terms[0],
-        "VALUE": problem.terms[1],
-        "CONTEXT": problem.terms[2],
-        "TEACHER_CHANNELS_LAST": problem.teacher.channels_last,
-        "TEACHER_ALIGNED": problem.teacher.aligned,
-        "STUDENT_CHANNELS_LAST": problem.student.channels_last,
-        "STUDENT_ALIGNED": problem.student.aligned,
+        "ATTENTION": problem.active_terms[0],
+        "VALUE": problem.active_terms[1],
+        "CONTEXT": problem.active_terms[2],
+        "STUDENT_CHANNELS_LAST": student.channels_last,
+        "STUDENT_ALIGNED": student.aligned,
+        "TEACHER_CHANNELS_LAST": teacher.channels_last,
+        "TEACHER_ALIGNED": teacher.aligned,
         "WIDE": problem.wide,
         "PRECISION": problem.precision,
         "ACCUMULATE": accumulator(problem.dtype),
@@ -120,11 +122,16 @@ def plan_of(problem: Problem, direction: str, **flags: bool) -> Plan:
     return Plan(backward_tiled_kernel, constants, tiles, 1, 2 * programs * sum(flags.values()), 5)
 
 
-def backward_plans(problem: Problem, teacher: bool, student: bool) -> list[Plan]:
-    """The launches of one backward pass: one, or two where a tiled kernel meets sides of unlike layouts."""
-    plan = plan_of(problem, "backward", TEACHER=teacher, STUDENT=student)
-    if plan.kernel is backward_tiled_kernel and teacher and student and problem.teacher != problem.student:
-        return [plan_of(problem, "backward", TEACHER=side, STUDENT=not side) for side in (True, False)]
+def backward_plans(problem: Problem, wants_student_gradient: bool, wants_teacher_gradient: bool) -> list[Plan]:
+    """The launches of one backward pass: one, or one per side where a tiled kernel meets two different layouts."""
+
+    def plan_for(student: bool, teacher: bool) -> Plan:
+        return plan_of(problem, "backward", WANTS_STUDENT_GRADIENT=student, WANTS_TEACHER_GRADIENT=teacher)
+
+    plan = plan_for(wants_student_gradient, wants_teacher_gradient)
+    both = wants_student_gradient and wants_teacher_gradient
+    if plan.kernel is backward_tiled_kernel and both and problem.student_layout != problem.teacher_layout:
+        return [plan_for(student=True, teacher=False), plan_for(student=False, teacher=True)]
     return [plan]
 
 
@@ -134,22 +141,23 @@ def owns_windows(tiles: Tiles, tokens: int) -> bool:
 
 
 def max_registers(family: str) -> int | None:
-    """On NVIDIA, all a thread can have: left to itself ptxas spills some bytes to make room for a third program."""
+    """The limit to compile with: on NVIDIA all 255, since ptxas left alone spills to make room for a third program."""
     return 255 if family in ("ampere", "ada", "hopper") else None
 
 
-def problem_of(qkv_teacher: Tensor, qkv_student: Tensor, window_size: int, weights: Weights) -> Problem:
-    family = family_of(qkv_teacher.device)
+def problem_of(qkv_student: Tensor, qkv_teacher: Tensor, window_size: int, terms: Terms) -> Problem:
+    """The problem that a call poses."""
+    family = family_of(qkv_student.device)
     return Problem(
         window_size=window_size,
-        dim=qkv_teacher.shape[1] // 3,
-        dtype=qkv_teacher.dtype,
-        precision=product_precision(qkv_teacher.dtype, family),
+        dim=qkv_student.shape[1] // 3,
+        dtype=qkv_student.dtype,
+        precision=product_precision(qkv_student.dtype, family),
         family=family,
-        teacher=Layout.of(qkv_teacher),
-        student=Layout.of(qkv_student),
-        terms=(weights[0] != 0, weights[1] != 0, weights[2] != 0),
-        wide=needs_64_bits(qkv_teacher) or needs_64_bits(qkv_student),
+        student_layout=Layout.of(qkv_student),
+        teacher_layout=Layout.of(qkv_teacher),
+        active_terms=(terms[0] != 0, terms[1] != 0, terms[2] != 0),
+        wide=needs_64_bits(qkv_student) or needs_64_bits(qkv_teacher),
     )
 
 
@@ -160,9 +168,9 @@ SHIPPED_DIMS = (16, 32, 64, 128)
 
 
 def configurations(target: Target) -> Iterator[Configuration]:
-    """Every configuration the report compiles for a target: all terms, gradients to both sides.
+    """Every configuration that the report compiles for a target: all terms, gradients of both sides.
 
-    Other sizes, layouts and flags run the same code with the same tiles and fewer or as many live values.
+    Other sizes, layouts and flags run the same code with the same tiles and no more live values.
     """
     exact = full_float32_precision(target.family)
     types = ((torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, exact))
@@ -173,13 +181,13 @@ def configurations(target: Target) -> Iterator[Configuration]:
             for dim in dims:
                 problem = Problem(window_size, dim, dtype, precision, target.family, layout, layout, (True,) * 3, False)
                 yield _configuration(problem, "forward", SAVE=True)
-                yield _configuration(problem, "backward", TEACHER=True, STUDENT=True)
+                yield _configuration(problem, "backward", WANTS_STUDENT_GRADIENT=True, WANTS_TEACHER_GRADIENT=True)
 
 
 def _configuration(problem: Problem, direction: str, **flags: bool) -> Configuration:
     plan = plan_of(problem, direction, **flags)
     element = f"*{TRITON_TYPES[problem.dtype]}"
-    types = dict.fromkeys(("teacher", "student", "teacher_gradient", "student_gradient"), element)
+    types = dict.fromkeys(("student", "teacher", "student_gradient", "teacher_gradient"), element)
     types |= dict.fromkeys(("partials", "statistics", "upstream"), "*fp32")
     types |= dict.fromkeys(RUNTIME_INTEGERS, "i32")
     types |= dict.fromkeys(("attention_weight", "value_weight", "context_weight", "inverse_count"), "fp32")
@@ -200,11 +208,11 @@ def _configuration(problem: Problem, direction: str, **flags: bool) -> Configura
             "tokens": tokens,
             "dim": dim,
             "precision": problem.precision if problem.dtype == torch.float32 else "-",
-            "layout": "channels_last" if problem.teacher.channels_last else "nchw",
+            "layout": "channels_last" if problem.student_layout.channels_last else "nchw",
             "tile": f"{plan.tiles.rows}x{plan.tiles.keys}x{plan.constants['BLOCK_DIM']}",
         },
-        # Q, K, V of both sides read once, their gradients written once, the row statistics written or read once.
+        # Q, K and V of both sides are read once, their gradients written once, the statistics written or read once.
         ideal_bytes=tokens * (6 * dim * size * (1 + backward) + plan.statistics * 4),
-        # Products of T x T x D: scores and contexts, backward also dA, dV, dQ and dK; not what is recomputed.
+        # Products of T x T x D: scores and contexts, and in backward dA, dV, dQ and dK; not what is recomputed.
         flops=2 * tokens * tokens * dim * (12 if backward else 4),
     )

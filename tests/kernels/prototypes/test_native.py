@@ -73,7 +73,7 @@ def test_any_shape(
 ) -> None:
     options = {"ignored": ignored, "ignore_index": ignore_index, "labels_dtype": labels_dtype}
     features, labels = close_clusters(*sizes, num_classes, dtype=torch.float32, **options)
-    check(features, labels, num_classes, ignore_index=ignore_index, weights=(0.7, 1.9))
+    check(features, labels, num_classes, ignore_index=ignore_index, terms=(0.7, 1.9))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -149,7 +149,7 @@ def test_native_is_taken_where_it_serves(implementation: str, dtype: torch.dtype
 def test_what_it_is_not_written_for_is_refused_by_name() -> None:
     for dtype, normalize in ((torch.float64, False), (torch.bfloat16, False), (torch.float32, True)):
         features, labels = close_clusters(1, 4, 3, 3, 2, dtype=dtype)
-        with pytest.raises(NotImplementedError, match=f"not {dtype} on cpu with normalize={normalize}; use 'eager'"):
+        with pytest.raises(NotImplementedError, match=f"got {dtype} on cpu with normalize={normalize}; use 'eager'"):
             prototype_discrimination(features, labels, 2, normalize=normalize, implementation="native")
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import tests.support.interpreter  # noqa: F401  (quickens it)
+from sward_kernels import labels as labels_module
 from sward_kernels import prototype_discrimination
 from sward_kernels.gpu import launching
-from sward_kernels.prototypes import classes, launch
+from sward_kernels.prototypes import launch
 from tests.support.error_budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
 from tests.support.prototype_cases import by_loops, close_clusters, run
 
@@ -54,7 +55,7 @@ def assert_equals_reference(features: Tensor, labels: Tensor, num_classes: int, 
 )
 def test_sizes(num_classes: int, channels: int, normalize: bool) -> None:
     features, labels = case(1, channels, 9, 8, num_classes)
-    assert_equals_reference(features, labels, num_classes, normalize=normalize, upstream=-1.7, weights=(0.6, 2.0))
+    assert_equals_reference(features, labels, num_classes, normalize=normalize, upstream=-1.7, terms=(0.6, 2.0))
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "sliced", "transposed", "expanded"])
@@ -168,7 +169,7 @@ def test_label_outside_the_classes() -> None:
     wrong = labels.clone()
     wrong[0, 1, 2] = 2**32  # would be class 0 if narrowed to 32 bits
     if DEVICE == "cpu":
-        with pytest.raises(ValueError, match="labels hold 4294967296, which is neither a class"):
+        with pytest.raises(ValueError, match=r"labels must be classes in .*, got 4294967296"):
             prototype_discrimination(features, wrong, 4, implementation="triton")
     else:
         ignored = labels.clone()
@@ -181,7 +182,7 @@ def test_label_outside_the_classes() -> None:
 
 def test_kernels_ignore_what_the_launcher_did_not_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU nothing is checked; the kernels themselves must leave out-of-range labels alone."""
-    monkeypatch.setattr(classes, "require_classes", lambda *_: None)
+    monkeypatch.setattr(labels_module, "require_classes", lambda *_: None)
     features, labels = case(1, 3, 4, 4, 4, ignored=0.0)
     ignored, wrong = labels.clone(), labels.clone()
     ignored[0, 1] = 255

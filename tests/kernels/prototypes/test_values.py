@@ -26,7 +26,7 @@ def test_two_classes_by_hand(implementation: str) -> None:
     features = torch.tensor([[0.0, 0.0], [2.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
     features = features.T.reshape(1, 2, 1, 3).clone().requires_grad_()
     labels = torch.tensor([[[0, 0, 1]]])
-    result, gradient = run(implementation, features, labels, 3, margin=1.3, weights=(2.0, 3.0))
+    result, gradient = run(implementation, features, labels, 3, margin=1.3, terms=(2.0, 3.0))
     assert result.separation.item() == pytest.approx(0.3)
     assert result.compactness.item() == pytest.approx(2 / 2)
     assert result.loss.item() == pytest.approx(2 * 0.3 + 3 * 1.0)
@@ -74,7 +74,7 @@ def test_equals_loops_over_classes(
 @pytest.mark.parametrize(("channels", "num_classes"), [(8, 1), (24, 19), (5, 150), (2048, 2)])
 def test_gradient_equals_autograd_in_float64(normalize: bool, channels: int, num_classes: int) -> None:
     features, labels = close_clusters(3, channels, 9, 7, num_classes)
-    options = {"weights": (0.7, 1.9), "upstream": -2.5, "normalize": normalize}
+    options = {"terms": (0.7, 1.9), "upstream": -2.5, "normalize": normalize}
     expected, expected_gradient = run("reference", features, labels, num_classes, **options)
     result, gradient = run("eager", features, labels, num_classes, **options)
     torch.testing.assert_close(result, expected, atol=1e-10, rtol=1e-10)
@@ -84,8 +84,8 @@ def test_gradient_equals_autograd_in_float64(normalize: bool, channels: int, num
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
 def test_each_weight_alone(weights: tuple[float, float]) -> None:
     features, labels = close_clusters(2, 6, 5, 4, 4)
-    _, expected = run("reference", features, labels, 4, weights=weights)
-    result, gradient = run("eager", features, labels, 4, weights=weights)
+    _, expected = run("reference", features, labels, 4, terms=weights)
+    result, gradient = run("eager", features, labels, 4, terms=weights)
     torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=0)
     weighted = weights[0] * result.separation + weights[1] * result.compactness
     torch.testing.assert_close(result.loss.detach(), weighted)

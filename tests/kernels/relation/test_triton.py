@@ -23,27 +23,27 @@ def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).to(DEVICE, dtype)
 
 
-def value_and_gradient(teacher: Tensor, student: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
+def value_and_gradient(student: Tensor, teacher: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
     student = student.detach().requires_grad_()
-    loss = relational_kl(teacher, student, implementation=implementation)
+    loss = relational_kl(student, teacher, implementation=implementation)
     return loss.detach(), torch.autograd.grad(-3.0 * loss, student)[0]
 
 
 # Less than a tile, several tiles with a ragged end, more channels than one program writes.
-SHAPES = [((1, 3), (2, 4)), ((2, 70), (5, 20)), ((1, 20), (17, 140))]
+SHAPES = [((1, 3), (4, 2)), ((2, 70), (20, 5)), ((1, 20), (140, 17))]
 
 
 @pytest.mark.parametrize(("grid", "channels"), SHAPES)
 def test_float64_equals_the_reference(grid: tuple[int, int], channels: tuple[int, int]) -> None:
-    teacher, student = random(*grid, channels[0]), random(*grid, channels[1])
-    actual, expected = (value_and_gradient(teacher, student, name) for name in ("triton", "reference"))
+    student, teacher = random(*grid, channels[0]), random(*grid, channels[1])
+    actual, expected = (value_and_gradient(student, teacher, name) for name in ("triton", "reference"))
     torch.testing.assert_close(actual, expected, rtol=1e-6 if DEVICE == "cuda" else 1e-10, atol=1e-10)
 
 
 def test_float32_error_is_within_three_times_that_of_the_plain_form() -> None:
-    teacher, student = random(2, 66, 12), random(2, 66, 9)
-    exact = value_and_gradient(teacher, student, "reference")
-    plain, ours = (value_and_gradient(teacher.float(), student.float(), name) for name in ("reference", "triton"))
+    student, teacher = random(2, 66, 9), random(2, 66, 12)
+    exact = value_and_gradient(student, teacher, "reference")
+    plain, ours = (value_and_gradient(student.float(), teacher.float(), name) for name in ("reference", "triton"))
     for e, p, o in zip(exact, plain, ours):
         budget = 3 * (p.double() - e).norm() + 3e-7 * e.norm()
         assert (o.double() - e).norm() <= budget
@@ -63,10 +63,10 @@ def test_padding_is_never_read_and_every_element_is_written(monkeypatch: pytest.
 
 
 def test_strided_maps_and_no_gradient() -> None:
-    teacher, student = random(1, 3, 2, 4, dtype=torch.float32), random(1, 5, 2, 4, dtype=torch.float32)
+    student, teacher = random(1, 5, 2, 4, dtype=torch.float32), random(1, 3, 2, 4, dtype=torch.float32)
     with torch.no_grad():
-        actual = relational_kl(teacher.flatten(2).mT, student.flatten(2).mT, implementation="triton")
-        expected = relational_kl(teacher.flatten(2).mT, student.flatten(2).mT, implementation="eager")
+        actual = relational_kl(student.flatten(2).mT, teacher.flatten(2).mT, implementation="triton")
+        expected = relational_kl(student.flatten(2).mT, teacher.flatten(2).mT, implementation="eager")
     torch.testing.assert_close(actual, expected)
 
 
@@ -78,10 +78,10 @@ def test_registered_operators() -> None:
 
 
 def test_compiles_as_one_graph() -> None:
-    teacher, student = random(1, 6, 3), random(1, 6, 4).requires_grad_()
+    student, teacher = random(1, 6, 4).requires_grad_(), random(1, 6, 3)
     compiled = torch.compile(relational_kl, fullgraph=True, backend="aot_eager")
-    actual = compiled(teacher, student, implementation="triton")
-    expected = relational_kl(teacher, student, implementation="triton")
+    actual = compiled(student, teacher, implementation="triton")
+    expected = relational_kl(student, teacher, implementation="triton")
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (actual, expected)))
 

@@ -15,7 +15,7 @@ from sward_kernels import windowed_distillation
 from sward_kernels.windowed import eager, native
 from tests.support.distillation_cases import (
     LAYOUTS,
-    TERMS,
+    SCALARS,
     WEIGHTS,
     assert_outcome_within_budget,
     assert_same,
@@ -34,39 +34,39 @@ def compilations() -> Callable[[], int]:
 @pytest.mark.parametrize("gradients", [(True, True), (False, True), (False, False)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(layout: str, gradients: tuple[bool, bool]) -> None:
-    teacher, student = maps_like((2, 6, 5, 9), layout=layout, dtype=torch.float32)
+    student, teacher = maps_like((2, 6, 5, 9), layout=layout, dtype=torch.float32)
     for offsets, shift in (((1, 2), None), ((0, 0), torch.tensor([1, 2]))):
         for operator in (eager.eager, native.native):
-            opcheck(operator, (teacher, student, 4, offsets, shift, WEIGHTS, *gradients))
+            opcheck(operator, (student, teacher, 4, offsets, shift, WEIGHTS, *gradients))
 
 
 def test_native_in_a_users_compile() -> None:
-    def step(teacher: Tensor, student: Tensor, shift: Tensor) -> Tensor:
-        return windowed_distillation(teacher * 2, student * 2, 4, shift, weights=WEIGHTS).loss * 3
+    def step(student: Tensor, teacher: Tensor, shift: Tensor) -> Tensor:
+        return windowed_distillation(student * 2, teacher * 2, 4, shift, terms=WEIGHTS).loss * 3
 
-    teacher, student = maps_like((2, 6, 8, 9), dtype=torch.float32)
-    expected = run(teacher * 2, student * 2, 4, (1, 2), implementation="native", upstream=3.0)
-    teacher.requires_grad_(), student.requires_grad_()
+    student, teacher = maps_like((2, 6, 8, 9), dtype=torch.float32)
+    expected = run(student * 2, teacher * 2, 4, (1, 2), implementation="native", upstream=3.0)
+    student.requires_grad_(), teacher.requires_grad_()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
-    gradients = torch.autograd.grad(compiled(teacher, student, torch.tensor([1, 2])), (teacher, student))
-    torch.testing.assert_close(gradients[0], 2 * expected.gradient_teacher)
-    torch.testing.assert_close(gradients[1], 2 * expected.gradient_student)
+    gradients = torch.autograd.grad(compiled(student, teacher, torch.tensor([1, 2])), (student, teacher))
+    torch.testing.assert_close(gradients[0], 2 * expected.gradient_student)
+    torch.testing.assert_close(gradients[1], 2 * expected.gradient_teacher)
 
 
 def test_one_graph_in_a_users_compile(compilations: Callable[[], int]) -> None:
-    def step(teacher: Tensor, student: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
-        result = windowed_distillation(teacher * 2, student * 2, 4, shift, weights=WEIGHTS, implementation="eager")
+    def step(student: Tensor, teacher: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+        result = windowed_distillation(student * 2, teacher * 2, 4, shift, terms=WEIGHTS, implementation="eager")
         return (result.loss * 3, *result)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
     for shape, shift in (((5, 6, 8, 9), (1, 2)), ((3, 6, 12, 20), (0, 3)), ((4, 6, 7, 30), (3, 0))):
-        teacher, student = maps_like(shape)
-        expected = run(teacher * 2, student * 2, 4, shift, implementation="reference", upstream=3.0)
-        teacher.requires_grad_(), student.requires_grad_()
-        loss, *terms = compiled(teacher, student, torch.tensor(shift))
-        gradients = torch.autograd.grad(loss, (teacher, student))
+        student, teacher = maps_like(shape)
+        expected = run(student * 2, teacher * 2, 4, shift, implementation="reference", upstream=3.0)
+        student.requires_grad_(), teacher.requires_grad_()
+        loss, *terms = compiled(student, teacher, torch.tensor(shift))
+        gradients = torch.autograd.grad(loss, (student, teacher))
         torch.testing.assert_close(tuple(terms), tuple(expected.result))
-        torch.testing.assert_close(gradients, (2 * expected.gradient_teacher, 2 * expected.gradient_student))
+        torch.testing.assert_close(gradients, (2 * expected.gradient_student, 2 * expected.gradient_teacher))
     assert compilations() == 1
 
 
@@ -81,24 +81,24 @@ def test_compiled_matches_reference_and_compiles_once(compilations: Callable[[],
         ((1, 6, 40, 168), torch.tensor([3, 1])),  # several chunks
     )
     for shape, shift in cases:
-        teacher, student = maps_like(shape)
-        expected = run(teacher, student, 4, shift, implementation="reference")
-        assert_same(run(teacher, student, 4, shift, implementation="compiled"), expected)
-        assert_same(run(teacher, student, 4, shift, implementation="compiled", weights=(2.0, 0.5, 3.0)),
-                    run(teacher, student, 4, shift, implementation="reference", weights=(2.0, 0.5, 3.0)))  # fmt: skip
+        student, teacher = maps_like(shape)
+        expected = run(student, teacher, 4, shift, implementation="reference")
+        assert_same(run(student, teacher, 4, shift, implementation="compiled"), expected)
+        assert_same(run(student, teacher, 4, shift, implementation="compiled", terms=(2.0, 0.5, 3.0)),
+                    run(student, teacher, 4, shift, implementation="reference", terms=(2.0, 0.5, 3.0)))  # fmt: skip
     assert compilations() <= 1  # 0 if another test of this session needed the same chunk before
     with torch.inference_mode():
-        result = windowed_distillation(teacher, student, 4, shift, weights=WEIGHTS, implementation="compiled")
-    for name in TERMS:
+        result = windowed_distillation(student, teacher, 4, shift, terms=WEIGHTS, implementation="compiled")
+    for name in SCALARS:
         torch.testing.assert_close(getattr(result, name), getattr(expected.result, name))
 
 
 def test_compiled_inside_a_users_compile() -> None:
-    teacher, student = maps_like((2, 6, 8, 16))
-    expected = run(teacher, student, 4, (1, 2), implementation="reference")
-    teacher.requires_grad_(), student.requires_grad_()
+    student, teacher = maps_like((2, 6, 8, 16))
+    expected = run(student, teacher, 4, (1, 2), implementation="reference")
+    student.requires_grad_(), teacher.requires_grad_()
     step = torch.compile(
-        lambda: windowed_distillation(teacher, student, 4, (1, 2), weights=WEIGHTS, implementation="compiled").loss,
+        lambda: windowed_distillation(student, teacher, 4, (1, 2), terms=WEIGHTS, implementation="compiled").loss,
         fullgraph=True,
         backend="aot_eager",
     )
@@ -121,13 +121,13 @@ def test_compiled_inside_a_users_compile() -> None:
 )
 def test_compiled_stays_in_the_error_budget(window_size: int, layout: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):  # one compilation: chunks of 16-bit maps are fp32
-        teacher, student = maps_like((2, 72, 30, 37), dtype=dtype, layout=layout)
+        student, teacher = maps_like((2, 72, 30, 37), dtype=dtype, layout=layout)
         arguments = (window_size, (window_size // 2, window_size - 1))
-        oracle = run(teacher.double(), student.double(), *arguments, implementation="reference")
-        reference = run(teacher, student, *arguments, implementation="reference")
-        actual = run(teacher, student, *arguments, implementation="compiled")
+        oracle = run(student.double(), teacher.double(), *arguments, implementation="reference")
+        reference = run(student, teacher, *arguments, implementation="reference")
+        actual = run(student, teacher, *arguments, implementation="compiled")
         assert_outcome_within_budget(actual, reference, oracle)
-        again = run(teacher, student, *arguments, implementation="compiled")
+        again = run(student, teacher, *arguments, implementation="compiled")
         assert all(torch.equal(*pair) for pair in zip(actual.result, again.result))
         assert torch.equal(actual.gradient_student, again.gradient_student)
 
@@ -141,7 +141,7 @@ def test_compiled_terms_and_sides(weights: tuple[float, float, float], gradients
         maps = maps_like((2, 6, 9, 16))
         for one, wanted in zip(maps, gradients):
             one.requires_grad_(wanted)
-        result = windowed_distillation(*maps, 4, (1, 2), weights=weights, implementation=implementation)
+        result = windowed_distillation(*maps, 4, (1, 2), terms=weights, implementation=implementation)
         if any(gradients):
             result.loss.backward()
         outcomes.append((*(value.detach() for value in result), *(one.grad for one in maps if one.requires_grad)))

@@ -16,7 +16,7 @@ from sward_kernels import cpp, windowed_distillation
 from sward_kernels.windowed import native
 from tests.support.distillation_cases import (
     LAYOUTS,
-    TERMS,
+    SCALARS,
     WEIGHTS,
     Outcome,
     assert_outcome_within_budget,
@@ -39,11 +39,11 @@ SHAPES = {
 SMALL_SHAPES = {"smaller than a window": (2, 6, 3, 2), "one row": (1, 3, 1, 21), "one pixel": (1, 6, 1, 1)}
 
 
-def check(teacher: Tensor, student: Tensor, *arguments: object, **keywords: object) -> Outcome:
+def check(student: Tensor, teacher: Tensor, *arguments: object, **keywords: object) -> Outcome:
     """Runs native and holds it to the budget that plain fp32 PyTorch sets."""
-    oracle = run(teacher.double(), student.double(), *arguments, implementation="reference", **keywords)
-    reference = run(teacher, student, *arguments, implementation="reference", **keywords)
-    actual = run(teacher, student, *arguments, implementation="native", **keywords)
+    oracle = run(student.double(), teacher.double(), *arguments, implementation="reference", **keywords)
+    reference = run(student, teacher, *arguments, implementation="reference", **keywords)
+    actual = run(student, teacher, *arguments, implementation="native", **keywords)
     assert_outcome_within_budget(actual, reference, oracle)
     return actual
 
@@ -51,21 +51,21 @@ def check(teacher: Tensor, student: Tensor, *arguments: object, **keywords: obje
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("window_size", [1, 2, 4, 7, 8, 16])
 def test_native_matches_reference(window_size: int, shape: tuple[int, int, int, int]) -> None:
-    teacher, student = maps_like(shape, dtype=torch.float32)
-    check(teacher, student, window_size, (window_size // 2, window_size - 1))
+    student, teacher = maps_like(shape, dtype=torch.float32)
+    check(student, teacher, window_size, (window_size // 2, window_size - 1))
 
 
-def check_few_pixels(teacher: Tensor, student: Tensor, *arguments: object) -> None:
+def check_few_pixels(student: Tensor, teacher: Tensor, *arguments: object) -> None:
     """As `check`, where no mean over many pixels hides a rounding: plain PyTorch may be far closer by luck.
 
     A term rounds like the numbers near 1 that it is the difference of, a gradient like the largest.
     """
-    oracle = run(teacher.double(), student.double(), *arguments, implementation="reference")
-    reference = run(teacher, student, *arguments, implementation="reference")
-    actual = run(teacher, student, *arguments, implementation="native")
+    oracle = run(student.double(), teacher.double(), *arguments, implementation="reference")
+    reference = run(student, teacher, *arguments, implementation="reference")
+    actual = run(student, teacher, *arguments, implementation="native")
     outcomes = [(*outcome.result, *outcome[1:]) for outcome in (actual, reference, oracle)]
-    for name, one, other, truth in zip((*TERMS, "gradient_teacher", "gradient_student"), *outcomes):
-        size = max(truth.abs().max().item(), 1.0 if name in TERMS else 0.0)
+    for name, one, other, truth in zip((*SCALARS, "gradient_student", "gradient_teacher"), *outcomes):
+        size = max(truth.abs().max().item(), 1.0 if name in SCALARS else 0.0)
         allowed = 3 * ((other.double() - truth).abs().max().item() + 8 * torch.finfo(torch.float32).eps * size)
         assert (one.double() - truth).abs().max().item() <= allowed, name
 
@@ -73,56 +73,56 @@ def check_few_pixels(teacher: Tensor, student: Tensor, *arguments: object) -> No
 @pytest.mark.parametrize("shape", SMALL_SHAPES.values(), ids=SMALL_SHAPES)
 @pytest.mark.parametrize("window_size", [1, 2, 7, 8, 16])
 def test_few_pixels(window_size: int, shape: tuple[int, int, int, int]) -> None:
-    teacher, student = maps_like(shape, dtype=torch.float32)
-    check_few_pixels(teacher, student, window_size, (window_size // 2, window_size - 1))
+    student, teacher = maps_like(shape, dtype=torch.float32)
+    check_few_pixels(student, teacher, window_size, (window_size // 2, window_size - 1))
 
 
 @pytest.mark.parametrize("window_size", [4, 8])
 @pytest.mark.parametrize("student_layout", LAYOUTS)
 @pytest.mark.parametrize("teacher_layout", LAYOUTS)
-def test_layouts(teacher_layout: str, student_layout: str, window_size: int) -> None:
-    teacher, _ = maps_like((2, 33, 10, 19), layout=teacher_layout, dtype=torch.float32)
-    _, student = maps_like((2, 33, 10, 19), layout=student_layout, dtype=torch.float32)
-    before = teacher.clone(), student.clone()
-    outcome = run(teacher, student, window_size, (1, 2), implementation="native")
+def test_layouts(student_layout: str, teacher_layout: str, window_size: int) -> None:
+    _, teacher = maps_like((2, 33, 10, 19), layout=teacher_layout, dtype=torch.float32)
+    student, _ = maps_like((2, 33, 10, 19), layout=student_layout, dtype=torch.float32)
+    before = student.clone(), teacher.clone()
+    outcome = run(student, teacher, window_size, (1, 2), implementation="native")
     # The arithmetic does not depend on where the numbers come from.
     assert_same(
-        outcome, run(teacher.contiguous(), student.contiguous(), window_size, (1, 2), implementation="native"), 0
+        outcome, run(student.contiguous(), teacher.contiguous(), window_size, (1, 2), implementation="native"), 0
     )
-    assert torch.equal(teacher, before[0])
-    assert torch.equal(student, before[1])
-    for maps, gradient in ((teacher, outcome.gradient_teacher), (student, outcome.gradient_student)):
+    assert torch.equal(student, before[0])
+    assert torch.equal(teacher, before[1])
+    for maps, gradient in ((student, outcome.gradient_student), (teacher, outcome.gradient_teacher)):
         assert gradient.stride() == torch.empty_like(maps).stride()
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_every_shift(as_tensor: bool) -> None:
-    teacher, student = maps_like((2, 3, 6, 7), dtype=torch.float32)
+    student, teacher = maps_like((2, 3, 6, 7), dtype=torch.float32)
     for shift in ((dy, dx) for dy in range(4) for dx in range(4)):
-        check_few_pixels(teacher, student, 4, torch.tensor(shift) if as_tensor else shift)
+        check_few_pixels(student, teacher, 4, torch.tensor(shift) if as_tensor else shift)
 
 
 @pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 2, 1), (1, 0, 0.5), (0, 0, 0)])
 def test_weights(weights: tuple[float, float, float]) -> None:
-    teacher, student = maps_like((1, 6, 5, 8), dtype=torch.float32)
+    student, teacher = maps_like((1, 6, 5, 8), dtype=torch.float32)
     if any(weights):
-        check(teacher, student, 4, (1, 2), weights=weights)
+        check(student, teacher, 4, (1, 2), terms=weights)
     else:
-        terms = windowed_distillation(teacher, student, 4, weights=weights, implementation="native")
+        terms = windowed_distillation(student, teacher, 4, terms=weights, implementation="native")
         assert [term.item() for term in terms] == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("side", ["teacher", "student"])
+@pytest.mark.parametrize("side", ["student", "teacher"])
 def test_a_side_without_gradient_gets_none_and_changes_nothing(side: str) -> None:
-    maps = dict(zip(("teacher", "student"), maps_like((1, 6, 5, 8), dtype=torch.float32)))
+    maps = dict(zip(("student", "teacher"), maps_like((1, 6, 5, 8), dtype=torch.float32)))
     both = run(*maps.values(), 4, (1, 2), implementation="native")
     maps[side].requires_grad_()
-    result = windowed_distillation(*maps.values(), 4, (1, 2), weights=WEIGHTS, implementation="native")
+    result = windowed_distillation(*maps.values(), 4, (1, 2), terms=WEIGHTS, implementation="native")
     result.loss.backward()
     assert torch.equal(maps[side].grad, getattr(both, f"gradient_{side}"))
     assert all(value.grad is None for name, value in maps.items() if name != side)
     with torch.no_grad():
-        for name, term in zip(TERMS, windowed_distillation(*maps.values(), 4, (1, 2), weights=WEIGHTS)):
+        for name, term in zip(SCALARS, windowed_distillation(*maps.values(), 4, (1, 2), terms=WEIGHTS)):
             assert torch.equal(term, getattr(both.result, name))
 
 
@@ -142,24 +142,24 @@ def test_any_shape(data: st.DataObject) -> None:
 
 
 def test_logits_of_ten_thousand() -> None:
-    teacher, student = maps_like((1, 3, 8, 8), dtype=torch.float32)
+    student, teacher = maps_like((1, 3, 8, 8), dtype=torch.float32)
     teacher[:, 0], student[:, 0] = 1e4, -1e4
     teacher[:, 1], student[:, 1] = teacher[:, 1].sign(), student[:, 1].sign()
-    assert check(teacher, student, 4, (1, 2)).result.attention > 1e3
+    assert check(student, teacher, 4, (1, 2)).result.attention > 1e3
 
 
 def test_zero_vectors() -> None:
-    teacher, student = maps_like((1, 6, 8, 8), dtype=torch.float32)
+    student, teacher = maps_like((1, 6, 8, 8), dtype=torch.float32)
     teacher[:, 4:, 0] = 0
     student[:, 4:, :, 1] = 0
     student[:, 4:, 3] *= 1e-9  # below the floor of the norm product, but not zero
-    actual = check(teacher, student, 4, (1, 2), weights=(0, 1, 0))
+    actual = check(student, teacher, 4, (1, 2), terms=(0, 1, 0))
     assert actual.gradient_student[:, :, :, 1].abs().max() == actual.gradient_teacher[:, :, 0].abs().max() == 0
 
 
 def test_equal_sides_have_no_attention_and_no_context() -> None:
-    teacher, _ = maps_like((2, 24, 16, 16), dtype=torch.float32)
-    outcome = run(teacher, teacher.clone(), 8, (3, 5), weights=(1, 0, 1), implementation="native")
+    _, teacher = maps_like((2, 24, 16, 16), dtype=torch.float32)
+    outcome = run(teacher, teacher.clone(), 8, (3, 5), terms=(1, 0, 1), implementation="native")
     assert outcome.result.attention == outcome.result.context == outcome.result.loss == 0
     assert outcome.gradient_teacher.abs().max() == outcome.gradient_student.abs().max() == 0
 
@@ -167,9 +167,9 @@ def test_equal_sides_have_no_attention_and_no_context() -> None:
 @pytest.mark.parametrize("channel", [0, 2, 4], ids=["query", "key", "value"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_number_that_is_none_stays_in_its_window(poison: float, channel: int) -> None:
-    teacher, student = maps_like((1, 6, 5, 12), dtype=torch.float32)
+    student, teacher = maps_like((1, 6, 5, 12), dtype=torch.float32)
     student[0, channel, 1, 5] = poison
-    outcome = run(teacher, student, 4, implementation="native")
+    outcome = run(student, teacher, 4, implementation="native")
     assert not outcome.result.loss.isfinite()
     bad = ~outcome.gradient_student.isfinite()
     assert bad.any()
@@ -178,24 +178,24 @@ def test_a_number_that_is_none_stays_in_its_window(poison: float, channel: int) 
 
 
 def test_bits_do_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher, student = maps_like((2, 24, 19, 40), dtype=torch.float32)
+    student, teacher = maps_like((2, 24, 19, 40), dtype=torch.float32)
     outcomes = []
     for threads in (1, 2, 3, 1):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        outcomes.append(run(teacher, student, 8, (3, 5), implementation="native"))
+        outcomes.append(run(student, teacher, 8, (3, 5), implementation="native"))
     for outcome in outcomes[1:]:
         assert_same(outcome, outcomes[0], 0.0)
 
 
 def test_retained_graph_and_upstream_gradients() -> None:
-    teacher, student = maps_like((1, 6, 5, 8), dtype=torch.float32)
-    expected = run(teacher, student, 4, (1, 2), implementation="native")
-    teacher.requires_grad_(), student.requires_grad_()
-    loss = windowed_distillation(teacher, student, 4, (1, 2), weights=WEIGHTS, implementation="native").loss
+    student, teacher = maps_like((1, 6, 5, 8), dtype=torch.float32)
+    expected = run(student, teacher, 4, (1, 2), implementation="native")
+    student.requires_grad_(), teacher.requires_grad_()
+    loss = windowed_distillation(student, teacher, 4, (1, 2), terms=WEIGHTS, implementation="native").loss
     for upstream in (-3.0, 0.0, 0.25):
-        gradients = torch.autograd.grad(loss * upstream, (teacher, student), retain_graph=True)
-        torch.testing.assert_close(gradients[0], upstream * expected.gradient_teacher)
-        torch.testing.assert_close(gradients[1], upstream * expected.gradient_student)
+        gradients = torch.autograd.grad(loss * upstream, (student, teacher), retain_graph=True)
+        torch.testing.assert_close(gradients[0], upstream * expected.gradient_student)
+        torch.testing.assert_close(gradients[1], upstream * expected.gradient_teacher)
     loss.backward()
     assert torch.equal(student.grad, expected.gradient_student)
 
@@ -232,18 +232,18 @@ def test_without_a_compiler_auto_warns_once_and_runs_eager(
         script.chmod(0o755)
         compiler = str(script)
     monkeypatch.setenv("CXX", compiler)
-    teacher, student = maps_like((1, 6, 8, 8), dtype=torch.float32)
+    student, teacher = maps_like((1, 6, 8, 8), dtype=torch.float32)
     reason = "no C\\+\\+ compiler" if compiler == "no-such-compiler" else "no luck today"
     with pytest.warns(RuntimeWarning, match=f"eager instead of native: .*{reason}"):
-        actual = run(teacher, student, 4, implementation="auto")
+        actual = run(student, teacher, 4, implementation="auto")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(teacher, student, 4, implementation="auto")
-    assert_same(actual, run(teacher, student, 4), 0.0)
+        run(student, teacher, 4, implementation="auto")
+    assert_same(actual, run(student, teacher, 4), 0.0)
     if compiler != "no-such-compiler":
         assert Path(f"{compiler}.log").read_text() == "called\n"  # a compiler that failed is not tried at every step
     with pytest.raises(NotImplementedError, match=f"implementation='native' .*{reason}.*use 'eager'"):
-        windowed_distillation(teacher, student, 4, implementation="native")
+        windowed_distillation(student, teacher, 4, implementation="native")
 
 
 def test_two_processes_may_compile_at_once(nothing_compiled: Path) -> None:
@@ -255,11 +255,11 @@ def test_two_processes_may_compile_at_once(nothing_compiled: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
-    teacher, student = maps_like((2, 6, 9, 8), dtype=torch.float32)
-    expected = run(teacher, student, 4, (1, 2), implementation="native")
+    student, teacher = maps_like((2, 6, 9, 8), dtype=torch.float32)
+    expected = run(student, teacher, 4, (1, 2), implementation="native")
     torch.set_default_dtype(dtype)
     try:
-        assert_same(run(teacher, student, 4, (1, 2), implementation="native"), expected, 0.0)
+        assert_same(run(student, teacher, 4, (1, 2), implementation="native"), expected, 0.0)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -289,5 +289,5 @@ def test_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_are_refused_by_name(dtype: torch.dtype) -> None:
-    with pytest.raises(NotImplementedError, match=f"takes fp32 maps on a CPU, not {dtype}"):
+    with pytest.raises(NotImplementedError, match=f"takes fp32 maps on a CPU, got {dtype}"):
         windowed_distillation(*maps_like((1, 6, 4, 4), dtype=dtype), 4, implementation="native")

@@ -18,7 +18,7 @@ from sward_kernels.gpu import launching
 from sward_kernels.windowed import plan
 from sward_kernels.windowed.tile_table import Tiles
 from sward_kernels.windows import WindowGrid
-from tests.support.distillation_cases import TERMS, WEIGHTS, Outcome, assert_same, maps_like, run
+from tests.support.distillation_cases import SCALARS, WEIGHTS, Outcome, assert_same, maps_like, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A GPU passes weights and 1/n to the kernel as fp32, the interpreter as they are.
@@ -29,15 +29,15 @@ pytestmark = pytest.mark.usefixtures("poison_empty_tensors")
 
 def maps(*shape: int, dim: int = 8, **options: object) -> tuple[Tensor, Tensor]:
     batch, height, width = shape
-    teacher, student = maps_like((batch, 3 * dim, height, width), **options)  # type: ignore[arg-type]
-    return teacher.to(DEVICE), student.to(DEVICE)
+    student, teacher = maps_like((batch, 3 * dim, height, width), **options)  # type: ignore[arg-type]
+    return student.to(DEVICE), teacher.to(DEVICE)
 
 
 def against_reference(
-    teacher: Tensor, student: Tensor, window_size: int, shift: object = (0, 0), **options: object
+    student: Tensor, teacher: Tensor, window_size: int, shift: object = (0, 0), **options: object
 ) -> None:
-    actual = run(teacher, student, window_size, shift, implementation="triton", **options)  # type: ignore[arg-type]
-    expected = run(teacher, student, window_size, shift, implementation="reference", **options)  # type: ignore[arg-type]
+    actual = run(student, teacher, window_size, shift, implementation="triton", **options)  # type: ignore[arg-type]
+    expected = run(student, teacher, window_size, shift, implementation="reference", **options)  # type: ignore[arg-type]
     assert_same(actual, expected, TOLERANCE)
 
 
@@ -67,27 +67,27 @@ def test_float64_equals_the_reference(
 
 @pytest.mark.parametrize("layout", ["channels_last", "sliced", "sliced_channels_last", "expanded", "transposed"])
 def test_every_layout_is_read_in_place(layout: str) -> None:
-    teacher, student = maps(2, 4, 5, dim=8, layout=layout)
-    against_reference(teacher, student.contiguous(), 4, (1, 2))
-    against_reference(teacher.contiguous(), student, 4, (1, 2))
+    student, teacher = maps(2, 4, 5, dim=8, layout=layout)
+    against_reference(student, teacher.contiguous(), 4, (1, 2))
+    against_reference(student.contiguous(), teacher, 4, (1, 2))
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (0, 3), (3, 0), (3, 3)])
 def test_corner_shifts_as_ints_and_on_the_device(shift: tuple[int, int]) -> None:
-    teacher, student = maps(1, 6, 5)
-    against_reference(teacher, student, 4, shift)
-    by_ints = run(teacher, student, 4, shift, implementation="triton")
+    student, teacher = maps(1, 6, 5)
+    against_reference(student, teacher, 4, shift)
+    by_ints = run(student, teacher, 4, shift, implementation="triton")
     for dtype in (torch.int32, torch.int64):
-        by_tensor = run(teacher, student, 4, torch.tensor(shift, dtype=dtype, device=DEVICE), implementation="triton")
+        by_tensor = run(student, teacher, 4, torch.tensor(shift, dtype=dtype, device=DEVICE), implementation="triton")
         assert_same(by_tensor, by_ints, 0.0)
 
 
 @pytest.mark.parametrize("window_size", [4, 9])
 @pytest.mark.parametrize("kept", [(True, False, False), (False, True, False), (False, False, True)])
 def test_a_weight_of_zero_skips_its_term(kept: tuple[bool, bool, bool], window_size: int) -> None:
-    teacher, student = maps(1, 9, 5)
+    student, teacher = maps(1, 9, 5)
     weights = tuple(weight if keep else 0.0 for weight, keep in zip(WEIGHTS, kept))
-    against_reference(teacher, student, window_size, (1, 1), weights=weights)
+    against_reference(student, teacher, window_size, (1, 1), terms=weights)
 
 
 @pytest.mark.parametrize("window_size", [4, 9])
@@ -96,17 +96,17 @@ def test_one_sided_gradient_is_that_of_both(side: int, window_size: int) -> None
     both = run(*maps(1, 9, 4), window_size, (2, 1), implementation="triton")
     sides = list(maps(1, 9, 4))
     sides[side].requires_grad_()
-    windowed_distillation(*sides, window_size, (2, 1), weights=WEIGHTS, implementation="triton").loss.backward()
+    windowed_distillation(*sides, window_size, (2, 1), terms=WEIGHTS, implementation="triton").loss.backward()
     assert torch.equal(sides[side].grad, both[1 + side])
     assert sides[1 - side].grad is None
 
 
-def plain(qkv_teacher: Tensor, qkv_student: Tensor, window_size: int) -> list[Tensor]:
+def plain(qkv_student: Tensor, qkv_teacher: Tensor, window_size: int) -> list[Tensor]:
     """Terms and gradients by PyTorch in the inputs' own dtype throughout: what the budget is measured with."""
-    grid = WindowGrid(*qkv_teacher.shape[-2:], window_size)
-    maps = [qkv.detach().requires_grad_() for qkv in (qkv_teacher, qkv_student)]
-    (q_t, k_t, v_t), (q_s, k_s, v_s) = (grid.partition(qkv, (0, 0)).chunk(3, -1) for qkv in maps)
-    log_a_t, log_a_s = ((q @ k.mT / math.sqrt(q.shape[-1])).log_softmax(-1) for q, k in ((q_t, k_t), (q_s, k_s)))
+    grid = WindowGrid(*qkv_student.shape[-2:], window_size)
+    maps = [qkv.detach().requires_grad_() for qkv in (qkv_student, qkv_teacher)]
+    (q_s, k_s, v_s), (q_t, k_t, v_t) = (grid.partition(qkv, (0, 0)).chunk(3, -1) for qkv in maps)
+    log_a_s, log_a_t = ((q @ k.mT / math.sqrt(q.shape[-1])).log_softmax(-1) for q, k in ((q_s, k_s), (q_t, k_t)))
     attention = (log_a_t.exp() * (log_a_t - log_a_s)).sum(-1).mean()
     value = (1 - torch.cosine_similarity(v_s, v_t, dim=-1)).mean()
     context = (log_a_s.exp() @ v_s - log_a_t.exp() @ v_t).square().sum(-1).mean()
@@ -130,11 +130,11 @@ BUDGETED = [
 
 @pytest.mark.parametrize(("window_size", "dim", "dtype"), BUDGETED)
 def test_error_is_within_that_of_the_plain_form(window_size: int, dim: int, dtype: torch.dtype) -> None:
-    teacher, student = maps(1, window_size, window_size, dim=dim, dtype=dtype)
-    exact = run(teacher.double(), student.double(), window_size, implementation="reference")
-    ours = run(teacher, student, window_size, implementation="triton")
-    names = (*TERMS, "gradient_teacher", "gradient_student")
-    values = zip(names, (*exact.result, *exact[1:]), plain(teacher, student, window_size), (*ours.result, *ours[1:]))
+    student, teacher = maps(1, window_size, window_size, dim=dim, dtype=dtype)
+    exact = run(student.double(), teacher.double(), window_size, implementation="reference")
+    ours = run(student, teacher, window_size, implementation="triton")
+    names = (*SCALARS, "gradient_student", "gradient_teacher")
+    values = zip(names, (*exact.result, *exact[1:]), plain(student, teacher, window_size), (*ours.result, *ours[1:]))
     for index, (name, truth, by_pytorch, by_kernel) in enumerate(values):
         factor = 2 if index < 4 else 3
         rounding = torch.finfo(dtype).eps * truth.abs().max().item()
@@ -145,9 +145,9 @@ def test_error_is_within_that_of_the_plain_form(window_size: int, dim: int, dtyp
 
 def test_bfloat16_has_no_bias() -> None:
     # A kernel that truncates where it should round to nearest errs to one side.
-    teacher, student = maps(2, 8, 8, dim=32, dtype=torch.bfloat16)
-    ours = run(teacher, student, 8, implementation="triton")
-    truth = run(teacher.double(), student.double(), 8, implementation="reference")
+    student, teacher = maps(2, 8, 8, dim=32, dtype=torch.bfloat16)
+    ours = run(student, teacher, 8, implementation="triton")
+    truth = run(student.double(), teacher.double(), 8, implementation="reference")
     for kernel, exact in zip(ours[1:], truth[1:]):
         outward = (kernel.double().abs() - exact.abs()).mean()
         assert outward.abs() < 0.1 * (kernel.double() - exact).abs().mean()
@@ -165,11 +165,11 @@ def test_bfloat16_has_no_bias() -> None:
     ],
 )
 def test_logits_of_ten_thousand(dtype: torch.dtype, window_size: int, dim: int, tolerance: float) -> None:
-    teacher, student = maps(1, window_size, window_size, dim=dim, dtype=dtype)
-    for qkv in (teacher, student):
+    student, teacher = maps(1, window_size, window_size, dim=dim, dtype=dtype)
+    for qkv in (student, teacher):
         qkv[:, : 2 * dim] *= 1e2 * (8 / dim) ** 0.25  # Q and K, so that logits reach 1e4
-    ours = run(teacher, student, window_size, implementation="triton")
-    truth = run(teacher.double(), student.double(), window_size, implementation="reference")
+    ours = run(student, teacher, window_size, implementation="triton")
+    truth = run(student.double(), teacher.double(), window_size, implementation="reference")
     assert truth.result.attention > 1e3
     as_double = Outcome(type(ours.result)(*(x.double() for x in ours.result)), *(x.double() for x in ours[1:]))
     assert_same(as_double, truth, tolerance)
@@ -177,8 +177,8 @@ def test_logits_of_ten_thousand(dtype: torch.dtype, window_size: int, dim: int, 
 
 @pytest.mark.parametrize("window_size", [4, pytest.param(9, marks=pytest.mark.slow)])
 def test_identical_sides(window_size: int) -> None:
-    teacher, _ = maps(1, 9, 8, dtype=torch.float32)
-    result = run(teacher, teacher.clone(), window_size, weights=(1.0, 0.0, 1.0), implementation="triton")
+    _, teacher = maps(1, 9, 8, dtype=torch.float32)
+    result = run(teacher, teacher.clone(), window_size, terms=(1.0, 0.0, 1.0), implementation="triton")
     assert abs(result.result.attention.item()) < 1e-6
     assert result.result.context.item() == 0
     for gradient in result[1:]:
@@ -186,15 +186,15 @@ def test_identical_sides(window_size: int) -> None:
 
 
 def test_a_zero_vector_has_value_one_and_no_gradient() -> None:
-    teacher, student = maps(1, 4, 4)
+    student, teacher = maps(1, 4, 4)
     student[:, 16:, 1, 2] = 0
-    against_reference(teacher, student, 4)
+    against_reference(student, teacher, 4)
 
 
 def test_float16_gradients_survive_a_loss_scale_and_many_pixels() -> None:
-    teacher, student = maps(1, 8, 8, dtype=torch.float16)
-    scaled = run(teacher, student, 8, implementation="triton", upstream=2.0**14)
-    plain_gradient = run(teacher.double(), student.double(), 8, implementation="reference")
+    student, teacher = maps(1, 8, 8, dtype=torch.float16)
+    scaled = run(student, teacher, 8, implementation="triton", upstream=2.0**14)
+    plain_gradient = run(student.double(), teacher.double(), 8, implementation="reference")
     for ours, truth in zip(scaled[1:], plain_gradient[1:]):
         assert (ours.double() / 2.0**14 - truth).abs().max() <= 3e-3 * truth.abs().max()
 
@@ -210,26 +210,26 @@ def test_float16_gradients_survive_a_loss_scale_and_many_pixels() -> None:
     dim=st.integers(1, 20),
     shape=st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 9)),
     layouts=st.tuples(*[st.sampled_from(["nchw", "channels_last", "sliced", "sliced_channels_last"])] * 2),
-    weights=st.tuples(*[st.sampled_from([0.0, 0.5, 1.0])] * 3).filter(any),
+    terms=st.tuples(*[st.sampled_from([0.0, 0.5, 1.0])] * 3).filter(any),
     fraction=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
     tiled=st.booleans(),
 )
-def test_any_shape_layout_shift_and_weights(
+def test_any_shape_layout_shift_and_terms(
     window_size: int,
     dim: int,
     shape: tuple[int, int, int],
     layouts: tuple[str, str],
-    weights: tuple[float, float, float],
+    terms: tuple[float, float, float],
     fraction: tuple[float, float],
     tiled: bool,
 ) -> None:
     shift = (int(fraction[0] * window_size), int(fraction[1] * window_size))
-    teacher, _ = maps(*shape, dim=dim, layout=layouts[0])
-    _, student = maps(*shape, dim=dim, layout=layouts[1])
+    student, _ = maps(*shape, dim=dim, layout=layouts[0])
+    _, teacher = maps(*shape, dim=dim, layout=layouts[1])
     with pytest.MonkeyPatch.context() as patch:
         if tiled:  # the kernels of large windows, from 17 tokens
             patch.setattr(plan, "tiles_of", lambda *_: Tiles(16, 16, 16, 1))
-        against_reference(teacher, student, window_size, shift, weights=weights)
+        against_reference(student, teacher, window_size, shift, terms=terms)
 
 
 @pytest.mark.parametrize("window_size", [4, pytest.param(9, marks=pytest.mark.slow)])

@@ -27,21 +27,21 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def maps(height: int = 4, width: int = 3, dim: int = 8, **options: Any) -> tuple[Tensor, Tensor]:
-    teacher, student = maps_like((1, 3 * dim, height, width), **options)
-    return teacher.to(DEVICE), student.to(DEVICE)
+    student, teacher = maps_like((1, 3 * dim, height, width), **options)
+    return student.to(DEVICE), teacher.to(DEVICE)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_opcheck(layout: str) -> None:
-    teacher, student = maps(layout=layout)
+    student, teacher = maps(layout=layout)
     shift = torch.tensor([1, 0], device=DEVICE)
     for save in (True, False):
-        torch.library.opcheck(launch._forward_operator, (teacher, student, 2, (1, 0), None, WEIGHTS, save))
-    torch.library.opcheck(launch._forward_operator, (teacher, student, 2, (0, 0), shift, WEIGHTS, True))
-    _, statistics = launch._forward_operator(teacher, student, 2, (1, 0), None, WEIGHTS, True)
+        torch.library.opcheck(launch._forward_operator, (student, teacher, 2, (1, 0), None, WEIGHTS, save))
+    torch.library.opcheck(launch._forward_operator, (student, teacher, 2, (0, 0), shift, WEIGHTS, True))
+    _, statistics = launch._forward_operator(student, teacher, 2, (1, 0), None, WEIGHTS, True)
     upstream = torch.ones((), dtype=torch.float64, device=DEVICE)
     for sides in ((True, True), (False, True)):
-        arguments = (upstream, teacher, student, statistics, 2, (1, 0), None, WEIGHTS, *sides)
+        arguments = (upstream, student, teacher, statistics, 2, (1, 0), None, WEIGHTS, *sides)
         torch.library.opcheck(launch._backward_operator, arguments)
 
 
@@ -50,17 +50,15 @@ def test_opcheck(layout: str) -> None:
 def test_gradcheck(window_size: int) -> None:
     sides = [side.requires_grad_() for side in maps(3, 4, dim=2)]
 
-    def loss(teacher: Tensor, student: Tensor) -> Tensor:
-        return windowed_distillation(
-            teacher, student, window_size, (1, 1), weights=WEIGHTS, implementation="triton"
-        ).loss
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        return windowed_distillation(student, teacher, window_size, (1, 1), terms=WEIGHTS, implementation="triton").loss
 
     assert torch.autograd.gradcheck(loss, sides, fast_mode=True)
 
 
 def test_one_graph_under_torch_compile_forward_and_backward() -> None:
-    def loss(teacher: Tensor, student: Tensor) -> Tensor:
-        return windowed_distillation(teacher, student, 4, (1, 2), weights=WEIGHTS, implementation="triton").loss * 3
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        return windowed_distillation(student, teacher, 4, (1, 2), terms=WEIGHTS, implementation="triton").loss * 3
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     for height in (4, 5):
@@ -71,13 +69,13 @@ def test_one_graph_under_torch_compile_forward_and_backward() -> None:
 
 
 def test_autocast_leaves_the_precision_alone_and_takes_two_dtypes() -> None:
-    teacher, student = maps(dtype=torch.float32)
-    plain = windowed_distillation(teacher, student, 2, implementation="triton")
+    student, teacher = maps(dtype=torch.float32)
+    plain = windowed_distillation(student, teacher, 2, implementation="triton")
     with torch.autocast(DEVICE, torch.bfloat16):
-        same = windowed_distillation(teacher, student, 2, implementation="triton")
-        mixed = windowed_distillation(teacher.bfloat16(), student, 2, implementation="triton")
+        same = windowed_distillation(student, teacher, 2, implementation="triton")
+        mixed = windowed_distillation(student, teacher.bfloat16(), 2, implementation="triton")
     assert torch.equal(same.loss, plain.loss)
-    widened = windowed_distillation(teacher.bfloat16().float(), student, 2, implementation="triton")
+    widened = windowed_distillation(student, teacher.bfloat16().float(), 2, implementation="triton")
     assert torch.equal(mixed.loss, widened.loss)
 
 
@@ -90,31 +88,31 @@ def test_nothing_is_saved_without_a_gradient(monkeypatch: pytest.MonkeyPatch) ->
         return allocate(*arguments)
 
     monkeypatch.setattr(launch, "_allocate_forward", spy)
-    teacher, student = maps()
-    losses = [windowed_distillation(teacher, student, 2, implementation="triton").loss]
+    student, teacher = maps()
+    losses = [windowed_distillation(student, teacher, 2, implementation="triton").loss]
     student.requires_grad_()
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            losses.append(windowed_distillation(teacher, student, 2, implementation="triton").loss)
+            losses.append(windowed_distillation(student, teacher, 2, implementation="triton").loss)
     assert saved == [0, 0, 0]
-    losses.append(windowed_distillation(teacher, student, 2, implementation="triton").loss)
+    losses.append(windowed_distillation(student, teacher, 2, implementation="triton").loss)
     assert saved[-1] == 2 * 4 * 4
     assert all(torch.equal(loss, losses[0]) for loss in losses)
 
 
 def test_a_retained_graph_repeats_its_gradients_bit_for_bit() -> None:
-    teacher, student = (side.requires_grad_() for side in maps())
-    loss = windowed_distillation(teacher, student, 2, implementation="triton").loss
-    first = torch.autograd.grad(loss, (teacher, student), retain_graph=True)
+    student, teacher = (side.requires_grad_() for side in maps())
+    loss = windowed_distillation(student, teacher, 2, implementation="triton").loss
+    first = torch.autograd.grad(loss, (student, teacher), retain_graph=True)
     copies = [gradient.clone() for gradient in first]
-    second = torch.autograd.grad(loss * 2, (teacher, student))
+    second = torch.autograd.grad(loss * 2, (student, teacher))
     assert all(torch.equal(one, copy) for one, copy in zip(first, copies))
     assert all(torch.equal(two, 2 * copy) for two, copy in zip(second, copies))
 
 
 def test_the_loss_may_be_changed_in_place() -> None:
-    teacher, student = (side.requires_grad_() for side in maps())
-    loss = windowed_distillation(teacher, student, 2, implementation="triton").loss
+    student, teacher = (side.requires_grad_() for side in maps())
+    loss = windowed_distillation(student, teacher, 2, implementation="triton").loss
     loss += 1
     loss.backward()
     assert student.grad is not None
@@ -152,7 +150,7 @@ def test_a_cuda_graph_replays_the_call(window_size: int) -> None:
     shift = torch.zeros(2, dtype=torch.int64, device=DEVICE)
 
     def step() -> tuple[Tensor, ...]:
-        loss = windowed_distillation(*sides, window_size, shift, weights=WEIGHTS, implementation="triton").loss
+        loss = windowed_distillation(*sides, window_size, shift, terms=WEIGHTS, implementation="triton").loss
         return loss, *torch.autograd.grad(loss, sides)
 
     stream = torch.cuda.Stream()
@@ -192,12 +190,13 @@ from sward_kernels.windowed.plan import plan_of, problem_of
 
 def call(batch, height, width, shift, dim=16, window_size=4, dtype=torch.bfloat16):
     sides = [torch.empty(batch, 3 * dim, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)] * 2
-    for direction, flags in (("forward", {"SAVE": True}), ("backward", {"TEACHER": True, "STUDENT": True})):
+    wanted = {"WANTS_STUDENT_GRADIENT": True, "WANTS_TEACHER_GRADIENT": True}
+    for direction, flags in (("forward", {"SAVE": True}), ("backward", wanted)):
         plan = plan_of(problem_of(*sides, window_size, (1.0, 1.0, 1.0)), direction, **flags)
         arguments = launch._arguments(*sides, shift, None, (1.0, 1.0, 1.0))
         float32 = torch.empty(16)
-        arguments |= dict(partials=float32, statistics=float32, upstream=float32, teacher_gradient=sides[0],
-                          student_gradient=sides[1], statistic_stride=batch * 16, inverse_count=1.0 / batch)
+        arguments |= dict(partials=float32, statistics=float32, upstream=float32, student_gradient=sides[0],
+                          teacher_gradient=sides[1], statistic_stride=batch * 16, inverse_count=1.0 / batch)
         arguments = {name: value for name, value in arguments.items() if name in plan.kernel.arg_names}
         plan.kernel.warmup(**arguments, **plan.constants, grid=(1,), num_warps=plan.tiles.num_warps, num_stages=1)
     return len(compilations)
@@ -229,7 +228,7 @@ class Traffic:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from triton.runtime import interpreter
 
-        self.launches: list[dict[str, dict[int, np.ndarray]]] = []  # "load teacher" -> program -> times, by element
+        self.launches: list[dict[str, dict[int, np.ndarray]]] = []  # "load student" -> program -> times, by element
         self._arguments: dict[str, Tensor] = {}
         builder = self._builder = interpreter.interpreter_builder
         load, store = builder.create_masked_load, builder.create_masked_store
@@ -292,15 +291,15 @@ def traffic(monkeypatch: pytest.MonkeyPatch) -> Traffic:
     return Traffic(monkeypatch)
 
 
-OUTPUTS = {"store statistics", "store partials", "store teacher_gradient", "store student_gradient"}
+OUTPUTS = {"store statistics", "store partials", "store student_gradient", "store teacher_gradient"}
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_memory_traffic_of_whole_windows(traffic: Traffic, layout: str) -> None:
-    teacher, student = maps(9, 8, dim=24, layout=layout)
-    run(teacher, student, 8, (3, 1), implementation="triton")
+    student, teacher = maps(9, 8, dim=24, layout=layout)
+    run(student, teacher, 8, (3, 1), implementation="triton")
     assert len(traffic.launches) == 2
-    for side in ("load teacher", "load student"):
+    for side in ("load student", "load teacher"):
         assert set(traffic.times(0, side)) == {1}
         assert set(traffic.times(1, side)) <= {1, 2, 3}
     assert "load statistics" not in traffic.launches[0]
@@ -322,8 +321,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Tiles:
 
 def test_programs_of_a_tiled_window_store_once_and_read_no_other_window(traffic: Traffic, small_tiles: Tiles) -> None:
     height, width, dim, side, shift = 5, 6, 8, 5, (3, 1)
-    teacher, student = maps(height, width, dim)
-    run(teacher, student, side, shift, implementation="triton")
+    student, teacher = maps(height, width, dim)
+    run(student, teacher, side, shift, implementation="triton")
     assert len(traffic.launches) == 2
     written = traffic.stored()
     assert written.keys() == OUTPUTS
@@ -338,7 +337,7 @@ def test_programs_of_a_tiled_window_store_once_and_read_no_other_window(traffic:
     window_of = ((y - shift[0]) % height // side) * 2 + (x - shift[1]) % width // side
     owner = window_of.expand(3 * dim, height, width).flatten().numpy()
     for index, programs_of_a_window, most in ((0, tiles, tiles), (1, 4 * tiles, 2 * tiles + 2)):
-        for name in ("load teacher", "load student"):
+        for name in ("load student", "load teacher"):
             assert traffic.times(index, name).min() > 0
             for program, times in traffic.launches[index][name].items():
                 assert set(owner[times > 0]) == {program // programs_of_a_window}
@@ -346,17 +345,17 @@ def test_programs_of_a_tiled_window_store_once_and_read_no_other_window(traffic:
 
 
 def test_sides_of_unlike_layouts_take_a_launch_each(traffic: Traffic, small_tiles: Tiles) -> None:
-    teacher, _ = maps(4, 5)
-    _, student = maps(4, 5, layout="channels_last")
-    run(teacher, student, 5, implementation="triton")
+    student, _ = maps(4, 5, layout="channels_last")
+    _, teacher = maps(4, 5)
+    run(student, teacher, 5, implementation="triton")
     assert [{name for name in launched if "gradient" in name} for launched in traffic.launches[1:]] == [
-        {"store teacher_gradient"},
         {"store student_gradient"},
+        {"store teacher_gradient"},
     ]
     assert all(set(times) == {1} for times in traffic.stored().values())
 
 
 def test_triton_and_eager_agree_when_auto_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher, student = maps(dtype=torch.float32)
-    by_triton = run(teacher, student, 3, (1, 1), implementation="triton")
-    assert_same(by_triton, run(teacher, student, 3, (1, 1), implementation="eager"), 1e-5)
+    student, teacher = maps(dtype=torch.float32)
+    by_triton = run(student, teacher, 3, (1, 1), implementation="triton")
+    assert_same(by_triton, run(student, teacher, 3, (1, 1), implementation="eager"), 1e-5)
