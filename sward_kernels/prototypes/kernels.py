@@ -233,7 +233,8 @@ def statistics_kernel(
             inside = inside_image(pixel, pixels, ALIGNED and not CHANNELS_LAST)
             own_class = load_classes(
                 labels=labels, pixel=pixel, inside=inside, width=width,
-                stride_y=label_stride_y, stride_x=label_stride_x, ignore_index=ignore_index, NUM_CLASSES=NUM_CLASSES, FLAT=FLAT, WIDE=WIDE,
+                stride_y=label_stride_y, stride_x=label_stride_x, ignore_index=ignore_index,
+                NUM_CLASSES=NUM_CLASSES, FLAT=FLAT, WIDE=WIDE,
             )  # fmt: skip
             x = load_tile(
                 features=features, pixel=pixel, inside=inside, channel=channel, width=width, strides=strides,
