@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sward import data, presets
-from sward.models.complexity import complexity
+from sward.models.flops import complexity
 from sward.reproduce.experiments import TEACHER, Run, Table
 from sward.reproduce.study import Study
 

@@ -147,12 +147,12 @@ def test_the_paper_s_recipe_is_its_equations_bit_for_bit() -> None:
     phi = [ChannelProjection(5, 4), ChannelProjection(64, 96)]
     theta_teacher, theta_student = ([ChannelProjection(width, 24, bias=False) for width in (4, 96)] for _ in range(2))
     student, teacher = maps([4, 96], [(8, 8), (4, 8)], torch.float32), maps([5, 64], [(8, 8), (8, 8)], torch.float32)
-    first = windowed_distillation(theta_teacher[0](phi[0](teacher[0])), theta_student[0](student[0]), 4, (2, 2)).loss
+    first = windowed_distillation(theta_student[0](student[0]), theta_teacher[0](phi[0](teacher[0])), 4, (2, 2)).loss
     # The wide student merges the two convolutions of its teacher.
     matrix = theta_teacher[1].weight.flatten(1)
     small = F.interpolate(teacher[1], size=(4, 8), mode="bilinear", align_corners=False)
     merged = project(small, matrix @ phi[1].weight.flatten(1), matrix @ phi[1].bias)
-    second = windowed_distillation(merged, theta_student[1](student[1]), 4, (2, 2)).loss
+    second = windowed_distillation(theta_student[1](student[1]), merged, 4, (2, 2)).loss
     assert torch.equal(loss(student, teacher).loss, torch.stack([first, second]).mean())
     assert not list(loss.buffers())
     assert all(parameter.requires_grad for parameter in loss.parameters())

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sward.models import complexity, complexity_table, describe
-from sward.models.complexity import COUNTING_RULE, gemm_flops, ptflops_flops, render
+from sward.models.flops import COUNTING_RULE, gemm_flops, ptflops_flops, render
 
 
 def test_gemm_flops_of_a_convolution_and_of_attention() -> None:
