@@ -21,7 +21,7 @@ from sward.figures.gradcam import ActivationRow, activation_figure, grad_cam
 from sward.figures.predictions import prediction_grid
 from sward.figures.tsne import feature_space_figure, pixel_features
 from sward.losses import SWARDDistillation
-from sward.reproduce.experiments import EvaluationSet, Run, Scale, method, mwad, own_tests, teacher_of
+from sward.reproduce.experiments import EvaluationSet, Run, Scale, method, mwad, own_tests, teacher_of, with_pdr
 from sward.reproduce.options import DEFAULT_PRESET
 from sward.reproduce.study import Study
 from sward.runs import load_distillation, load_run
@@ -59,7 +59,8 @@ def figure(name: str, scale: Scale, preset: str | None) -> Figure:
         return Figure(_runs(shown, "none", "freekd", "sward"), lambda study: list(_figure3(study, shown)))
     if name == "figure4":
         pair = preset or streets
-        return Figure([*_runs([pair], "none", "sward"), mwad(pair)], lambda study: _figure4(study, pair))
+        runs = [*_runs([pair], "none"), mwad(pair), with_pdr(pair)]
+        return Figure(runs, lambda study: _figure4(study, pair))
     chosen = preset or DEFAULT_PRESET
     return Figure(_runs([chosen], "sward"), lambda study: _attention(study, chosen))
 
@@ -130,7 +131,7 @@ def _figure4(study: Study, preset: str) -> list[Path]:
         "student alone": method(preset, "none"),
         "teacher": teacher_of(preset),
         "student with MWAD": mwad(preset),
-        "student with MWAD + PDR": method(preset, "sward"),
+        "student with MWAD + PDR": with_pdr(preset),
     }
     networks = {title: _load(study, run, test) for title, run in runs.items()}
     dataset = build_split(networks["student alone"].config, test.split, train=False)
