@@ -47,8 +47,8 @@ UNCOMPARED = {
 
 
 NEEDS_VIEWS = (
-    "{name} must be None where dataset.views is None, got {folder}; every epoch draws new crops and flips then, and "
-    "only features of images that come again can be kept: fix them with --dataset.views N, N augmented views per image"
+    "dataset.views must be set with {}, got None; every epoch would draw new crops and flips, --dataset.views N draws "
+    "N fixed augmented views per image"
 )
 
 
@@ -270,7 +270,7 @@ class DistillationConfig(TrainingConfig):
                 f"got {tall}x{wide}"
             )
         if self.teacher.cache is not None and self.dataset.views is None:
-            raise ValueError(NEEDS_VIEWS.format(name="teacher.cache", folder=self.teacher.cache))
+            raise ValueError(NEEDS_VIEWS.format("teacher.cache"))
 
     def teacher_masks(self) -> Path:
         """Return the path of the masks that the method learned on this teacher.
@@ -309,7 +309,7 @@ class TeacherTrainingConfig(TrainingConfig):
         if self.cache is not None and self.train_trunk:
             raise ValueError(f"cache must be None where train_trunk is set, got {self.cache}; such a trunk changes")
         if self.cache is not None and self.dataset.views is None:
-            raise ValueError(NEEDS_VIEWS.format(name="cache", folder=self.cache))
+            raise ValueError(NEEDS_VIEWS.format("cache"))
 
 
 @dataclass

@@ -247,7 +247,7 @@ def _section(title: str, body: str) -> str:
 def _table(
     header: Sequence[str], names: Sequence[str], rows: Sequence[Sequence[float | str | None]], *, best: str = "column"
 ) -> str:
-    """Format fractions in percent; highlight the best number of each column (or row) if there are several."""
+    """Format fractions in percent; highlight the single best number of each column (or row)."""
     columns = list(zip(*rows)) if rows else []
     lines = []
     for index, (name, row) in enumerate(zip(names, rows, strict=True)):
@@ -266,7 +266,8 @@ def _cell(value: float | str | None, group: Sequence[float]) -> str:
         return f'<td class="text">{html.escape(value)}</td>'
     if value is None or math.isnan(value):
         return "<td>-</td>"
-    mark = ' class="best"' if group and value == max(group) > min(group) else ""
+    is_best = len(group) > 1 and value == max(group) and group.count(value) == 1
+    mark = ' class="best"' if is_best else ""
     return f"<td{mark}>{100 * value:.2f}</td>"
 
 

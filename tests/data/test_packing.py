@@ -132,6 +132,17 @@ def test_killed_at_any_moment(root: Path, tmp_path: Path) -> None:
     assert unfinished > 8
 
 
+@pytest.mark.parametrize("leftover", ["00007.bin", "00007.bin.partial"])
+def test_leftovers_of_a_killed_pack_are_removed(root: Path, leftover: str) -> None:
+    """Also where the new pack has fewer shards, so that none takes its name."""
+    (root / FOLDER).mkdir()
+    (root / FOLDER / leftover).write_bytes(b"part of a frame")
+    pack(root)
+    shards = {shard.file for shard in Index.read(root / FOLDER).shards}
+    assert set(contents(root / FOLDER)) == {"index.json", "lock", *shards}
+    assert "00007.bin" not in shards
+
+
 def test_a_full_disk_keeps_what_was_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_index = Index.write
     written = 0
@@ -145,7 +156,7 @@ def test_a_full_disk_keeps_what_was_written(root: Path, monkeypatch: pytest.Monk
 
     with monkeypatch.context() as patch:
         patch.setattr(Index, "write", fail)
-        with pytest.raises(ValueError, match=r"the disk of .*sward-pack is full: make room and start again"):
+        with pytest.raises(ValueError, match=r"the disk of .*sward-pack is full; free some space and pack again"):
             pack(root)
     result = pack(root)
     assert result.frames == 8

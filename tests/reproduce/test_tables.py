@@ -207,7 +207,11 @@ def test_one_seed_has_no_column_of_differences() -> None:
 def test_write_leaves_three_files(tmp_path: Path) -> None:
     paths = write(TABLE, tmp_path / "new" / "table1-small")
     assert [path.name for path in paths] == ["table1-small.md", "table1-small.csv", "table1-small.tex"]
-    assert all(path.stat().st_size for path in paths)
+    assert [path.read_text(encoding="utf-8") for path in paths] == [
+        markdown(TABLE),
+        comma_separated(TABLE),
+        latex(TABLE),
+    ]
 
 
 def test_costs_follow_the_paper_s_counting_rule() -> None:

@@ -78,7 +78,9 @@ def test_a_collapse_that_lasts_is_warned_of_once_with_its_cure(sign: str, collap
             look(**{sign: collapsed})
         for _ in range(watch.WINDOW):
             look("student", **{sign: collapsed})
-    with pytest.warns(UserWarning, match=r"of stage2 have collapsed: .* --sward.teacher-projections frozen"):
+    with pytest.warns(
+        UserWarning, match=r"projections of stage2 have collapsed: .* --sward.teacher-projections frozen"
+    ):
         look(**{sign: collapsed})
     with warnings.catch_warnings():
         warnings.simplefilter("error")

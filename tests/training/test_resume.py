@@ -45,7 +45,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
     def make(method: str, steps: int = STEPS) -> Path:
         folder = tmp_path_factory.mktemp("whole") / method
         process = start(small(folder, distillation=method, iterations=steps, evaluate_every=1))
-        process.join(300)
+        process.join()
         assert process.exitcode == 0
         return folder
 
@@ -62,13 +62,13 @@ def train_in_two_parts(make: Callable[..., DistillationConfig], step: int) -> No
     parted = start(make())
     wait_for_step(parted, run, step)
     parted.terminate()
-    parted.join(60)
+    parted.join()
     assert parted.exitcode == 128 + signal.SIGTERM
     stopped = checkpoint(run)["step"]
     assert step <= stopped < STEPS
     assert records(run)[-1]["step"] == stopped
     again = start(make(resume=True))
-    again.join(120)
+    again.join()
     assert again.exitcode == 0
 
 
@@ -89,7 +89,7 @@ def test_a_run_on_cached_teacher_features_ends_bit_for_bit_as_an_uninterrupted_o
 
     whole = start(settings("whole"))
     train_in_two_parts(functools.partial(settings, "parted"), 3)
-    whole.join(120)
+    whole.join()
     assert whole.exitcode == 0
     assert_equal_runs(tmp_path / "whole", tmp_path / "parted")
     assert checkpoint(tmp_path / "parted")["distillation"]["mwad.standardization.0.count"] == STEPS * 4 * 24 * 24
@@ -146,7 +146,7 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_never_killed(
         process.join()
         assert process.exitcode == -signal.SIGKILL, "the run was over before it could be killed often enough"
     last = start(small(tmp_path / "killed", **options, resume=True))
-    last.join(300)
+    last.join()
     assert last.exitcode == 0
     assert_equal_runs(uninterrupted("sward", steps), tmp_path / "killed")
 
