@@ -38,7 +38,12 @@ class WindowAttention:
 
 @torch.no_grad()
 def window_attention(
-    student: nn.Module, teacher: nn.Module, loss: SWARDDistillation, image: Tensor, pixel: tuple[int, int]
+    student: nn.Module,
+    teacher: nn.Module,
+    loss: SWARDDistillation,
+    image: Tensor,
+    pixel: tuple[int, int],
+    teacher_image: Tensor | None = None,
 ) -> list[WindowAttention]:
     """Compute the attention of `pixel` in every stage of a trained MWAD loss, without shift.
 
@@ -48,6 +53,7 @@ def window_attention(
         loss: the loss with the projections that were trained with the student.
         image: `[3, H, W]`, normalised.
         pixel: row and column of the query in the image.
+        teacher_image: `[3, H', W']`, the same picture as the teacher sees it. Default: `image`.
 
     Raises:
         ValueError: if the pixel is outside the image.
@@ -57,7 +63,7 @@ def window_attention(
         raise ValueError(f"pixel must be a row and column inside the image of {height} x {width} pixels, got {pixel}")
     with FeatureTaps(student, loss.stage_taps) as own, FeatureTaps(teacher, loss.teacher_taps) as other:
         student(image[None])
-        teacher(image[None])
+        teacher(image[None] if teacher_image is None else teacher_image[None])
         student_maps, teacher_maps = own.collect(), other.collect()
     found = []
     for stage, (own_tap, other_tap) in enumerate(zip(loss.stage_taps, loss.teacher_taps, strict=True)):

@@ -13,8 +13,9 @@ from sward.reproduce.experiments import Table, own_tests
 from sward.reproduce.figures import figure
 from sward.reproduce.options import DEFAULT_PRESET, Options
 from sward.reproduce.plan import describe_plan
+from sward.reproduce.rendering import markdown, write
 from sward.reproduce.study import Study
-from sward.reproduce.tables import fill, markdown, model_costs, write
+from sward.reproduce.tables import fill, model_costs
 
 __all__ = ["Options", "reproduce"]
 
