@@ -22,10 +22,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# More options of pytest-benchmark: make bench OPTIONS=--benchmark-compare
 bench: $(READY)
-	$(BIN)/python benchmarks/mwad_throughput.py
-	$(BIN)/python benchmarks/pdr_throughput.py
-	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds $(OPTIONS)
 
 report: $(READY)
 	$(BIN)/python -m sward_kernels.report

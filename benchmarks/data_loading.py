@@ -1,17 +1,17 @@
-"""Images per second out of the data sets: a pack mapped into memory against decoding the image files.
+"""Images per second from the data sets: a pack mapped into memory against decoding the image files.
 
     python benchmarks/data_loading.py
     python benchmarks/data_loading.py --clinicdb /datasets        # folder that holds cvc_clinicdb
 
-Street scenes of 2048x1024 pixels that compress like Cityscapes' photographs (2.4 MB a PNG) are generated into a
+Street scenes of 2048x1024 pixels that compress like Cityscapes' photographs (2.4 MB per PNG) are generated into a
 temporary folder in the official tree and cropped to 512x1024 by the training transform. Three stages are timed:
 
     frame    image and labels of a frame in memory, all pixels, before any transform
     sample   `dataset[index]`: the training transform included
     batch    a collated batch, as the training loop gets it
 
-The samples of both ways are compared first; they must be the same bit for bit. Everything is in the page cache, so a
-disk is not measured. Rounds of the two ways alternate. Writes `benchmarks/results/data_loading.csv`.
+The samples of both are compared first; they must be the same bit for bit. Everything is in the page cache, so no disk
+is measured. Rounds of the two alternate. Writes `benchmarks/results/data_loading.csv`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import argparse
 import csv
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,21 +27,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import Session
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from harness import Session
 from sward import data
 from sward.data.files import PairedFiles
 from sward.data.packing import pack
 
+BATCH = 8
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("benchmark", "device", "torch", "case", "stage", "workers", "decoded_per_s", "packed_per_s", "speed_up")
-TARGET = 8.0
 
 
 def write_street_scene(root: Path, split: str, number: int) -> None:
-    """One frame of a made-up city: octaves of noise, a tint a class, and a sensor's grain, as PNG."""
+    """Write one frame of a made-up city as PNG: octaves of noise, one tint per class, and the grain of a sensor."""
     generator = torch.Generator().manual_seed(number)
     height, width = 1024, 2048
     light = torch.zeros(1, 3, height, width)
@@ -67,7 +66,7 @@ def write_street_scene(root: Path, split: str, number: int) -> None:
 
 
 def both(name: str, root: Path, packs: Path, size: tuple[int, int]) -> tuple[PairedFiles, PairedFiles]:
-    """The training set decoded and packed, after a check that their samples are the same."""
+    """Return the training set decoded and packed, after a check that their samples are the same."""
     folder = packs / name
     if not folder.exists():
         pack(data.build_for_packing(name, root=root), folder)
@@ -103,7 +102,7 @@ def samples(dataset: PairedFiles) -> Iterator[int]:
 
 def batches(workers: int) -> Callable[[PairedFiles], Iterator[int]]:
     def run(dataset: PairedFiles) -> Iterator[int]:
-        loader = DataLoader(dataset, batch_size=8, num_workers=workers, persistent_workers=workers > 0)
+        loader = DataLoader(dataset, batch_size=BATCH, num_workers=workers, persistent_workers=workers > 0)
         for _ in loader:  # starts the loader processes
             break
         for image, _, _ in loader:
@@ -113,7 +112,7 @@ def batches(workers: int) -> Callable[[PairedFiles], Iterator[int]]:
 
 
 def per_second(run: Callable[[PairedFiles], Iterator[int]], dataset: PairedFiles, most: float) -> float:
-    """Images per second over one epoch, or the first `most` seconds of it."""
+    """Return the images per second over one epoch, or the first `most` seconds of it."""
     stream = run(dataset)
     next(stream)
     started = time.perf_counter()
@@ -151,12 +150,14 @@ def compare(case: str, sets: tuple[PairedFiles, PairedFiles], rounds: int) -> li
     return rows
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clinicdb", type=Path, default=os.environ.get("SWARD_DATA"), help="default: $SWARD_DATA")
     parser.add_argument("--frames", type=int, default=32, help="street scenes to generate")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    if options.frames < 2 * BATCH:  # the first batch is not timed
+        parser.error(f"--frames must be at least {2 * BATCH}, got {options.frames}")
 
     # As in a loader process.
     torch.set_num_threads(1)
@@ -168,7 +169,7 @@ def main() -> int:
         for number in range(options.frames):
             write_street_scene(root / "cityscapes", "train", number)
         sizes = [path.stat().st_size for path in root.rglob("*_leftImg8bit.png")]
-        print(f"generated {len(sizes)} street scenes, {statistics.mean(sizes) / 1e6:.2f} MB a PNG")
+        print(f"generated {len(sizes)} street scenes, {statistics.mean(sizes) / 1e6:.2f} MB per PNG")
         rows += compare(
             "Cityscapes shape, 2048x1024 to 512x1024",
             both("cityscapes", root, packs, (512, 1024)),
@@ -191,10 +192,8 @@ def main() -> int:
                 dict(benchmark=session.benchmark, device=session.device_name, torch=torch.__version__, **row)
             )
     print(f"\nwrote {path}")
-    reached = float(str(street["speed_up"])) >= TARGET
-    print(f"target, {TARGET:.0f}x of decoding for samples of the Cityscapes shape: {'met' if reached else 'missed'}")
-    return 0 if reached else 1
+    print(f"samples of the Cityscapes shape: {street['speed_up']}x as fast from the pack as decoded")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from harness import Case, Measurement, Provider, Session
 from torch import Tensor
 
+from harness import Case, Measurement, Provider, Session
 from sward_kernels import windowed_distillation
 
 RESULTS = Path(__file__).parent / "results"
@@ -146,7 +146,7 @@ def table_of(results: Path, device: torch.device, sweep: str | None = None) -> P
 
 
 def plot_sweeps(results: Path, device: torch.device, path: Path) -> None:
-    """Time and memory of every provider against what was swept, from the tables of the sweeps measured so far."""
+    """Draw time and memory of every provider against what was swept, from the tables of the sweeps measured so far."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -181,7 +181,7 @@ def plot_sweeps(results: Path, device: torch.device, path: Path) -> None:
 
 
 def print_resources() -> None:
-    """What the Triton kernels need of each GPU target, compiled here without one."""
+    """Print what the Triton kernels need of each GPU target, compiled here without a GPU."""
     from sward_kernels import report
     from sward_kernels.resources import Configuration
     from sward_kernels.targets import TARGETS
@@ -196,7 +196,7 @@ def print_resources() -> None:
         print(
             f"{row['target']:>6} {row['pass']:<8} registers {row['registers']:>3}  spill {row['spill_bytes']} B  "
             f"shared {row['shared_bytes']:>5} of {row['shared_limit']} B  occupancy {row['occupancy']:.2f}  "
-            f"at least {row['bound_nanoseconds']:.1f} ns a window on a {TARGETS[row['target']].device} (bound)"
+            f"at least {row['bound_nanoseconds']:.1f} ns per window on a {TARGETS[row['target']].device} (bound)"
         )
 
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from harness import Case, Measurement, Provider, Session
 from torch import Tensor
 
+from harness import Case, Measurement, Provider, Session
 from sward_kernels import prototype_discrimination
 
 MARGIN = 1.3
@@ -132,7 +132,7 @@ def compare(session: Session, shape: Shape, dtype: torch.dtype, max_seconds: flo
 
 
 def plot(classes: Sequence[list[Measurement]], pixels: Sequence[list[Measurement]], path: Path, device: str) -> None:
-    """Milliseconds of every provider over classes (left) and pixels (right), with the 20-80 % band."""
+    """Draw the milliseconds of every provider over classes (left) and pixels (right), with the 20-80 % band."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from harness import Case, Provider, Session
 from torch import Tensor
 
+from harness import Case, Provider, Session
 from sward_kernels import relational_kl
 
 # (images, pixels, channels of the student, of the teacher): the default `max_pixels`, few and many channels.

@@ -1,4 +1,4 @@
-"""What one training step costs: data, teacher, student, each loss, backward pass, optimiser, and the memory it needs.
+"""The cost of one training step: data, teacher, student, each loss, backward pass, optimiser, and peak memory.
 
     python benchmarks/training_step.py                             # shapes that fit two cores
     python benchmarks/training_step.py --preset clinicdb-unext --image-size 256 256 --batch 8
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import os
 import statistics
 import sys
@@ -26,15 +27,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from harness import Session, peak_extra_bytes
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from sward import data, distillation, models, presets
+from harness import Session, peak_extra_bytes
+from sward import data, models, presets
 from sward.config import DistillationConfig
-from sward.losses import LOGITS, DistillationInputs, SegmentationCrossEntropy, SWARDDistillation
-from sward.teacher_cache import TeacherCache
+from sward.losses import LOGITS, DistillationInputs, DistillationLoss, SegmentationCrossEntropy, SWARDDistillation
+from sward.runs import methods
 from sward.training import FrozenTeacher, TrainingStep
+from sward.training.teacher_cache import TeacherCache
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -57,7 +60,7 @@ SHAPES = (
 
 
 class Clock:
-    """Median seconds of a call; on a GPU up to the end of what it launched."""
+    """Measures the median seconds of a call; on a GPU up to the end of what it launched."""
 
     def __init__(self, device: torch.device, rounds: int) -> None:
         self.device, self.rounds = device, rounds
@@ -79,7 +82,7 @@ class Clock:
 
 
 def load_batch(config: DistillationConfig) -> Callable[[], object] | None:
-    """Assembles a batch in this process; None if the data set is not here."""
+    """Return a function that assembles a batch in this process; None if the data set is missing."""
     settings = config.dataset
     try:
         dataset = data.build(
@@ -90,10 +93,8 @@ def load_batch(config: DistillationConfig) -> Callable[[], object] | None:
     return lambda: default_collate([dataset[index] for index in range(config.batch)])
 
 
-def losses_of(
-    loss: distillation.DistillationLoss, inputs: DistillationInputs, method: str
-) -> dict[str, Callable[[], Tensor]]:
-    """The parts of a distillation loss that can be timed alone: MWAD and PDR of SWARD, any other method as a whole."""
+def losses_of(loss: DistillationLoss, inputs: DistillationInputs, method: str) -> dict[str, Callable[[], Tensor]]:
+    """Return what can be timed alone: MWAD and PDR of SWARD, any other distillation loss as a whole."""
     if not isinstance(loss, SWARDDistillation):
         return {method: lambda: loss(inputs).loss}
     student = [inputs.student[tap] for tap in loss.stage_taps]
@@ -104,16 +105,22 @@ def losses_of(
     }
 
 
+def _backward(loss: Callable[[], Tensor]) -> None:
+    loss().backward()
+
+
 def measure(shape: Shape, method: str, device: torch.device, rounds: int) -> dict[str, float | str]:
-    """Milliseconds of each part, the share of distillation, and the peak memory of a step in MiB."""
+    """Return the milliseconds of each part, the share of distillation, and the peak memory of a step in MiB."""
     config = presets.get(shape.preset).student
+    if shape.image_size != config.dataset.image_size:
+        config.teacher.image_size = None
     config.dataset.image_size, config.batch = shape.image_size, shape.batch
     info = data.describe(config.dataset.name)
     torch.manual_seed(0)
     student: nn.Module = models.build(config.model, info.num_classes).to(device)
     network = models.build(config.teacher.name, info.num_classes).to(device)
-    pair = distillation.DistillationPair(config, student, config.teacher.name, network, info)
-    loss = distillation.build(method, pair).to(device)
+    pair = methods.DistillationPair(config, student, config.teacher.name, network, info)
+    loss = methods.build(method, pair).to(device)
     teacher = FrozenTeacher(network, loss.teacher_taps)
     task = SegmentationCrossEntropy(info.ignore_index)
     step = TrainingStep(student, task, loss).train()
@@ -123,7 +130,8 @@ def measure(shape: Shape, method: str, device: torch.device, rounds: int) -> dic
     # Regions of 32 pixels, as labels have regions.
     cells = torch.randint(info.num_classes, (shape.batch, *(side // 32 for side in shape.image_size)), device=device)
     labels = cells.repeat_interleave(32, 1).repeat_interleave(32, 2)
-    features = teacher(images)
+    views = F.interpolate(images, config.teacher_image_size, mode="bilinear")
+    features = teacher(views)
     logits = student(images)
     maps = {name: each.detach().requires_grad_() for name, each in step.taps.collect().items()}
     inputs = DistillationInputs({**maps, LOGITS: logits.detach().requires_grad_()}, features, labels)
@@ -139,10 +147,10 @@ def measure(shape: Shape, method: str, device: torch.device, rounds: int) -> dic
     clock = Clock(device, rounds)
     batch = load_batch(config)
     row: dict[str, float | str] = {"data": "" if batch is None else 1e3 * clock(batch)}
-    row["teacher"] = 1e3 * clock(lambda: teacher(images), rounds=2)
+    row["teacher"] = 1e3 * clock(lambda: teacher(views), rounds=2)
     with tempfile.TemporaryDirectory(prefix="sward-training-step-") as folder:
         cache = TeacherCache(teacher, Path(folder))
-        row["teacher cached"] = 1e3 * clock(lambda: cache(images))
+        row["teacher cached"] = 1e3 * clock(lambda: cache(views))
     with torch.no_grad():
         row["student forward"] = 1e3 * clock(lambda: student(images))
         row["task loss"] = 1e3 * clock(lambda: task(logits, labels))
@@ -151,7 +159,7 @@ def measure(shape: Shape, method: str, device: torch.device, rounds: int) -> dic
     for name, run in losses_of(loss, inputs, method).items():
         row[f"{name} forward"] = 1e3 * clock(run)
         # With the graph of the forward pass: a loss that works out its gradient there would look free otherwise.
-        shares.append(1e3 * clock(lambda run=run: run().backward()))
+        shares.append(1e3 * clock(functools.partial(_backward, run)))
         row[name] = shares[-1]
     row["distillation"] = sum(shares)
     row["share"] = sum(shares) / float(row["student"])
@@ -167,7 +175,7 @@ def show(shape: Shape, method: str, row: dict[str, float | str]) -> None:
     print(f"\n{shape.preset}, {height}x{width}, batch {shape.batch}, {method}")
     for name, value in row.items():
         if value == "":
-            print(f"  {name:<18}{'not here':>12}")
+            print(f"  {name:<18}{'no data':>12}")
         elif name == "share":
             print(f"  {name:<18}{100 * float(value):>10.1f} %   of the student's own forward and backward")
         else:
@@ -175,7 +183,7 @@ def show(shape: Shape, method: str, row: dict[str, float | str]) -> None:
 
 
 def write(path: Path, context: dict[str, str], rows: dict[tuple[str, ...], dict[str, str]]) -> None:
-    """Merges rows, one a part, into the file; earlier rows of the same key are replaced."""
+    """Merge rows, one per part, into the file; replace earlier rows of the same key."""
     key = ("preset", "image_size", "batch", "distillation")
     kept = []
     if path.exists():
@@ -196,23 +204,21 @@ def main() -> int:
     parser.add_argument("--preset", choices=presets.names(), help="one preset instead of all shapes")
     parser.add_argument("--image-size", type=int, nargs=2, help="with --preset; the preset's own by default")
     parser.add_argument("--batch", type=int, help="with --preset; the preset's own by default")
-    parser.add_argument(
-        "--distillation", default="sward", choices=sorted({*distillation.METHODS} - {"maskd", "freekd"})
-    )
+    parser.add_argument("--distillation", default="sward", choices=sorted({*methods.METHODS} - {"maskd", "freekd"}))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
 
-    shapes = SHAPES
+    shapes: tuple[Shape, ...] = SHAPES
     if options.preset:
         student = presets.get(options.preset).student
-        size = tuple(options.image_size or student.dataset.image_size)
-        shapes = (Shape(options.preset, size, options.batch or student.batch),)
+        height, width = options.image_size or student.dataset.image_size
+        shapes = (Shape(options.preset, (height, width), options.batch or student.batch),)
     session = Session("training_step", torch.device(options.device))
     print(f"{session.benchmark} on {session.device_name} (torch {torch.__version__}), fp32, {options.rounds} rounds")
     if "SWARD_DATA" not in os.environ:
         print("set SWARD_DATA to the folder of the data sets to see what loading a batch costs")
-    rows = {}
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
     for shape in shapes:
         row = measure(shape, options.distillation, session.device, options.rounds)
         show(shape, options.distillation, row)

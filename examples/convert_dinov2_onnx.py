@@ -20,8 +20,8 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
+from sward.alignment import resize
 from sward.models import build, load_trunk_checkpoint
-from sward.models.heads import resize
 
 DEPTH = 12
 FINAL_NORM = "/backbone/layernorm/Add_1_output_0"
@@ -75,7 +75,7 @@ def largest_difference(model: onnx.ModelProto, path: Path) -> float:
     # 16 x 16 tokens either way: the teacher resizes 256 pixels to the 224 that the ONNX file wants.
     images = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        ours = teacher.trunk(images)[-1].flatten(2).transpose(1, 2)
+        ours = teacher.get_submodule("trunk")(images)[-1].flatten(2).transpose(1, 2)
 
     model.graph.output.append(onnx.ValueInfoProto(name=FINAL_NORM))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

@@ -32,4 +32,6 @@ with FeatureTaps(student, ["1", "2"]) as student_taps, FeatureTaps(teacher, ["1"
 
 output.loss.backward()
 print(f"attention {output.attention:.4f}  value {output.value:.4f}  context {output.context:.4f}")
-print("gradient at the student's first layer:", student[0][0].weight.grad.norm().item())
+first_weight = next(student.parameters())
+assert first_weight.grad is not None
+print("gradient at the student's first layer:", first_weight.grad.norm().item())

@@ -1,6 +1,6 @@
 """SWARD: distil a transformer segmentation model into a small convolutional network.
 
-Start at `sward.losses` (any trainer), `sward.models`, `sward.data`, or the command line `sward`.
+Start with `sward.losses` (for any trainer), `sward.models`, `sward.data` or the `sward` command line.
 """
 
 __version__ = "0.1.0"

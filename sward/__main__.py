@@ -1,8 +1,8 @@
-"""`python -m sward`, the same as the command `sward`."""
+"""Run the `sward` command line as `python -m sward`."""
 
 import sys
 
-from sward.cli import main
+from sward.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

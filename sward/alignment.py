@@ -7,9 +7,14 @@ pixel sum to one, so they commute, bias included; `ChannelProjection.project_and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 
 def aligned_size(first: Tensor, second: Tensor) -> tuple[int, int]:
@@ -17,14 +22,14 @@ def aligned_size(first: Tensor, second: Tensor) -> tuple[int, int]:
     return min(first.shape[-2], second.shape[-2]), min(first.shape[-1], second.shape[-1])
 
 
-def resize(features: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(features: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear resize of `[B, C, H, W]` features to `size`, without corner alignment or antialiasing (psi, Eq. 2).
 
     A map that already has that size is returned itself, not copied.
     """
     if tuple(features.shape[-2:]) == tuple(size):
         return features
-    return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(features, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def resize_to_common(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,12 +38,19 @@ def resize_to_common(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return resize(first, size), resize(second, size)
 
 
-def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Nearest-neighbour resize of `[B, H, W]` integer labels to `size`; dtype and values are kept.
+def resize_labels(labels: Tensor, size: tuple[int, int], *, pick: Literal["centre", "corner"] = "centre") -> Tensor:
+    """Resize `[B, H, W]` integer labels to `size` without mixing them; dtype and values are kept.
 
-    Target pixel `i` takes source pixel `floor(i * source / target)`, as `F.interpolate(mode="nearest")` does, which
-    official distillation code uses on labels; the index is computed in integers, so it is exact and the labels
-    are never turned into floats. Labels that already have that size are returned themselves.
+    Each target pixel is a cell of the source grid and takes the label at the cell's centre, where `resize` samples
+    features. A centre between two pixels takes the one before and the one after in turn, so that labels do not drift.
+    The index is computed in integers, so it is exact. Labels that already have that size are returned themselves.
+
+    Args:
+        labels: `[B, H, W]`.
+        size: target height and width.
+        pick: "corner" takes each cell's upper left pixel instead, `floor(i * source / target)`, as
+            `F.interpolate(mode="nearest")` does. Such labels lie up to half a target pixel low and right of the
+            image; official distillation code has them.
 
     Raises:
         ValueError: if `labels` is not `[B, H, W]`.
@@ -47,13 +59,22 @@ def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
         raise ValueError(f"labels must be [B, H, W], got shape {tuple(labels.shape)}")
     if tuple(labels.shape[-2:]) == tuple(size):
         return labels
-    rows = _nearest_index(labels.shape[-2], size[0], labels)
-    columns = _nearest_index(labels.shape[-1], size[1], labels)
-    return labels[:, rows[:, None], columns[None, :]]
+    index = _centre_index if pick == "centre" else _corner_index
+    rows = index(labels.shape[-2], size[0], labels.device)
+    columns = index(labels.shape[-1], size[1], labels.device)
+    # A third of the time of indexing with both at once.
+    return labels.index_select(1, rows).gather(2, columns.expand(len(labels), size[0], -1))
 
 
-def _nearest_index(source: int, target: int, like: Tensor) -> Tensor:
-    return torch.arange(target, device=like.device) * source // target
+def _centre_index(source: int, target: int, device: torch.device) -> Tensor:
+    cells = torch.arange(target, device=device)
+    centres = (2 * cells + 1) * source
+    between = centres % (2 * target) == 0
+    return centres // (2 * target) - (between & (cells % 2 == 0)).long()
+
+
+def _corner_index(source: int, target: int, device: torch.device) -> Tensor:
+    return torch.arange(target, device=device) * source // target
 
 
 def project(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -97,3 +118,87 @@ class ChannelProjection(nn.Conv2d):
         if size[0] * size[1] <= features.shape[-2] * features.shape[-1]:
             return self(resize(features, size))
         return resize(self(features), size)
+
+
+class Standardization(nn.Module):
+    """Gives every channel of a teacher's map mean 0 and variance 1.
+
+    Channels of transformer features differ in scale by one to two orders of magnitude, and much of their energy is one
+    constant vector, so that a random projection sees little else. Standardising each channel removes both; known from
+    multi-teacher distillation (Ranzinger et al., "PHI-S", 2024, and "AM-RADIO", CVPR 2024).
+
+    A batch norm without affine parameters, but for its statistics: they are the exact mean and variance over all
+    positions of all maps that came in training mode so far, the present one included, and both modes normalise with
+    them. The first batch is normalised by its own statistics. A teacher is frozen, so later ones converge to those of
+    the data set, and neither a small batch nor a change of mode moves the target that the student learns.
+
+    Args:
+        channels: channels of the map.
+        process_group: processes over whose maps the statistics are taken; they are the same on all of them. Default:
+            this process alone.
+
+    Shapes:
+        `[B, channels, H, W]`, floating -> the same shape in float32, or float64 where the map is. 16-bit maps are
+        computed in float32. A channel that is constant up to rounding gives zeros. Before the first map in training
+        mode the map is returned as it is.
+
+    Attributes:
+        count: int64, positions seen so far.
+        mean: `[channels]`, of all positions.
+        variance: `[channels]`, of all positions (divided by their number).
+    """
+
+    count: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, channels: int, *, process_group: ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.process_group = process_group
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Update the statistics in training mode, then normalise."""
+        if self.training:
+            self.update(features)
+        return self.normalize(features)
+
+    @torch.no_grad()
+    def update(self, features: Tensor) -> None:
+        """Add all positions of a map, and those of the other processes' maps, to the statistics."""
+        variance, mean = (
+            each.double() for each in torch.var_mean(_at_least_float32(features), dim=(0, 2, 3), correction=0)
+        )
+        count = torch.full_like(mean[:1], features.numel() // features.shape[1])
+        # Sums add up over processes; in float64 their difference does not cancel.
+        sums = torch.cat([count, count * mean, count * (variance + mean.square())])
+        if self.process_group is not None:
+            dist.all_reduce(sums, group=self.process_group)
+        count = sums[0]
+        mean, squares = (sums[1:] / count).chunk(2)
+        # Two sets of positions as one (Chan et al., 1979).
+        share = count / (self.count + count)
+        change = mean - self.mean
+        within = torch.lerp(self.variance.double(), (squares - mean.square()).clamp(min=0), share)
+        self.variance.copy_(within + share * (1 - share) * change.square())
+        self.mean.copy_(self.mean + share * change)
+        self.count.add_(count.long())
+
+    def normalize(self, features: Tensor) -> Tensor:
+        """Normalise with the statistics as they are."""
+        spread = self.variance.sqrt()
+        scale = torch.where(spread > _CONSTANT * self.mean.abs(), 1 / spread, 0.0)
+        return (_at_least_float32(features) - self.mean[:, None, None]) * scale[:, None, None]
+
+    def extra_repr(self) -> str:
+        return str(len(self.mean))
+
+
+_CONSTANT = 1e-6
+"""Spread over mean of a channel that counts as constant: what rounding to float32 leaves of one."""
+
+
+def _at_least_float32(features: Tensor) -> Tensor:
+    return features if features.dtype == torch.float64 else features.float()

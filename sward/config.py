@@ -1,4 +1,4 @@
-"""Everything a run can be told, as plain dataclasses. `sward.presets` fills them, the command line overrides them."""
+"""The settings of a run as plain dataclasses. `sward.presets` fills them, the command line overrides them."""
 
 from __future__ import annotations
 
@@ -11,175 +11,195 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from sward.data.files import OnCorrupt
-from sward.losses.mwad import ContextReduction, ShiftStrategy, TeacherProjections
-from sward.precision import Precision
+from sward.losses.mwad import ShiftStrategy
+from sward.losses.recipes import (
+    RECIPES,
+    RECOMMENDED,
+    ContextReduction,
+    RecipeName,
+    TeacherNormalization,
+    TeacherProjections,
+)
+
+Precision = Literal["fp32", "bf16", "fp16"]
+"""`fp32` computes everything in float32; the others use autocast and keep weights and optimiser in float32."""
 
 MaskMethod = Literal["maskd", "freekd"]
-"""The methods that learn something on the teacher before they distil it."""
+"""The methods that learn masks on the teacher before they distil it."""
+
+UNCOMPARED = {
+    "resume",
+    "log_every",
+    "checkpoint_every",
+    "tensorboard",
+    "device",
+    "output",
+    "on_corrupt",
+    "dataset.root",
+    "dataset.workers",
+    "dataset.packed",
+    "teacher.run",
+    "teacher.masks",
+    "teacher.cache",
+    "cache",
+}
+"""Fields that do not change what a run computes; on resuming they may differ from those of the stored run."""
+
+
+NEEDS_VIEWS = (
+    "dataset.views must be set with {}, got None; every epoch would draw new crops and flips, --dataset.views N draws "
+    "N fixed augmented views per image"
+)
 
 
 @dataclass
 class DatasetConfig:
-    """Which images, and how they are cut.
-
-    Attributes:
-        name: a name that `sward.data.build` knows.
-        root: folder that holds the data set; None looks in `$SWARD_DATA`, then in `./data`.
-        image_size: height and width in pixels that the network sees in training.
-        split_by: for polyps `"sequence"`, `"ratio"` or the path of a list file; None is the data set's own split.
-        num_classes: classes of a `folder` of images and masks; every other data set knows its own.
-        workers: loader processes; 0 loads in the training process. Results do not depend on it.
-        packed: `"auto"` reads the pack that `sward data pack` left in the data set's folder, if there is one;
-            `"none"` decodes the image files; a path is a pack that lies elsewhere. Results do not depend on it.
-        views: fixed augmented views an image, taken in turn epoch by epoch; None draws new ones each epoch.
-    """
+    """Which images to use, and at what size."""
 
     name: str = "scenes"
+    """Name of the data set, as in `sward.data.build`."""
     root: Path | None = None
+    """Folder that holds the data set; None looks in `$SWARD_DATA`, then in `./data`."""
     image_size: tuple[int, int] = (128, 128)
+    """Height and width in pixels of the training images."""
     split_by: str | None = None
+    """For polyps `"sequence"`, `"ratio"` or the path of a list file; None uses the data set's own split."""
     num_classes: int | None = None
+    """Number of classes of a `folder` of images and masks; the other data sets define their own."""
     workers: int = 0
+    """Loader processes; 0 loads in the training process. Results do not depend on it."""
     packed: str = "auto"
+    """Pack to read: `"auto"` (the one in the data set's folder, if any), `"none"` (decode the files) or a path."""
     views: int | None = None
+    """Fixed augmented views per image, one per epoch in turn; None draws new ones each epoch."""
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its schedule.
-
-    Attributes:
-        lr: initial learning rate.
-        weight_decay: decoupled weight decay, on every parameter.
-        schedule: `"poly"` is `lr (1 - step/steps)^power`, `"cosine"` anneals to 0, both per step.
-        power: exponent of `"poly"`.
-        warmup: steps over which the rate rises linearly to `lr` first.
-        clip_norm: greatest norm of the gradient of all parameters together; a longer one is scaled down to it.
-            None never clips.
-    """
+    """AdamW and its schedule."""
 
     lr: float = 1e-3
+    """Initial learning rate."""
     weight_decay: float = 1e-4
+    """Decoupled weight decay, on every parameter."""
     schedule: Literal["poly", "cosine"] = "poly"
+    """`"poly"` is `lr (1 - step/steps)^power`, `"cosine"` anneals to 0, both per step."""
     power: float = 0.9
+    """Exponent of `"poly"`."""
     warmup: int = 0
+    """Steps over which the rate rises linearly to `lr` first."""
     clip_norm: float | None = None
+    """Largest norm of the gradient over all parameters; longer gradients are scaled down to it. None never clips."""
 
 
 @dataclass
 class TeacherConfig:
-    """The frozen network that is distilled.
-
-    Attributes:
-        run: folder of the `sward train-teacher` run to load; None takes `runs/PRESET/teacher`.
-        untrained: distil the teacher `name` with random weights instead, to try shapes and speed without a checkpoint.
-        name: for `untrained`: a teacher that `sward.models.build` knows.
-        masks: file that `sward train-masks` wrote, for `maskd` and `freekd`; None takes `runs/PRESET/METHOD.pt`.
-        cache: folder in which the teacher's features are kept, so that it runs once for each view of an image; needs
-            `dataset.views`. None runs it every step.
-        precision: of the teacher's forward pass, whatever the student's is.
-    """
+    """The frozen network that is distilled."""
 
     run: Path | None = None
+    """Folder of the `sward train-teacher` run to load; None uses `runs/PRESET/teacher`."""
     untrained: bool = False
+    """Distil the teacher `name` with random weights instead, to try shapes and speed without a checkpoint."""
     name: str = "hiera_demo"
+    """Name of the teacher for `untrained`, as in `sward.models.build`."""
+    image_size: tuple[int, int] | None = None
+    """Height and width of the images that the teacher sees: the student's views (same crop, flips and colours), sampled
+    at this size, with the same aspect ratio. None uses `dataset.image_size`."""
     masks: Path | None = None
+    """File that `sward train-masks` wrote, for `maskd` and `freekd`; None uses `runs/PRESET/METHOD.pt`."""
     cache: Path | None = None
+    """Folder that caches the teacher's features of each view of an image; needs `dataset.views`. None has no cache."""
     precision: Precision = "fp32"
+    """Precision of the teacher's forward pass; independent of the student's."""
+    normalization: TeacherNormalization = "none"
+    """Standardise the feature maps that other methods than sward read; see `sward.teacher_normalization` for sward."""
 
 
 @dataclass
 class SWARDConfig:
-    """MWAD, PDR and their weights (Eq. 11-20).
+    """MWAD, PDR and their weights (Eq. 11-20). The defaults are the recommended recipe, see `sward.losses.recipes`."""
 
-    Attributes:
-        weights: beta of MWAD and gamma of PDR in Eq. 20; alpha of the task loss is 1.
-        student_layers: layers of the student for MWAD, shallow to deep; empty takes its stages.
-        teacher_layers: layers of the teacher that they meet, as many; empty takes its stages.
-        window_size: window side, one number or one a stage.
-        embed_dim: width of queries, keys and values.
-        shift: window strategy (Table 4).
-        terms: weights of the attention, value and context terms (Table 3).
-        teacher_projections: whether the teacher's projections learn.
-        context_reduction: sum over channels as Eq. 13 is written, or mean.
-        margin: least distance of two prototypes (Eq. 16).
-        pdr_weights: lambda_1 of separation and lambda_2 of compactness (Eq. 19).
-        pdr_layer: the student's layer for PDR; None takes its deepest encoder map.
-        normalize: L2-normalise PDR's features first.
-    """
-
-    weights: tuple[float, float] = (2.0, 1.0)
+    weights: tuple[float, float] = RECOMMENDED.weights
+    """Beta of MWAD and gamma of PDR in Eq. 20; alpha of the task loss is 1."""
     student_layers: tuple[str, ...] = ()
+    """Layers of the student for MWAD, shallow to deep; empty uses its default stages."""
     teacher_layers: tuple[str, ...] = ()
+    """Layers of the teacher, one per student layer; empty uses its default stages."""
     window_size: tuple[int, ...] = (8,)
+    """Window side: one number, or one per stage."""
     embed_dim: int = 64
+    """Width of queries, keys and values."""
     shift: ShiftStrategy = "stochastic"
+    """Window strategy (Table 4)."""
     terms: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    teacher_projections: TeacherProjections = "learned"
-    context_reduction: ContextReduction = "sum"
+    """Weights of the attention, value and context terms (Table 3)."""
+    teacher_normalization: TeacherNormalization = RECOMMENDED.teacher_normalization
+    """Standardise each channel of the teacher's features, or use them as they are."""
+    teacher_projections: TeacherProjections = RECOMMENDED.teacher_projections
+    """Whether the teacher's projections are trained."""
+    context_reduction: ContextReduction = RECOMMENDED.context_reduction
+    """Sum over channels, as in Eq. 13, or mean."""
     margin: float = 1.3
+    """Distance that two prototypes should at least have (Eq. 16)."""
     pdr_weights: tuple[float, float] = (1.0, 1.0)
+    """Weights of separation (lambda_1) and compactness (lambda_2) in Eq. 19."""
     pdr_layer: str | None = None
-    normalize: bool = False
+    """The student's layer for PDR; None uses its deepest encoder map."""
+    normalize: bool = RECOMMENDED.normalize
+    """L2-normalise PDR's features first."""
 
 
 @dataclass
 class TrainingConfig:
-    """A network, a data set and a schedule.
-
-    Attributes:
-        preset: the preset this started from.
-        model: the network that learns, a name that `sward.models.build` knows.
-        dataset: images and labels.
-        optimizer: AdamW and its schedule.
-        batch: images a step, on all processes together.
-        iterations: steps of the run; exactly one of `iterations` and `epochs` is set.
-        epochs: passes over the training set.
-        seed: seeds weights, sampling, augmentation and window shifts, each from a stream of its own.
-        metric: what picks the best checkpoint: mean IoU over classes, or the foreground's Dice averaged over images.
-        evaluate_every: epochs between validations; None validates only at the end.
-        batch_norm_images: training images over which batch normalisation estimates its statistics anew before each
-            validation; None keeps the running ones. For runs of a few hundred steps: MobileNetV3's momentum of 0.01
-            leaves the running statistics of such a run far behind its weights.
-        log_every: steps between lines of `metrics.jsonl`.
-        checkpoint_every: steps between checkpoints; one is written at every validation too.
-        precision: of the forward pass: `"fp32"`, or autocast to `"bf16"` or `"fp16"` (the latter with loss scaling).
-        compile: run student and teacher through `torch.compile`.
-        channels_last: keep the networks' weights and maps in channels_last order, which suits GPU convolutions.
-        sync_batch_norm: with several processes, normalise over the global batch. Needs GPUs.
-        tensorboard: write `tensorboard/` into the run folder, with the numbers of `metrics.jsonl`.
-        device: where to train; None takes the GPU where there is one.
-        output: run folder; None takes `runs/PRESET/METHOD-seedN`.
-        resume: continue the run in `output` from its last checkpoint, or begin it if there is none.
-        on_corrupt: about a training image or mask that cannot be read: `"stop"` ends the run with its path, `"skip"`
-            warns once a file and trains on the next image in its place.
-    """
+    """A network, a data set and a schedule."""
 
     preset: str = "demo"
+    """The preset that the run is based on."""
     model: str = "unext"
+    """Name of the network to train, as in `sward.models.build`."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    """Images and labels."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its schedule."""
     batch: int = 8
+    """Images per step, over all processes."""
     iterations: int | None = None
+    """Steps of the run; exactly one of `iterations` and `epochs` is set."""
     epochs: int | None = None
+    """Passes over the training set."""
     seed: int = 0
+    """Seed of weights, sampling, augmentation and window shifts; each draws from its own stream."""
     metric: Literal["mean_iou", "dice"] = "mean_iou"
+    """Score that selects the best checkpoint: mean IoU over classes, or the foreground's Dice averaged over images."""
     evaluate_every: int | None = None
+    """Epochs between validations; None validates only at the end."""
     batch_norm_images: int | None = None
+    """Training images to re-estimate batch norm statistics from before validation; None keeps the running ones."""
     log_every: int = 20
+    """Steps between lines of `metrics.jsonl`."""
     checkpoint_every: int = 500
+    """Steps between checkpoints; one is written at every validation too."""
     precision: Precision = "fp32"
+    """Precision of the forward pass: `"fp32"`, or autocast to `"bf16"` or `"fp16"` (the latter with loss scaling)."""
     compile: bool = False
+    """Run student and teacher through `torch.compile`."""
     channels_last: bool = False
+    """Keep weights and feature maps in channels_last order, which suits GPU convolutions."""
     sync_batch_norm: bool = False
+    """With several processes, batch norm uses the global batch. Needs GPUs."""
     tensorboard: bool = False
+    """Also write the numbers of `metrics.jsonl` as TensorBoard events to `tensorboard/` in the run folder."""
     device: str | None = None
+    """Device to train on; None uses the GPU if there is one."""
     output: Path | None = None
+    """Run folder; None uses `runs/PRESET/METHOD-seedN`."""
     resume: bool = False
+    """Resume the run in `output` from its last checkpoint, or start it if there is none."""
     on_corrupt: OnCorrupt = "stop"
+    """If a training image cannot be read: `"stop"` ends the run, `"skip"` warns and uses the next image."""
 
     def check(self) -> None:
-        """Raises a ValueError, in one sentence, for a field that no run could use."""
+        """Raise a ValueError if a field has an invalid value."""
         if (self.iterations is None) == (self.epochs is None):
             raise ValueError(
                 "exactly one of iterations and epochs must be set, "
@@ -202,51 +222,68 @@ class TrainingConfig:
             raise ValueError(f"optimizer.clip_norm must be positive, got {self.optimizer.clip_norm}")
 
     def steps(self, images: int) -> int:
-        """Optimiser steps of the run on a training set of `images` images; the last partial batch is dropped.
+        """Return the number of optimiser steps for `images` training images; the last partial batch is dropped.
 
         Raises:
             ValueError: if the training set is smaller than one batch.
         """
         if images < self.batch:
-            raise ValueError(
-                f"batch is {self.batch}, but the training set has only {images} images; use a smaller batch"
-            )
+            raise ValueError(f"batch must be at most {images}, the number of training images, got {self.batch}")
         return self.iterations if self.iterations is not None else (self.epochs or 0) * (images // self.batch)
 
 
 @dataclass
 class DistillationConfig(TrainingConfig):
-    """A student's run, alone (`distillation="none"`) or with a teacher.
-
-    Attributes:
-        distillation: the method: `"none"`, or a name in `sward.distillation.METHODS`.
-        teacher: the frozen network.
-        sward: settings of `"sward"`.
-    """
+    """A student's run, alone (`distillation="none"`) or with a teacher."""
 
     distillation: str = "sward"
+    """The method: `"none"`, or a name in `sward.runs.methods.METHODS`."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The frozen network."""
+    recipe: RecipeName = "recommended"
+    """Recipe that `sward` starts from: `"recommended"`, or `"paper"` for the equations and section 4.1 to the letter.
+    On the command line, options for single fields of `sward` override it."""
     sward: SWARDConfig = field(default_factory=SWARDConfig)
+    """Settings of `"sward"`."""
 
-    def check(self) -> None:
-        """As for every run; and features can be kept only of images that come again."""
-        super().check()
-        if self.teacher.cache is not None and self.dataset.views is None:
-            raise ValueError(
-                "teacher.cache keeps the features of images that come again, but every epoch draws new crops and "
-                "flips; fix them with --dataset.views N: N augmented views of each image, taken in turn"
-            )
+    @property
+    def teacher_image_size(self) -> tuple[int, int]:
+        """Height and width of the images that the teacher sees."""
+        return self.teacher.image_size or self.dataset.image_size
 
-    def teacher_masks(self) -> Path:
-        """The file of the method's masks on this teacher.
+    def use_recipe(self, name: RecipeName) -> None:
+        """Set the fields of `sward` that the recipe `name` defines and leaves the others.
 
         Raises:
-            FileNotFoundError: if it is not there.
+            ValueError: if there is no such recipe.
+        """
+        if name not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(map(repr, RECIPES))}, got {name!r}")
+        self.recipe = name
+        self.sward = dataclasses.replace(self.sward, **RECIPES[name]._asdict())
+
+    def check(self) -> None:
+        """Validate the fields; a teacher cache also needs fixed views, since it can only reuse repeated images."""
+        super().check()
+        (height, width), (tall, wide) = self.dataset.image_size, self.teacher_image_size
+        if tall * width != wide * height:
+            raise ValueError(
+                f"teacher.image_size must have the aspect ratio of dataset.image_size, {height}x{width}, "
+                f"got {tall}x{wide}"
+            )
+        if self.teacher.cache is not None and self.dataset.views is None:
+            raise ValueError(NEEDS_VIEWS.format("teacher.cache"))
+
+    def teacher_masks(self) -> Path:
+        """Return the path of the masks that the method learned on this teacher.
+
+        Raises:
+            FileNotFoundError: if the file does not exist.
         """
         path = self.teacher.masks or masks_path(self.preset, self.distillation)
         if not path.exists():
             raise FileNotFoundError(
-                f"{self.distillation} needs masks learned on the teacher, and there are none at {path}; learn them "
+                f"{self.distillation} needs masks learned on the teacher, but {path} does not exist; learn them "
                 f"with 'sward train-masks {self.preset} --method {self.distillation}', or name a file with "
                 "--teacher.masks"
             )
@@ -255,50 +292,56 @@ class DistillationConfig(TrainingConfig):
 
 @dataclass
 class TeacherTrainingConfig(TrainingConfig):
-    """A teacher's run.
-
-    Attributes:
-        options: options of the network's builder, such as `backend` of the Hiera trunks.
-        trunk_checkpoint: SAM 2.1 or MedSAM2 file to load into the trunk first.
-        train_trunk: train the trunk too. The paper's teachers keep it frozen and train the head.
-    """
+    """A teacher's run."""
 
     options: dict[str, int | str] = field(default_factory=dict)
+    """Options of the network's builder, such as `backend` of the Hiera trunks."""
     trunk_checkpoint: Path | None = None
+    """Pretrained weights of the trunk: a SAM 2.1, MedSAM2, timm or DINOv2 checkpoint."""
     train_trunk: bool = False
+    """Train the trunk too. By default it stays frozen and only the head is trained, as in the paper."""
+    cache: Path | None = None
+    """Folder that caches the maps of the frozen trunk, so that it runs once per view of an image; needs
+    `dataset.views`. Students with the same seed read the same files through `--teacher.cache`. None runs the trunk in
+    every step."""
+
+    def check(self) -> None:
+        """Validate the fields; a cache needs a frozen trunk and fixed views."""
+        super().check()
+        if self.cache is not None and self.train_trunk:
+            raise ValueError(f"cache must be None where train_trunk is set, got {self.cache}; such a trunk changes")
+        if self.cache is not None and self.dataset.views is None:
+            raise ValueError(NEEDS_VIEWS.format("cache"))
 
 
 @dataclass
 class MaskTrainingConfig:
-    """Learning MasKD's tokens or FreeKD's prompts on a trained teacher.
-
-    Attributes:
-        preset: the preset this started from.
-        method: the method that will use them.
-        dataset: images and labels.
-        teacher: the trained teacher.
-        batch: images a step.
-        steps: optimiser steps; None takes the papers': 10000 for `maskd`, 2000 for `freekd`.
-        seed: of the masks' start and of the order of images.
-        device: where to train; None takes the GPU where there is one.
-        output: file to write; None takes `runs/PRESET/METHOD.pt`.
-        on_corrupt: as in a run.
-    """
+    """Settings for learning MasKD's tokens or FreeKD's prompts on a trained teacher."""
 
     preset: str = "demo"
+    """The preset that the run is based on."""
     method: MaskMethod = "maskd"
+    """The method that will use the masks."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    """Images and labels."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The trained teacher."""
     batch: int = 8
+    """Images per step."""
     steps: int | None = None
+    """Optimiser steps; None uses the papers' values: 10000 for `maskd`, 2000 for `freekd`."""
     seed: int = 0
+    """Seed of the initial masks and of the order of images."""
     device: str | None = None
+    """Device to train on; None uses the GPU if there is one."""
     output: Path | None = None
+    """File to write; None uses `runs/PRESET/METHOD.pt`."""
     on_corrupt: OnCorrupt = "stop"
+    """What to do if an image or mask cannot be read: `"stop"`, or `"skip"` to warn and use the next image."""
 
 
 def masks_path(preset: str, method: str) -> Path:
-    """Where a method's masks go unless `output` says otherwise, and where a student's run looks for them."""
+    """Return the default path of a method's masks, used both to write and to load them."""
     return Path("runs") / preset / f"{method}.pt"
 
 
@@ -306,15 +349,15 @@ Config = TypeVar("Config")
 
 
 def to_json(config: Any) -> str:
-    """A dataclass as JSON text, paths as strings."""
+    """Serialise a dataclass to JSON text, with paths as strings."""
     return json.dumps(dataclasses.asdict(config), indent=2, default=str)
 
 
 def from_json(kind: type[Config], text: str) -> Config:
-    """The dataclass `kind` from what `to_json` wrote.
+    """Deserialise a dataclass of type `kind` from the output of `to_json`.
 
     Raises:
-        ValueError: if the text is no JSON object, or names a field that `kind` does not have.
+        ValueError: if the text is not a JSON object, or names a field that `kind` does not have.
     """
     try:
         values = json.loads(text)
@@ -341,3 +384,24 @@ def _build(kind: Any, value: Any) -> Any:
             )
         return kind(**{name: _build(hints[name], item) for name, item in value.items()})
     return Path(value) if kind is Path else value
+
+
+def differences(stored: Any, wanted: Any) -> list[str]:
+    """Describe the differences between two configurations that change results, one phrase per field."""
+    return _differences(json.loads(to_json(stored)), json.loads(to_json(wanted)))
+
+
+def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name in sorted({*stored, *wanted}):
+        old, new = stored.get(name), wanted.get(name)
+        if prefix + name in UNCOMPARED:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{name}.")
+        elif name == "trunk_checkpoint" and old and new:
+            if Path(old).name != Path(new).name:
+                found.append(f"{prefix}{name} is {old}, not {new}")
+        elif old != new:
+            found.append(f"{prefix}{name} is {old}, not {new}")
+    return found

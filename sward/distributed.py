@@ -1,7 +1,7 @@
-"""What the trainer needs of `torch.distributed`. In one process every function here does nothing, at no cost.
+"""The parts of `torch.distributed` that the trainer uses. In a single process every function here is a no-op.
 
-`torchrun` describes the processes in the environment. `joined` makes them a group; from then on `batch` is shared out
-among them, gradients are averaged by `DistributedDataParallel`, and only the process of rank 0 writes.
+`torchrun` describes the processes in the environment. `joined` makes them a group; from then on `batch` is split among
+them, `DistributedDataParallel` averages the gradients, and only rank 0 writes files.
 """
 
 from __future__ import annotations
@@ -23,86 +23,86 @@ from torch.nn.parallel import DistributedDataParallel
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Joins the processes that `torchrun` started, NCCL between GPUs and gloo between CPUs, and leaves them at the end.
+    """Join the process group of `torchrun` (NCCL between GPUs, gloo between CPUs) and destroy it at the end.
 
-    Does nothing for one process, or inside a group that exists already.
+    Does nothing for a single process, or if a group exists already.
     """
     if launched_processes() == 1 or world_size() > 1:
         yield
         return
-    # Before there is a group: functions of this module take the group that exists at its import as a default, and DDP
-    # imports it. They would keep the group and its threads past the end, and a thread that frees a tensor while Python
-    # shuts down ends the process with SIGABRT.
+    # Import this before the group exists. Functions of the module bind the current group as a default argument, and DDP
+    # imports the module. They would keep the group and its threads alive after `destroy_process_group`, and a thread
+    # that frees a tensor while Python shuts down aborts the process (SIGABRT).
     importlib.import_module("torch.distributed.nn")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, rank, size = next(rendezvous("env://"))
-    # torchrun may serve one store to all attempts (torch 2.14 does). Under the same keys a process could read the
-    # address of one that died in the attempt before, and wait for it.
+    # torchrun may share one store among all attempts (torch 2.14 does). With the same keys, a process could read the
+    # address of a process that died in the previous attempt, and wait for it.
     store = dist.PrefixStore(f"attempt{_restarts()}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    # Not in a finally: after an error the other processes may wait in a collective, and leaving would wait for them.
+    # Not in a `finally`: after an error the other processes may be waiting in a collective, and destroying the group
+    # would wait for them.
     yield
     dist.destroy_process_group()
 
 
 def launched_processes() -> int:
-    """Processes that the launcher started, on all nodes."""
+    """Return the number of processes that the launcher started on all nodes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
-    """Number of this process on its node, which is that of its GPU."""
+    """Return the rank of this process on its node, which is also the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process again after a failure."""
+    """Return whether torchrun restarted this process after a failure."""
     return _restarts() > 0
 
 
 def group() -> ProcessGroup | None:
-    """All processes, or None where there is one."""
+    """Return the group of all processes, or None in a single process."""
     return dist.group.WORLD if world_size() > 1 else None
 
 
 def world_size() -> int:
-    """Processes in the group; 1 without one."""
+    """Return the number of processes in the group, or 1 without a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process in the group, from 0. Before the group is joined and after it was left, the launcher's."""
+    """Return the rank of this process in the group; outside of a group, the rank that the launcher assigned."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
-    """Whether this process writes files and talks to the user."""
+    """Return whether this process writes files and prints messages (rank 0)."""
     return rank() == 0
 
 
 def share_of(batch: int) -> int:
-    """Images of each process in a global batch.
+    """Return the number of images per process in a global batch.
 
     Raises:
-        ValueError: if they cannot be shared out evenly.
+        ValueError: if the number of processes does not divide `batch`.
     """
     if batch % world_size():
         raise ValueError(
-            f"batch is {batch}, the images of one step on all processes together, and cannot be shared out evenly "
-            f"among {world_size()} processes; use a multiple of {world_size()}"
+            f"batch must be a multiple of the number of processes ({world_size()}), got {batch}; "
+            "batch counts the images of one step on all processes together"
         )
     return batch // world_size()
 
 
 def rank_seed(seed: int) -> int:
-    """Seed of what every process draws for itself (dropout, window shifts).
+    """Derive the seed of what each process draws for itself (dropout, window shifts).
 
-    The process of rank 0 keeps `seed`, as one process alone does; rank `r` takes 63 bits of
-    `numpy.random.SeedSequence((seed, r))`.
+    Rank 0 uses `seed`, like a single process; rank `r` uses 63 bits of `numpy.random.SeedSequence((seed, r))`.
     """
     if rank() == 0:
         return seed
@@ -113,7 +113,9 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def synchronise_batch_norm(module: Network) -> Network:
-    """`module` with every batch norm normalising over all processes; call it before anything holds on to its layers.
+    """Convert the batch norm layers of `module` to normalise over all processes.
+
+    The conversion replaces layers, so call this before anything else holds references to them.
 
     Raises:
         ValueError: on a CPU, where torch has no such layer.
@@ -121,13 +123,13 @@ def synchronise_batch_norm(module: Network) -> Network:
     if world_size() == 1:
         return module
     if any(parameter.device.type == "cpu" for parameter in module.parameters()):
-        raise ValueError("sync_batch_norm needs GPUs: torch's SyncBatchNorm does not run on a CPU; leave it out")
+        raise ValueError("sync_batch_norm must be off on CPUs, got True; torch's SyncBatchNorm runs on GPUs only")
     synchronised: Network = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     return synchronised
 
 
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module` so that its backward pass averages gradients over all processes."""
+    """Wrap `module` so that its backward pass averages gradients over all processes."""
     if world_size() == 1:
         return module
     return DistributedDataParallel(
@@ -136,14 +138,14 @@ def replicate(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Gives every process the buffers of rank 0, such as running statistics."""
+    """Broadcast the buffers of rank 0, such as running statistics, to all processes."""
     if world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def mean(values: Tensor) -> Tensor:
-    """Mean of a floating tensor over all processes."""
+    """Average a floating-point tensor over all processes."""
     if world_size() == 1:
         return values
     total = values.clone()
@@ -152,7 +154,7 @@ def mean(values: Tensor) -> Tensor:
 
 
 def lowest(number: int) -> int:
-    """The least of all processes' numbers."""
+    """Return the minimum of `number` over all processes."""
     if world_size() == 1:
         return number
     found = torch.tensor(number)
@@ -161,7 +163,7 @@ def lowest(number: int) -> int:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes, by rank, on every process. They travel pickled: for small things, and rarely."""
+    """Return the values of all processes, by rank, on every process; they are pickled, so keep them small and rare."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()

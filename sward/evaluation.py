@@ -1,11 +1,11 @@
-"""Scoring a network on a data set, at the resolution of its labels."""
+"""Score a network on a data set, at the resolution of the labels."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -15,41 +15,52 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader
 
-from sward.data import Sample, SegmentationDataset, collate_evaluation
+from sward.data import Sample, SegmentationDataset, TeacherSample, collate_evaluation
 from sward.metrics import ConfusionMatrix, PerImageOverlap
 
 
 @dataclass
 class Evaluation:
-    """Scores as fractions of 1; `sward.metrics` defines them.
-
-    Attributes:
-        images: images scored.
-        mean_iou: IoU per class over all pixels, mean over classes.
-        mean_accuracy: recall per class over all pixels, mean over classes.
-        class_iou: IoU of each class by name; nan for a class that never occurs.
-        dice: for two classes the foreground's Dice, mean over images (the convention of Table 2); else None.
-        iou: the same for its IoU.
-        pooled_dice: for two classes the foreground's Dice over all pixels of all images; else None.
-    """
+    """Scores as fractions of 1; `sward.metrics` defines them."""
 
     images: int
+    """Number of images scored."""
     mean_iou: float
+    """IoU per class over all pixels, mean over classes."""
     mean_accuracy: float
+    """Recall per class over all pixels, mean over classes."""
     class_iou: dict[str, float]
+    """IoU of each class by name; nan for a class that occurs in neither labels nor predictions."""
     dice: float | None = None
+    """Dice of the foreground, mean over images (the convention of Table 2); None unless there are two classes."""
     iou: float | None = None
+    """IoU of the foreground, mean over images; None unless there are two classes."""
     pooled_dice: float | None = None
+    """Dice of the foreground over all pixels of all images; None unless there are two classes."""
+    per_image: dict[str, list[float]] | None = field(default=None, repr=False)
+    """`"dice"` and `"iou"` of the foreground per image, in the order of the data set; None unless there are two
+    classes."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The scores as they can be written to JSON, which has no nan: None stands for it."""
+        """Return all scores but `per_image` as JSON values; nan becomes None, since JSON has no nan."""
+        scores = self.to_dict_with_images()
+        del scores["per_image"]
+        return scores
+
+    def to_dict_with_images(self) -> dict[str, Any]:
+        """As `to_dict`, with `per_image`."""
         scores: dict[str, Any] = json.loads(json.dumps(asdict(self)), parse_constant=lambda constant: None)
         return scores
 
     @classmethod
     def from_dict(cls, scores: Mapping[str, Any]) -> Evaluation:
-        """What `to_dict` wrote, its None nan again. Other entries, such as those of `evaluate_run`, are left out."""
-        found = {field.name: scores[field.name] for field in fields(cls)}
+        """Inverse of `to_dict`: None becomes nan. Ignores other entries, such as those that `evaluate_run` adds."""
+        found = {each.name: scores[each.name] for each in fields(cls) if each.name != "per_image"}
+        if scores.get("per_image") is not None:
+            found["per_image"] = {
+                name: [math.nan if value is None else value for value in values]
+                for name, values in scores["per_image"].items()
+            }
         found["class_iou"] = {name: math.nan if iou is None else iou for name, iou in scores["class_iou"].items()}
         overlaps = ("dice", "iou", "pooled_dice") if len(scores["class_iou"]) == 2 else ()
         for name in ("mean_iou", "mean_accuracy", *overlaps):
@@ -58,21 +69,21 @@ class Evaluation:
         return cls(**found)
 
     def score(self, metric: str) -> float:
-        """The number named `metric`, for picking the best checkpoint.
+        """Return the score named `metric`, for picking the best checkpoint; -inf if it is nan.
 
         Raises:
-            ValueError: if `"dice"` is asked of a data set that does not have two classes.
+            ValueError: if `metric` is `"dice"` and the data set does not have two classes.
         """
         value = getattr(self, metric)
         if value is None:
-            raise ValueError(f"metric {metric!r} needs a data set with two classes; use 'mean_iou'")
+            raise ValueError(f"metric must be 'mean_iou' unless the data set has two classes, got {metric!r}")
         return -math.inf if math.isnan(value) else value
 
 
 def predicted_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Class of every pixel at `size`: logits `[B, K, H, W]` are upsampled bilinearly, then compared.
+    """Predict the class of every pixel: upsample logits `[B, K, H, W]` to `size` bilinearly, then take the argmax.
 
-    One logit is a binary task: class 1 where it is positive. Returns int64 `[B, *size]`.
+    With one logit (K = 1) the class is 1 where the logit is positive. Returns int64 `[B, *size]`.
     """
     if tuple(logits.shape[-2:]) != tuple(size):
         logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
@@ -80,12 +91,12 @@ def predicted_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def predict_sample(network: nn.Module, sample: Sample) -> Tensor:
-    """Class of every pixel of one evaluation sample at the resolution of its labels, int64 `[H, W]`.
+def predict_sample(network: nn.Module, sample: Sample | TeacherSample) -> Tensor:
+    """Predict the class of every pixel of one sample at the resolution of its labels, int64 `[H, W]`.
 
     Args:
         network: in eval mode, on the CPU.
-        sample: of an evaluation split.
+        sample: a sample of an evaluation split.
     """
     size = (sample.labels.shape[-2], sample.labels.shape[-1])
     return predicted_labels(network(sample.image[None]), size)[0]
@@ -101,19 +112,19 @@ def evaluate(
     advance: Callable[[], None] | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Evaluation:
-    """Scores `model` on `dataset`.
+    """Score `model` on `dataset`.
 
     Args:
-        model: `[B, 3, H, W]` -> logits `[B, K, h, w]`. Put into eval mode, and back into its own mode afterwards.
+        model: `[B, 3, H, W]` -> logits `[B, K, h, w]`. Runs in eval mode; its own mode is restored afterwards.
         dataset: an evaluation split (`sward.data.build(..., train=False)`).
-        batch: images a forward pass.
+        batch: images per forward pass.
         device: where the model is.
         advance: called after each batch, for a progress bar.
-        process_group: processes that share the batches; all of them call this and get the same scores, exactly those
-            of one process. Default: this process alone.
+        process_group: processes that share the batches. All of them must call this; all return the same scores,
+            exactly those of a single process. Default: this process alone.
     """
     rank, processes = (0, 1) if process_group is None else (dist.get_rank(process_group), process_group.size())
-    # Whole batches are shared out: the same images meet as in one process, so that not a bit of the logits changes.
+    # Split whole batches: each batch holds the same images as in a single process, so the logits are bit-identical.
     everyone = [list(range(start, min(start + batch, len(dataset)))) for start in range(0, len(dataset), batch)]
     info = dataset.info
     matrix = ConfusionMatrix(info.num_classes, info.ignore_index)
@@ -145,6 +156,7 @@ def evaluate(
         dice=None if overlap is None else overlap.mean_dice(),
         iou=None if overlap is None else overlap.mean_iou(),
         pooled_dice=None if overlap is None else overlap.pooled_dice(),
+        per_image=None if overlap is None else {"dice": overlap.dice().tolist(), "iou": overlap.iou().tolist()},
     )
 
 

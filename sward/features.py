@@ -1,4 +1,4 @@
-"""Catching the outputs of named layers of any `nn.Module` while it runs."""
+"""Capture the outputs of named layers of any `nn.Module` while it runs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch.utils.hooks import RemovableHandle
 
 
 class FeatureTaps:
-    """Forward hooks on named layers, removed again on exit.
+    """Forward hooks on named layers; leaving the context removes them.
 
         with FeatureTaps(student, ["encoder.3", "encoder.4"]) as taps:
             logits = student(images)
             features = taps.collect()          # {"encoder.3": [B, C, H, W], ...}
 
-    The hooks stay between forward passes, so a training loop opens the taps once and collects once a step.
+    The hooks stay between forward passes, so a training loop opens the taps once and collects once per step.
 
     Args:
         module: the network to tap.
         layers: module paths as in `module.named_modules()`.
-        detach: hand out tensors without gradient (for a frozen teacher).
+        detach: return detached tensors (for a frozen teacher).
 
     Raises:
         ValueError: if a layer does not exist; the message lists near matches.
@@ -40,21 +40,21 @@ class FeatureTaps:
         self._handles: list[RemovableHandle] = []
 
     def open(self) -> FeatureTaps:
-        """Installs the hooks. Opening twice installs them once."""
+        """Install the hooks, unless they are installed already."""
         if not self._handles:
             for layer, module in zip(self.layers, self._modules):
                 self._handles.append(module.register_forward_hook(self._hook(layer)))
         return self
 
     def close(self) -> None:
-        """Removes the hooks and drops what they caught."""
+        """Remove the hooks and drop the captured maps."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._caught.clear()
 
     def collect(self) -> dict[str, Tensor]:
-        """The maps of the latest forward pass, in the order the layers were named; forgets them.
+        """Return the maps of the latest forward pass in the order of `layers`, and drop them.
 
         Raises:
             RuntimeError: if a layer has not run since the last call.

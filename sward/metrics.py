@@ -1,6 +1,6 @@
 """Segmentation metrics from exact integer counts.
 
-Two conventions, never mixed:
+There are two conventions; scores of one are not comparable with scores of the other:
 
 - `ConfusionMatrix`: counts pooled over all pixels of all images, then one number per class, then the mean over
   classes. This is Cityscapes' mIoU and the mAcc (mean recall) of Table 1.
@@ -9,7 +9,7 @@ Two conventions, never mixed:
   (pooled, IoU = D / (2 - D): a Dice of 89.53 would force an IoU of 81.0, the table has 85.27), and fit this best.
   `pooled_dice` and `pooled_iou` give the other convention from the same counts.
 
-A ratio without a single pixel behind it (0 / 0) is nan and is left out of the mean.
+A ratio that counts no pixels (0 / 0) is nan and is left out of the mean.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class ConfusionMatrix:
     Args:
         num_classes: number of classes K, at least 2.
         ignore_index: label value whose pixels are not counted.
-        device: where the counts live; predictions and labels must be there too.
+        device: device of the counts; predictions and labels must be on it too.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str | None = None) -> None:
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
         if 0 <= ignore_index < num_classes:
-            raise ValueError(f"ignore_index {ignore_index} is one of the {num_classes} classes")
+            raise ValueError(f"ignore_index must not be one of the {num_classes} classes, got {ignore_index}")
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
@@ -67,34 +67,34 @@ class ConfusionMatrix:
         self.counts += other.counts.to(self.counts.device)
 
     def iou(self) -> Tensor:
-        """Intersection over union, float64 `[K]`; nan for a class in neither labels nor predictions."""
+        """Return the intersection over union, float64 `[K]`; nan for a class in neither labels nor predictions."""
         hits, predicted, labelled = self._margins()
         return hits / (predicted + labelled - hits)
 
     def dice(self) -> Tensor:
-        """Dice coefficient 2 |P and L| / (|P| + |L|), float64 `[K]`; nan for a class in neither."""
+        """Return the Dice coefficient 2 |P and L| / (|P| + |L|), float64 `[K]`; nan for a class in neither."""
         hits, predicted, labelled = self._margins()
         return 2 * hits / (predicted + labelled)
 
     def accuracy(self) -> Tensor:
-        """Recall of each class, float64 `[K]`; nan for a class without a labelled pixel.
+        """Return the recall of each class, float64 `[K]`; nan for a class without labelled pixels.
 
-        torchmetrics' macro `MulticlassAccuracy` counts a class that is predicted but never labelled as 0; here,
-        as in mmsegmentation, it has no recall and is left out of the mean.
+        A class that is predicted but never labelled has no recall and is left out of the mean, as in mmsegmentation;
+        the macro `MulticlassAccuracy` of torchmetrics counts it as 0.
         """
         hits, _, labelled = self._margins()
         return hits / labelled
 
     def mean_iou(self) -> float:
-        """mIoU: mean of `iou` over the classes where it is defined, nan if there are none."""
+        """Return the mIoU: the mean of `iou` over the classes where it is defined, nan if there are none."""
         return self.iou().nanmean().item()
 
     def mean_dice(self) -> float:
-        """Mean of `dice` over the classes where it is defined, nan if there are none."""
+        """Return the mean of `dice` over the classes where it is defined, nan if there are none."""
         return self.dice().nanmean().item()
 
     def mean_accuracy(self) -> float:
-        """mAcc: mean of `accuracy` over the classes where it is defined, nan if there are none."""
+        """Return the mAcc: the mean of `accuracy` over the classes where it is defined, nan if there are none."""
         return self.accuracy().nanmean().item()
 
     def _margins(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,10 +105,10 @@ class ConfusionMatrix:
 class PerImageOverlap:
     """Dice and IoU of one foreground class, image by image.
 
-    An image where the foreground is in neither labels nor prediction has no overlap to speak of: nan, left out of
-    the mean. An image with a prediction but no labelled foreground, or the reverse, scores 0.
+    An image where the foreground is in neither labels nor prediction scores nan and is left out of the mean. An image
+    with a prediction but no labelled foreground, or the reverse, scores 0.
 
-    `counts` is int64 `[N, 3]`, one row an image in the order of the updates: intersection, predicted pixels,
+    `counts` is int64 `[N, 3]`, one row per image in the order of the updates: intersection, predicted pixels,
     labelled pixels. Rows gathered from several processes may be concatenated.
 
     Args:
@@ -118,7 +118,7 @@ class PerImageOverlap:
 
     def __init__(self, foreground: int = 1, ignore_index: int = 255) -> None:
         if foreground == ignore_index:
-            raise ValueError(f"foreground and ignore_index are both {foreground}")
+            raise ValueError(f"foreground must differ from ignore_index, got {foreground} for both")
         self.foreground = foreground
         self.ignore_index = ignore_index
         self.counts = torch.zeros(0, 3, dtype=torch.int64)
@@ -148,27 +148,27 @@ class PerImageOverlap:
         self.counts = torch.cat([self.counts, other.counts])
 
     def dice(self) -> Tensor:
-        """Dice of every image, float64 `[N]`."""
+        """Return the Dice of every image, float64 `[N]`."""
         return _dice(self.counts.double())
 
     def iou(self) -> Tensor:
-        """IoU of every image, float64 `[N]`."""
+        """Return the IoU of every image, float64 `[N]`."""
         return _iou(self.counts.double())
 
     def mean_dice(self) -> float:
-        """mDice: mean over images, nan if no image has foreground."""
+        """Return the mDice: the mean over images, nan if no image has foreground."""
         return self.dice().nanmean().item()
 
     def mean_iou(self) -> float:
-        """mIoU of the foreground: mean over images, nan if no image has foreground."""
+        """Return the mIoU of the foreground: the mean over images, nan if no image has foreground."""
         return self.iou().nanmean().item()
 
     def pooled_dice(self) -> float:
-        """Dice of all images' pixels taken together."""
+        """Return the Dice over the pixels of all images."""
         return _dice(self.counts.double().sum(0)).item()
 
     def pooled_iou(self) -> float:
-        """IoU of all images' pixels taken together."""
+        """Return the IoU over the pixels of all images."""
         return _iou(self.counts.double().sum(0)).item()
 
 
@@ -199,4 +199,4 @@ def _check_range(name: str, values: Tensor, num_classes: int, otherwise: str = "
     lowest, highest = (int(bound) for bound in values.aminmax())
     if lowest < 0 or highest >= num_classes:
         wrong = lowest if lowest < 0 else highest
-        raise ValueError(f"{name} hold {wrong}, which is not one of the classes 0 to {num_classes - 1}{otherwise}")
+        raise ValueError(f"{name} must be classes 0 to {num_classes - 1}{otherwise}, got {wrong}")

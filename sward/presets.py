@@ -1,12 +1,13 @@
-"""One preset per experiment of the paper (section 4.1), and small ones for a machine without a GPU."""
+"""One preset per experiment of the paper (section 4.1), and small presets for machines without a GPU."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sward.config import (
     DatasetConfig,
@@ -20,42 +21,24 @@ from sward.config import (
 
 @dataclass
 class Preset:
-    """A student's recipe and that of its teacher.
-
-    Attributes:
-        description: one line for the command line's list.
-        student: what `sward train` runs.
-        teacher: what `sward train-teacher` runs. The paper does not publish its teachers' recipes; where the trunk
-            stays frozen, these train the head with the student's optimiser.
-    """
+    """Training recipes of a student and its teacher."""
 
     description: str
+    """One line for the list that `sward --help` prints."""
     student: DistillationConfig
+    """Configuration of `sward train`."""
     teacher: TeacherTrainingConfig
-
-
-def _short_schedule() -> SWARDConfig:
-    """SWARD for short runs on small images.
-
-    The paper's weights make the gradient of MWAD and PDR ten to five hundred times that of the task loss in the first
-    steps (docs/results.md). Long schedules recover; a run of minutes does not, and learned teacher projections shrink
-    to nothing in it. So: frozen projections, the context term averaged over channels, normalised PDR, small weights.
-    """
-    return SWARDConfig(
-        weights=(0.2, 0.05),
-        teacher_projections="frozen",
-        context_reduction="mean",
-        normalize=True,
-    )
+    """Configuration of `sward train-teacher`. The paper does not publish its teachers' recipes; with a frozen trunk,
+    these presets train the head with the student's optimiser."""
 
 
 def names() -> list[str]:
-    """The presets, those of the paper first."""
+    """Return the names of all presets, those of the paper first."""
     return list(_PRESETS)
 
 
 def get(name: str) -> Preset:
-    """A fresh copy of the preset `name`.
+    """Return a fresh copy of the preset `name`.
 
     Raises:
         ValueError: if there is no such preset; the message lists near matches.
@@ -64,10 +47,16 @@ def get(name: str) -> Preset:
         near = difflib.get_close_matches(name, _PRESETS, n=3, cutoff=0.4) or names()
         raise ValueError(f"unknown preset {name!r}; did you mean {' or '.join(map(repr, near))}?")
     made = _PRESETS[name]()
-    # The recipes of a student and its teacher share their data set; whoever changes a copy changes that copy alone.
+    # Student and teacher share their data set object; copy both so that a change to one preset stays local.
     preset = Preset(made.description, copy.deepcopy(made.student), copy.deepcopy(made.teacher))
     preset.student.preset = preset.teacher.preset = name
     return preset
+
+
+def _as_the_paper(**settings: Any) -> DistillationConfig:
+    config = DistillationConfig(**settings)
+    config.use_recipe("paper")
+    return config
 
 
 def _cityscapes() -> Preset:
@@ -76,7 +65,7 @@ def _cityscapes() -> Preset:
     teacher = "sam2_hiera_large_deeplabv3plus"
     return Preset(
         "Table 1: Cityscapes, SAM 2.1 Hiera-L to DeepLabV3+ MobileNetV3-Small",
-        DistillationConfig(
+        _as_the_paper(
             model="mbv3s_deeplabv3plus",
             dataset=dataset,
             optimizer=optimizer,
@@ -98,7 +87,7 @@ def _polyps(dataset_name: str, student: str, student_title: str) -> Callable[[],
         teacher = "medsam2_hiera_tiny_resunetpp"
         return Preset(
             f"Table 2: {dataset_name}, MedSAM2 Hiera-T to {student_title}",
-            DistillationConfig(
+            _as_the_paper(
                 model=student,
                 dataset=dataset,
                 optimizer=optimizer,
@@ -135,15 +124,8 @@ def _demo() -> Preset:
             iterations=400,
             evaluate_every=2,
             teacher=TeacherConfig(name="hiera_demo"),
-            # At 64 pixels the deepest map is 2x2: too few pixels for prototypes, so PDR looks at stride 8.
-            sward=SWARDConfig(
-                weights=(0.1, 0.02),
-                embed_dim=32,
-                teacher_projections="frozen",
-                context_reduction="mean",
-                normalize=True,
-                pdr_layer="encoder.2",
-            ),
+            # At 64 pixels the deepest map is 2x2, too few pixels for prototypes, so PDR uses the map at stride 8.
+            sward=SWARDConfig(embed_dim=32, pdr_layer="encoder.2"),
         ),
         TeacherTrainingConfig(
             model="hiera_demo",
@@ -163,12 +145,19 @@ def _small(
     dataset: DatasetConfig,
     *,
     batch: int,
+    epochs: int,
+    teacher_size: tuple[int, int],
+    token_stride: int,
     teacher_epochs: int,
     schedule: Literal["poly", "cosine"],
     metric: Literal["mean_iou", "dice"],
     batch_norm_images: int | None = None,
 ) -> Callable[[], Preset]:
-    """Real images at a size that two cores train: a student from scratch, a head on pretrained DINOv2."""
+    """Presets on real images for two CPU cores: a student from scratch, a teacher head on pretrained DINOv2.
+
+    Both draw from four fixed views of each image, so that the features of the frozen trunk can be kept.
+    """
+    dataset = dataclasses.replace(dataset, views=4)
 
     def make() -> Preset:
         return Preset(
@@ -176,19 +165,18 @@ def _small(
             DistillationConfig(
                 model=model,
                 dataset=dataset,
-                optimizer=OptimizerConfig(lr=1e-3, schedule=schedule),
+                optimizer=OptimizerConfig(lr=1e-3, schedule=schedule, warmup=50),
                 batch=batch,
-                epochs=30,
+                epochs=epochs,
                 metric=metric,
                 evaluate_every=10,
                 batch_norm_images=batch_norm_images,
-                teacher=TeacherConfig(name="vit_small_dinov2"),
-                sward=_short_schedule(),
+                teacher=TeacherConfig(name="vit_small_dinov2", image_size=teacher_size),
             ),
             TeacherTrainingConfig(
                 model="vit_small_dinov2",
-                options={"token_stride": 16},
-                dataset=dataset,
+                options={"token_stride": token_stride},
+                dataset=dataclasses.replace(dataset, image_size=teacher_size),
                 optimizer=OptimizerConfig(lr=5e-4, schedule=schedule),
                 batch=batch,
                 epochs=teacher_epochs,
@@ -200,6 +188,22 @@ def _small(
     return make
 
 
+def _small_polyps(dataset_name: str, title: str, split_by: str) -> Callable[[], Preset]:
+    split = "split by sequence" if split_by == "sequence" else "random split"
+    return _small(
+        f"{title} at 128x128, {split}, ViT-S/14 to UNeXt, two cores",
+        "unext",
+        DatasetConfig(name=dataset_name, image_size=(128, 128), split_by=split_by),
+        batch=8,
+        epochs=60,
+        teacher_size=(224, 224),
+        token_stride=14,
+        teacher_epochs=45,
+        schedule="cosine",
+        metric="dice",
+    )
+
+
 _PRESETS: dict[str, Callable[[], Preset]] = {
     "cityscapes-mbv3": _cityscapes,
     "clinicdb-resunetpp": _polyps("cvc_clinicdb", "resunetpp", "ResUNet++"),
@@ -207,20 +211,16 @@ _PRESETS: dict[str, Callable[[], Preset]] = {
     "colondb-resunetpp": _polyps("cvc_colondb", "resunetpp", "ResUNet++"),
     "colondb-unext": _polyps("cvc_colondb", "unext", "UNeXt"),
     "demo": _demo,
-    "clinicdb-small": _small(
-        "CVC-ClinicDB at 128x128 split by sequence, ViT-S/14 to UNeXt, two cores",
-        "unext",
-        DatasetConfig(name="cvc_clinicdb", image_size=(128, 128), split_by="sequence"),
-        batch=8,
-        teacher_epochs=12,
-        schedule="cosine",
-        metric="dice",
-    ),
+    "clinicdb-small": _small_polyps("cvc_clinicdb", "CVC-ClinicDB", "sequence"),
+    "colondb-small": _small_polyps("cvc_colondb", "CVC-ColonDB", "ratio"),
     "camvid-small": _small(
         "CamVid at 128x160, ViT-S/14 to DeepLabV3+ MobileNetV3-Small, two cores",
         "mbv3s_deeplabv3plus",
         DatasetConfig(name="camvid", image_size=(128, 160)),
         batch=4,
+        epochs=30,
+        teacher_size=(256, 320),
+        token_stride=16,
         teacher_epochs=5,
         schedule="poly",
         metric="mean_iou",

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from tests.support.drawn_figures import drawn_figures  # noqa: F401  (a fixture, found by name)
 from tests.support.poison import poison_empty_tensors  # noqa: F401  (a fixture, found by name)
 
 
@@ -20,3 +21,12 @@ from tests.support.poison import poison_empty_tensors  # noqa: F401  (a fixture,
 def seeded() -> None:
     """Every test starts from the same global seed; no test depends on the order of the others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The generated data set cut to 18 + 4 images, for tests that ask for it."""
+    # Imported here: most tests train nothing.
+    from tests.support.training_runs import use_few_images
+
+    use_few_images(monkeypatch)

@@ -1,9 +1,9 @@
 """Data sets by name: `build("cvc_clinicdb", "train", train=True)`.
 
-Every data set hands out `Sample(image, labels, name)` and carries its `DatasetInfo` as `.info`. Training samples can be
-batched by the default collate function. **Evaluation samples keep their labels at the resolution of the label file**
-while the image has the network's input size: resize the logits to the labels before scoring, and batch with
-`collate_evaluation` (or one by one), since labels may differ in size from image to image.
+Every data set returns `Sample(image, labels, name)` and has its `DatasetInfo` as `.info`. The default collate function
+can batch training samples. **Evaluation samples keep their labels at the resolution of the label file**, while the
+image has the network's input size: resize the logits to the labels before scoring, and batch with `collate_evaluation`
+(or use batches of one), since label sizes may vary.
 
 Call `dataset.set_epoch(epoch)` before each pass over a training set; see `SegmentationDataset`.
 """
@@ -19,18 +19,22 @@ from sward.data import camvid, cityscapes, folder, polyps, scenes
 from sward.data.files import CorruptFileError, OnCorrupt, PairedFiles, read_image
 from sward.data.sample import (
     IGNORE_INDEX,
+    Batch,
     DatasetInfo,
     DatasetNotFoundError,
     EvaluationBatch,
     Sample,
     SegmentationDataset,
+    TeacherSample,
     collate_evaluation,
+    collate_training,
     sample_seed,
 )
 from sward.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     EvaluationTransform,
+    TrainingTransform,
     denormalise,
     normalise,
     parse_size,
@@ -40,6 +44,7 @@ __all__ = [
     "IGNORE_INDEX",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "Batch",
     "CorruptFileError",
     "DatasetInfo",
     "DatasetNotFoundError",
@@ -48,9 +53,11 @@ __all__ = [
     "OnCorrupt",
     "Sample",
     "SegmentationDataset",
+    "TeacherSample",
     "build",
     "build_for_packing",
     "collate_evaluation",
+    "collate_training",
     "default_image_size",
     "denormalise",
     "describe",
@@ -74,15 +81,15 @@ _IMAGE_SIZES = {
 
 
 def names() -> tuple[str, ...]:
-    """The names `build` knows."""
+    """Return the names that `build` accepts."""
     return tuple(_IMAGE_SIZES)
 
 
 def describe(name: str, *, num_classes: int | None = None) -> DatasetInfo:
-    """Classes, colours and ignore_index of a data set, without touching the disk.
+    """Return classes, colours and ignore_index of a data set, without reading from disk.
 
     Args:
-        num_classes: needed by `folder` (2 to 255) and refused if it contradicts another data set.
+        num_classes: required for `folder` (2 to 255); for other data sets None or their number of classes.
 
     Raises:
         ValueError: unknown name (near matches are listed), or a `num_classes` that does not fit.
@@ -92,12 +99,12 @@ def describe(name: str, *, num_classes: int | None = None) -> DatasetInfo:
         return folder.describe(num_classes)
     info = _INFO[name]
     if num_classes not in (None, info.num_classes):
-        raise ValueError(f"{name} has {info.num_classes} classes, so num_classes cannot be {num_classes}")
+        raise ValueError(f"num_classes must be {info.num_classes} for {name}, got {num_classes}")
     return info
 
 
 def default_image_size(name: str) -> tuple[int, int]:
-    """`(height, width)` that `build` uses when no `image_size` is given."""
+    """Return the `(height, width)` that `build` uses by default."""
     _check_name(name)
     return _IMAGE_SIZES[name]
 
@@ -116,78 +123,91 @@ def build(
     packed: str = "auto",
     on_corrupt: OnCorrupt = "stop",
     views: int | None = None,
+    teacher_size: Sequence[int] | None = None,
 ) -> SegmentationDataset:
     """Build a data set.
 
     Args:
         name: one of `names()`.
-        split: `train`, `val` or `test`, as far as the data set has them.
-        train: apply the training augmentation. Without it the sample is prepared for evaluation: no randomness, and
-            labels at the resolution of their file.
+        split: `train`, `val` or `test`, if the data set has it.
+        train: apply the training augmentation. Otherwise samples are prepared for evaluation: no randomness, and labels
+            at the resolution of their file.
         root: the data set's own folder, or a folder that holds it; None for the environment variable `SWARD_DATA`,
             then `./data`. `scenes` needs none.
-        image_size: one number or `(height, width)` of the image a network gets; None for `default_image_size(name)`.
-            Cityscapes: size of the training crop; evaluation is at full resolution whatever the image_size.
-        seed: seed of the augmentation. It never changes which frames or which scenes a split holds.
+        image_size: one number or `(height, width)` of the network's input; None for `default_image_size(name)`. For
+            Cityscapes it is the size of the training crop; evaluation is always at full resolution.
+        seed: seed of the augmentation. It does not change which frames or scenes a split contains.
         split_by: `cvc_clinicdb` and `cvc_colondb` only; None for `"sequence"`. See `polyps.Polyps`.
         num_classes: `folder` only, where it is required.
-        count: `scenes` only: number of images.
+        count: number of images, `scenes` only.
         packed: `"auto"` reads the pack in the data set's folder if there is one (`sward.data.packed`), `"none"` decodes
-            the files, a path names a pack that lies elsewhere. The samples are the same, bit for bit.
-        on_corrupt: what to do about an image or mask that cannot be read: `"stop"` raises an error that names it,
-            `"skip"` warns once a file and hands out the next frame in its place. For training sets only.
-        views: fixed augmented views an image, for a cache of teacher features; None draws new ones each epoch.
+            the files, a path names a pack in another place. The samples are bit-identical.
+        on_corrupt: what to do if an image or mask cannot be read: `"stop"` raises an error that names it, `"skip"`
+            warns once per file and returns the next frame instead. For training sets only.
+        views: fixed augmented views per image, for a cache of teacher features; None draws new ones each epoch.
+        teacher_size: `(height, width)` of a second sampling of every training view, for a teacher that sees more pixels
+            than the student; samples are then `TeacherSample`s. None returns `Sample`s.
 
     Raises:
         DatasetNotFoundError: the data set is missing or incomplete.
-        ValueError: unknown name or split, an argument this data set does not take, or a pack that is stale.
+        ValueError: unknown name or split, an argument that this data set does not support, or a stale pack.
     """
     info = describe(name, num_classes=num_classes)
     size = parse_size(default_image_size(name) if image_size is None else image_size)
     if split_by is not None and name not in ("cvc_clinicdb", "cvc_colondb"):
-        raise ValueError(f"split_by is for cvc_clinicdb and cvc_colondb; {name} comes with its own split")
+        raise ValueError(
+            f"split_by must be None for {name}, got {split_by!r}; only cvc_clinicdb and cvc_colondb can be split"
+        )
     if count is not None and name != "scenes":
-        raise ValueError(f"count is for scenes, whose images are generated; {name} has the images it has")
+        raise ValueError(f"count must be None for {name}, got {count}; only scenes are generated")
     if views is not None and (views < 1 or not train):
-        raise ValueError(f"views must be at least 1 and is for training sets, got {views}")
+        raise ValueError(f"views must be at least 1 for training sets and None otherwise, got {views}")
     if on_corrupt != "stop" and not train:
-        raise ValueError("on_corrupt is for training sets: a score without some of the images is another score")
+        raise ValueError(
+            f"on_corrupt must be 'stop' for evaluation, got {on_corrupt!r}; skipping images would change the score"
+        )
     dataset: SegmentationDataset
     if name == "scenes":
         if packed not in ("auto", "none"):
-            raise ValueError(f"packed is {packed!r}, but scenes are generated: there is nothing to pack")
+            raise ValueError(f"packed must be 'auto' or 'none' for scenes, got {packed!r}; they are generated")
         dataset = scenes.Scenes(split, size, train=train, seed=seed, count=count)
     else:
         dataset = _from_files(info, _root(root), split, size, split_by=split_by, train=train, seed=seed)
         dataset.set_on_corrupt(on_corrupt)
         dataset.use_pack(packed)
     dataset.views = views
+    if teacher_size is not None:
+        if not isinstance(dataset.transform, TrainingTransform):
+            raise ValueError(f"teacher_size must be None where train is False, got {tuple(teacher_size)}")
+        dataset.teacher_transform = dataset.transform.at(parse_size(teacher_size))
     return dataset
 
 
 def build_for_packing(
     name: str, *, root: str | Path | None = None, split_by: str | None = None, num_classes: int | None = None
 ) -> list[PairedFiles]:
-    """Every split of a data set, for `sward.data.packing.pack`; arguments as in `build`.
+    """Build every split of a data set for `sward.data.packing.pack`; arguments as in `build`.
 
     Args:
-        split_by: polyps only; None packs every frame, a list packs the frames that it names.
+        split_by: polyps only; None packs every frame, a list only the frames in it.
 
     Raises:
-        DatasetNotFoundError: the data set is missing or incomplete, or has none of its splits.
+        DatasetNotFoundError: the data set is missing or incomplete, or has no split.
         ValueError: unknown name, or `scenes`, which has no files.
     """
     info = describe(name, num_classes=num_classes)
     where = _root(root)
     size = default_image_size(name)
     if name == "scenes":
-        raise ValueError("scenes are generated: there is nothing to pack")
+        raise ValueError("name must be a data set of files, got 'scenes'; scenes are generated and need no pack")
     if name in ("cvc_clinicdb", "cvc_colondb"):
-        # Any one rule that puts every frame into some split will do.
+        # Any rule that assigns every frame to a split works here.
         by = split_by or "ratio"
         return [_from_files(info, where, split, size, split_by=by, train=False) for split in polyps.SPLITS]
     if split_by is not None:
-        raise ValueError(f"split_by is for cvc_clinicdb and cvc_colondb; {name} comes with its own split")
+        raise ValueError(
+            f"split_by must be None for {name}, got {split_by!r}; only cvc_clinicdb and cvc_colondb can be split"
+        )
     module = {"cityscapes": cityscapes, "camvid": camvid, "folder": folder}[name]
     return [_from_files(info, where, split, size, train=False) for split in module.splits(where)]
 
@@ -219,5 +239,5 @@ def _root(root: str | Path | None) -> Path:
 def _check_name(name: str) -> None:
     if name not in _IMAGE_SIZES:
         near = difflib.get_close_matches(name.lower(), _IMAGE_SIZES, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(_IMAGE_SIZES)}."
-        raise ValueError(f"unknown data set {name!r}: {hint}")
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(_IMAGE_SIZES)}"
+        raise ValueError(f"unknown data set {name!r}; {hint}")

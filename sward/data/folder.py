@@ -9,29 +9,29 @@ from sward.data.sample import IGNORE_INDEX, DatasetInfo, DatasetNotFoundError, v
 from sward.data.transforms import EvaluationTransform, street_training
 
 SOURCE = (
-    "a folder data set is images/train, masks/train, images/val and masks/val with a mask of the same name for "
-    "every image"
+    "a folder data set has the folders images/train, masks/train, images/val and masks/val, with a mask of the same "
+    "name for every image"
 )
 
 
 class ImageFolder(PairedFiles):
     """Your own images: `images/{split}/NAME.*` with `masks/{split}/NAME.*`.
 
-    A mask has one channel (8-bit grey, 16-bit grey or palette) of class indices 0 to `num_classes - 1`, and 255 where
-    pixels are to be ignored. Training: resize to `image_size`, random scale 0.5 to 2, crop of `image_size`, horizontal
-    flip. Evaluation: image resized to `image_size`, labels as they are.
+    A mask has one channel (8-bit grey, 16-bit grey or palette) of class indices 0 to `num_classes - 1`, and 255 for
+    pixels to ignore. Training: random scale 0.5 to 2 relative to `image_size`, crop of `image_size`,
+    horizontal flip. Evaluation: image resized to `image_size`, labels unchanged.
 
     Args:
         root: folder with `images` and `masks`.
         split: name of the sub-folders, usually `train`, `val` or `test`.
         image_size: `(height, width)`.
         info: from `describe`.
-        train: training transform or evaluation transform.
+        train: use the training transform instead of the evaluation transform.
         seed: seed of the augmentation.
 
     Raises:
-        DatasetNotFoundError: a sub-folder is missing or holds no image.
-        ValueError: an image without a mask.
+        DatasetNotFoundError: a sub-folder is missing or contains no image.
+        ValueError: an image has no mask.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class ImageFolder(PairedFiles):
 
 
 def splits(root: Path) -> list[str]:
-    """The splits that are there: sub-folders that `images` and `masks` share.
+    """Return the existing splits: sub-folders that `images` and `masks` have in common.
 
     Raises:
-        DatasetNotFoundError: there is none.
+        DatasetNotFoundError: there are none.
     """
     folder = locate("the folder data set", root, (), (("images", "masks"),), SOURCE)
     images, masks = ({path.name for path in (folder / kind).iterdir() if path.is_dir()} for kind in ("images", "masks"))
@@ -68,13 +68,13 @@ def splits(root: Path) -> list[str]:
 
 
 def describe(num_classes: int | None) -> DatasetInfo:
-    """Info of a folder with `num_classes` classes (2 to 255), named by number, in Pascal VOC's colours.
+    """Return the info of a folder with `num_classes` classes (2 to 255), named by number, in Pascal VOC's colours.
 
     Raises:
         ValueError: `num_classes` is missing or out of range.
     """
     if num_classes is None:
-        raise ValueError("the data set 'folder' needs num_classes: the number of classes its masks distinguish")
+        raise ValueError(f"num_classes must be 2 to {IGNORE_INDEX} for the data set 'folder', got None")
     if not 2 <= num_classes <= IGNORE_INDEX:
         raise ValueError(f"num_classes must be 2 to {IGNORE_INDEX}, got {num_classes}")
     return DatasetInfo("folder", tuple(f"class {label}" for label in range(num_classes)), voc_palette(num_classes))

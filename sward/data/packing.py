@@ -1,8 +1,8 @@
-"""Writing a pack: every frame of a data set decoded once; see `sward.data.packed` for what comes out.
+"""Write packs: decode every frame of a data set once; see `sward.data.packed` for the format.
 
-Safe to interrupt at any moment: a shard gets its name only when it is on the disk, and is listed in the index only
-after that. Started again, packing checks what is there against its checksums, keeps what is sound and whose sources
-have not changed, and goes on with the rest.
+Packing can be interrupted at any time: a shard gets its final name only after it is synced to disk, and is added to the
+index only after that. A second run verifies the checksums of existing shards, keeps those that are intact and whose
+source files have not changed, and packs the rest.
 """
 
 from __future__ import annotations
@@ -25,30 +25,29 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sward.data.files import CorruptFileError, OnCorrupt, Pair, PairedFiles, image_size
+from sward import atomic
+from sward.data.files import CorruptFileError, OnCorrupt, PairedFiles, image_size
 from sward.data.packed import FOLDER, Frame, Index, Shard, Source, map_file
+from sward.data.sample import Pair
 
 SHARD_BYTES = 2**28
-"""A shard is closed once it is larger: what an interruption costs at most."""
+"""Size at which a shard is closed; an interruption loses at most one shard."""
 
 
 @dataclass
 class PackResult:
-    """What `pack` has done.
-
-    Attributes:
-        folder: of the pack.
-        frames: in the pack.
-        kept: of these, how many were there before and are sound.
-        corrupt: images that were left out.
-        bytes: size of all shards.
-    """
+    """Result of `pack`."""
 
     folder: Path
+    """Folder of the pack."""
     frames: int
+    """Frames in the pack."""
     kept: int
+    """Frames that were reused from an earlier pack."""
     corrupt: int
+    """Images that were skipped because they cannot be read."""
     bytes: int
+    """Size of all shards."""
 
 
 def pack(
@@ -59,19 +58,19 @@ def pack(
     workers: int | None = None,
     advance: Callable[[], None] | None = None,
 ) -> PackResult:
-    """Packs the frames of all splits of one data set.
+    """Pack the frames of all splits of one data set.
 
     Args:
-        datasets: the splits, of one folder; a frame in two of them is packed once.
-        output: where to; None for `sward-pack` in the data set's folder.
-        on_corrupt: `"stop"`, or `"skip"` to leave out, with a warning, an image that cannot be read. Loaders then find
-            it missing and treat it as they would the damaged file.
-        workers: threads that decode; None for one a core, 8 at most.
+        datasets: the splits, from one folder; a frame in two splits is packed once.
+        output: folder of the pack; None for `sward-pack` in the data set's folder.
+        on_corrupt: `"stop"`, or `"skip"` to warn and skip an image that cannot be read. Loaders then treat the missing
+            frame like the damaged file.
+        workers: decoder threads; None for one per core, at most 8.
         advance: called after each frame, for a progress bar.
 
     Raises:
-        ValueError: a file that cannot be read (with `"stop"`), sizes that differ, a wrong label, a folder that cannot
-            be written, a disk that is too small, or another process that is packing to the same folder.
+        ValueError: a file cannot be read (with `"stop"`), the sizes of image and mask differ, a label is wrong, the
+            folder is not writable, the disk is too small, or another process is packing to the same folder.
     """
     first = datasets[0]
     folder = output or first.folder / FOLDER
@@ -82,9 +81,9 @@ def pack(
             return _pack(folder, first, work, on_corrupt, workers or min(8, os.cpu_count() or 1), advance)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = f"the disk of {folder} is full: make room and start again, the shards written so far are kept"
+            reason = f"the disk of {folder} is full; free some space and pack again, the written shards are kept"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
-            reason = f"cannot write a pack to {folder} ({error.strerror}): choose another folder with --output"
+            reason = f"cannot write a pack to {folder} ({error.strerror}); choose another folder with --output"
         else:
             raise
         raise ValueError(reason) from error
@@ -132,7 +131,7 @@ def _pack(
 
 
 class _Decoded(NamedTuple):
-    """A frame as its files hold it, or the error that stands for it."""
+    """A decoded frame, or the error from decoding it."""
 
     image: Source
     mask: Source
@@ -147,42 +146,36 @@ def _write_shard(
     on_corrupt: OnCorrupt,
     advance: Callable[[], None] | None,
 ) -> Shard | None:
-    """Writes the next frames to a shard, whole or not at all; None if there are none left."""
+    """Write the next frames to a shard atomically; return None if there are no frames left."""
     frames: list[Frame] = []
     offset = 0
-    partial = folder / f"{file}.partial"
-    try:
-        with partial.open("wb") as target:
-            for image, mask, pixels in decoded:
-                if advance is not None:
-                    advance()
-                if isinstance(pixels, CorruptFileError):
-                    if on_corrupt == "stop":
-                        raise pixels
-                    warnings.warn(f"skipped: {pixels}", stacklevel=2)
-                    corrupt[image.path] = str(pixels)
-                    continue
-                checksum = 0
-                for part in pixels:
-                    checksum = zlib.crc32(part.data, checksum)
-                    target.write(part.data)
-                height, width = pixels[1].shape
-                frames.append(Frame(image, mask, offset, height, width, checksum))
-                offset += frames[-1].size
-                if offset >= SHARD_BYTES:
-                    break
-            target.flush()
-            os.fsync(target.fileno())
-        if not frames:
-            return None
-        partial.replace(folder / file)
-        return Shard(file, tuple(frames))
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic.replacing(folder / file) as target:
+        for image, mask, pixels in decoded:
+            if advance is not None:
+                advance()
+            if isinstance(pixels, CorruptFileError):
+                if on_corrupt == "stop":
+                    raise pixels
+                warnings.warn(f"skipped: {pixels}", stacklevel=2)
+                corrupt[image.path] = str(pixels)
+                continue
+            checksum = 0
+            for part in pixels:
+                checksum = zlib.crc32(part.data, checksum)
+                target.write(part.data)
+            height, width = pixels[1].shape
+            frames.append(Frame(image, mask, offset, height, width, checksum))
+            offset += frames[-1].size
+            if offset >= SHARD_BYTES:
+                break
+    if not frames:
+        (folder / file).unlink()
+        return None
+    return Shard(file, tuple(frames))
 
 
 def _decoded(work: Sequence[tuple[PairedFiles, Pair]], source: Path, workers: int) -> Generator[_Decoded, None, None]:
-    """Frames in the order of `work`, decoded a few ahead."""
+    """Yield the frames in the order of `work`; decodes a few frames ahead."""
     ahead: deque[Future[_Decoded]] = deque()
     with ThreadPoolExecutor(workers) as executor:
         try:
@@ -198,7 +191,7 @@ def _decoded(work: Sequence[tuple[PairedFiles, Pair]], source: Path, workers: in
 
 
 def _decode(dataset: PairedFiles, pair: Pair, source: Path) -> _Decoded:
-    # Before the files are read: one that changes meanwhile then makes the pack stale, not wrong.
+    # Before reading the files: if one changes in the meantime, the pack is stale and not wrong.
     sources = Source.of(pair.image, source), Source.of(pair.mask, source)
     try:
         image, labels = dataset.read_files(pair)
@@ -209,7 +202,7 @@ def _decode(dataset: PairedFiles, pair: Pair, source: Path) -> _Decoded:
 
 
 def _index_before(folder: Path, dataset: PairedFiles) -> Index:
-    """The index that is there, if it is readable and of this data set; else an empty one."""
+    """Return the existing index if it is readable and of this data set, else an empty one."""
     empty = Index(dataset.info.name, dataset.info.num_classes)
     try:
         index = Index.read(folder)
@@ -225,7 +218,7 @@ def _is_sound(
     source: Path,
     advance: Callable[[], None] | None,
 ) -> bool:
-    """Whether a shard is whole, all its frames are wanted, and their files are what they were."""
+    """Return whether a shard is intact, all its frames are wanted and their source files are unchanged."""
     path = folder / shard.file
     if not path.is_file() or path.stat().st_size != shard.size:
         return False
@@ -245,7 +238,7 @@ def _is_sound(
 
 
 def _check_space(folder: Path, missing: Sequence[tuple[PairedFiles, Pair]]) -> None:
-    """Raises ValueError if the disk cannot hold the frames still to come."""
+    """Raise a ValueError if the disk has no space for the missing frames."""
     needed = sum(4 * height * width for height, width in (image_size(pair.image) for _, pair in missing))
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -257,10 +250,10 @@ def _check_space(folder: Path, missing: Sequence[tuple[PairedFiles, Pair]]) -> N
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    """Holds the pack's lock. The system lets go of it when the process ends, however it ends."""
+    """Hold the lock of the pack; the system releases it when the process ends for any reason."""
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is packing to {folder}: wait until it has finished") from None
+            raise ValueError(f"another process is packing to {folder}; wait until it has finished") from None
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 IGNORE_INDEX = 255
+
+
+class Pair(NamedTuple):
+    """A frame's name and its two files."""
+
+    name: str
+    image: Path
+    mask: Path
 
 
 class Sample(NamedTuple):
@@ -28,6 +37,50 @@ class Sample(NamedTuple):
     image: Tensor
     labels: Tensor
     name: str
+
+
+class TeacherSample(NamedTuple):
+    """A `Sample` with the same view of the frame at the resolution of a teacher.
+
+    Attributes:
+        image: as in `Sample`, for the student.
+        labels: as in `Sample`.
+        name: as in `Sample`.
+        teacher_image: `[3, H', W']` float32, normalised: the same crop, flips, rotation and colours, sampled from the
+            frame at the teacher's size.
+    """
+
+    image: Tensor
+    labels: Tensor
+    name: str
+    teacher_image: Tensor
+
+
+class Batch(NamedTuple):
+    """Training samples of equal size as one batch.
+
+    Attributes:
+        images: `[B, 3, H, W]` float32.
+        labels: `[B, H, W]` int64.
+        names: of the frames.
+        teacher_images: `[B, 3, H', W']` float32 where the samples are `TeacherSample`s, else None.
+    """
+
+    images: Tensor
+    labels: Tensor
+    names: list[str]
+    teacher_images: Tensor | None
+
+
+def collate_training(samples: Sequence[Sample | TeacherSample]) -> Batch:
+    """Batch training samples, which are of equal size."""
+    teacher_images = [sample.teacher_image for sample in samples if isinstance(sample, TeacherSample)]
+    return Batch(
+        default_collate([sample.image for sample in samples]),
+        default_collate([sample.labels for sample in samples]),
+        [sample.name for sample in samples],
+        default_collate(teacher_images) if teacher_images else None,
+    )
 
 
 class EvaluationBatch(NamedTuple):
@@ -88,13 +141,14 @@ class Transform(Protocol):
     def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-class SegmentationDataset(Dataset[Sample], ABC):
+class SegmentationDataset(Dataset[Sample | TeacherSample], ABC):
     """Base of all data sets: reads a frame, then transforms it under a random state of its own.
 
     The random draws of `dataset[index]` depend on `(seed, epoch, index)` alone. They do not depend on the number
     of workers, on the order of the samples, or on what else draws from torch's random state, and they leave that
     state as it was. Call `set_epoch` before each pass; it reaches persistent workers too. Set `views` to `K` and only
-    `epoch % K` counts: each image then has `K` fixed views, whose teacher features can be kept.
+    `epoch % K` counts: each image then has `K` fixed views, whose teacher features can be kept. Set
+    `teacher_transform` to `transform.at(size)` and samples are `TeacherSample`s; what the student sees stays the same.
 
     Args:
         info: the facts of the data set.
@@ -112,6 +166,7 @@ class SegmentationDataset(Dataset[Sample], ABC):
         self.transform = transform
         self.seed = seed
         self.views: int | None = None
+        self.teacher_transform: Transform | None = None
         # Shared memory: a worker that outlives the epoch sees the new number without being started again.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -132,7 +187,7 @@ class SegmentationDataset(Dataset[Sample], ABC):
     def read(self, index: int) -> tuple[Tensor, Tensor, str]:
         """`image [3, H, W]` uint8, `labels [H, W]` uint8 and the name of a frame, before any transform."""
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Sample | TeacherSample:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.info.name} has {len(self)} samples, so there is no sample {index}")
         image, labels, name = self.read(index)
@@ -140,8 +195,14 @@ class SegmentationDataset(Dataset[Sample], ABC):
         # torch.manual_seed would reset the GPU's as well.
         with torch.random.fork_rng(devices=[]):
             view = self.epoch if self.views is None else self.epoch % self.views
-            torch.default_generator.manual_seed(sample_seed(self.seed, view, index))
-            return Sample(*self.transform(image, labels), name)
+            seed = sample_seed(self.seed, view, index)
+            torch.default_generator.manual_seed(seed)
+            sample = Sample(*self.transform(image, labels), name)
+            if self.teacher_transform is None:
+                return sample
+            # The same draws again, at another size.
+            torch.default_generator.manual_seed(seed)
+            return TeacherSample(*sample, self.teacher_transform(image, labels)[0])
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:

@@ -5,20 +5,24 @@ comes out in [0, 1], RGB, minus ImageNet's mean, over ImageNet's standard deviat
 torchvision weights expect. Randomness is drawn from torch's global CPU generator, which `SegmentationDataset` seeds
 for every sample.
 
-Training labels follow the image through every geometric step (nearest neighbour, 255 where the image was filled).
+A training transform computes its geometry first and samples image and labels once each from the decoded picture: the
+image with antialiasing, every label where the centre of its pixel lies, 255 where the image was filled.
 Evaluation labels are left at the resolution of their file: only the image is resized, and the evaluator resizes
 the logits to the labels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sward.alignment import resize_labels
 from sward.data.sample import IGNORE_INDEX
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -65,14 +69,30 @@ class TrainingTransform:
 
     Args:
         steps: transforms that take and return `(tv_tensors.Image, tv_tensors.Mask)`.
+        resized: size -> the same transform with another size of its result, drawing the same numbers from the same
+            random state. None if there is no such thing.
     """
 
-    def __init__(self, steps: Sequence[Callable[..., Any]]) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Callable[..., Any]],
+        resized: Callable[[tuple[int, int]], TrainingTransform] | None = None,
+    ) -> None:
         self.steps = tuple(steps)
+        self.resized = resized
+
+    def at(self, size: tuple[int, int]) -> TrainingTransform:
+        """The transform that gives the same view at another size, from the same random state.
+
+        Raises:
+            ValueError: if it was made without `resized`.
+        """
+        if self.resized is None:
+            raise ValueError(f"resized must be given for a transform with views of another size, got None for {size}")
+        return self.resized(size)
 
     def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        tv_tensors = _torchvision().tv_tensors
-        pair = tv_tensors.Image(image), tv_tensors.Mask(labels)
+        pair = _wrapped(image, labels)
         for step in self.steps:
             pair = step(*pair)
         return normalise(pair[0].as_subclass(Tensor)), pair[1].as_subclass(Tensor).long()
@@ -81,75 +101,152 @@ class TrainingTransform:
 class ScaleCrop:
     """Random scale, then a random crop of fixed size: the paper's "dynamically cropped to 512x1024".
 
-    Draws a scale, cuts the window that would fill the crop at this scale, and resizes only that window. It is the
-    usual resize-then-crop without resizing what the crop throws away. Where the scaled image is smaller than the
-    crop it is padded at a random offset: image 0, labels 255.
+    Draws a scale, cuts the window that fills the crop at this scale, and resizes only that window. It is the usual
+    resize-then-crop without resizing what the crop throws away. Where the scaled image is smaller than the crop it is
+    padded at a random offset: image 0, labels 255.
 
     Args:
         size: `(height, width)` of the crop.
         scales: least and greatest scale; the logarithm of the scale is uniform.
+        relative: scale 1 is the image resized to `size`, not the image as it is.
+        output: `(height, width)` of the result: the same crop, sampled at this size. Default: `size`.
     """
 
-    def __init__(self, size: tuple[int, int], scales: tuple[float, float]) -> None:
+    def __init__(
+        self,
+        size: tuple[int, int],
+        scales: tuple[float, float],
+        *,
+        relative: bool = False,
+        output: tuple[int, int] | None = None,
+    ) -> None:
         self.size = size
         self.scales = scales
+        self.relative = relative
+        self.output = output or size
 
     def __call__(self, image: Any, labels: Any) -> tuple[Any, Any]:
-        torchvision = _torchvision()
-        functional = torchvision.transforms.v2.functional
         low, high = torch.tensor(self.scales, dtype=torch.float64).log().tolist()
         scale = torch.empty((), dtype=torch.float64).uniform_(low, high).exp().item()
-        height, width = (max(1, round(side / scale)) for side in self.size)
-        missing = [max(0, side - present) for side, present in zip((height, width), image.shape[1:], strict=True)]
-        if any(missing):
-            top, left = (int(torch.randint(0, rows + 1, ())) for rows in missing)
-            padding = [left, top, missing[1] - left, missing[0] - top]
-            image = functional.pad(image, padding, fill=IMAGE_FILL)
-            labels = functional.pad(labels, padding, fill=IGNORE_INDEX)
-        top, left = (
-            int(torch.randint(0, present - side + 1, ()))
-            for side, present in zip((height, width), image.shape[1:], strict=True)
+        rows, columns = (
+            _Span.draw(present, side, scale * side / present if self.relative else scale).stretched(sampled / side)
+            for present, side, sampled in zip(image.shape[1:], self.size, self.output, strict=True)
         )
-        window = top, left, height, width
-        resized = functional.resized_crop(image, *window, size=list(self.size), antialias=True)
-        return resized, functional.resized_crop(labels, *window, size=list(self.size))
+        window = (..., rows.window, columns.window)
+        size = rows.length, columns.length
+        resized = resize_image(image.as_subclass(Tensor)[window], size)
+        moved = resize_labels(labels.as_subclass(Tensor)[window][None], size)[0]
+        if size != self.output:
+            padding = [*columns.margins(self.output[1]), *rows.margins(self.output[0])]
+            resized = F.pad(resized, padding, value=IMAGE_FILL)
+            moved = F.pad(moved, padding, value=IGNORE_INDEX)
+        return _wrapped(resized, moved)
+
+
+class _Span(NamedTuple):
+    """One axis of a crop: the source pixels `window` fill `length` pixels of the crop from `start` on."""
+
+    window: slice
+    start: int
+    length: int
+
+    @classmethod
+    def draw(cls, present: int, side: int, scale: float) -> _Span:
+        """A random window that fills `side` pixels at `scale`, or all of `present` at a random offset if it is less."""
+        if present * scale > side:
+            taken = max(1, round(side / scale))
+            first = int(torch.randint(0, present - taken + 1, ()))
+            return cls(slice(first, first + taken), 0, side)
+        length = min(side, max(1, round(present * scale)))
+        return cls(slice(0, present), int(torch.randint(0, side - length + 1, ())), length)
+
+    def stretched(self, factor: float) -> _Span:
+        """The same window in a crop of `factor` times the pixels."""
+        start, end = (round(factor * place) for place in (self.start, self.start + self.length))
+        return self._replace(start=start, length=max(1, end - start))
+
+    def margins(self, side: int) -> tuple[int, int]:
+        return self.start, side - self.start - self.length
+
+
+class FlipRotateResize:
+    """Random flips both ways, a random rotation about the centre and a resize to a fixed size, as one affine map.
+
+    What the rotation uncovers is image 0, labels 255.
+
+    Args:
+        size: `(height, width)` of the result.
+        degrees: greatest angle either way; the angle is uniform.
+    """
+
+    def __init__(self, size: tuple[int, int], degrees: float) -> None:
+        self.size = size
+        self.degrees = degrees
+
+    def __call__(self, image: Any, labels: Any) -> tuple[Any, Any]:
+        across, down = (1 - 2 * (torch.rand(2) < 0.5).long()).tolist()
+        angle = math.radians(torch.empty(()).uniform_(-self.degrees, self.degrees).item())
+        height, width = self.size
+        sine, cosine = math.sin(angle), math.cos(angle)
+        # From the result to the source, in coordinates from -1 to 1 over the whole picture: no resize changes these.
+        to_source = torch.tensor(
+            [
+                [across * cosine, -across * sine * height / width, 0.0],
+                [down * sine * width / height, down * cosine, 0.0],
+            ]
+        )
+        places = F.affine_grid(to_source[None], [1, 1, height, width], align_corners=False)
+        smoothed = _smoothed(image.as_subclass(Tensor), self.size).float()
+        rotated = F.grid_sample(smoothed[None], places, mode="bilinear", align_corners=False)[0]
+        # grid_sample puts 0 outside the picture, so the label of outside is made 0 meanwhile.
+        shifted = labels.as_subclass(Tensor)[None, None].float() - IGNORE_INDEX
+        moved = F.grid_sample(shifted, places, mode="nearest", align_corners=False)[0, 0] + IGNORE_INDEX
+        return _wrapped(rotated.round_().to(torch.uint8), moved.to(torch.uint8))
+
+
+def _smoothed(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """The image without what a bilinear sample at `size` would alias.
+
+    It is resized to sqrt(2) times `size` where it is larger: the variances of this filter and of the bilinear
+    sample add up to that of `resize_image`, so training images are as sharp as those of evaluation.
+    """
+    height, width = (
+        min(present, round(math.sqrt(2) * side)) for present, side in zip(image.shape[1:], size, strict=True)
+    )
+    return resize_image(image, (height, width))
 
 
 def street_training(
-    crop: tuple[int, int], *, resize_first: bool = False, scales: tuple[float, float] = (0.5, 2.0)
+    crop: tuple[int, int],
+    output: tuple[int, int] | None = None,
+    *,
+    resize_first: bool = False,
+    scales: tuple[float, float] = (0.5, 2.0),
 ) -> TrainingTransform:
     """Random scale, crop and horizontal flip. `resize_first`: scales are relative to an image resized to `crop`."""
     v2 = _torchvision().transforms.v2
-    steps: list[Callable[..., Any]] = [v2.Resize(crop, antialias=True)] if resize_first else []
-    return TrainingTransform([*steps, ScaleCrop(crop, scales), v2.RandomHorizontalFlip()])
-
-
-def polyp_training(size: tuple[int, int]) -> TrainingTransform:
-    """Resize, flips both ways, rotation within 30 degrees, mild colour jitter. An endoscope has no up and no down."""
-    v2, tv_tensors = _torchvision().transforms.v2, _torchvision().tv_tensors
     return TrainingTransform(
-        [
-            v2.Resize(size, antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.RandomVerticalFlip(),
-            v2.RandomRotation(
-                30,
-                interpolation=v2.InterpolationMode.BILINEAR,
-                fill={tv_tensors.Image: IMAGE_FILL, tv_tensors.Mask: IGNORE_INDEX},
-            ),
-            v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02),
-        ]
+        [ScaleCrop(crop, scales, relative=resize_first, output=output), v2.RandomHorizontalFlip()],
+        # Loader processes that are spawned need something that can be pickled.
+        resized=partial(street_training, crop, resize_first=resize_first, scales=scales),
     )
 
 
-def flip_training() -> TrainingTransform:
-    """Flips both ways and nothing else, for data without a preferred direction and without end."""
+def polyp_training(size: tuple[int, int]) -> TrainingTransform:
+    """Flips both ways, rotation within 30 degrees, mild colour jitter. An endoscope has no up and no down."""
+    jitter = _torchvision().transforms.v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02)
+    return TrainingTransform([FlipRotateResize(size, 30), jitter], resized=polyp_training)
+
+
+def flip_training(size: tuple[int, int] | None = None) -> TrainingTransform:
+    """Flips both ways and nothing else, for data without a preferred direction and without end; resized to `size`."""
     v2 = _torchvision().transforms.v2
-    return TrainingTransform([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()])
+    resize = [] if size is None else [v2.Resize(size, antialias=True)]
+    return TrainingTransform([*resize, v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()], resized=flip_training)
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """`[3, H, W]` uint8 to `[3, *size]` uint8: bilinear with antialiasing, what `v2.Resize` does to an image."""
+    """Resize `[3, H, W]` uint8 to `[3, *size]` uint8, bilinear with antialiasing, as `v2.Resize` does to an image."""
     if tuple(image.shape[1:]) == size:
         return image
     return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
@@ -165,6 +262,11 @@ def parse_size(image_size: int | Sequence[int]) -> tuple[int, int]:
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         raise ValueError(f"image_size must be a positive number or (height, width), got {image_size!r}")
     return size
+
+
+def _wrapped(image: Tensor, labels: Tensor) -> tuple[Any, Any]:
+    tv_tensors = _torchvision().tv_tensors
+    return tv_tensors.Image(image), tv_tensors.Mask(labels)
 
 
 def _torchvision() -> Any:

@@ -1,1 +1,1 @@
-"""Pictures of runs and predictions. Needs matplotlib: `pip install 'sward[figures]'`."""
+"""Figures of runs and predictions. Needs matplotlib: `pip install 'sward[figures]'`."""

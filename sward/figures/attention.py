@@ -1,4 +1,4 @@
-"""What a query pixel attends to within its window, in the teacher and in the student (Eq. 8-9)."""
+"""Attention of a query pixel within its window, in the teacher and in the student (Eq. 8-9)."""
 
 from __future__ import annotations
 
@@ -18,49 +18,52 @@ from sward.losses import SWARDDistillation
 
 @dataclass(frozen=True)
 class WindowAttention:
-    """Attention of one query in one stage.
-
-    Attributes:
-        stage: from 0, the finest.
-        grid: height and width of the aligned maps.
-        corner: row and column of the window's first pixel on that grid.
-        query: row and column of the query on that grid.
-        teacher: `[h, w]`, the teacher's attention over the window; sums to 1, less what falls on padding.
-        student: the same of the student.
-        divergence: KL(teacher || student) of the query over the whole window, padding included (Eq. 11).
-    """
+    """Attention of one query in one stage of teacher and student."""
 
     stage: int
+    """Index of the stage; 0 is the finest."""
     grid: tuple[int, int]
+    """Height and width of the aligned maps."""
     corner: tuple[int, int]
+    """Row and column of the window's first pixel on that grid."""
     query: tuple[int, int]
+    """Row and column of the query on that grid."""
     teacher: Tensor
+    """`[h, w]`, the teacher's attention over the window; its sum is 1 minus the attention on padding."""
     student: Tensor
+    """The same for the student."""
     divergence: float
+    """KL(teacher || student) of the query over the whole window, padding included (Eq. 11)."""
 
 
 @torch.no_grad()
 def window_attention(
-    student: nn.Module, teacher: nn.Module, loss: SWARDDistillation, image: Tensor, pixel: tuple[int, int]
+    student: nn.Module,
+    teacher: nn.Module,
+    loss: SWARDDistillation,
+    image: Tensor,
+    pixel: tuple[int, int],
+    teacher_image: Tensor | None = None,
 ) -> list[WindowAttention]:
-    """Attention of `pixel` in every stage of a trained MWAD loss, without shift.
+    """Compute the attention of `pixel` in every stage of a trained MWAD loss, without shift.
 
     Args:
         student: in eval mode.
         teacher: in eval mode.
-        loss: with the projections that were trained with the student.
+        loss: the loss with the projections that were trained with the student.
         image: `[3, H, W]`, normalised.
         pixel: row and column of the query in the image.
+        teacher_image: `[3, H', W']`, the same picture as the teacher sees it. Default: `image`.
 
     Raises:
         ValueError: if the pixel is outside the image.
     """
     height, width = image.shape[-2:]
     if not (0 <= pixel[0] < height and 0 <= pixel[1] < width):
-        raise ValueError(f"pixel must lie in the image of {height} x {width} pixels (row, column), got {pixel}")
+        raise ValueError(f"pixel must be a row and column inside the image of {height} x {width} pixels, got {pixel}")
     with FeatureTaps(student, loss.stage_taps) as own, FeatureTaps(teacher, loss.teacher_taps) as other:
         student(image[None])
-        teacher(image[None])
+        teacher(image[None] if teacher_image is None else teacher_image[None])
         student_maps, teacher_maps = own.collect(), other.collect()
     found = []
     for stage, (own_tap, other_tap) in enumerate(zip(loss.stage_taps, loss.teacher_taps, strict=True)):
@@ -78,7 +81,7 @@ def window_attention(
 
 
 def _log_attention(qkv: Tensor, side: int, corner: tuple[int, int], query: tuple[int, int]) -> Tensor:
-    """Log-softmax of one query's scores over its window `[side, side]`; what lies outside the map is a zero key."""
+    """Log-softmax of one query's scores over its window `[side, side]`; positions outside the map are zero keys."""
     queries, keys, _ = qkv.double().chunk(3, dim=0)
     window = keys[:, corner[0] : corner[0] + side, corner[1] : corner[1] + side]
     window = F.pad(window, (0, side - window.shape[2], 0, side - window.shape[1]))
@@ -87,12 +90,12 @@ def _log_attention(qkv: Tensor, side: int, corner: tuple[int, int], query: tuple
 
 
 def attention_figure(image: Tensor, stages: Sequence[WindowAttention], path: Path) -> Path:
-    """One row a stage: the image with window and query, the teacher's attention, the student's, on one scale.
+    """Draw one row per stage: the image with window and query, and the attention of teacher and student.
 
     Args:
         image: uint8 RGB `[3, H, W]`.
-        stages: as `window_attention` gives them.
-        path: the PNG to write; an SVG is written beside it.
+        stages: output of `window_attention`. Each row has one colour scale.
+        path: path of the PNG; an SVG is written beside it.
 
     Returns:
         The path of the PNG.

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sward.figures.style import plot_library, save_figure
-from sward.tracking import RunFolder
+from sward.training.run_folder import RunFolder
 
 
 def training_curves(runs: Mapping[str, RunFolder], path: Path, *, metric: str = "mean_iou") -> Path:
-    """Task loss over steps, and the validation metric where it was taken, one line a run.
+    """Draw the task loss and the validation metric over the steps, one line per run.
 
     Args:
         runs: title -> run folder.
-        path: the PNG to write; an SVG is written beside it.
+        path: path of the PNG; an SVG is written beside it.
         metric: name of a score in `sward.evaluation.Evaluation`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Grad-CAM for segmentation (Fig. 1): what in a feature map speaks for a class.
+"""Grad-CAM for segmentation (Fig. 1): which parts of a feature map support a class.
 
 Selvaraju et al., "Grad-CAM", ICCV 2017; for segmentation the class score is summed over pixels (Vinogradova et al.,
 "Towards Interpretable Semantic Segmentation via Gradient-Weighted Class Activation Mapping", AAAI 2020).
@@ -20,30 +20,30 @@ from sward.figures.style import plot_library, save_figure
 
 
 def grad_cam(network: nn.Module, layer: str, image: Tensor, target: int, pixels: Tensor | None = None) -> Tensor:
-    """`relu(sum_c mean_xy(dS / dA_c) A_c)` at `layer`, where S is the class score summed over pixels.
+    """Compute `relu(sum_c mean_xy(dS / dA_c) A_c)` at `layer`, where S is the class score summed over pixels.
 
     Args:
-        network: `[B, 3, H, W]` -> logits `[B, K, h, w]`; put into eval mode. One logit is the score of class 1.
-        layer: whose maps A are weighed.
+        network: `[B, 3, H, W]` -> logits `[B, K, h, w]`; switched to eval mode. A single logit is the score of class 1.
+        layer: layer whose maps A are weighted.
         image: `[3, H, W]`, normalised.
-        target: class.
-        pixels: bool `[h, w]` of the pixels whose scores are summed. Default: those predicted as `target`, or all
-            if there is none.
+        target: class index.
+        pixels: bool `[h, w]`, the pixels whose scores are summed. Default: those predicted as `target`, or all if
+            there are none.
 
     Returns:
-        `[H, W]` fp32 from 0 to 1, bilinearly enlarged; all 0 if nothing at that layer speaks for the class.
+        `[H, W]` fp32 from 0 to 1, upsampled bilinearly; all 0 if nothing at that layer supports the class.
 
     Raises:
         ValueError: if the layer does not exist or the network has no such class.
     """
     network.eval()
     with torch.enable_grad(), FeatureTaps(network, [layer]) as taps:
-        # The input asks for a gradient so that a frozen network records its graph too.
+        # The input requires a gradient so that frozen networks record a graph too.
         logits = network(image[None].detach().requires_grad_())
         (maps,) = taps.collect().values()
         classes = max(logits.shape[1], 2)
         if not 0 <= target < classes:
-            raise ValueError(f"target must be a class of the network, 0 to {classes - 1}, got {target}")
+            raise ValueError(f"target must be one of the network's classes 0 to {classes - 1}, got {target}")
         scores = logits[0, 0] if logits.shape[1] == 1 else logits[0, target]
         if pixels is None:
             predicted = logits[0, 0] > 0 if logits.shape[1] == 1 else logits[0].argmax(0) == target
@@ -57,26 +57,23 @@ def grad_cam(network: nn.Module, layer: str, image: Tensor, target: int, pixels:
 
 @dataclass(frozen=True)
 class ActivationRow:
-    """One row of the figure.
-
-    Attributes:
-        title: data set and class.
-        image: uint8 RGB `[3, H, W]`.
-        truth: bool `[H, W]`, the class in the ground truth; its outline is drawn.
-        maps: title of the column -> `grad_cam` of that network.
-    """
+    """One row of the figure."""
 
     title: str
+    """Title of the row: data set and class."""
     image: Tensor
+    """Uint8 RGB `[3, H, W]`."""
     truth: Tensor
+    """Bool `[H, W]`, the ground truth of the class; its outline is drawn."""
     maps: Mapping[str, Tensor]
+    """Column title -> output of `grad_cam` for that network."""
 
 
 def activation_figure(rows: Sequence[ActivationRow], path: Path) -> Path:
-    """Image, then one heat map a network laid over it (Fig. 1); the white line is the class in the ground truth.
+    """Draw each image and one heat map per network over it (Fig. 1), with the ground truth outlined in white.
 
     Returns:
-        The path of the PNG; an SVG is beside it.
+        The path of the PNG; an SVG is written beside it.
     """
     plt = plot_library()
     titles = ["image", *rows[0].maps]
@@ -106,5 +103,5 @@ def activation_figure(rows: Sequence[ActivationRow], path: Path) -> Path:
             axis.spines[:].set_visible(False)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title)
-    figure.colorbar(shown, ax=axes, shrink=0.6, pad=0.01, label="activation, share of the map's largest")
+    figure.colorbar(shown, ax=axes, shrink=0.6, pad=0.01, label="activation relative to the map's maximum")
     return save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""Masks in a data set's colours, overlays, and grids of predictions (Fig. 3)."""
+"""Coloured masks, overlays and grids of predictions (Fig. 3)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IGNORED_COLOUR = (0, 0, 0)
 
 
 def colour_labels(labels: Tensor, info: DatasetInfo) -> Pixels:
-    """Class indices `[H, W]` in the palette of the data set: uint8 RGB `[H, W, 3]`; ignored pixels are black."""
+    """Map class indices `[H, W]` to the data set's palette, uint8 RGB `[H, W, 3]`; ignored pixels become black."""
     table = np.zeros((256, 3), dtype=np.uint8)
     table[: info.num_classes] = info.palette
     table[info.ignore_index] = IGNORED_COLOUR
@@ -26,9 +26,9 @@ def colour_labels(labels: Tensor, info: DatasetInfo) -> Pixels:
 
 
 def overlay(image: Tensor, labels: Tensor, info: DatasetInfo, opacity: float = 0.5) -> Pixels:
-    """A uint8 RGB image `[3, H, W]` with the classes of `labels [H, W]` laid over it, background left clear.
+    """Overlay a uint8 RGB image `[3, H, W]` with the colours of `labels [H, W]`; returns uint8 `[H, W, 3]`.
 
-    The class at index 0 is left clear where the data set calls it background.
+    Ignored pixels, and class 0 if the data set names it "background", show the image alone.
     """
     pixels = image.permute(1, 2, 0).cpu().numpy().astype(np.float32)
     colours = colour_labels(labels, info).astype(np.float32)
@@ -47,13 +47,13 @@ def prediction_grid(
     *,
     names: Sequence[str] = (),
 ) -> Path:
-    """One row an image: the image, then one column of labels for each entry of `columns` (truth, teacher, ...).
+    """Draw one row per image: the image, then one column per entry of `columns` (truth, teacher, ...).
 
     Args:
         images: uint8 RGB `[3, H, W]`.
-        columns: title -> one label map `[h, w]` an image.
+        columns: title -> one label map `[h, w]` per image.
         info: classes and colours.
-        path: the PNG to write; an SVG is written beside it.
+        path: path of the PNG; an SVG is written beside it.
         names: row titles.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What every figure shares: the plotting library, made ready for files, and how a figure is saved."""
+"""Set-up of matplotlib and saving of figures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def plot_library() -> Any:
-    """`matplotlib.pyplot` on a file-only backend, imported when the first figure is drawn.
+    """Import `matplotlib.pyplot` with a backend that only writes files.
 
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
@@ -17,7 +17,7 @@ def plot_library() -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("figures need matplotlib: pip install 'sward[figures]'") from error
     matplotlib.use("agg")
-    # A fixed salt makes the same figure the same file.
+    # A fixed salt makes SVG files reproducible.
     matplotlib.rcParams.update({"svg.hashsalt": "sward", "font.size": 9, "axes.spines.top": False})
     matplotlib.rcParams.update({"axes.spines.right": False})
     import matplotlib.pyplot as plt
@@ -26,7 +26,7 @@ def plot_library() -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> Path:
-    """Writes `path` as PNG and, beside it, the same figure as SVG; returns the PNG's path."""
+    """Write the figure to `path` as PNG and beside it as SVG; return the path of the PNG."""
     path = path.with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""The penultimate features of several networks in the plane, and how well they separate the classes (Fig. 4)."""
+"""t-SNE of the penultimate features of several networks, and measures of class separability (Fig. 4)."""
 
 from __future__ import annotations
 
@@ -19,28 +19,25 @@ from sward.figures.style import plot_library, save_figure
 
 @dataclass(frozen=True)
 class Separability:
-    """How far apart the classes lie in a feature space.
-
-    Attributes:
-        silhouette: mean silhouette coefficient with Euclidean distances (Rousseeuw, 1987), -1 to 1.
-        fisher: `fisher_ratio`.
-    """
+    """Separability of the classes in a feature space."""
 
     silhouette: float
+    """Mean silhouette coefficient with Euclidean distances (Rousseeuw, 1987), -1 to 1."""
     fisher: float
+    """Result of `fisher_ratio`."""
 
 
 def sample_pixels(labels: Sequence[Tensor], info: DatasetInfo, per_class: int, seed: int = 0) -> list[Tensor]:
-    """Up to `per_class` pixels of each class, drawn from all label maps together.
+    """Draw up to `per_class` pixels per class from all label maps together.
 
     Args:
         labels: integer maps `[h, w]`.
         info: classes and ignore_index.
-        per_class: pixels a class; all of a class that has fewer.
-        seed: of the draw.
+        per_class: pixels per class; a class with fewer contributes all of them.
+        seed: seed of the draw.
 
     Returns:
-        For each map the flat indices of its chosen pixels, int64, in order.
+        For each map the sorted flat indices of its chosen pixels, int64.
     """
     generator = torch.Generator().manual_seed(seed)
     owner = torch.cat([torch.full((each.numel(),), index) for index, each in enumerate(labels)])
@@ -59,44 +56,48 @@ def sample_pixels(labels: Sequence[Tensor], info: DatasetInfo, per_class: int, s
 
 @torch.no_grad()
 def pixel_features(
-    network: nn.Module, layer: str, dataset: SegmentationDataset, images: Sequence[int], *, stride: int, per_class: int
+    network: nn.Module,
+    layer: str,
+    dataset: SegmentationDataset,
+    images: Sequence[int],
+    *,
+    grid: tuple[int, int],
+    per_class: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Features of the same pixels, whatever network they come from.
+    """Collect features of pixels that depend on the labels only, so that all networks are compared on the same pixels.
 
-    The map of `layer` is resized to the input's size over `stride`, the labels to the same grid, and pixels are drawn
-    there by `sample_pixels`, which sees the labels alone.
+    The map of `layer` and the labels are resized to `grid`; `sample_pixels` then draws the pixels.
 
     Args:
         network: in eval mode, on the CPU.
-        layer: whose map is read.
-        dataset: an evaluation split.
-        images: indices into it.
-        stride: pixels of the input a point of the grid.
-        per_class: pixels a class over all images.
+        layer: layer whose map is read.
+        dataset: an evaluation split at the image size of the network.
+        images: indices into the data set.
+        grid: rows and columns; the same for all networks.
+        per_class: pixels per class over all images.
 
     Returns:
         Features `[n, C]` and labels `[n]`.
     """
     samples = [dataset[index] for index in images]
-    height, width = samples[0].image.shape[-2] // stride, samples[0].image.shape[-1] // stride
-    labels = [resize_labels(sample.labels[None], (height, width))[0] for sample in samples]
+    labels = [resize_labels(sample.labels[None], grid)[0] for sample in samples]
     taken = sample_pixels(labels, dataset.info, per_class)
     features = []
     with FeatureTaps(network, [layer]) as taps:
         for sample, pixels in zip(samples, taken, strict=True):
             network(sample.image[None])
             (maps,) = taps.collect().values()
-            features.append(resize(maps.float(), (height, width))[0].flatten(1).T[pixels])
+            features.append(resize(maps.float(), grid)[0].flatten(1).T[pixels])
     classes = torch.cat([each.flatten()[pixels] for each, pixels in zip(labels, taken, strict=True)])
     return torch.cat(features).numpy(), classes.long().numpy()
 
 
 def fisher_ratio(features: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
-    """`tr(S_B) / tr(S_W)`: scatter of the class means around the overall mean over scatter within classes.
+    """Return `tr(S_B) / tr(S_W)`: the scatter of class means around the overall mean over that within classes.
 
     Args:
         features: `[n, C]`.
-        labels: `[n]`, two classes at least.
+        labels: `[n]`, at least two classes.
     """
     points = features.astype(np.float64)
     centre = points.mean(axis=0)
@@ -110,7 +111,7 @@ def fisher_ratio(features: NDArray[np.float32], labels: NDArray[np.int64]) -> fl
 
 
 def separability(features: NDArray[np.float32], labels: NDArray[np.int64]) -> Separability:
-    """Silhouette and Fisher ratio in the feature space itself, not in the plane of the t-SNE."""
+    """Compute silhouette and Fisher ratio in the feature space itself, not in the t-SNE plane."""
     from sklearn.metrics import silhouette_score
 
     return Separability(float(silhouette_score(features, labels)), fisher_ratio(features, labels))
@@ -119,13 +120,13 @@ def separability(features: NDArray[np.float32], labels: NDArray[np.int64]) -> Se
 def feature_space_figure(
     panels: Mapping[str, tuple[NDArray[np.float32], NDArray[np.int64]]], info: DatasetInfo, path: Path, *, seed: int = 0
 ) -> tuple[Path, dict[str, Separability]]:
-    """One t-SNE plot a network with a colour a class, and bars of silhouette and Fisher ratio next to them (Fig. 4).
+    """Draw one t-SNE plot per network, coloured by class, and bars of silhouette and Fisher ratio (Fig. 4).
 
     Args:
-        panels: title -> features and labels, as `pixel_features` gives them.
+        panels: title -> features and labels from `pixel_features`.
         info: classes and colours.
-        path: the PNG to write; an SVG is written beside it.
-        seed: of the t-SNE.
+        path: path of the PNG; an SVG is written beside it.
+        seed: seed of the t-SNE.
 
     Returns:
         The path of the PNG and the measures of each panel.
@@ -140,7 +141,7 @@ def feature_space_figure(
     for index, (title, (features, labels)) in enumerate(panels.items()):
         axis = figure.add_subplot(grid[index // columns, index % columns])
         points = TSNE(perplexity=min(30, (len(labels) - 1) / 3), init="pca", random_state=seed).fit_transform(features)
-        # Drawn in random order: no class lies on top of the others.
+        # Draw in random order, so that no class covers the others.
         order = np.random.default_rng(seed).permutation(len(labels))
         axis.scatter(*points[order].T, c=visible_colours(info)[labels[order]], s=5, linewidths=0, rasterized=True)
         axis.set(xticks=[], yticks=[], title=f"({chr(ord('a') + index)}) {title}")
@@ -167,7 +168,7 @@ def feature_space_figure(
 
 
 def visible_colours(info: DatasetInfo) -> NDArray[np.float64]:
-    """The data set's palette as RGB from 0 to 1, `[K, 3]`, for points on white: what is nearly white becomes blue."""
+    """Return the palette as RGB from 0 to 1, `[K, 3]`, for points on white; near-white colours become blue."""
     colours = np.array(info.palette, dtype=np.float64) / 255
     colours[colours.min(axis=1) > 0.9] = (0.12, 0.47, 0.71)
     return colours

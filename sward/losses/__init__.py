@@ -9,9 +9,14 @@ from sward.losses.mwad import MWADLoss, MWADOutput
 from sward.losses.objective import SegmentationCrossEntropy, SWARDDistillation, SWARDLoss, SWARDOutput
 from sward.losses.pdr import PDRLoss, PDROutput
 from sward.losses.protocol import LOGITS, DistillationInputs, DistillationLoss, DistillationOutput
+from sward.losses.recipes import PAPER, RECIPES, RECOMMENDED, Recipe
+from sward.losses.standardized import StandardizedTeacher
 
 __all__ = [
     "LOGITS",
+    "PAPER",
+    "RECIPES",
+    "RECOMMENDED",
     "AttentionTransferLoss",
     "CIRKDLoss",
     "CWDLoss",
@@ -29,10 +34,12 @@ __all__ = [
     "PDROutput",
     "PairwiseLoss",
     "ReceptiveTokens",
+    "Recipe",
     "SWARDDistillation",
     "SWARDLoss",
     "SWARDOutput",
     "SegmentationCrossEntropy",
+    "StandardizedTeacher",
     "learn_masks",
     "load_masks",
     "save_masks",

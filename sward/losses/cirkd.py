@@ -54,9 +54,10 @@ class CIRKDLoss(TapComparison):
         temperature: divides similarities. Default 0.1.
         distribution_temperature: divides them again in pixel and region, whose KL is multiplied by its square.
             Default 1.
-        pixel_queue: "fixed" (default) or "official", which repeats three slips of the official code: the pixels
+        pixel_queue: "fixed" (default) or "official", which repeats four slips of the official code: the pixels
             stored for a class come from the top of the image whatever their class; a full queue overwrites its newest
-            rows; rows never written, random at first, serve as keys.
+            rows; rows never written, random at first, serve as keys; a pixel of the map has the label at its upper
+            left corner and not at its centre.
         pixel_queue_size: stored pixels of a class. Default 20000. A bank takes `4 K size C_t` bytes.
         region_queue_size: stored means of a class. Default 2000.
         pixel_keys: keys of a step; each class gives `pixel_keys // K + 1`. Default 4096.
@@ -162,8 +163,8 @@ class CIRKDLoss(TapComparison):
             )
         if pixel_weight or region_weight:
             height, width = student_map.shape[-2:]
-            labels = resize_labels(labels, (height, width))
-            classes = class_indices(labels, self.num_classes, self.ignore_index).flatten(1)
+            resized = resize_labels(labels, (height, width), pick="corner" if self.official else "centre")
+            classes = class_indices(resized, self.num_classes, self.ignore_index).flatten(1)
             terms |= self._memory_terms(self.projector(student_map), teacher_map, classes)
         terms = {name: terms.get(name, student_map.new_zeros(())) for name in _TERMS}
         weighted = {name: weight * term for weight, (name, term) in zip(self.terms, terms.items())}

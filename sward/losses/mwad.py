@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from sward.alignment import ChannelProjection, aligned_size, project, resize
+from sward.alignment import ChannelProjection, Standardization, aligned_size, project, resize
+from sward.losses.recipes import RECOMMENDED, ContextReduction, TeacherNormalization, TeacherProjections
 from sward.losses.relation_health import relation_health
 from sward_kernels import WindowedDistillation, windowed_distillation
 from sward_kernels.windowed.api import check_implementation, check_terms
 
 ShiftStrategy = Literal["stochastic", "deterministic", "none"]
 """The three window strategies of Table 4."""
-
-TeacherProjections = Literal["learned", "frozen"]
-ContextReduction = Literal["sum", "mean"]
 
 
 class MWADOutput(NamedTuple):
@@ -38,9 +38,12 @@ class MWADOutput(NamedTuple):
 class MWADLoss(nn.Module):
     """Match attention, values and contexts of student and teacher inside randomly shifted windows.
 
-    Per stage: the teacher map goes through `phi` (1x1 convolution, Eq. 1), both maps are resized to their common
-    grid (`psi`, Eq. 2-3), two bias-free 1x1 convolutions `Theta` give queries, keys and values (Eq. 8), and
-    `sward_kernels.windowed_distillation` compares them window by window (Eq. 4-14).
+    Per stage: the teacher map is standardised per channel and goes through `phi` (1x1 convolution, Eq. 1), both maps
+    are resized to their common grid (`psi`, Eq. 2-3), two bias-free 1x1 convolutions `Theta` give queries, keys and
+    values (Eq. 8), and `sward_kernels.windowed_distillation` compares them window by window (Eq. 4-14).
+
+    The defaults are the recommended recipe. The paper's is `teacher_normalization="none"`,
+    `teacher_projections="learned"`, `context_reduction="sum"`; see `sward.losses.recipes`.
 
     Args:
         student_channels: channels of the student's maps, one number per stage.
@@ -52,9 +55,14 @@ class MWADLoss(nn.Module):
             is repeatable.
         terms: weights of the attention, value and context terms. The rows of Table 3 are `(1, 0, 0)`, `(1, 1, 0)` and
             `(1, 1, 1)`, the default. A term of weight 0 is not computed.
-        teacher_projections: `"learned"` trains `phi` and the teacher's `Theta` with the student, as in the paper;
-            `"frozen"` keeps both at their semi-orthogonal initialisation.
-        context_reduction: `"sum"` over the `embed_dim` channels as Eq. 13 is written, or `"mean"`.
+        teacher_normalization: `"standardize"` (default) gives every channel of the teacher's maps mean 0 and variance
+            1 (`sward.alignment.Standardization`), `"none"` takes them as they are. Standardised before `phi` and the
+            resize: the statistics are then the teacher's alone, whatever the student's grid, and come from as many
+            positions as there are. Where they are applied makes no difference, since a bilinear resize keeps means.
+        teacher_projections: `"frozen"` (default) keeps `phi` and the teacher's `Theta` at a semi-orthogonal start;
+            `"learned"` trains them with the student, as in the paper.
+        context_reduction: `"mean"` (default) over the `embed_dim` channels, or `"sum"` as Eq. 13 is written.
+        process_group: processes over whose maps the standardisation takes its statistics. Default: this process alone.
         generator: source of the offsets. Default: torch's global generator of the features' device, the only one
             that `torch.compile` can trace without a graph break.
         implementation: passed to `sward_kernels.windowed_distillation`.
@@ -78,8 +86,10 @@ class MWADLoss(nn.Module):
         embed_dim: int | Sequence[int] = 64,
         shift: ShiftStrategy = "stochastic",
         terms: tuple[float, float, float] = (1.0, 1.0, 1.0),
-        teacher_projections: TeacherProjections = "learned",
-        context_reduction: ContextReduction = "sum",
+        teacher_normalization: TeacherNormalization = RECOMMENDED.teacher_normalization,
+        teacher_projections: TeacherProjections = RECOMMENDED.teacher_projections,
+        context_reduction: ContextReduction = RECOMMENDED.context_reduction,
+        process_group: ProcessGroup | None = None,
         generator: torch.Generator | None = None,
         implementation: str = "auto",
     ) -> None:
@@ -90,6 +100,7 @@ class MWADLoss(nn.Module):
                 f"got {len(student_channels)} and {len(teacher_channels)}"
             )
         _check_choice("shift", shift, get_args(ShiftStrategy))
+        _check_choice("teacher_normalization", teacher_normalization, get_args(TeacherNormalization))
         _check_choice("teacher_projections", teacher_projections, get_args(TeacherProjections))
         _check_choice("context_reduction", context_reduction, get_args(ContextReduction))
         check_terms(terms)
@@ -101,6 +112,7 @@ class MWADLoss(nn.Module):
         self.embed_dim = _one_per_stage("embed_dim", embed_dim, stages)
         self.shift = shift
         self.terms = terms
+        self.teacher_normalization = teacher_normalization
         self.teacher_projections = teacher_projections
         self.context_reduction = context_reduction
         self.generator = generator
@@ -118,6 +130,11 @@ class MWADLoss(nn.Module):
             ChannelProjection(channels, 3 * dim, bias=False)
             for channels, dim in zip(self.student_channels, self.embed_dim)
         )
+        self.standardization = nn.ModuleList(
+            Standardization(channels, process_group=process_group)
+            for channels in (self.teacher_channels if teacher_normalization == "standardize" else ())
+        )
+        self._padded_stages: set[int] = set()
         if teacher_projections == "frozen":
             self._freeze_teacher_projections()
 
@@ -177,14 +194,19 @@ class MWADLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"window_size={self.window_size}, embed_dim={self.embed_dim}, shift={self.shift!r}, "
-            f"terms={self.terms}, teacher_projections={self.teacher_projections!r}"
+            f"terms={self.terms}, teacher_normalization={self.teacher_normalization!r}, "
+            f"teacher_projections={self.teacher_projections!r}"
         )
 
     def _stage(self, index: int, student: Tensor, teacher: Tensor) -> WindowedDistillation:
+        if self.training and self.standardization:
+            cast(Standardization, self.standardization[index]).update(teacher)
         qkv_student, qkv_teacher = self.project(index, student, teacher)
         attention, value, context = self.terms
         # The operation sums over channels, as in Eq. 13; a mean is that sum with a smaller weight.
         scale = 1.0 / self.embed_dim[index] if self.context_reduction == "mean" else 1.0
+        if not torch.compiler.is_compiling():
+            self._warn_of_padding(index, qkv_student.shape[-2], qkv_student.shape[-1])
         result = windowed_distillation(
             qkv_student=qkv_student,
             qkv_teacher=qkv_teacher,
@@ -196,6 +218,8 @@ class MWADLoss(nn.Module):
         return result._replace(context=result.context * scale)
 
     def _project_teacher(self, index: int, teacher: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.standardization:
+            teacher = cast(Standardization, self.standardization[index]).normalize(teacher)
         phi = cast(ChannelProjection, self.phi[index])
         theta = cast(ChannelProjection, self.theta_teacher[index])
         enlarges = size[0] * size[1] > teacher.shape[-2] * teacher.shape[-1]
@@ -213,6 +237,19 @@ class MWADLoss(nn.Module):
         else:
             projected = theta(phi(features))
         return resize(projected, size)
+
+    def _warn_of_padding(self, index: int, height: int, width: int) -> None:
+        window = self.window_size[index]
+        padded = -(-height // window) * -(-width // window) * window**2
+        if 2 * height * width >= padded or index in self._padded_stages:
+            return
+        self._padded_stages.add(index)
+        warnings.warn(
+            f"{1 - height * width / padded:.0%} of the tokens of MWAD's stage {index} are padding: its aligned grid is "
+            f"{height}x{width} and its windows {window}x{window}; use smaller windows there "
+            f"(window_size takes one number per stage), larger images, or a teacher with more tokens",
+            stacklevel=2,
+        )
 
     def _draw_shift(self, window_size: int, device: torch.device) -> tuple[int, int] | Tensor:
         if self.shift == "none" or (self.shift == "stochastic" and not self.training):

@@ -16,6 +16,7 @@ from sward.losses.mwad import MWADLoss
 from sward.losses.pairs import full_precision
 from sward.losses.pdr import PDRLoss
 from sward.losses.protocol import DistillationInputs, DistillationLoss, DistillationOutput
+from sward.losses.recipes import RECOMMENDED
 from sward_kernels.labels import class_indices_op
 
 
@@ -97,24 +98,26 @@ class SWARDLoss(nn.Module):
     Args:
         task: `(logits, labels) -> scalar`, such as `SegmentationCrossEntropy()`.
         mwad: windowed distillation between student and teacher.
-        pdr: prototype regularization of the student.
-        weights: alpha, beta, gamma. Default 1, 2, 1 (section 4.1). A part of weight 0 is not computed; its inputs and
-            parameters get gradient 0. The attribute `weights` may be changed between steps, for example to ramp a
-            weight up.
+        pdr: prototype regularization of the student; needed only where gamma is not 0.
+        weights: alpha, beta, gamma. Default 1, 1, 0, the recommended recipe; the paper has 1, 2, 1 (section 4.1). A
+            part of weight 0 is not computed; its inputs and parameters get gradient 0. The attribute `weights` may be
+            changed between steps, for example to ramp a weight up.
 
     Raises:
-        ValueError: for `weights` that are not three finite numbers of at least 0.
+        ValueError: for `weights` that are not three finite numbers of at least 0, or if gamma is not 0 and `pdr` is
+            missing.
     """
 
     def __init__(
         self,
         task: Callable[[Tensor, Tensor], Tensor],
         mwad: MWADLoss,
-        pdr: PDRLoss,
-        weights: tuple[float, float, float] = (1.0, 2.0, 1.0),
+        pdr: PDRLoss | None = None,
+        weights: tuple[float, float, float] = (1.0, *RECOMMENDED.weights),
     ) -> None:
         super().__init__()
         _check_weights(weights, ("alpha", "beta", "gamma"))
+        _require_pdr(pdr, weights[-1])
         self.task = task
         self.mwad = mwad
         self.pdr = pdr
@@ -141,7 +144,7 @@ class SWARDLoss(nn.Module):
             ValueError: if logits and PDR differ in the number of classes, or for what the three parts reject.
         """
         alpha, beta, gamma = self.weights
-        if gamma and _num_classes(logits) != self.pdr.num_classes:
+        if gamma and self.pdr is not None and _num_classes(logits) != self.pdr.num_classes:
             raise ValueError(
                 f"pdr must have as many classes as the logits {tuple(logits.shape)}, {_num_classes(logits)}, "
                 f"got PDRLoss(num_classes={self.pdr.num_classes})"
@@ -165,27 +168,30 @@ class SWARDDistillation(DistillationLoss):
 
     Args:
         mwad: windowed distillation, one stage per pair of taps.
-        pdr: prototype regularization.
+        pdr: prototype regularization; needed only where gamma is not 0.
         student_taps: the student's layers for MWAD.
         teacher_taps: the teacher's layers, in the same order.
         pdr_tap: the student's layer for PDR. Default: the last of `student_taps`.
-        weights: beta and gamma of Eq. 20. Default 2 and 1. As in `SWARDLoss`.
+        weights: beta and gamma of Eq. 20. Default 1 and 0, the recommended recipe; the paper has 2 and 1. As in
+            `SWARDLoss`, 0 is possible and the attribute may be changed.
 
     Raises:
-        ValueError: for `weights` that are not two finite numbers of at least 0.
+        ValueError: for `weights` that are not two finite numbers of at least 0, or if gamma is not 0 and `pdr` is
+            missing.
     """
 
     def __init__(
         self,
         mwad: MWADLoss,
-        pdr: PDRLoss,
+        pdr: PDRLoss | None,
         *,
         student_taps: Sequence[str],
         teacher_taps: Sequence[str],
         pdr_tap: str | None = None,
-        weights: tuple[float, float] = (2.0, 1.0),
+        weights: tuple[float, float] = RECOMMENDED.weights,
     ) -> None:
         _check_weights(weights, ("beta", "gamma"))
+        _require_pdr(pdr, weights[-1])
         self.pdr_tap = student_taps[-1] if pdr_tap is None else pdr_tap
         super().__init__(list(dict.fromkeys((*student_taps, self.pdr_tap))), teacher_taps)
         self.stage_taps = tuple(student_taps)
@@ -208,7 +214,7 @@ class SWARDDistillation(DistillationLoss):
 
 def _mwad_and_pdr(
     mwad: MWADLoss,
-    pdr: PDRLoss,
+    pdr: PDRLoss | None,
     weights: tuple[float, float],
     student_features: Sequence[Tensor],
     teacher_features: Sequence[Tensor],
@@ -218,10 +224,11 @@ def _mwad_and_pdr(
     beta, gamma = weights
     zero = torch.zeros((), device=pdr_features.device)
     loss = zero
+    lambdas = (0.0, 0.0) if pdr is None else pdr.terms
     terms = dict.fromkeys(("mwad", "attention", "value", "context", "pdr", "separation", "compactness"), zero)
     factors = {
         **{name: beta * weight for name, weight in zip(("attention", "value", "context"), mwad.terms)},
-        **{name: gamma * weight for name, weight in zip(("separation", "compactness"), pdr.terms)},
+        **{name: gamma * weight for name, weight in zip(("separation", "compactness"), lambdas)},
     }
     if beta:
         relations = mwad(student_features, teacher_features)
@@ -234,7 +241,8 @@ def _mwad_and_pdr(
         }
     else:
         loss = loss + _zero([*mwad.parameters(), *student_features])
-    if gamma:
+    _require_pdr(pdr, gamma)
+    if gamma and pdr is not None:
         prototypes = pdr(pdr_features, labels)
         loss = loss + gamma * prototypes.loss
         terms |= {
@@ -252,6 +260,11 @@ def _check_weights(weights: tuple[float, ...], names: tuple[str, ...]) -> None:
         raise ValueError(
             f"weights must be {len(names)} finite numbers of at least 0, for {', '.join(names)}, got {tuple(weights)}"
         )
+
+
+def _require_pdr(pdr: PDRLoss | None, gamma: float) -> None:
+    if gamma and pdr is None:
+        raise ValueError(f"pdr must be a PDRLoss where its weight gamma is not 0, got None with gamma={gamma}")
 
 
 def _zero(tensors: Iterable[Tensor]) -> Tensor:

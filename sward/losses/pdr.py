@@ -38,7 +38,7 @@ class PDRLoss(nn.Module):
 
     Shapes:
         features: `[B, C, H, W]`, floating; labels: `[B, H_l, W_l]`, any integer dtype and resolution: they are resized
-        to the features' grid by nearest neighbour.
+        to the features' grid by the label at each cell's centre.
 
     Raises:
         ValueError: for settings that `prototype_discrimination` does not take, or (when called) a label outside

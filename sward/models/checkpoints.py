@@ -1,8 +1,8 @@
-"""Pretrained trunks: SAM 2.1 and MedSAM2 checkpoints, timm's files and DINOv2's, into a teacher's trunk.
+"""Load pretrained weights into a teacher's trunk: SAM 2.1, MedSAM2, timm and DINOv2 checkpoints.
 
-Accepted: the official SAM 2 layout (``{"model": {"image_encoder.trunk.*": ...}}``, MedSAM2's as well) and timm's names
-(``mlp.fc1`` for ``mlp.layers.0``, with or without ``model.`` in front), as ``torch.save`` or safetensors files. Every
-tensor of the trunk must be in the file, with its shape, and the trunk's part of the file holds nothing else.
+Accepts the official SAM 2 layout (`{"model": {"image_encoder.trunk.*": ...}}`, used by MedSAM2 too) and timm's names
+(`mlp.fc1` for `mlp.layers.0`, with or without the prefix `model.`), as `torch.save` or safetensors files. The file must
+contain every tensor of the trunk with the right shape, and no other trunk tensors.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from torch import Tensor, nn
 from sward.models.teachers import HIERA_SPECS
 
 _TRUNK_PREFIXES = ("image_encoder.trunk.", "model.", "")
-# In a file without a prefix these belong to the classifier or to pretraining, not to the trunk.
+# In files without a prefix these belong to the classifier or to pretraining, not to the trunk.
 _NOT_TRUNK = ("head.", "mask_token")
 
 
 def load_trunk_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Load pretrained weights into ``model.trunk``; the head keeps its own.
+    """Load pretrained weights into `model.trunk`; the head keeps its own.
 
     Args:
         model: a teacher from `sward.models.build`.
-        path: a checkpoint; read with ``weights_only=True``, so that no code in it runs.
+        path: a checkpoint; read with `weights_only=True`, which runs no code from the file.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the model has no trunk, or the file is no checkpoint, is in the layout of the ``transformers``
-            library, lacks trunk tensors, holds others, or belongs to a trunk of another size. The model stays as it is.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the model has no trunk, or the file is not a checkpoint, has the layout of the `transformers`
+            library, lacks trunk tensors, has unexpected ones, or fits a trunk of another size. The model is unchanged.
     """
     trunk = getattr(model, "trunk", None)
     if not isinstance(trunk, nn.Module):
-        raise ValueError(f"{type(model).__name__} has no trunk; trunk checkpoints are for teachers")
+        raise ValueError(f"model must be a teacher with a trunk, got {type(model).__name__}")
     path = Path(path)
     tensors = _trunk_tensors(_read(path), path)
     targets = {_canonical(key): (key, value) for key, value in trunk.state_dict().items()}
@@ -51,7 +51,9 @@ def load_trunk_checkpoint(model: nn.Module, path: str | Path) -> None:
         if missing:
             raise ValueError(f"{path} lacks {len(missing)} of {len(targets)} trunk tensors, among them {missing[0]!r}")
         if unexpected:
-            raise ValueError(f"{path} holds {len(unexpected)} tensors the trunk has not, among them {unexpected[0]!r}")
+            raise ValueError(
+                f"{path} holds {len(unexpected)} tensors that the trunk lacks, among them {unexpected[0]!r}"
+            )
         key = min(misshapen)
         raise ValueError(
             f"{path} holds {key!r} with shape {list(tensors[key].shape)}, "
@@ -62,7 +64,7 @@ def load_trunk_checkpoint(model: nn.Module, path: str | Path) -> None:
 
 def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file as load
     else:
@@ -70,21 +72,21 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         content: Any = load(path)
     except Exception as error:
-        # Both readers raise whatever their parser stumbles on, from EOFError to a class of safetensors' own.
+        # Both readers raise various errors, from EOFError to safetensors' own class.
         reader = "safetensors" if path.suffix == ".safetensors" else "torch.load(weights_only=True)"
         raise ValueError(f"{path} is not a checkpoint that {reader} can read") from error
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no state dict: expected names mapped to tensors, or those under 'model'")
+        raise ValueError(f"{path} holds no state dict; it must map names to tensors, at the top level or under 'model'")
     return content
 
 
 def _trunk_tensors(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """The trunk's tensors of a file, under canonical names."""
+    """Return the trunk tensors of a file under canonical names."""
     if any(key.startswith("vision_encoder.") for key in state):
         raise ValueError(
-            f"{path} is in the layout of the transformers library, which is not supported: "
+            f"{path} is in the layout of the transformers library, which is not supported; "
             "use the original checkpoint (sam2.1_hiera_*.pt, MedSAM2_*.pt) or timm's"
         )
     for prefix in _TRUNK_PREFIXES:
@@ -92,19 +94,19 @@ def _trunk_tensors(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
             inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             return {_canonical(key): value for key, value in inside.items() if not key.startswith(_NOT_TRUNK)}
     raise ValueError(
-        f"{path} holds no trunk: expected 'image_encoder.trunk.pos_embed' (SAM 2, MedSAM2) or 'pos_embed' (timm) "
+        f"{path} holds no trunk; expected 'image_encoder.trunk.pos_embed' (SAM 2, MedSAM2) or 'pos_embed' (timm) "
         f"among its {len(state)} names"
     )
 
 
 def _canonical(key: str) -> str:
-    """timm's name of a trunk tensor, free of what wraps a trunk: timm's ``model.`` or `DINOv2Trunk`'s ``vit.``."""
+    """Return timm's name of a trunk tensor, without a wrapper's prefix (timm's `model.`, `DINOv2Trunk`'s `vit.`)."""
     key = key.removeprefix("model.").removeprefix("vit.")
     return key.replace(".mlp.layers.0.", ".mlp.fc1.").replace(".mlp.layers.1.", ".mlp.fc2.")
 
 
 def _hiera_size(tensors: Mapping[str, Tensor]) -> str | None:
-    """Which of SAM 2.1's Hiera trunks these tensors are, by width and depth; None if it is none of them."""
+    """Identify the SAM 2.1 Hiera trunk of these tensors by width and depth; None if there is no match."""
     table = tensors.get("pos_embed")
     depth = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
     for size, spec in HIERA_SPECS.items():

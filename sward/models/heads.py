@@ -1,7 +1,7 @@
-"""Segmentation heads: the feature levels of a trunk, highest resolution first, to logits.
+"""Segmentation heads: map the feature levels of a trunk, highest resolution first, to logits.
 
-Every head maps a list of ``[B, C_i, H_i, W_i]`` to logits ``[B, K, h, w]`` at the resolution it works at; the network
-around it resizes them to its input. Hiera levels stand at strides 4, 8, 16 and 32.
+Every head maps a list of `[B, C_i, H_i, W_i]` to logits `[B, K, h, w]` at its own resolution; the enclosing network
+resizes them to the input size. The Hiera levels have strides 4, 8, 16 and 32.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sward.alignment import resize
 from sward.models.resunetpp import DecoderBlock, SummedASPP
 
 
 class PooledBatchNorm(nn.BatchNorm2d):
-    """Batch norm behind a global pool: a batch of one has no variance there, so it takes the running statistics."""
+    """Batch norm after global pooling; for a batch of one, which has no variance, it uses the running statistics."""
 
     def forward(self, maps: Tensor) -> Tensor:
         if self.training and maps.shape[0] * maps.shape[2] * maps.shape[3] == 1:
@@ -25,13 +26,13 @@ class PooledBatchNorm(nn.BatchNorm2d):
 
 
 class AtrousPyramid(nn.Module):
-    """DeepLabV3's ASPP: 1x1, three dilated 3x3 and a global-pool branch, concatenated and projected by a 1x1.
+    """DeepLabV3's ASPP: a 1x1, three dilated 3x3 and a global pooling branch, concatenated and projected by a 1x1.
 
     Args:
-        in_channels: channels of the input ``[B, C_in, H, W]``.
-        out_channels: channels of each branch and of the output ``[B, C_out, H, W]``.
+        in_channels: channels of the input `[B, C_in, H, W]`.
+        out_channels: channels of each branch and of the output `[B, C_out, H, W]`.
         rates: dilations of the 3x3 branches.
-        separable: depthwise then pointwise convolutions in the dilated branches.
+        separable: use depthwise and pointwise convolutions in the dilated branches.
     """
 
     def __init__(self, in_channels: int, out_channels: int, rates: Sequence[int], *, separable: bool) -> None:
@@ -60,17 +61,17 @@ class AtrousPyramid(nn.Module):
 
 
 class DeepLabV3PlusHead(nn.Module):
-    """DeepLabV3+ on the deepest and the first level: ASPP, low-level 1x1, two plain 3x3 convolutions, 1x1 classifier.
+    """DeepLabV3+ on the deepest and the first level: ASPP, 1x1 on the low level, two 3x3 convolutions, 1x1 classifier.
 
     Chen et al., "Encoder-Decoder with Atrous Separable Convolution for Semantic Image Segmentation", ECCV 2018.
-    ``fuse`` is the penultimate layer: ``[B, width, H_0, W_0]``.
+    `fuse` is the penultimate layer: `[B, width, H_0, W_0]`.
 
     Args:
         in_channels: channels of the levels; the first and the last are used.
         num_classes: K.
-        separable: see `AtrousPyramid`; the decoder's convolutions are plain either way.
+        separable: see `AtrousPyramid`; the decoder always uses plain convolutions.
         width: channels of the pyramid and of the decoder.
-        low_level_width: channels the first level is reduced to.
+        low_level_width: channels to which the first level is reduced.
         rates: dilations of the pyramid.
     """
 
@@ -100,9 +101,9 @@ class DeepLabV3PlusHead(nn.Module):
 
 
 class ResUNetPlusPlusHead(nn.Module):
-    """ResUNet++'s bridge, gated decoder and output pyramid on four levels that halve in size each.
+    """ResUNet++'s bridge, gated decoder and output pyramid on four levels, each half the size of the one before.
 
-    ``output_aspp`` is the penultimate layer: ``[B, 16, H_0, W_0]``.
+    `output_aspp` is the penultimate layer: `[B, 16, H_0, W_0]`.
 
     Args:
         in_channels: channels of the four levels.
@@ -125,12 +126,12 @@ class ResUNetPlusPlusHead(nn.Module):
 
 
 class MultiLevelHead(nn.Module):
-    """A light head: every level through a 1x1, added top-down to the next finer one, two 3x3, 1x1 classifier.
+    """A small FPN-like head: a 1x1 per level, top-down sums, two 3x3 convolutions, 1x1 classifier.
 
-    ``fuse`` is the penultimate layer: ``[B, width, H_0, W_0]``, or twice that size with ``upsample``.
+    `fuse` is the penultimate layer: `[B, width, H_0, W_0]`, or twice that size with `upsample`.
 
     Args:
-        in_channels: channels of the levels; any number of them.
+        in_channels: channels of each level; any number of levels.
         num_classes: K.
         width: channels inside the head.
         upsample: double the resolution between the two 3x3 convolutions.
@@ -159,17 +160,10 @@ class MultiLevelHead(nn.Module):
         return self.classifier(self.fuse(total))
 
 
-def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear resize of ``[B, C, H, W]`` to ``size``, ``align_corners=False``; nothing to do if it has that size."""
-    if maps.shape[-2:] == torch.Size(size):
-        return maps
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
-
-
 def conv_norm_relu(
     in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, dilation: int = 1
 ) -> nn.Sequential:
-    """Convolution without bias (padded to keep the size at stride 1), batch norm, ReLU."""
+    """Build a convolution without bias (padded to keep the size at stride 1), batch norm and ReLU."""
     padding = dilation * (kernel_size // 2)
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False),

@@ -1,4 +1,4 @@
-"""Students and teachers by name: how to build one, which of its layers to distil, and the paper's row it stands for."""
+"""Registry of students and teachers: builders, layers to distil, and the corresponding rows of the paper."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ from sward.models.unext import UNeXt
 
 @dataclass(frozen=True)
 class Stage:
-    """A layer whose output is a feature map ``[B, channels, H / stride, W / stride]``."""
+    """A layer whose output is a feature map `[B, channels, H / stride, W / stride]`."""
 
     layer: str
-    """Module path as in ``named_modules()``; a forward hook on it receives the map."""
+    """Module path as in `named_modules()`; a forward hook on it receives the map."""
     channels: int
     stride: int
 
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What a distillation method and the tables need to know about a network, without building it."""
+    """What distillation methods and tables need to know about a network without building it."""
 
     name: str
     role: str
-    """``"student"`` or ``"teacher"``."""
+    """`"student"` or `"teacher"`."""
     stages: tuple[Stage, ...]
-    """The four stages MWAD pairs by default, highest resolution first; stage ``i`` goes with the other network's."""
+    """The four stages that MWAD uses by default, highest resolution first; it pairs stage `i` of both networks."""
     feature_layer: str
-    """The deepest encoder map, which PDR works on."""
+    """The layer of the deepest encoder map, which PDR uses."""
     penultimate_layer: str
-    """The map the classifier sees, at the head's resolution."""
+    """The layer whose output is the input of the classifier, at the head's resolution."""
     paper_name: str | None = None
-    """The paper's name for its row in Tables 1 and 2; None if the network is not in the paper."""
+    """Name of the row in Tables 1 and 2 of the paper; None if the network is not in the paper."""
     paper_params_millions: float | None = None
     paper_gflops: float | None = None
     num_classes: int = 2
-    """Classes of the data set the paper uses the network on: 19 for Cityscapes, 2 for polyps."""
+    """Classes of the data set on which the paper uses the network: 19 for Cityscapes, 2 for polyps."""
 
 
 Builder = Callable[..., nn.Module]
@@ -62,7 +62,7 @@ _BUILDERS: dict[str, Builder] = {}
 
 
 def names(role: str | None = None) -> tuple[str, ...]:
-    """Names of all registered networks, or of those with a role (``"student"`` or ``"teacher"``), in a fixed order.
+    """Return the names of all networks, or of those with a role (`"student"` or `"teacher"`), in a fixed order.
 
     Raises:
         ValueError: for another role.
@@ -73,7 +73,7 @@ def names(role: str | None = None) -> tuple[str, ...]:
 
 
 def describe(name: str) -> ModelDescription:
-    """The description of a network built with default options.
+    """Return the description of a network built with default options.
 
     Raises:
         ValueError: if the name is unknown; the message lists near matches.
@@ -87,20 +87,20 @@ def describe(name: str) -> ModelDescription:
 
 
 def build(name: str, num_classes: int, **options: Any) -> nn.Module:
-    """Build a network with random weights drawn from torch's global generator (``torch.manual_seed``).
+    """Build a network; torch's global generator (`torch.manual_seed`) initialises its weights.
 
     Args:
         name: one of `names`.
         num_classes: K, at least 1.
-        options: ``backend="sam2" | "timm"`` for the Hiera teachers (default ``"sam2"``); ``token_stride``, a divisor
-            of 32, for ``vit_small_dinov2`` (default 8). The other networks have none.
+        options: `backend="sam2" | "timm"` for the Hiera teachers (default `"sam2"`); `token_stride`,
+            pixels per token, for `vit_small_dinov2` (default 8). The other networks have none.
 
     Returns:
-        A module that maps images ``[B, 3, H, W]`` (ImageNet-normalised, H and W multiples of 32) to logits
-        ``[B, K, H, W]``.
+        A module that maps images `[B, 3, H, W]` (ImageNet-normalised, H and W multiples of 32) to logits
+        `[B, K, H, W]`.
 
     Raises:
-        ValueError: for an unknown name, an option the network does not have, or ``num_classes`` below 1.
+        ValueError: for an unknown name, an option that the network does not have, or `num_classes` below 1.
         ModuleNotFoundError: if the package behind the network is not installed.
     """
     describe(name)
@@ -110,7 +110,7 @@ def build(name: str, num_classes: int, **options: Any) -> nn.Module:
     known = [option for option in inspect.signature(builder).parameters if option != "num_classes"]
     for option in options:
         if option not in known:
-            has = f"it has {', '.join(known)}" if known else "it has none"
+            has = f"its options are {', '.join(known)}" if known else "it has no options"
             raise ValueError(f"model {name!r} has no option {option!r}; {has}")
     return builder(num_classes, **options)
 
@@ -124,7 +124,7 @@ _register(
     ModelDescription(
         name="unext",
         role="student",
-        # The shallowest stage, 16 channels at stride 2, has no partner in the trunks.
+        # The shallowest stage, 16 channels at stride 2, has no counterpart in the teachers' trunks.
         stages=(
             Stage("encoder.1", 32, 4),
             Stage("encoder.2", 128, 8),
@@ -143,7 +143,7 @@ _register(
     ModelDescription(
         name="resunetpp",
         role="student",
-        # Paired by level, not by stride: the bridge at stride 8 is the deepest the network has.
+        # Paired by level, not by stride: the deepest map of the network, the bridge, is at stride 8.
         stages=(
             Stage("encoder.1", 32, 2),
             Stage("encoder.2", 64, 4),

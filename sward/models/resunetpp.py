@@ -14,7 +14,7 @@ from sward.models.inputs import check_images
 
 
 class SqueezeExcitation(nn.Module):
-    """Scale each channel by a gate in (0, 1) computed from all channels' means; ``[B, C, H, W]`` to the same."""
+    """Scale each channel of `[B, C, H, W]` by a gate in (0, 1) computed from the means of all channels."""
 
     def __init__(self, channels: int, reduction: int = 8) -> None:
         super().__init__()
@@ -32,13 +32,13 @@ class SqueezeExcitation(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Pre-activation residual block, squeeze-and-excitation; ``[B, C_in, H, W]`` to ``[B, C_out, H/s, W/s]``.
+    """Pre-activation residual block with squeeze-and-excitation; `[B, C_in, H, W]` to `[B, C_out, H/s, W/s]`.
 
     Args:
         in_channels: C_in.
         out_channels: C_out.
-        stride: s, of the first convolution and of the 1x1 skip.
-        preactivate: batch norm and ReLU before the first convolution; the stem sees the image as it is.
+        stride: s, stride of the first convolution and of the 1x1 skip.
+        preactivate: apply batch norm and ReLU before the first convolution; off for the stem, which sees the image.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, *, preactivate: bool = True) -> None:
@@ -83,9 +83,9 @@ class SummedASPP(nn.Module):
 
 
 class AttentionGate(nn.Module):
-    """Multiply a map by a gate computed from itself and the skip of twice its size (full-channel, no sigmoid).
+    """Multiply a map by a gate computed from the map and a skip of twice its size (per channel and pixel, no sigmoid).
 
-    ``skip [B, C_skip, 2H, 2W]`` and ``maps [B, C, H, W]`` give ``[B, C, H, W]``.
+    Takes `skip [B, C_skip, 2H, 2W]` and `maps [B, C, H, W]`, returns `[B, C, H, W]`.
     """
 
     def __init__(self, skip_channels: int, channels: int) -> None:
@@ -100,9 +100,9 @@ class AttentionGate(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Gate the map with the skip, double its size, join it with the skip and refine.
+    """Gate the map with the skip, upsample it by 2, concatenate it with the skip and apply a residual block.
 
-    ``skip [B, C_skip, 2H, 2W]`` and ``maps [B, C, H, W]`` give ``[B, C_out, 2H, 2W]``.
+    Takes `skip [B, C_skip, 2H, 2W]` and `maps [B, C, H, W]`, returns `[B, C_out, 2H, 2W]`.
     """
 
     def __init__(self, skip_channels: int, channels: int, out_channels: int) -> None:
@@ -116,10 +116,10 @@ class DecoderBlock(nn.Module):
 
 
 class ResUNetPlusPlus(nn.Module):
-    """ResUNet++ for ``num_classes`` classes.
+    """ResUNet++ for `num_classes` classes.
 
-    ``encoder.0`` ... ``encoder.3`` give 16, 32, 64 and 128 channels at strides 1, 2, 4 and 8; ``bridge``
-    gives 256 at stride 8.
+    `encoder.0` ... `encoder.3` return 16, 32, 64 and 128 channels at strides 1, 2, 4 and 8; `bridge` returns 256 at
+    stride 8.
 
     Args:
         num_classes: K, channels of the logits.
@@ -142,7 +142,7 @@ class ResUNetPlusPlus(nn.Module):
         self.classifier = nn.Conv2d(c1, num_classes, kernel_size=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` to logits ``[B, K, H, W]``; ValueError if H or W is not a multiple of 32."""
+        """Map images `[B, 3, H, W]` to logits `[B, K, H, W]`; raise ValueError if H or W is not a multiple of 32."""
         check_images(images)
         skips = []
         maps = images

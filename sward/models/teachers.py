@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sward.models.heads import conv_norm_relu, resize
-from sward.models.inputs import SIZE_MULTIPLE, check_images
+from sward.alignment import resize
+from sward.models.heads import conv_norm_relu
+from sward.models.inputs import check_images
 
 
 class Teacher(nn.Module):
-    """``trunk`` (images to feature maps), ``levels.0`` ... ``levels.3`` (identities to tap) and ``head``.
+    """A teacher: `trunk`, `levels.0` ... `levels.3` (identity layers whose outputs can be tapped) and `head`.
 
     Args:
-        trunk: maps ``[B, 3, H, W]`` to a list of ``[B, C_i, H_i, W_i]``, highest resolution first. The last four are
+        trunk: maps `[B, 3, H, W]` to a list of `[B, C_i, H_i, W_i]`, highest resolution first. The last four are
             the levels; a finer map in front of them goes to the head only.
-        head: maps that list to logits ``[B, K, h, w]``; they are resized to the input's resolution.
+        head: maps that list to logits `[B, K, h, w]`; they are resized to the input's resolution.
+
+    Attributes:
+        trunk_cache: takes the place of a frozen trunk where its maps are kept, see
+            `sward.training.teacher_cache.TrunkCache`; None runs the trunk.
     """
 
     def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
@@ -29,18 +34,19 @@ class Teacher(nn.Module):
         self.trunk = trunk
         self.levels = nn.ModuleList(nn.Identity() for _ in range(4))
         self.head = head
+        self.trunk_cache: Callable[[Tensor], list[Tensor]] | None = None
         self._trunk_is_frozen = False
 
     def forward(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` to logits ``[B, K, H, W]``; ValueError if H or W is not a multiple of 32."""
+        """Map images `[B, 3, H, W]` to logits `[B, K, H, W]`; raise ValueError if H or W is not a multiple of 32."""
         check_images(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._trunk_is_frozen):
-            *finer, first, second, third, fourth = self.trunk(images)
+            *finer, first, second, third, fourth = (self.trunk_cache or self.trunk)(images)
         levels = [level(maps) for level, maps in zip(self.levels, (first, second, third, fourth), strict=True)]
         return resize(self.head([*finer, *levels]), images.shape[-2:])
 
     def freeze_trunk(self) -> None:
-        """From now on the trunk stays in eval mode, records no graph and its parameters ask for no gradient."""
+        """Freeze the trunk: eval mode, no autograd graph, and no gradients for its parameters."""
         self._trunk_is_frozen = True
         self.trunk.requires_grad_(False)
         self.trunk.eval()
@@ -54,7 +60,7 @@ class Teacher(nn.Module):
 
 @dataclass(frozen=True)
 class HieraSpec:
-    """Shape of a Hiera trunk with absolute windowed position embedding, as SAM 2 uses it (``Hiera``'s arguments).
+    """Shape of a Hiera trunk with absolute windowed position embedding, as in SAM 2 (arguments of its `Hiera`).
 
     Ryali et al., "Hiera", ICML 2023; Bolya et al., "Window Attention is Bugged", ICLR 2024; Ravi et al., "SAM 2", 2024.
     """
@@ -82,17 +88,17 @@ HIERA_SPECS = {
 
 
 def hiera_trunk(spec: HieraSpec, backend: str = "sam2") -> nn.Module:
-    """A Hiera trunk with random weights: ``[B, 3, H, W]`` to four maps at strides 4, 8, 16 and 32.
+    """Build a Hiera trunk with random weights: `[B, 3, H, W]` to four maps at strides 4, 8, 16 and 32.
 
     Both backends compute the same function and `sward.models.load_trunk_checkpoint` loads the same files into both;
-    they differ in parameter names and in how they draw random weights. The maps are permuted views (NHWC in memory).
+    they differ in parameter names and in random initialisation. The maps are permuted views (NHWC in memory).
 
     Args:
-        spec: the shape; `HIERA_SPECS` holds SAM 2.1's.
-        backend: ``"sam2"`` (package ``sam2``, built without its Hydra configuration) or ``"timm"``.
+        spec: shape of the trunk; `HIERA_SPECS` holds those of SAM 2.1.
+        backend: `"sam2"` (package `sam2`, built without its Hydra configuration) or `"timm"`.
 
     Raises:
-        ValueError: for another backend.
+        ValueError: for an unknown backend.
         ModuleNotFoundError: if the package is not installed.
     """
     # Imported here because `import sam2` initialises Hydra's global state as a side effect.
@@ -128,9 +134,8 @@ class HieraDemoTrunk(nn.Module):
     """A Hiera small enough to train from scratch on a CPU: 40, 80, 160 and 320 channels behind a convolutional stem.
 
     Returns five maps: the stem's 32 channels at stride 2, then the four Hiera levels at strides 4, 8, 16 and 32. The
-    deep blocks of the third stage attend globally.
-    A convolutional stem is what lets a small transformer train in few steps (Xiao et al., "Early Convolutions Help
-    Transformers See Better", NeurIPS 2021).
+    deep blocks of the third stage use global attention. The convolutional stem lets a small transformer train in few
+    steps (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021).
 
     Args:
         backend: see `hiera_trunk`.
@@ -157,7 +162,7 @@ class HieraDemoTrunk(nn.Module):
 
 
 class PatchEmbedFromStem(nn.Module):
-    """The stem's last two convolutions, in Hiera's layout: ``[B, C, H, W]`` to ``[B, H/2, W/2, C_out]``."""
+    """Last two convolutions of the stem, with output in Hiera's layout: `[B, C, H, W]` to `[B, H/2, W/2, C_out]`."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -171,14 +176,14 @@ class PatchEmbedFromStem(nn.Module):
 
 
 class DINOv2Trunk(nn.Module):
-    """timm's ``vit_small_patch14_dinov2`` with four block outputs as maps ``[B, 384, H/s, W/s]``.
+    """timm's `vit_small_patch14_dinov2`; returns the outputs of four blocks as maps `[B, 384, H/s, W/s]`.
 
-    Oquab et al., "DINOv2", 2023. The image is resized so that each patch of 14 pixels covers ``token_stride`` pixels
-    of the input, and the position table is resized by plain bicubic interpolation. Each tapped output goes
-    through the trunk's final layer norm.
+    Oquab et al., "DINOv2", 2023. The image is resized so that each patch of 14 pixels covers `token_stride` pixels
+    of the input, and the position table is resized by bicubic interpolation. Each output goes through the trunk's final
+    layer norm.
 
     Args:
-        token_stride: s, pixels of the input per token; must divide 32.
+        token_stride: s, pixels of the input per token; 14 takes an image whose sides are multiples of 14 as it is.
         blocks: the four blocks whose outputs are returned.
     """
 
@@ -186,8 +191,8 @@ class DINOv2Trunk(nn.Module):
 
     def __init__(self, token_stride: int = 8, blocks: Sequence[int] = (2, 5, 8, 11)) -> None:
         super().__init__()
-        if token_stride < 1 or SIZE_MULTIPLE % token_stride:
-            raise ValueError(f"token_stride must divide {SIZE_MULTIPLE}, got {token_stride}")
+        if token_stride < 1:
+            raise ValueError(f"token_stride must be at least 1, got {token_stride}")
         import timm
 
         self.vit: Any = timm.create_model(
@@ -197,7 +202,7 @@ class DINOv2Trunk(nn.Module):
         self.blocks = tuple(blocks)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        height, width = (length // self.token_stride for length in images.shape[-2:])
+        height, width = (max(1, round(length / self.token_stride)) for length in images.shape[-2:])
         patches = self.vit.patch_embed(resize(images, (height * self.PATCH_SIZE, width * self.PATCH_SIZE))).flatten(
             1, 2
         )

@@ -1,7 +1,7 @@
 """UNeXt: a convolutional U-Net whose two deepest levels are shifted (tokenised) MLPs.
 
 Valanarasu and Patel, "UNeXt: MLP-based Rapid Medical Image Segmentation Network", MICCAI 2022. Same architecture
-and parameter count as the authors' ``UNext`` (github.com/jeya-maria-jose/UNeXt-pytorch): 1,471,938 at two classes.
+and parameter count as the authors' `UNext` (github.com/jeya-maria-jose/UNeXt-pytorch): 1,471,938 at two classes.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from torch import Tensor, nn
 from sward.models.inputs import check_images
 
 SHIFT_REACH = 2
-"""Channel groups are moved by -2, -1, 0, 1 and 2 pixels."""
+"""Channel groups are shifted by -2, -1, 0, 1 and 2 pixels."""
 
 
 def shift_channel_groups(maps: Tensor, dim: int) -> Tensor:
-    """Split the channels into five groups and move group ``j`` by ``j - 2`` pixels along ``dim``, filling with zeros.
+    """Split the channels into five groups and shift group `j` by `j - 2` pixels along `dim`, filling with zeros.
 
     Args:
-        maps: ``[B, C, H, W]``, floating point. The first groups hold ``ceil(C / 5)`` channels, the last one the rest.
+        maps: `[B, C, H, W]`, floating point. The first groups have `ceil(C / 5)` channels each, the last one the rest.
         dim: 2 (along the height) or 3 (along the width).
 
     Returns:
-        ``[B, C, H, W]``, same dtype.
+        `[B, C, H, W]`, same dtype.
     """
     padding = (0, 0, SHIFT_REACH, SHIFT_REACH) if dim == 2 else (SHIFT_REACH, SHIFT_REACH, 0, 0)
     length = maps.shape[dim]
     groups = F.pad(maps, padding).chunk(2 * SHIFT_REACH + 1, dim=1)
-    # Reading from `2 * reach - j` on is the roll by `j - reach` on the padded map, cropped to the original window.
+    # Reading from `2 * reach - j` on equals a roll of the padded map by `j - reach`, cropped to the original size.
     return torch.cat([group.narrow(dim, 2 * SHIFT_REACH - j, length) for j, group in enumerate(groups)], dim=1)
 
 
 class ShiftedMLP(nn.Module):
-    """Shift along height, linear, depthwise 3x3, GELU, shift along width, linear; ``[B, C, H, W]`` to the same."""
+    """Shift along height, linear, depthwise 3x3, GELU, shift along width, linear; keeps the shape `[B, C, H, W]`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class ShiftedMLP(nn.Module):
 
 
 class ShiftedBlock(nn.Module):
-    """``x + ShiftedMLP(LayerNorm(x))`` on ``[B, C, H, W]``."""
+    """`x + ShiftedMLP(LayerNorm(x))` on `[B, C, H, W]`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class ShiftedBlock(nn.Module):
 
 
 class ConvStage(nn.Module):
-    """3x3 convolution, batch norm, 2x2 max-pool, ReLU: ``[B, C_in, H, W]`` to ``[B, C_out, H/2, W/2]``."""
+    """3x3 convolution, batch norm, 2x2 max-pool, ReLU: `[B, C_in, H, W]` to `[B, C_out, H/2, W/2]`."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class ConvStage(nn.Module):
 
 
 class TokenStage(nn.Module):
-    """Overlapping patch embedding, one shifted block, layer norm: ``[B, C_in, H, W]`` to ``[B, C_out, H/2, W/2]``."""
+    """Overlapping patch embedding, one shifted block, layer norm: `[B, C_in, H, W]` to `[B, C_out, H/2, W/2]`."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class TokenStage(nn.Module):
 
 
 class UpConv(nn.Module):
-    """3x3 convolution, batch norm, bilinear x2, ReLU: ``[B, C_in, H, W]`` to ``[B, C_out, 2H, 2W]``."""
+    """3x3 convolution, batch norm, bilinear x2, ReLU: `[B, C_in, H, W]` to `[B, C_out, 2H, 2W]`."""
 
     def __init__(self, in_channels: int, out_channels: int, *, batch_norm: bool = True) -> None:
         super().__init__()
@@ -103,9 +103,9 @@ class UpConv(nn.Module):
 
 
 class UNeXt(nn.Module):
-    """UNeXt for ``num_classes`` classes.
+    """UNeXt for `num_classes` classes.
 
-    ``encoder.0`` ... ``encoder.4`` give 16, 32, 128, 160 and 256 channels at strides 2, 4, 8, 16 and 32.
+    `encoder.0` ... `encoder.4` return 16, 32, 128, 160 and 256 channels at strides 2, 4, 8, 16 and 32.
 
     Args:
         num_classes: K, channels of the logits.
@@ -127,7 +127,7 @@ class UNeXt(nn.Module):
             stage.apply(_initialise_token_layer)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` to logits ``[B, K, H, W]``; ValueError if H or W is not a multiple of 32."""
+        """Map images `[B, 3, H, W]` to logits `[B, K, H, W]`; raise ValueError if H or W is not a multiple of 32."""
         check_images(images)
         skips = []
         maps = images
@@ -138,7 +138,7 @@ class UNeXt(nn.Module):
         for level, up in enumerate(self.up):
             maps = up(maps)
             if skips:
-                # Not `+`: ptflops counts torch.add only, and the paper's 4.63 GFLOPs hold these additions.
+                # Not `+`: ptflops counts only torch.add, and the paper's 4.63 GFLOPs include these additions.
                 maps = torch.add(maps, skips.pop())
             if level < len(self.up_blocks):
                 maps = _per_pixel(self.up_norms[level], self.up_blocks[level](maps))
@@ -146,7 +146,7 @@ class UNeXt(nn.Module):
 
 
 def _per_pixel(layer: nn.Module, maps: Tensor) -> Tensor:
-    """Apply a layer that works on the last dimension to the channels of ``[B, C, H, W]``."""
+    """Apply a layer that works on the last dimension to the channels of `[B, C, H, W]`."""
     return layer(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 

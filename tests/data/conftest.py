@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sward.data import packing
+
 Write = Callable[[Path, np.ndarray], None]
 
 
@@ -34,3 +36,16 @@ def clinicdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save(root / f"CVC-ClinicDB/PNG/Original/{number}.png", np.full((8, 12, 3), number % 256, np.uint8))
         save(root / f"CVC-ClinicDB/PNG/Ground Truth/{number}.png", mask)
     return root
+
+
+@pytest.fixture
+def root(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder data set of 6 + 2 frames, each of another size, and shards of two or three frames."""
+    monkeypatch.setattr(packing, "SHARD_BYTES", 20_000)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for number in range(count):
+            height, width = 40 + 3 * number, 50 + 2 * number
+            write(tmp_path / f"set/images/{split}/{number}.png", rng.integers(0, 256, (height, width, 3), np.uint8))
+            write(tmp_path / f"set/masks/{split}/{number}.png", rng.integers(0, 3, (height, width), np.uint8))
+    return tmp_path / "set"

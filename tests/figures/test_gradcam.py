@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sward.figures.gradcam import ActivationRow, activation_figure, grad_cam
+from tests.support.drawn_figures import DrawnFigure
 
 
 class Tiny(nn.Module):
@@ -100,17 +102,68 @@ def test_what_speaks_against_the_class_is_nothing(image: Tensor) -> None:
 
 
 def test_an_unknown_class_is_refused(image: Tensor) -> None:
-    with pytest.raises(ValueError, match="target must be a class of the network, 0 to 2, got 3"):
+    with pytest.raises(ValueError, match="target must be one of the network's classes 0 to 2, got 3"):
         grad_cam(Tiny().double(), "features", image, 3)
 
 
-def test_figure_is_written_and_repeats(tmp_path: Path) -> None:
-    rows = []
-    for height, width in ((20, 30), (24, 24)):
-        truth = torch.zeros(height, width, dtype=torch.bool)
-        truth[5:10, 5:12] = True
-        maps = {"teacher": torch.rand(height, width), "SWARD": torch.zeros(height, width)}
-        rows.append(ActivationRow("scenes", torch.full((3, height, width), 90, dtype=torch.uint8), truth, maps))
+@pytest.fixture
+def rows() -> list[ActivationRow]:
+    """A class in the left half, which one network sees and the other does not; and a row without the class."""
+    left = torch.zeros(20, 30, dtype=torch.bool)
+    left[:, :15] = True
+    image = torch.tensor([120, 90, 60], dtype=torch.uint8)[:, None, None]
+    return [
+        ActivationRow(
+            "scenes, wire", image.expand(3, 20, 30), left, {"teacher": left.float(), "SWARD": torch.zeros(20, 30)}
+        ),
+        ActivationRow(
+            "polyps",
+            image.expand(3, 24, 24),
+            torch.zeros(24, 24, dtype=torch.bool),
+            {"teacher": torch.zeros(24, 24), "SWARD": torch.ones(24, 24)},
+        ),
+    ]
+
+
+def test_figure_lays_each_heat_map_over_the_grey_image(
+    rows: list[ActivationRow], tmp_path: Path, drawn_figures: list[DrawnFigure]
+) -> None:
+    path = activation_figure(rows, tmp_path / "figure1.png")
+    (drawn,) = drawn_figures
+    assert path == drawn.path
+    panels = drawn.panels()
+    assert [[axis.get_title() for axis in row] for row in panels] == [["image", "teacher", "SWARD"], [""] * 3]
+    assert [row[0].get_ylabel() for row in panels] == ["scenes, wire", "polyps"]
+    assert [bar.get_ylabel() for bar in drawn.colour_bars()] == ["activation relative to the map's maximum"]
+
+    # The image has mean 90. Over it lies inferno, with opacity 0.25 where the map is 0 and 0.85 where it is 1.
+    colour, cold, hot = (120, 90, 60), (67.5, 67.5, 68.5), (227.7, 230.25, 152.9)
+    (image, teacher, student), (other_image, other_teacher, other_student) = panels
+    for axis, place, expected in (
+        (image, (7, 4), colour),
+        (image, (22, 4), colour),
+        (teacher, (7, 4), hot),
+        (teacher, (22, 4), cold),
+        (student, (7, 4), cold),
+        (other_image, (12, 12), colour),
+        (other_teacher, (12, 12), cold),
+        (other_student, (12, 12), hot),
+    ):
+        assert drawn.colour_at(axis, *place) == pytest.approx(expected, abs=3)
+
+    # The outline of the class: all along the boundary in every panel, and none where the class is not.
+    white = [[bool(outline_colours(drawn, axis, 14.5).min() > 200) for axis in row] for row in panels]
+    assert white == [[True] * 3, [False] * 3]
+    drawn.assert_svg_beside()
+
+
+def outline_colours(drawn: DrawnFigure, axis: object, x: float) -> np.ndarray:
+    """Per height, the brightest of the colours within half a pixel of the vertical line at `x`."""
+    near = [[drawn.colour_at(axis, x + shift, y) for shift in (-0.4, -0.2, 0, 0.2, 0.4)] for y in (4, 8, 12, 16)]
+    return np.array(near).min(axis=2).max(axis=1)
+
+
+def test_the_same_figure_is_the_same_file(rows: list[ActivationRow], tmp_path: Path) -> None:
     first, second = (activation_figure(rows, tmp_path / name / "figure1.png") for name in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
     assert first.with_suffix(".svg").read_bytes() == second.with_suffix(".svg").read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from sward.figures.tsne import (
     separability,
     visible_colours,
 )
+from tests.support.drawn_figures import DrawnFigure, rgb
 
 INFO = DatasetInfo("three", ("a", "b", "c"), ((0, 0, 0), (255, 255, 255), (200, 0, 0)))
 
@@ -66,8 +68,8 @@ def test_pixels_are_drawn_evenly_from_the_classes_and_never_from_ignored_ones() 
 def test_every_network_is_read_at_the_same_pixels() -> None:
     dataset = data.build("scenes", "val", train=False, image_size=64, count=2)
     fine, coarse = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 4, 2, stride=8)
-    one = pixel_features(nn.Sequential(fine), "0", dataset, [0, 1], stride=4, per_class=5)
-    two = pixel_features(nn.Sequential(coarse), "0", dataset, [0, 1], stride=4, per_class=5)
+    one = pixel_features(nn.Sequential(fine), "0", dataset, [0, 1], grid=(16, 16), per_class=5)
+    two = pixel_features(nn.Sequential(coarse), "0", dataset, [0, 1], grid=(16, 16), per_class=5)
     assert one[0].shape == (len(one[1]), 2)
     assert two[0].shape == (len(two[1]), 4)
     assert np.array_equal(one[1], two[1])
@@ -78,11 +80,43 @@ def test_white_is_replaced_on_white_paper() -> None:
     assert visible_colours(INFO)[2].tolist() == [200 / 255, 0, 0]
 
 
-def test_figure_is_written_with_the_measures(tmp_path: Path) -> None:
+def test_figure_shows_every_pixel_in_the_colour_of_its_class_and_the_measures(
+    tmp_path: Path, drawn_figures: list[DrawnFigure]
+) -> None:
+    """Two of three classes, far apart for the teacher and less so for the student."""
     generator = np.random.default_rng(0)
-    labels = np.repeat([0, 1, 2], 8)
-    panels = {name: (generator.normal(size=(24, 4)).astype(np.float32), labels) for name in ("teacher", "student")}
+    labels = np.repeat([1, 2], [10, 14])
+    noise = generator.normal(size=(24, 4)).astype(np.float32)
+    far = np.array([[30, 0, 0, 0]], np.float32)
+    panels = {
+        "teacher": (noise + labels[:, None] * far, labels),
+        "student": (noise + labels[:, None] * far / 10, labels),
+    }
     path, measured = feature_space_figure(panels, INFO, tmp_path / "figure4.png")
-    assert path.stat().st_size > 1000
-    assert path.with_suffix(".svg").stat().st_size > 1000
-    assert measured["teacher"].fisher == fisher_ratio(*panels["teacher"])
+    (drawn,) = drawn_figures
+    assert path == drawn.path
+    assert measured == {title: separability(*panel) for title, panel in panels.items()}
+
+    (teacher, silhouette), (student, fisher) = drawn.panels()
+    assert [axis.get_title() for axis in (teacher, student)] == ["(a) teacher", "(b) student"]
+    colours = {1: rgb(visible_colours(INFO)[1]), 2: (200, 0, 0)}
+    for axis in (teacher, student):
+        (points,) = axis.collections
+        assert Counter(map(rgb, points.get_facecolors())) == {colours[1]: 10, colours[2]: 14}
+    # A point whose neighbour in the plane has another colour was given the colour of another pixel.
+    (points,) = teacher.collections
+    distances = np.linalg.norm(points.get_offsets()[:, None] - points.get_offsets()[None], axis=-1)
+    nearest = (distances + np.diag([np.inf] * 24)).argmin(axis=1)
+    assert np.array_equal(points.get_facecolors(), points.get_facecolors()[nearest])
+    assert drawn.colour_at(teacher, *points.get_offsets()[-1]) == rgb(points.get_facecolors()[-1])
+    assert drawn.legend() == {"b": colours[1], "c": colours[2]}
+
+    for axis, title, field in ((silhouette, "silhouette", "silhouette"), (fisher, "Fisher ratio", "fisher")):
+        values = [getattr(measured[name], field) for name in panels]
+        assert axis.get_title() == title
+        assert [bar.get_width() for bar in axis.patches] == values
+        assert [text.get_text() for text in axis.texts] == [f"{value:.2f}" for value in values]
+        assert [label.get_text() for label in axis.get_yticklabels()] == ["teacher", "student"]
+        assert axis.yaxis_inverted()  # the first panel is the topmost bar
+    assert drawn.colour_at(fisher, measured["teacher"].fisher / 2, 0) == rgb("0.55")
+    drawn.assert_svg_beside()

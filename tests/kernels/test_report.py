@@ -48,6 +48,7 @@ def test_the_papers_configuration_spills_nothing_on_any_target() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_shipped_configuration_spills_nothing(target: str) -> None:
     check(report.report([target]))

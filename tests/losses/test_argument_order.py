@@ -82,7 +82,9 @@ def test_mwad_diagnostics() -> None:
 
 
 def test_sward_in_both_forms() -> None:
-    mwad = MWADLoss([1], [1], window_size=4, embed_dim=1, shift="none", terms=(1.0, 0.0, 0.0))
+    mwad = MWADLoss(
+        [1], [1], window_size=4, embed_dim=1, shift="none", terms=(1.0, 0.0, 0.0), teacher_normalization="none"
+    )
     projections_that_copy(mwad)
     one, other = maps()
     logits, labels = torch.randn(1, 2, 4, 4), torch.randint(2, (1, 4, 4))

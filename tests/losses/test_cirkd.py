@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
@@ -235,6 +236,24 @@ def test_pixels_in_the_bank_decode_to_their_class() -> None:
         right = [(decoded(method.pixel_queue.rows[k, :48]) == k).all().item() for k in range(2)]
         assert right == ([True, True] if mode == "fixed" else [False, False])
         assert method.pixel_queue.pointer.tolist() == [48, 48]
+
+
+def test_labels_of_the_memory_are_those_at_the_centres_but_for_official() -> None:
+    small = torch.randint(0, 2, (1, 8, 8))
+    large = small.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    inputs = batch(images=1)
+
+    def regions(mode: Literal["fixed", "official"], labels: Tensor) -> Tensor:
+        method = CIRKDLoss(3, 5, 2, **TAPS, pixel_queue=mode, pixel_queue_size=100, region_queue_size=10)
+        method(DistillationInputs(inputs.student, inputs.teacher, labels))
+        return method.region_queue.rows[:, :1]
+
+    # Moved by two pixels of eight: the corners of the cells hold their neighbours' labels, the centres do not.
+    moved = large.roll((2, 2), (1, 2))
+    assert torch.equal(regions("fixed", moved), regions("fixed", small))
+    assert torch.equal(regions("official", large), regions("official", small))
+    assert not torch.equal(regions("official", moved), regions("official", small))
+    assert torch.equal(regions("official", moved), regions("official", small.roll((1, 1), (1, 2))))
 
 
 def test_equal_networks_have_no_minibatch_loss_and_positive_memory_losses() -> None:

@@ -62,6 +62,15 @@ def test_kd_ignores_a_constant_per_pixel() -> None:
     )
 
 
+def test_kd_leaves_out_the_pixels_whose_centre_is_ignored() -> None:
+    student, teacher = random(2, 4, 3, 5), random(2, 4, 3, 5)
+    small = torch.randint(0, 4, (2, 3, 5)).where(torch.rand(2, 3, 5) < 0.6, 255)
+    # Moved by two pixels of eight: the centres keep their labels, the corners do not.
+    large = small.repeat_interleave(8, 1).repeat_interleave(8, 2).roll((2, 2), (1, 2))
+    values = [KDLoss()(logits(student, teacher, labels)).loss for labels in (small, large)]
+    assert values[0] == values[1]
+
+
 def test_kd_is_the_mean_over_labelled_pixels_of_torchs_own_kl() -> None:
     student, teacher = random(2, 4, 5, 5), random(2, 4, 5, 5)
     labels = torch.randint(0, 4, (2, 5, 5))

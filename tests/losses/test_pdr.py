@@ -33,6 +33,9 @@ def test_labels_are_resized_by_nearest_neighbour() -> None:
     small = torch.randint(0, 3, (2, 4, 6))
     large = small.repeat_interleave(8, 1).repeat_interleave(8, 2)
     assert PDRLoss(3)(features, large).loss.item() == PDRLoss(3)(features, small).loss.item()
+    # The centre decides: moved by two pixels of eight, the corners of the cells hold their neighbours' labels.
+    moved = large.roll((2, 2), (1, 2))
+    assert PDRLoss(3)(features, moved).loss.item() == PDRLoss(3)(features, small).loss.item()
 
 
 def test_ignored_pixels_have_no_gradient_and_no_say() -> None:

@@ -97,7 +97,7 @@ def refusal(model: nn.Module, content: object, path: Path) -> str:
 
 
 def test_refuses_a_file_that_is_not_there(source: Teacher, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"checkpoint .*absent\.pt does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint at .*absent\.pt"):
         load_trunk_checkpoint(source, tmp_path / "absent.pt")
 
 
@@ -120,7 +120,7 @@ def test_refuses_a_file_without_tensors(tmp_path: Path) -> None:
 
 def test_refuses_a_state_without_a_trunk(source: Teacher, tmp_path: Path) -> None:
     state = {key: value for key, value in official_state(source).items() if "trunk" not in key}
-    assert "holds no trunk: expected 'image_encoder.trunk.pos_embed'" in refusal(teacher(), state, tmp_path / "x.pt")
+    assert "holds no trunk; expected 'image_encoder.trunk.pos_embed'" in refusal(teacher(), state, tmp_path / "x.pt")
 
 
 def test_refuses_missing_tensors(source: Teacher, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_refuses_missing_tensors(source: Teacher, tmp_path: Path) -> None:
 
 def test_refuses_unknown_tensors(source: Teacher, tmp_path: Path) -> None:
     state = official_state(source) | {"image_encoder.trunk.blocks.9.norm1.bias": torch.ones(1)}
-    assert "holds 1 tensors the trunk has not, among them 'blocks.9" in refusal(teacher(), state, tmp_path / "x.pt")
+    assert "holds 1 tensors that the trunk lacks, among them 'blocks.9" in refusal(teacher(), state, tmp_path / "x.pt")
 
 
 def test_refuses_other_shapes(source: Teacher, tmp_path: Path) -> None:
@@ -157,5 +157,5 @@ def test_refuses_a_sam2_of_another_size_by_name(tmp_path: Path) -> None:
 
 
 def test_refuses_a_student() -> None:
-    with pytest.raises(ValueError, match="UNeXt has no trunk"):
+    with pytest.raises(ValueError, match="model must be a teacher with a trunk, got UNeXt"):
         load_trunk_checkpoint(build("unext", 2), "anything.pt")

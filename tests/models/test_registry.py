@@ -70,15 +70,18 @@ def test_unknown_name_lists_near_matches() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         build("unext", 0)
-    with pytest.raises(ValueError, match="model 'unext' has no option 'backend'; it has none"):
+    with pytest.raises(ValueError, match="model 'unext' has no option 'backend'; it has no options"):
         build("unext", 2, backend="timm")
-    with pytest.raises(ValueError, match="model 'hiera_demo' has no option 'width'; it has backend"):
+    with pytest.raises(ValueError, match="model 'hiera_demo' has no option 'width'; its options are backend"):
         build("hiera_demo", 2, width=3)
 
 
 @pytest.mark.parametrize("name", [name for name in QUICK if "medsam2" not in name])
 def test_size_that_is_not_a_multiple_of_32(name: str) -> None:
-    with pytest.raises(ValueError, match=r"image size 250x64 is not a multiple of 32: use 224 or 256 for the height"):
+    with pytest.raises(
+        ValueError,
+        match=r"image height and width must be positive multiples of 32, got 250x64; use 224 or 256 for the height",
+    ):
         build(name, 2).eval()(torch.zeros(1, 3, 250, 64))
 
 

@@ -116,6 +116,19 @@ class TestDINOv2:
         expected = nn.functional.interpolate(table, size=(8, 12), mode="bicubic")
         torch.testing.assert_close(trunk._position_table(8, 12)[0, 1:, 5].reshape(1, 1, 8, 12), expected)
 
-    def test_token_stride_must_divide_32(self) -> None:
-        with pytest.raises(ValueError, match="token_stride must divide 32, got 12"):
-            build("vit_small_dinov2", 2, token_stride=12)
+    def test_a_token_stride_of_14_takes_the_image_as_it_is(self) -> None:
+        trunk = DINOv2Trunk(token_stride=14).eval()
+        del trunk.vit.blocks[1:]
+        trunk.blocks = (0,)
+        embedded: list[Tensor] = []
+        trunk.vit.patch_embed.register_forward_pre_hook(lambda module, inputs: embedded.append(inputs[0]))
+        images = torch.randn(1, 3, 224, 224)
+        with torch.inference_mode():
+            assert trunk(images)[0].shape == (1, 384, 16, 16)
+            # 96 pixels are 6.9 tokens.
+            assert trunk(images[..., :96, :])[0].shape == (1, 384, 7, 16)
+        assert embedded[0] is images
+
+    def test_token_stride_must_be_positive(self) -> None:
+        with pytest.raises(ValueError, match="token_stride must be at least 1, got 0"):
+            build("vit_small_dinov2", 2, token_stride=0)

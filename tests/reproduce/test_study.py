@@ -11,23 +11,25 @@ import pytest
 import torch
 
 import sward.reproduce
-from sward import checkpointing, data, runs
-from sward.cli import main
-from sward.config import DistillationConfig
+from sward.cli.main import main
+from sward.config import DistillationConfig, differences
 from sward.reproduce.experiments import EvaluationSet, method, teacher_of
 from sward.reproduce.experiments import sward as sward_variant
 from sward.reproduce.options import Options
-from sward.reproduce.study import Study, differences
+from sward.reproduce.study import Study
 from sward.reproduce.tables import Costs
+from sward.runs import train
+from sward.training import checkpoints
 
 COMMAND = ["reproduce", "methods", "--preset", "demo", "--output", "out"]
 QUICK = [*COMMAND, "--iterations", "2", "--only", "none", "sward"]
 
 
+pytestmark = pytest.mark.usefixtures("few_images")
+
+
 @pytest.fixture(autouse=True)
-def few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(data.scenes.SPLITS, "train", 16)
-    monkeypatch.setitem(data.scenes.SPLITS, "val", 2)
+def in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     # Counting FLOPs at 512 pixels takes longer than these runs do; test_tables.py holds the count to the paper's.
     counted = {"unext": Costs(1.0, 2.0), "hiera_demo": Costs(3.0, None)}
@@ -43,13 +45,13 @@ def table_rows(path: Path) -> dict[str, dict[str, str]]:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the run folders that training was started in."""
     started: list[str] = []
-    fit = runs.fit
+    fit = train.fit
 
     def spy(*arguments: object, **options: object) -> object:
         started.append(arguments[4].path.name)  # type: ignore[attr-defined]
         return fit(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(runs, "fit", spy)
+    monkeypatch.setattr(train, "fit", spy)
     return started
 
 
@@ -97,7 +99,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(monkeypatch: pytest.Monk
         main(["reproduce", "methods", "--preset", "demo", "--output", "whole", "--epochs", "4", "--only", "none"]) == 0
     )
 
-    real = checkpointing.save
+    real = checkpoints.save
     saved: list[Path] = []
 
     def interrupt(path: Path, state: dict[str, object], **options: object) -> None:
@@ -106,21 +108,19 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(monkeypatch: pytest.Monk
         if path.name == "last.pt":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpointing, "save", interrupt)
+    monkeypatch.setattr(checkpoints, "save", interrupt)
     assert (
         main(["reproduce", "methods", "--preset", "demo", "--output", "out", "--epochs", "4", "--only", "none"]) == 130
     )
-    monkeypatch.setattr(checkpointing, "save", real)
+    monkeypatch.setattr(checkpoints, "save", real)
     study = Study(Options("methods", output=Path("out"), epochs=4))
     run = method("demo", "none")
     assert study.state(run, 0) == "started"
-    assert checkpointing.load(study.folder(run, 0).last)["step"] == 4
+    assert checkpoints.load(study.folder(run, 0).last)["step"] == 4
 
     assert main(["reproduce", "methods", "--preset", "demo", "--output", "out", "--epochs", "4", "--only", "none"]) == 0
     assert study.state(run, 0) == "finished"
-    whole, resumed = (
-        checkpointing.load(Path(name) / "demo/none-seed0/checkpoints/last.pt") for name in ("whole", "out")
-    )
+    whole, resumed = (checkpoints.load(Path(name) / "demo/none-seed0/checkpoints/last.pt") for name in ("whole", "out"))
     assert whole["step"] == resumed["step"] == 8
     for name, tensor in whole["model"].items():
         assert torch.equal(tensor, resumed["model"][name]), name
@@ -150,9 +150,9 @@ def test_the_printed_command_trains_the_same_configuration(capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--iterations", "2", "--epochs", "2"], "give --iterations or --epochs, not both"),
+        (["--iterations", "2", "--epochs", "2"], "only one of iterations and epochs may be set, got 2 and 2"),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
-        (["--only", "swrd"], "only: there is no run 'swrd' here; there are at, cirkd"),
+        (["--only", "swrd"], "only must name runs of methods, got 'swrd'; they are at, cirkd"),
         (["--preset", "clinicdb-small", "--data", "nowhere"], "there is no pretrained trunk at checkpoints/vit_small"),
         (["--preset", "clinicdb-small", "--data", "nowhere", "--untrained-trunk"], "CVC-ClinicDB not found"),
     ],
@@ -165,7 +165,7 @@ def test_mistakes_end_in_one_sentence(words: list[str], sentence: str, capsys: p
 
 def test_a_preset_is_refused_where_the_paper_sets_the_pairs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "table3", "--preset", "demo", "--output", "out", "--dry-run"]) == 2
-    assert "preset: table3 has its own pairs; methods shows every method on demo" in capsys.readouterr().err
+    assert "preset must be None for table3, got 'demo'; use methods instead" in capsys.readouterr().err
 
 
 def test_differences_name_the_field_and_leave_out_where_a_run_works() -> None:

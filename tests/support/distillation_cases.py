@@ -91,9 +91,11 @@ def run(
 def assert_outcome_within_budget(actual: Outcome, reference: Outcome, oracle: Outcome) -> None:
     """Every scalar and gradient is as near to float64 as the reference in that dtype is, times the factors."""
     for name in SCALARS:
-        assert_within_budget(*(getattr(o.result, name) for o in (actual, reference, oracle)), FORWARD_FACTOR, name)
+        value, plain, exact = (getattr(outcome.result, name) for outcome in (actual, reference, oracle))
+        assert_within_budget(value, plain, exact, FORWARD_FACTOR, name)
     for name in ("gradient_student", "gradient_teacher"):
-        assert_within_budget(*(getattr(o, name) for o in (actual, reference, oracle)), GRADIENT_FACTOR, name)
+        value, plain, exact = (getattr(outcome, name) for outcome in (actual, reference, oracle))
+        assert_within_budget(value, plain, exact, GRADIENT_FACTOR, name)
 
 
 def assert_same(actual: Outcome, expected: Outcome, tolerance: float = 1e-10) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from sward.losses.freekd import FreeKDLoss, FrequencyPrompts
 from sward.losses.maskd import MasKDLoss, ReceptiveTokens
 from sward.losses.protocol import LOGITS, DistillationInputs, DistillationLoss
 
-TAPS = {"student_tap": "s", "teacher_tap": "t"}
+TAPS: dict[str, Any] = {"student_tap": "s", "teacher_tap": "t"}
 
 
 def _cirkd(student_channels: int, teacher_channels: int, num_classes: int) -> DistillationLoss:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ def close_clusters(
 
 
 def run(
-    implementation: str, features: Tensor, labels: Tensor, num_classes: int, *, upstream: float = 1.0, **options: object
+    implementation: str, features: Tensor, labels: Tensor, num_classes: int, *, upstream: float = 1.0, **options: Any
 ) -> tuple[PrototypeDiscrimination, Tensor]:
     """The result, and the gradient of `upstream * loss`."""
     result = prototype_discrimination(features, labels, num_classes, implementation=implementation, **options)

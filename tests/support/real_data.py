@@ -7,14 +7,10 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
 
 def real_data_root(folder: str) -> Path:
-    """The folder that holds `folder` (`cvc_clinicdb`, `cvc_colondb`, `camvid`): `SWARD_DATA`, else `../shared/data`."""
-    root = Path(os.environ.get("SWARD_DATA") or REPOSITORY.parent / "shared" / "data")
-    if not (root / folder).is_dir():
-        pytest.skip(
-            f"no real images: {root / folder} does not exist (set SWARD_DATA to the folder that holds {folder})"
-        )
-    return root
+    """Return `SWARD_DATA`, the folder that holds `folder` (`cvc_clinicdb`, `cvc_colondb` or `camvid`)."""
+    root = os.environ.get("SWARD_DATA")
+    if not root or not (Path(root) / folder).is_dir():
+        pytest.skip(f"no real images: SWARD_DATA must name the folder that holds {folder}, got {root}")
+    return Path(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -14,17 +15,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from sward import data, distillation
+from sward import data
 from sward.config import DatasetConfig, DistillationConfig, OptimizerConfig, SWARDConfig, TeacherConfig
-from sward.losses import CIRKDLoss
+from sward.losses import CIRKDLoss, DistillationLoss
+from sward.runs import methods
+from tests.support.executed_lines import killed_at_line
 
 SPLITS = {"train": 18, "val": 4}
+"""Images of `scenes` in a test, in place of its 1024 and 128."""
 
-_full_cirkd = distillation.METHODS["cirkd"]
+_full_cirkd = methods.METHODS["cirkd"]
 
 # Imports sward once; every process of a test is forked from there and starts in no time.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.support.training_runs", "sward.cli", "sward.runs"])
+SERVER.set_forkserver_preload(["tests.support.training_runs", "sward.cli.main", "sward.runs"])
 
 
 def small(output: Path, **changes: Any) -> DistillationConfig:
@@ -37,7 +41,8 @@ def small(output: Path, **changes: Any) -> DistillationConfig:
         iterations=4,
         log_every=1,
         teacher=TeacherConfig(name="hiera_demo", untrained=True),
-        sward=SWARDConfig(window_size=(4,), embed_dim=8),
+        # PDR too, which the recommended recipe leaves out.
+        sward=SWARDConfig(weights=(1.0, 0.1), window_size=(4,), embed_dim=8),
         output=output,
     )
     for name, value in changes.items():
@@ -46,16 +51,16 @@ def small(output: Path, **changes: Any) -> DistillationConfig:
 
 
 def small_cirkd(
-    pair: distillation.DistillationPair, weights: tuple[float, float, float, float] = (1.0, 1.0, 0.1, 0.1)
-) -> CIRKDLoss:
-    """`cirkd` as `sward.distillation` builds it, with a memory that a CPU fills and reads in no time."""
+    pair: methods.DistillationPair, terms: tuple[float, float, float, float] = (1.0, 1.0, 0.1, 0.1)
+) -> DistillationLoss:
+    """`cirkd` as `sward.runs.methods` builds it, with a memory that a CPU fills and reads in no time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            distillation,
+            methods,
             "CIRKDLoss",
             functools.partial(
                 CIRKDLoss,
-                weights=weights,
+                terms=terms,
                 pixel_queue_size=128,
                 region_queue_size=8,
                 pixel_keys=64,
@@ -66,27 +71,42 @@ def small_cirkd(
         return _full_cirkd(pair)
 
 
-def start(config: DistillationConfig) -> BaseProcess:
-    """Trains in a process of its own, which ends with the command line's exit codes."""
-    process = SERVER.Process(target=_train, args=(config,))
+def use_few_images(patch: pytest.MonkeyPatch) -> None:
+    """Cut `scenes` to `SPLITS` until the patch is undone."""
+    for split, count in SPLITS.items():
+        patch.setitem(data.scenes.SPLITS, split, count)
+
+
+def start(config: DistillationConfig, killed_at: int | None = None) -> BaseProcess:
+    """Train in a process of its own, which ends with the command line's exit codes.
+
+    Args:
+        config: the run.
+        killed_at: the line of Python of training and saving, counted as they run, at which the process gets SIGKILL.
+    """
+    process = SERVER.Process(target=_train, args=(config, killed_at))
     process.start()
     return process
 
 
-def _train(config: DistillationConfig) -> None:
-    from sward import runs
+def _train(config: DistillationConfig, killed_at: int | None) -> None:
+    from sward import atomic, runs
+    from sward.training import checkpoints, loop, run_folder, state
 
     torch.set_num_threads(1)
     data.scenes.SPLITS.update(SPLITS)
-    distillation.METHODS["cirkd"] = small_cirkd
-    sys.exit(_as_the_command_line_does(lambda: runs.train_student(config)))
+    methods.METHODS["cirkd"] = small_cirkd
+    watched = (runs.train, loop, state, run_folder, checkpoints, atomic, torch.serialization)
+    with contextlib.nullcontext() if killed_at is None else killed_at_line(killed_at, *watched):
+        code = _as_the_command_line_does(lambda: runs.train_student(config))
+    sys.exit(code)
 
 
 def _as_the_command_line_does(work: Any) -> int:
-    from sward import cli
+    from sward.cli.main import COMMANDS, main
 
-    cli.COMMANDS["test"] = (lambda words: work(), "")
-    return cli.main(["test"])
+    COMMANDS["test"] = (lambda words: work(), "")
+    return main(["test"])
 
 
 def checkpoint(run: Path, name: str = "last") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from sward.interruption import Interruption
+from sward.training.interruption import Interruption
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

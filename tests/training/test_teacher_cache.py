@@ -1,7 +1,9 @@
 """Teacher features on disk: the same training with and without, and never the features of another image or teacher."""
 
 import errno
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sward import data
-from sward.config import DatasetConfig, DistillationConfig, SWARDConfig, TeacherConfig
+from sward.config import DatasetConfig, DistillationConfig, MaskTrainingConfig, SWARDConfig, TeacherConfig
 from sward.losses import LOGITS
-from sward.runs import train_student
-from sward.teacher_cache import TeacherCache
+from sward.runs import train_masks, train_student
+from sward.runs.load import build_split
 from sward.training import FrozenTeacher
+from sward.training.teacher_cache import TeacherCache
 
 
 class Network(nn.Module):
@@ -44,7 +47,7 @@ def test_the_teacher_runs_once_for_each_image(tmp_path: Path) -> None:
     assert network.seen == 3
     again = kept(images[[2, 0, 3]])
     assert network.seen == 4
-    assert (kept.hits, kept.misses) == (2, 4)
+    assert (kept.files.hits, kept.files.misses) == (2, 4)
     direct = FrozenTeacher(network, LAYERS)(images)
     for layer in LAYERS:
         assert torch.equal(first[layer][[2, 0]], again[layer][:2])
@@ -91,7 +94,7 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
     content[len(content) // 2] ^= 16
     damaged = {"cut short": content[:-9], "a bit": content, "empty": b"", "checksum alone": content[:4]}[damage]
     path.write_bytes(damaged)
-    with pytest.warns(UserWarning, match=r"\.features is damaged: its teacher features are computed again"):
+    with pytest.warns(UserWarning, match=r"\.features is damaged; computing its teacher features again"):
         again = cache(tmp_path, network)(images)
     assert all(torch.equal(whole[layer], again[layer]) for layer in LAYERS)
     seen = network.seen
@@ -107,7 +110,7 @@ def test_a_full_disk_leaves_the_training_going(tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.warns(UserWarning, match=r"can no longer be kept in .* \(No space left on device\)") as warned:
+    with pytest.warns(UserWarning, match=r"cannot write teacher features to .* \(No space left on device\)") as warned:
         features = kept(images)
     assert len(warned) == 1
     torch.testing.assert_close(features["stage"], FrozenTeacher(network, LAYERS)(images)["stage"])
@@ -117,16 +120,10 @@ def test_a_full_disk_leaves_the_training_going(tmp_path: Path, monkeypatch: pyte
 # Whole runs
 
 
-@pytest.fixture
-def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(data.scenes.SPLITS, "train", 6)
-    monkeypatch.setitem(data.scenes.SPLITS, "val", 2)
-
-
 def small(tmp_path: Path, name: str, cached: bool = True, **changes: object) -> DistillationConfig:
     config = DistillationConfig(
         dataset=DatasetConfig(name="scenes", image_size=(64, 64), views=2),
-        batch=2,
+        batch=6,
         iterations=9,
         log_every=1,
         teacher=TeacherConfig(untrained=True, cache=tmp_path / "cache" if cached else None),
@@ -159,12 +156,85 @@ def test_a_run_is_the_same_from_an_empty_and_from_a_full_cache_and_close_to_one_
     # Teacher maps of one image and of a batch may differ in their last bits, and AdamW makes steps of rounding errors.
     for one, other in zip(losses(empty), losses(without), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
-    # 6 images in 2 views; nothing else was written.
-    assert len(list((tmp_path / "cache").glob("*/*"))) == 12
+    # One file per distinct image of the two views (a flip may come out the same twice); nothing else was written.
+    dataset, views = build_split(small(tmp_path, "empty"), "train", train=True), set()
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        views |= {dataset[index].image.numpy().tobytes() for index in range(len(dataset))}
+    assert 18 < len(views) <= 36
+    assert len(list((tmp_path / "cache").glob("*/*"))) == len(views)
 
 
 def test_training_without_fixed_views_is_refused(tmp_path: Path) -> None:
     config = small(tmp_path, "run", dataset=DatasetConfig(name="scenes", image_size=(64, 64)))
-    with pytest.raises(ValueError, match=r"teacher.cache keeps .* fix them with --dataset.views N"):
+    with pytest.raises(
+        ValueError, match=r"dataset\.views must be set with teacher\.cache, got None; .* --dataset\.views N"
+    ):
         train_student(config)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.usefixtures("few_images")
+def test_the_teacher_may_see_more_pixels_than_the_student(tmp_path: Path) -> None:
+    def larger(cached: bool = True) -> TeacherConfig:
+        return TeacherConfig(untrained=True, image_size=(96, 96), cache=tmp_path / "cache" if cached else None)
+
+    empty, full, without = (
+        train_student(small(tmp_path, name, teacher=larger(name != "without"))).run
+        for name in ("empty", "full", "without")
+    )
+    found = weights(full)
+    assert all(torch.equal(value, found[key]) for key, value in weights(empty).items())
+    for one, other in zip(losses(empty), losses(without), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+    entries = list((tmp_path / "cache").glob("*/*"))
+    assert len(entries) == 12
+    maps = torch.load(io.BytesIO(entries[0].read_bytes()[4:]), weights_only=True)
+    # The trunk's finest map is its stem's.
+    assert maps["1"].shape == (40, 24, 24)
+    # What it sees there is more: the run is another one.
+    train_student(small(tmp_path, "same size"))
+    assert losses(tmp_path / "same size") != losses(empty)
+
+
+def test_what_the_student_sees_does_not_depend_on_the_teacher() -> None:
+    alone, distilled = (
+        data.build("scenes", "train", train=True, image_size=64, views=2, teacher_size=size)
+        for size in (None, (96, 96))
+    )
+    for index in range(4):
+        mine, theirs = alone[index], distilled[index]
+        assert torch.equal(mine.image, theirs.image)
+        assert torch.equal(mine.labels, theirs.labels)
+        assert isinstance(theirs, data.TeacherSample)
+        assert theirs.teacher_image.shape == (3, 96, 96)
+    assert isinstance(alone[0], data.Sample)
+    with pytest.raises(ValueError, match=r"teacher_size must be None where train is False, got \(96, 96\)"):
+        data.build("scenes", "val", train=False, image_size=64, teacher_size=(96, 96))
+
+
+def test_a_teacher_with_another_aspect_ratio_is_refused(tmp_path: Path) -> None:
+    config = small(tmp_path, "run", teacher=TeacherConfig(untrained=True, image_size=(96, 128)))
+    with pytest.raises(ValueError, match=r"the aspect ratio of dataset.image_size, 64x64, got 96x128"):
+        train_student(config)
+
+
+@pytest.mark.usefixtures("few_images")
+def test_masks_are_learned_on_what_the_teacher_will_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def learn(
+        masks: nn.Module, teacher: nn.Module, tap: str, stream: Iterator[data.Batch], *rest: object, **more: object
+    ) -> None:
+        seen.append(next(stream).images.shape)
+
+    monkeypatch.setattr("sward.runs.train.learn_masks", learn)
+    config = MaskTrainingConfig(
+        dataset=DatasetConfig(name="scenes", image_size=(64, 64)),
+        teacher=TeacherConfig(untrained=True, image_size=(96, 96)),
+        batch=2,
+        output=tmp_path / "tokens.pt",
+    )
+    train_masks(config)
+    assert seen == [(2, 3, 96, 96)]
+    assert config.dataset.image_size == (64, 64)

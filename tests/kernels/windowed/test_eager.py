@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.harness import peak_extra_bytes
+from harness import peak_extra_bytes
 from sward_kernels import windowed_distillation
 from sward_kernels.windowed import api, eager
 from tests.support.distillation_cases import (

@@ -1,0 +1,1 @@
+"""The `sward` command line; its entry point is `sward.cli.main.main`."""

@@ -1,0 +1,382 @@
+"""The command line: `sward COMMAND ...`, the same as `python -m sward COMMAND ...`.
+
+User errors print one line and exit with status 2. Failed runs (a full disk, a loss that is not finite) print one line
+and exit with status 1. Ctrl-C and SIGTERM save a checkpoint and exit with status 130 and 143. To see the traceback of
+an error, run `python -X dev -m sward COMMAND ...`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from sward.cli import printing
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {}
+"""Command name -> function that runs it and its line in the list of commands; `_command` adds the entries."""
+
+USER_ERROR = 2
+RUN_FAILED = 1
+
+
+@dataclass
+class Demo:
+    """Train a transformer teacher on `scenes`, then the student alone and with SWARD from the same seed."""
+
+    output: Path = Path("runs/demo")
+    """Folder of the runs and the figures; replaces an earlier demo."""
+    seed: int = 0
+    """Seed of all three runs."""
+    iterations: int | None = None
+    """Steps of each run; set a small number for a quick look."""
+
+
+@dataclass
+class Evaluate:
+    """Score the network of a run at the resolution of the labels and write the scores into the run folder."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    split: str = "val"
+    """Split of the data set."""
+    dataset: str | None = None
+    """Another data set with the same classes; that of the run by default."""
+    root: Path | None = None
+    """Folder that holds the data set; that of the run by default."""
+    split_by: str | None = None
+    """How polyp data is split: sequence, ratio or a list file; as in the run by default."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which weights to use."""
+    batch: int = 8
+    """Images per forward pass."""
+    device: str | None = None
+    """Device to run on; the GPU if there is one."""
+
+
+@dataclass
+class Predict:
+    """Write NAME-mask.png (class indices, in colour) and NAME-overlay.png for each image, at the image's size."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files."""
+    output: Path | None = None
+    """Where to write; RUN/predictions by default."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which weights to use."""
+    device: str | None = None
+    """Device to run on; the GPU if there is one."""
+
+
+@dataclass
+class Report:
+    """Write one HTML page about one or more runs: scores, curves, classes, predictions, configuration, environment.
+
+    The images are embedded, so the page works offline.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders."""
+    output: Path | None = None
+    """Path of the page; report.html in the first run folder by default."""
+    root: Path | None = None
+    """Folder that holds the data sets; that of each run by default."""
+
+
+@dataclass
+class Complexity:
+    """Count parameters and FLOPs at 3x512x512 and print them next to the paper's values."""
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Names of networks; all by default."""
+
+
+@dataclass
+class DataPack:
+    """Decode every image and mask of a data set once, into files that training maps into memory.
+
+    The pack is written to sward-pack in the data set's folder, where every run finds it, or to --output; then pass it
+    as --dataset.packed. The command can be interrupted at any time; run again, it verifies all checksums and packs what
+    is missing or has changed.
+    """
+
+    name: Annotated[str, tyro.conf.Positional]
+    """Data set: cityscapes, cvc_clinicdb, cvc_colondb, camvid or folder."""
+    root: Path | None = None
+    """Folder that holds the data set; None looks in $SWARD_DATA, then in ./data."""
+    output: Path | None = None
+    """Folder of the pack, if the data set is read-only or another disk is faster."""
+    split_by: str | None = None
+    """For polyps: path of a list of the frames to pack; all by default."""
+    num_classes: int | None = None
+    """For a folder of images and masks: number of classes in its masks."""
+    on_corrupt: Literal["stop", "skip"] = "stop"
+    """What to do if an image or mask cannot be read: stop, or skip it with a warning."""
+    workers: int | None = None
+    """Decoder threads; by default one per core, at most 8."""
+
+
+@dataclass
+class Doctor:
+    """Print versions, devices and the implementation that each operation will use."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; see the module docstring."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else USER_ERROR
+    name, rest = words[0], words[1:]
+    if name == "--version":
+        from sward import __version__
+
+        print(f"sward {__version__}")
+        return 0
+    try:
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=2, cutoff=0.4) or list(COMMANDS)
+            raise ValueError(f"unknown command {name!r}; did you mean {' or '.join(near)}?")
+        COMMANDS[name][0](rest)
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotImplementedError, ModuleNotFoundError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"sward {name}{_process()}: {error}", file=sys.stderr)
+        return USER_ERROR
+    except (OSError, FloatingPointError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"sward {name}{_process()}: {error}", file=sys.stderr)
+        return RUN_FAILED
+    except KeyboardInterrupt as stop:
+        print(f"sward {name}{_process()}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return getattr(stop, "exit_code", 130)
+    return 0
+
+
+def _process() -> str:
+    rank = os.environ.get("RANK")
+    return "" if rank is None else f" (process {rank})"
+
+
+def _command(name: str, line: str) -> Callable[[Callable[[list[str]], None]], Callable[[list[str]], None]]:
+    def register(function: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+        COMMANDS[name] = (function, line)
+        return function
+
+    return register
+
+
+def _overview() -> str:
+    from sward import presets
+
+    commands = "\n".join(f"  {name:<15}{line}" for name, (_, line) in COMMANDS.items())
+    listed = "\n".join(f"  {name:<20}{presets.get(name).description}" for name in presets.names())
+    return (
+        "usage: sward COMMAND ...\n\nDistil a transformer into a small segmentation network.\n\n"
+        f"commands (sward COMMAND --help for the options):\n{commands}\n\npresets:\n{listed}"
+    )
+
+
+def _parse(kind: Any, command: str, words: list[str], default: Any = None) -> Any:
+    options = {} if default is None else {"default": default}
+    return tyro.cli(kind, prog=f"sward {command}", args=words, **options)
+
+
+def _value_of(option: str, words: list[str]) -> str | None:
+    """The last value that `words` give an option, as `--option value` or `--option=value`."""
+    given = [after for word, after in itertools.pairwise(words) if word == option]
+    given += [word.removeprefix(f"{option}=") for word in words if word.startswith(f"{option}=")]
+    return given[-1] if given else None
+
+
+def _preset(command: str, words: list[str]) -> tuple[str, list[str]]:
+    """Split the name of the preset from the options after it."""
+    from sward import presets
+
+    if not words or words[0].startswith("-"):
+        if words and words[0] in ("-h", "--help"):
+            return "demo", words
+        raise ValueError(
+            f"name a preset first, such as 'sward {command} {presets.names()[0]}'; 'sward --help' lists all presets"
+        )
+    presets.get(words[0])
+    return words[0], words[1:]
+
+
+@_command("demo", "train teacher, baseline and SWARD on generated scenes and print one table")
+def _demo(words: list[str]) -> None:
+    options = _parse(Demo, "demo", words)
+    from sward.cli import demo
+
+    result = demo.run(options.output, seed=options.seed, iterations=options.iterations)
+    printing.print_table(
+        "scenes, validation split",
+        ("network", "params (M)", "GFLOPs", "mIoU (%)", "mAcc (%)", "train (s)"),
+        [
+            (
+                row.name,
+                f"{row.params / 1e6:.2f}",
+                f"{row.flops / 1e9:.3f}",
+                f"{100 * row.mean_iou:.2f}",
+                f"{100 * row.mean_accuracy:.2f}",
+                f"{row.seconds:.0f}",
+            )
+            for row in result.rows
+        ],
+    )
+    print(f"predictions: {result.grid}\ncurves:      {result.curves}")
+
+
+@_command("train", "train a student, alone or with a teacher")
+def _train(words: list[str]) -> None:
+    from sward import presets
+    from sward.config import DistillationConfig
+    from sward.losses.recipes import RECIPES
+
+    name, rest = _preset("train", words)
+    default = presets.get(name).student
+    # Before the other options are read: they change single fields of it.
+    for recipe in RECIPES:
+        if _value_of("--recipe", rest) == recipe:
+            default.use_recipe(recipe)
+    config = _parse(DistillationConfig, f"train {name}", rest, default)
+    from sward.runs import train_student
+
+    printing.print_result(train_student(config), config.metric)
+
+
+@_command("train-teacher", "train the teacher that a preset distils")
+def _train_teacher(words: list[str]) -> None:
+    from sward import presets
+    from sward.config import TeacherTrainingConfig
+
+    name, rest = _preset("train-teacher", words)
+    config = _parse(TeacherTrainingConfig, f"train-teacher {name}", rest, presets.get(name).teacher)
+    from sward.runs import train_teacher
+
+    printing.print_result(train_teacher(config), config.metric)
+
+
+@_command("train-masks", "learn MasKD's tokens or FreeKD's prompts on a trained teacher")
+def _train_masks(words: list[str]) -> None:
+    from sward import presets
+    from sward.config import MaskTrainingConfig
+
+    name, rest = _preset("train-masks", words)
+    student = presets.get(name).student
+    default = MaskTrainingConfig(preset=name, dataset=student.dataset, teacher=student.teacher, batch=student.batch)
+    config = _parse(MaskTrainingConfig, f"train-masks {name}", rest, default)
+    from sward.runs import train_masks
+
+    print(f"written: {train_masks(config)}")
+
+
+@_command("data", "data pack: decode a data set once, so that training does not wait for decoding")
+def _data(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        from sward import data
+
+        print(
+            "usage: sward data pack NAME [--root FOLDER] [--output FOLDER] ...\n\n"
+            "  pack   decode every image and mask once into memory-mapped files (sward data pack --help)\n\n"
+            f"data sets: {', '.join(name for name in data.names() if name != 'scenes')}"
+        )
+        return
+    if words[0] != "pack":
+        raise ValueError(f"unknown command 'data {words[0]}'; did you mean 'data pack'?")
+    options = _parse(DataPack, "data pack", words[1:])
+    from sward import data
+    from sward.data.packing import pack
+    from sward.training.progress import Progress
+
+    datasets = data.build_for_packing(
+        options.name, root=options.root, split_by=options.split_by, num_classes=options.num_classes
+    )
+    frames = len({pair.image for dataset in datasets for pair in dataset.pairs})
+    with Progress(f"pack {options.name}", frames) as progress:
+
+        def advance() -> None:
+            progress.advance()
+            progress.note("")
+
+        result = pack(datasets, options.output, on_corrupt=options.on_corrupt, workers=options.workers, advance=advance)
+    left_out = f", {result.corrupt} skipped" if result.corrupt else ""
+    print(f"{result.frames} frames, {result.bytes / 1e9:.2f} GB, {result.kept} of them reused{left_out}")
+    print(f"pack: {result.folder}")
+
+
+@_command("evaluate", "score a run on a split of its data set or of another one")
+def _evaluate(words: list[str]) -> None:
+    options = _parse(Evaluate, "evaluate", words)
+    from sward.runs import evaluate_run, evaluation_file
+    from sward.training.run_folder import RunFolder
+
+    result = evaluate_run(
+        options.run,
+        split=options.split,
+        dataset=options.dataset,
+        root=options.root,
+        split_by=options.split_by,
+        checkpoint=options.checkpoint,
+        batch=options.batch,
+        device=options.device,
+    )
+    dataset = options.dataset or RunFolder(options.run).read()[0].dataset.name
+    printing.print_evaluation(result, f"{dataset}, {options.split} split, {result.images} images")
+    path = evaluation_file(options.run, dataset, options.split)
+    print(f"written: {path}")
+
+
+@_command("predict", "write masks and overlays for image files")
+def _predict(words: list[str]) -> None:
+    options = _parse(Predict, "predict", words)
+    if not options.images:
+        raise ValueError("images must name at least one file after the run folder, got none")
+    from sward.cli.predict import predict_images
+
+    for path in predict_images(
+        options.run, options.images, options.output, checkpoint=options.checkpoint, device=options.device
+    ):
+        print(path)
+
+
+@_command("reproduce", "run the experiments of a table or figure of the paper and create it")
+def _reproduce(words: list[str]) -> None:
+    from sward.reproduce import Options, reproduce
+
+    for path in reproduce(_parse(Options, "reproduce", words)):
+        print(f"written: {path}")
+
+
+@_command("report", "write one HTML page about one or more runs")
+def _report(words: list[str]) -> None:
+    options = _parse(Report, "report", words)
+    from sward.cli.report import write_report
+
+    print(f"written: {write_report(options.runs, options.output, root=options.root)}")
+
+
+@_command("complexity", "parameters and FLOPs of every teacher and student, and the paper's values")
+def _complexity(words: list[str]) -> None:
+    options = _parse(Complexity, "complexity", words)
+    from sward.models.flops import complexity_table, render
+
+    printing.console().print(render(complexity_table(options.models or None)))
+
+
+@_command("doctor", "versions, devices, and which implementation each operation will use")
+def _doctor(words: list[str]) -> None:
+    _parse(Doctor, "doctor", words)
+    from sward.cli.doctor import describe_machine
+
+    print(describe_machine())

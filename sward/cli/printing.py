@@ -1,0 +1,53 @@
+"""Print results as rich tables; rich is imported when the first table is printed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def print_result(result: Any, metric: str) -> None:
+    """Print a `sward.training.TrainingResult`; with several processes only rank 0 prints."""
+    from sward import distributed
+
+    if not distributed.is_main():
+        return
+    print_evaluation(result.evaluation, f"validation, {result.evaluation.images} images, last weights")
+    print(f"best {metric} on validation: {100 * result.best_score:.2f} %")
+    print(f"seconds in the training loop: {result.seconds:.0f}\nrun: {result.run}")
+
+
+def print_evaluation(evaluation: Any, title: str) -> None:
+    """Print all scores of a `sward.evaluation.Evaluation` in percent."""
+    summary = [("mIoU", evaluation.mean_iou), ("mAcc", evaluation.mean_accuracy)]
+    if evaluation.dice is not None:
+        summary += [
+            ("Dice, mean over images", evaluation.dice),
+            ("IoU, mean over images", evaluation.iou),
+            ("Dice, pooled", evaluation.pooled_dice),
+        ]
+    rows = summary + [(f"IoU {name}", value) for name, value in evaluation.class_iou.items()]
+    print_table(title, ("score", "%"), [(name, f"{100 * value:.2f}") for name, value in rows])
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table below its title; the first column is text, the others are numbers."""
+    from rich.table import Table
+
+    table = Table()
+    for index, column in enumerate(header):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    output = console()
+    output.print(f"[bold]{title}[/bold]")
+    output.print(table)
+
+
+def console() -> Any:
+    """Return a rich console for standard output."""
+    from rich.console import Console
+
+    # A pipe has no width; make it wide enough that tables are not wrapped in a log.
+    return Console() if sys.stdout.isatty() else Console(width=160)

@@ -1,0 +1,16 @@
+"""Whole runs: the functions behind `sward train`, `train-teacher`, `train-masks` and `evaluate`."""
+
+from sward.runs.evaluate import evaluate_run, evaluation_file
+from sward.runs.load import LoadedDistillation, load_distillation, load_run
+from sward.runs.train import train_masks, train_student, train_teacher
+
+__all__ = [
+    "LoadedDistillation",
+    "evaluate_run",
+    "evaluation_file",
+    "load_distillation",
+    "load_run",
+    "train_masks",
+    "train_student",
+    "train_teacher",
+]

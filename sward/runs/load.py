@@ -1,0 +1,160 @@
+"""Load what runs need and produce: data sets, devices, teachers and trained networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from sward import data, distributed, models
+from sward.config import DistillationConfig, MaskTrainingConfig, TeacherConfig, TeacherTrainingConfig, TrainingConfig
+from sward.data import DatasetInfo, SegmentationDataset
+from sward.losses import DistillationLoss
+from sward.runs import methods
+from sward.training import checkpoints
+from sward.training.run_folder import RunFolder
+
+
+def load_run(path: Path, checkpoint: Literal["best", "last"] = "best") -> tuple[TrainingConfig, DatasetInfo, nn.Module]:
+    """Load the configuration, classes and trained network (on the CPU, in eval mode) of the run in `path`.
+
+    Raises:
+        FileNotFoundError: if there is no run, or it does not have that checkpoint yet.
+        ValueError: if its files are damaged.
+    """
+    run = RunFolder(path)
+    config, info = run.read()
+    options = config.options if isinstance(config, TeacherTrainingConfig) else {}
+    network = models.build(config.model, info.num_classes, **options)
+    checkpoints.load_model(network, run.best if checkpoint == "best" else run.last)
+    return config, info, network.eval()
+
+
+@dataclass(frozen=True)
+class LoadedDistillation:
+    """The networks and the loss of a finished run, in eval mode on the CPU."""
+
+    config: DistillationConfig
+    """Configuration of the run."""
+    info: DatasetInfo
+    """Classes of its data set."""
+    student: nn.Module
+    """The student with the last weights of the run."""
+    teacher: nn.Module
+    """The frozen network."""
+    loss: DistillationLoss
+    """The distillation loss with its learned parameters at the end of the run."""
+
+
+def load_distillation(path: Path) -> LoadedDistillation | None:
+    """Load the student, teacher and trained loss of the run in `path`; None for a run without distillation.
+
+    Raises:
+        FileNotFoundError: if the run, its last checkpoint or its teacher does not exist.
+        ValueError: if its files are damaged.
+    """
+    config, info, student = load_run(path, "last")
+    if not isinstance(config, DistillationConfig) or config.distillation == "none":
+        return None
+    name, teacher = load_teacher(config.teacher, config.preset, info)
+    pair = methods.DistillationPair(config, student, name, teacher.eval(), info)
+    loss = methods.build(config.distillation, pair)
+    loss.load_state_dict(checkpoints.load(RunFolder(path).last)["distillation"])
+    return LoadedDistillation(config, info, student, teacher, loss.eval())
+
+
+def student_run(config: DistillationConfig) -> Path:
+    """Return the default folder of a student's run."""
+    return Path("runs") / config.preset / f"{config.distillation}-seed{config.seed}"
+
+
+def teacher_run(preset: str) -> Path:
+    """Return the default folder of a teacher's run, used both to write and to load it."""
+    return Path("runs") / preset / "teacher"
+
+
+def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple[str, nn.Module]:
+    """Load the name and network of the teacher: of a `sward train-teacher` run, or with random weights.
+
+    Raises:
+        FileNotFoundError: if the run does not exist.
+        ValueError: if it was trained on other classes.
+    """
+    if config.untrained:
+        return config.name, models.build(config.name, info.num_classes)
+    path = config.run or teacher_run(preset)
+    if not RunFolder(path).best.exists():
+        raise FileNotFoundError(
+            f"there is no trained teacher at {path}; train it with 'sward train-teacher {preset}', name its folder "
+            "with --teacher.run, or try shapes and speed with --teacher.untrained"
+        )
+    trained, trained_info, network = load_run(path)
+    if trained_info.classes != info.classes:
+        raise ValueError(
+            f"the teacher at {path} was trained on the classes {list(trained_info.classes)}, "
+            f"but the data set {info.name!r} has {list(info.classes)}"
+        )
+    return trained.model, network
+
+
+def build_datasets(config: TrainingConfig) -> tuple[SegmentationDataset, SegmentationDataset]:
+    """Build the training and validation splits of the configured data set."""
+    teacher_size = None
+    if isinstance(config, DistillationConfig) and config.distillation != "none":
+        teacher_size = config.teacher_image_size if config.teacher_image_size != config.dataset.image_size else None
+    train_set = build_split(config, "train", train=True, teacher_size=teacher_size)
+    return train_set, build_split(config, "val", train=False)
+
+
+def build_split(
+    config: TrainingConfig | MaskTrainingConfig,
+    split: str,
+    *,
+    train: bool,
+    teacher_size: tuple[int, int] | None = None,
+) -> SegmentationDataset:
+    """Build one split of the configured data set, with training or evaluation transforms."""
+    settings = config.dataset
+    return data.build(
+        settings.name,
+        split,
+        root=settings.root,
+        image_size=settings.image_size,
+        train=train,
+        seed=config.seed,
+        split_by=settings.split_by,
+        num_classes=settings.num_classes,
+        packed=settings.packed,
+        on_corrupt=config.on_corrupt if train else "stop",
+        views=settings.views if train else None,
+        teacher_size=teacher_size,
+    )
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the named device; without a name the GPU if there is one, else the CPU.
+
+    Under `torchrun` each process of a node uses its own GPU.
+
+    Raises:
+        ValueError: if the name is not a device, or torch sees no such device.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda', got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be 'cpu', got {name!r}; torch sees no GPU on this machine")
+    if device.type == "cuda" and distributed.launched_processes() > 1:
+        if distributed.local_rank() >= torch.cuda.device_count():
+            raise ValueError(
+                f"the local rank must be below the number of GPUs, {torch.cuda.device_count()}, got "
+                f"{distributed.local_rank()}; lower --nproc-per-node or use --device cpu"
+            )
+        return torch.device("cuda", distributed.local_rank())
+    return device

@@ -1,0 +1,175 @@
+"""Training runs: from a configuration to a finished run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sward import distributed, models
+from sward.config import DistillationConfig, MaskTrainingConfig, TeacherTrainingConfig, TrainingConfig, masks_path
+from sward.data import SegmentationDataset
+from sward.losses import DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
+from sward.models.teachers import Teacher
+from sward.runs import methods
+from sward.runs.load import build_datasets, build_split, choose_device, load_teacher, student_run, teacher_run
+from sward.training.batches import batches
+from sward.training.loop import TrainingResult, fit
+from sward.training.progress import Progress
+from sward.training.run_folder import RunFolder, make_folder
+from sward.training.state import seed_generators
+from sward.training.step import TrainingStep
+from sward.training.teacher import FrozenTeacher
+from sward.training.teacher_cache import TeacherCache, TrunkCache
+
+
+def train_student(config: DistillationConfig) -> TrainingResult:
+    """Train a student, alone or with a teacher and a distillation loss (`sward train`).
+
+    Raises:
+        ValueError, FileNotFoundError: if the configuration cannot run, before any work starts.
+    """
+    config.check()
+    models.describe(config.model)
+    if config.distillation != "none":
+        methods.check_name(config.distillation)
+    device = choose_device(config.device)
+    with distributed.joined(device):
+        return _train_student(config, device)
+
+
+def _train_student(config: DistillationConfig, device: torch.device) -> TrainingResult:
+    train_set, validation_set = build_datasets(config)
+    config.steps(len(train_set))
+    distributed.share_of(config.batch)
+    info = train_set.info
+    # Build the student first, so that a seed gives it the same weights with and without distillation.
+    torch.manual_seed(config.seed)
+    student = _placed(models.build(config.model, info.num_classes), config, device)
+    loss = None
+    teacher: FrozenTeacher | TeacherCache | None = None
+    if config.distillation != "none":
+        name, network = load_teacher(config.teacher, config.preset, info)
+        network = _placed(network, config, device)
+        pair = methods.DistillationPair(config, student, name, network, info)
+        loss = methods.build(config.distillation, pair).to(device)
+        teacher = FrozenTeacher(
+            network,
+            loss.teacher_taps,
+            precision=config.teacher.precision,
+            # Without autocast, the loss cannot combine the maps of a float32 student with maps of another dtype.
+            dtype=torch.float32 if config.precision == "fp32" else None,
+        )
+        if config.compile:
+            network.compile()
+        if config.teacher.cache is not None:
+            if isinstance(network, Teacher):
+                network.trunk_cache = TrunkCache(network.trunk, config.teacher.cache)
+            else:
+                teacher = TeacherCache(teacher, config.teacher.cache)
+    run = RunFolder(config.output or student_run(config))
+    return _fit(student, loss, config, train_set, validation_set, run, teacher)
+
+
+def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
+    """Train a teacher: the head on a frozen trunk, or the whole network (`sward train-teacher`).
+
+    Raises:
+        ValueError, FileNotFoundError: if the configuration cannot run, before any work starts.
+    """
+    config.check()
+    models.describe(config.model)
+    device = choose_device(config.device)
+    with distributed.joined(device):
+        return _train_teacher(config, device)
+
+
+def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> TrainingResult:
+    train_set, validation_set = build_datasets(config)
+    config.steps(len(train_set))
+    distributed.share_of(config.batch)
+    torch.manual_seed(config.seed)
+    network = models.build(config.model, train_set.info.num_classes, **config.options)
+    if config.trunk_checkpoint is not None:
+        models.load_trunk_checkpoint(network, config.trunk_checkpoint)
+    if not config.train_trunk:
+        if not isinstance(network, Teacher):
+            raise ValueError(
+                f"train_trunk must be True for model {config.model!r}, got False; it has no trunk to freeze"
+            )
+        network.freeze_trunk()
+    network = _placed(network, config, device)
+    if config.cache is not None:
+        assert isinstance(network, Teacher)
+        network.trunk_cache = TrunkCache(network.trunk, config.cache)
+    run = RunFolder(config.output or teacher_run(config.preset))
+    return _fit(network, None, config, train_set, validation_set, run, None)
+
+
+def _placed(network: nn.Module, config: TrainingConfig, device: torch.device) -> nn.Module:
+    network = network.to(device)
+    return network.to(memory_format=torch.channels_last) if config.channels_last else network
+
+
+def _fit(
+    network: nn.Module,
+    loss: DistillationLoss | None,
+    config: TrainingConfig,
+    train_set: SegmentationDataset,
+    validation_set: SegmentationDataset,
+    run: RunFolder,
+    teacher: FrozenTeacher | TeacherCache | None,
+) -> TrainingResult:
+    if config.sync_batch_norm:
+        network = distributed.synchronise_batch_norm(network)
+        loss = None if loss is None else distributed.synchronise_batch_norm(loss)
+    # The weights above were drawn from the same seed in every process; dropout differs between processes.
+    seed_generators(distributed.rank_seed(config.seed))
+    run.start(config, train_set.info)
+    task = SegmentationCrossEntropy(train_set.info.ignore_index, process_group=distributed.group())
+    step_module = TrainingStep(network, task, loss, precision=config.precision)
+    if config.compile:
+        # In place, which keeps the keys of the state dict; after opening the taps, so that they are traced.
+        network.compile()
+    return fit(step_module, config, train_set, validation_set, run, teacher=teacher)
+
+
+def train_masks(config: MaskTrainingConfig) -> Path:
+    """Learn MasKD's tokens or FreeKD's prompts on a trained teacher and return their file (`sward train-masks`).
+
+    Raises:
+        ValueError, FileNotFoundError: if the configuration cannot run, before any work starts.
+    """
+    if distributed.launched_processes() > 1:
+        raise ValueError(
+            f"train-masks must run in one process, got {distributed.launched_processes()}; start it without torchrun"
+        )
+    device = choose_device(config.device)
+    steps = config.steps or (10_000 if config.method == "maskd" else 2_000)
+    if config.teacher.image_size is not None:
+        # No student looks on: the teacher's views alone.
+        config = dataclasses.replace(
+            config, dataset=dataclasses.replace(config.dataset, image_size=config.teacher.image_size)
+        )
+    dataset = build_split(config, "train", train=True)
+    name, teacher = load_teacher(config.teacher, config.preset, dataset.info)
+    teacher.to(device)
+    torch.manual_seed(config.seed)
+    masks = methods.new_masks(config.method, name, teacher, config.dataset.image_size).to(device)
+    tap = methods.mask_tap(config.method, name)
+    stream = batches(dataset, config.batch, seed=config.seed, workers=config.dataset.workers)
+    path = config.output or masks_path(config.preset, config.method)
+    make_folder(path.parent)
+    with Progress(f"{config.method} masks", steps) as progress:
+
+        def show(step: int, terms: dict[str, Tensor]) -> None:
+            progress.advance()
+            if step % 20 == 0 or step == steps:
+                progress.note("  ".join(f"{key} {value.item():.3f}" for key, value in terms.items()))
+
+        task = SegmentationCrossEntropy(dataset.info.ignore_index)
+        learn_masks(masks, teacher, tap, stream, task, steps=steps, on_step=show)
+    save_masks(path, masks, teacher, tap)
+    return path

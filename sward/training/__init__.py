@@ -1,0 +1,19 @@
+"""The training loop and its parts."""
+
+from sward.training.batches import EpochSampler
+from sward.training.loop import TrainingResult, fit
+from sward.training.run_folder import RunFolder
+from sward.training.step import StepOutput, TrainingStep
+from sward.training.teacher import FrozenTeacher
+from sward.training.teacher_cache import TeacherCache
+
+__all__ = [
+    "EpochSampler",
+    "FrozenTeacher",
+    "RunFolder",
+    "StepOutput",
+    "TeacherCache",
+    "TrainingResult",
+    "TrainingStep",
+    "fit",
+]

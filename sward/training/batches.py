@@ -1,0 +1,92 @@
+"""The order of the training images and the endless stream of batches."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from sward import data, distributed
+from sward.data import Batch, SegmentationDataset
+
+
+class EpochSampler(Sampler[list[int]]):
+    """Batches of indices in an order that depends on the seed and the epoch only; can start within an epoch.
+
+    The global batch of a step does not depend on the number of processes; each process reads its part of it.
+
+    Args:
+        length: images of the data set; the last, incomplete batch of an epoch is dropped.
+        batch: images per step, over all processes.
+        seed: seed of the order.
+        part: rank of this process.
+        parts: number of processes.
+
+    Attributes:
+        epoch: the epoch to iterate over.
+        skip: batches to skip at the start of the epoch.
+    """
+
+    def __init__(self, length: int, batch: int, seed: int, *, part: int = 0, parts: int = 1) -> None:
+        self.length, self.batch, self.seed, self.part, self.parts = length, batch, seed, part, parts
+        self.epoch = self.skip = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(data.sample_seed(self.seed, self.epoch, self.length))
+        order = torch.randperm(self.length, generator=generator)
+        size = self.batch // self.parts
+        for index in range(self.skip, self.length // self.batch):
+            yield order[index * self.batch + self.part * size :][:size].tolist()
+
+    def __len__(self) -> int:
+        return self.length // self.batch - self.skip
+
+
+def batches(
+    dataset: SegmentationDataset, batch: int, *, seed: int, workers: int = 0, start: int = 0, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """Yield this process's part of the training batches, without end, from step `start`.
+
+    The batches depend on the seed only, not on `start` or the number of workers or processes.
+
+    Args:
+        dataset: images and labels of equal size.
+        batch: images per batch, over all processes; the last, incomplete batch of an epoch is dropped.
+        seed: seed of the order; the augmentation uses the seed of the data set.
+        workers: loader processes; they do not change the batches.
+        start: batches to skip without reading them.
+        pin_memory: put batches into page-locked memory, so that the GPU copies them while it computes.
+
+    Raises:
+        CorruptFileError: if an image cannot be read.
+        ValueError: if the number of processes does not divide `batch`.
+    """
+    distributed.share_of(batch)
+    sampler = EpochSampler(len(dataset), batch, seed, part=distributed.rank(), parts=distributed.world_size())
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=data.collate_training,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_interruption_to_the_trainer,
+        # A generator of its own: iterating must not advance torch's global generator, which dropout uses.
+        generator=torch.Generator().manual_seed(seed),
+    )
+    sampler.epoch, sampler.skip = divmod(start, len(dataset) // batch)
+    while True:
+        dataset.set_epoch(sampler.epoch)
+        try:
+            yield from loader
+        except data.CorruptFileError as error:
+            # A loader process puts its traceback into the message; keep the last line, which names the file.
+            raise data.CorruptFileError(str(error).splitlines()[-1].rpartition("CorruptFileError: ")[2]) from error
+        sampler.epoch, sampler.skip = sampler.epoch + 1, 0
+
+
+def _leave_interruption_to_the_trainer(worker: int) -> None:
+    # Ctrl-C in a terminal reaches the workers too, but the trainer needs them to finish its step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

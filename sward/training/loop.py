@@ -1,0 +1,177 @@
+"""The training loop; it works with any loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import update_bn
+
+from sward import distributed
+from sward.config import OptimizerConfig, TrainingConfig
+from sward.data import SegmentationDataset
+from sward.evaluation import Evaluation, evaluate
+from sward.training.batches import batches
+from sward.training.interruption import Interruption, TrainingInterrupted
+from sward.training.observation import CollapseWatch, LossWatch, Throughput, losses_of, peak_memory
+from sward.training.progress import Progress
+from sward.training.run_folder import RunFolder
+from sward.training.state import TrainingState
+from sward.training.step import StepOutput, TrainingStep
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
+    """Return a function from step to a factor of the initial learning rate; 0 after the last step."""
+
+    def factor(step: int) -> float:
+        if step < config.warmup:
+            return (step + 1) / config.warmup
+        left = 1 - (step - config.warmup) / max(steps - config.warmup, 1)
+        left = min(max(left, 0.0), 1.0)
+        return left**config.power if config.schedule == "poly" else 0.5 * (1 - math.cos(math.pi * left))
+
+    return factor
+
+
+@dataclass
+class TrainingResult:
+    """Scores and duration of a finished run."""
+
+    run: Path
+    """Folder of the run."""
+    evaluation: Evaluation
+    """Scores of the final weights on the validation split."""
+    best_score: float
+    """Best validation score of the run, by `config.metric`."""
+    seconds: float
+    """Time in the training loop, validation excluded."""
+
+
+def fit(
+    step_module: TrainingStep,
+    config: TrainingConfig,
+    train_set: SegmentationDataset,
+    validation_set: SegmentationDataset,
+    run: RunFolder,
+    *,
+    teacher: Callable[[Tensor], dict[str, Tensor]] | None = None,
+) -> TrainingResult:
+    """Train `step_module` as `config` says; the run folder can be resumed and evaluated.
+
+    Resumes from the newest intact checkpoint in `run`, if there is one. Every process of a group must call this.
+
+    Raises:
+        TrainingInterrupted: on Ctrl-C or SIGTERM, after writing a checkpoint.
+        NonFiniteLossError: if the loss is infinite or nan; nothing is saved after that.
+    """
+    device = next(step_module.parameters()).device
+    steps, epoch = config.steps(len(train_set)), len(train_set) // config.batch
+    validate_every = epoch * config.evaluate_every if config.evaluate_every else steps
+    learnable = [parameter for parameter in step_module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learnable, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay)
+    schedule = LambdaLR(optimizer, learning_rate(config.optimizer, steps))
+    scaler = torch.amp.GradScaler(device.type, enabled=step_module.precision == "fp16")
+    state = TrainingState(
+        step_module.model, step_module.distillation, optimizer, schedule, scaler, config.optimizer.clip_norm
+    )
+    state.restore(run)
+    stream = batches(
+        train_set,
+        config.batch,
+        seed=config.seed,
+        workers=config.dataset.workers,
+        start=state.step,
+        pin_memory=device.type == "cuda",
+    )
+    replica = distributed.replicate(step_module.train(), device)
+    collapse = CollapseWatch()
+    evaluation, watch, throughput = None, LossWatch(), Throughput(config.batch, state.step, state.stopwatch.read())
+    with Progress(run.path.name, steps, start=state.step) as progress, Interruption() as interruption:
+        while state.step < steps:
+            logs, saves, validates = (
+                (state.step + 1) % every == 0 or state.step + 1 == steps
+                for every in (config.log_every, config.checkpoint_every, validate_every)
+            )
+            batch = next(stream)
+            images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+            seen = images if batch.teacher_images is None else batch.teacher_images.to(device, non_blocking=True)
+            features = {} if teacher is None else teacher(seen)
+            output = replica(images, labels, features, diagnose=logs)
+            gradient_norm = state.update(output.loss, measure=logs)
+            watch.remember(state.step, output, batch.names)
+            progress.advance()
+            # Several processes exchange signals only at log steps, where they synchronise anyway.
+            stop = interruption.agreed() if logs or distributed.world_size() == 1 else None
+            if logs or saves or validates or stop:
+                watch.check()
+            if logs:
+                record = log_record(state, output, gradient_norm, throughput, device)
+                run.log(record)
+                collapse.look(record.get("diagnostics", {}))
+                progress.note(f"loss {record['loss']:.3f}")
+            score = None
+            if validates:
+                with state.stopwatch.paused():
+                    if config.batch_norm_images is not None:
+                        estimate_batch_norm(step_module.model, train_set, config.batch_norm_images, config.batch)
+                    evaluation = validate(step_module.model, validation_set, device)
+                run.log({"step": state.step, "validation": evaluation.to_dict()})
+                score = evaluation.score(config.metric)
+            if saves or validates or stop:
+                state.save(run, score)
+            if stop:
+                raise TrainingInterrupted(stop, state.step, steps, run.path)
+    seconds = state.stopwatch.read()
+    evaluation = evaluation or validate(step_module.model, validation_set, device)
+    return TrainingResult(run.path, evaluation, state.best_score, seconds)
+
+
+def estimate_batch_norm(model: nn.Module, dataset: SegmentationDataset, images: int, batch: int) -> None:
+    """Set the running statistics of every batch norm to their means over the first `images` images of `dataset`.
+
+    Uses `torch.optim.swa_utils.update_bn` on full batches of the current epoch's views (one smaller batch if there are
+    fewer images than that). Restores the state of the random generators, so that training continues as without it.
+    """
+    device = next(model.parameters()).device
+    images = min(images, len(dataset))
+    batch = min(batch, images)
+    views = (
+        torch.stack([dataset[index].image for index in range(first, first + batch)])
+        for first in range(0, images - batch + 1, batch)
+    )
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
+        update_bn(views, model, device)
+
+
+def validate(model: nn.Module, dataset: SegmentationDataset, device: torch.device) -> Evaluation:
+    """Score the model as it will be saved, on all processes together; runs uncompiled, since label sizes may vary."""
+    distributed.broadcast_buffers(model)
+    with torch.compiler.set_stance("force_eager"):
+        return evaluate(model, dataset, device=device, process_group=distributed.group())
+
+
+def log_record(
+    state: TrainingState,
+    output: StepOutput,
+    gradient_norm: Tensor | None,
+    throughput: Throughput,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return one line of `metrics.jsonl`; waits for the device."""
+    losses = losses_of(output)
+    seconds = state.stopwatch.read()
+    return {
+        "step": state.step,
+        **losses,
+        "lr": state.schedule.get_last_lr()[0],
+        "gradient_norm": None if gradient_norm is None else gradient_norm.item(),
+        "images_per_second": throughput.until(state.step, seconds),
+        "peak_memory_bytes": peak_memory(device),
+        "seconds": seconds,
+    }

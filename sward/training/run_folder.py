@@ -1,0 +1,218 @@
+"""The folder of a run: configuration, metrics and checkpoints. Only rank 0 writes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sward import atomic, distributed
+from sward.config import DistillationConfig, TeacherTrainingConfig, TrainingConfig, differences, from_json, to_json
+from sward.data import DatasetInfo
+
+UNWRITABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.ENOENT,
+    errno.ENAMETOOLONG,
+)
+"""Errors that mean a wrong folder was given, as opposed to a disk that is full or failing."""
+
+
+class RunFolder:
+    """`config.json`, `dataset.json`, `environment.json`, `metrics.jsonl` and `checkpoints/` of one run.
+
+    Args:
+        path: the folder; `start` creates it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.dataset = path / "dataset.json"
+        self.metrics = path / "metrics.jsonl"
+        self.last = path / "checkpoints" / "last.pt"
+        self.previous = path / "checkpoints" / "previous.pt"
+        self.best = path / "checkpoints" / "best.pt"
+        self._tensorboard: _TensorBoard | None = None
+
+    def start(self, config: TrainingConfig, info: DatasetInfo) -> None:
+        """Create the folder, or reuse it if `config.resume` is set or torchrun restarted the run.
+
+        Args:
+            config: configuration of the run.
+            info: classes and colours of its data set, so that the run can be used without the data.
+
+        Raises:
+            ValueError: if the folder cannot be written, or holds a run and `config.resume` is not set, or a run with
+                another configuration.
+            ModuleNotFoundError: if `config.tensorboard` is set and the package `tensorboard` is not installed.
+        """
+        if config.tensorboard:
+            self._tensorboard = _TensorBoard(self.path / "tensorboard")
+        if distributed.is_main():
+            make_folder(self.path)
+        if self.holds_checkpoint():
+            self._check_same(config)
+        if not distributed.is_main():
+            return
+        self.last.parent.mkdir(exist_ok=True)
+        _write_text(self.config, to_json(config))
+        _write_text(self.dataset, to_json(info))
+        _write_text(self.path / "environment.json", json.dumps(environment(), indent=2))
+
+    def _check_same(self, config: TrainingConfig) -> None:
+        if not (config.resume or distributed.restarted()):
+            raise ValueError(f"{self.path} already holds a run; resume it with --resume, or choose another --output")
+        stored, _ = self.read()
+        for length in ("iterations", "epochs"):
+            before, now = getattr(stored, length), getattr(config, length)
+            if before is not None and now is not None and now > before:
+                setattr(stored, length, now)
+        different = differences(stored, config)
+        if different:
+            raise ValueError(
+                f"{self.path} holds a run with another configuration: {different[0]}; "
+                "resume it with its own configuration, or choose another --output"
+            )
+
+    def holds_checkpoint(self) -> bool:
+        """Return whether there is a run to resume."""
+        return self.last.exists() or self.previous.exists()
+
+    def forget_checkpoints(self) -> None:
+        """Delete the checkpoints, so that another run can start here.
+
+        Raises:
+            ValueError: if the folder cannot be written.
+        """
+        make_folder(self.path)
+        for path in (self.last, self.previous, self.best):
+            path.unlink(missing_ok=True)
+
+    def read(self) -> tuple[TrainingConfig, DatasetInfo]:
+        """Read the configuration and the classes that `start` wrote.
+
+        Raises:
+            FileNotFoundError: if the folder holds no run.
+            ValueError: if the files are damaged.
+        """
+        if not self.config.exists() or not self.dataset.exists():
+            raise FileNotFoundError(f"{self.path} is not a run folder: it has no config.json and dataset.json")
+        text = self.config.read_text(encoding="utf-8")
+        kind = DistillationConfig if '"distillation"' in text else TeacherTrainingConfig
+        return from_json(kind, text), from_json(DatasetInfo, self.dataset.read_text(encoding="utf-8"))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to `metrics.jsonl`, and write its numbers to TensorBoard if enabled."""
+        if not distributed.is_main():
+            return
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            # Sync before the next checkpoint is written, so that a resumed run has all lines up to its checkpoint.
+            os.fsync(file.fileno())
+        if self._tensorboard is not None:
+            self._tensorboard.add(record)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Read the lines of `metrics.jsonl`, oldest first; skips a line that a crash truncated."""
+        if not self.metrics.exists():
+            return []
+        records = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return records
+
+    def drop_records_after(self, step: int) -> None:
+        """Drop the lines of steps that a resumed run will repeat."""
+        if distributed.is_main():
+            kept = [record for record in self.records() if record["step"] <= step]
+            _write_text(self.metrics, "\n".join(json.dumps(record) for record in kept))
+
+
+def _write_text(path: Path, text: str) -> None:
+    atomic.write(path, f"{text}\n".encode() if text else b"")
+
+
+def make_folder(path: Path) -> None:
+    """Create the output folder of a command if necessary, and check that it is writable.
+
+    Raises:
+        ValueError: if it is not.
+        OSError: if the disk is full or fails.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise ValueError(f"cannot write to {path} ({error.strerror}); choose another --output") from error
+
+
+class _TensorBoard:
+    """Write the numbers of `metrics.jsonl` as TensorBoard events; nested names are joined by slashes."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                "--tensorboard needs the package tensorboard; install it with 'pip install tensorboard'"
+            ) from error
+        self._folder, self._open = folder, SummaryWriter
+        self._writer: SummaryWriter | None = None
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            # Opened here because only now the first step is known. `purge_step` discards events of this and later steps
+            # from before an interruption.
+            self._writer = self._open(self._folder, purge_step=record["step"])
+        for name, value in _numbers(record):
+            self._writer.add_scalar(name, value, record["step"])
+        self._writer.flush()
+
+
+def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and name != "step":
+            yield f"{prefix}{name}", value
+
+
+def environment() -> dict[str, Any]:
+    """Collect the versions and devices that a run needs to be reproducible."""
+    packages = ("torch", "triton", "torchvision", "timm", "segmentation-models-pytorch", "sam2", "numpy", "sward")
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "threads": torch.get_num_threads(),
+        "processes": distributed.world_size(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "command": sys.argv,
+    }

@@ -1,0 +1,170 @@
+"""The state of a training run: updating it in a step, saving it and restoring it."""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from sward import distributed
+from sward.training import checkpoints
+from sward.training.observation import Stopwatch
+from sward.training.run_folder import RunFolder
+
+
+class TrainingState:
+    """Networks, optimiser, schedule, random generators and counters of a run.
+
+    Args:
+        model: the network to train.
+        distillation: the distillation loss, or None.
+        optimizer: optimiser of the parameters of both.
+        schedule: learning rate schedule of the optimiser.
+        scaler: loss scaler for fp16.
+        clip_norm: largest norm of the gradient; None never clips.
+
+    Attributes:
+        step: optimiser steps taken.
+        stopwatch: seconds of training.
+        best_score: best validation score so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        distillation: nn.Module | None,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        scaler: torch.amp.GradScaler,
+        clip_norm: float | None = None,
+    ) -> None:
+        self.model, self.distillation = model, distillation
+        self.optimizer, self.schedule, self.scaler, self.clip_norm = optimizer, schedule, scaler, clip_norm
+        if scaler.is_enabled():
+            # The scaler skips steps while it searches for its scale, and the schedule then warns of a wrong call order.
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before", UserWarning)
+        self.step = 0
+        self.stopwatch = Stopwatch()
+        self.best_score = -math.inf
+
+    def update(self, loss: Tensor, *, measure: bool = False) -> Tensor | None:
+        """Take one optimiser step; return the gradient's norm before clipping if `measure` is set or clipping is on."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        norm = None
+        if measure or self.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [parameter for each in self.optimizer.param_groups for parameter in each["params"]]
+            norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+            if self.clip_norm is not None:
+                clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        self.step += 1
+        return norm
+
+    def save(self, run: RunFolder, score: float | None = None) -> None:
+        """Write the last checkpoint and keep the previous one; write the best one if `score` beats every earlier score.
+
+        All processes must call this at the same steps; rank 0 writes.
+        """
+        best = score is not None and score > self.best_score
+        if best and score is not None:
+            self.best_score = score
+        generators = distributed.gather(_generator_states(self.distillation))
+        if distributed.is_main():
+            if best:
+                checkpoints.save(run.best, {"model": self.model.state_dict(), "step": self.step})
+            checkpoints.save(run.last, self.state_dict(generators), keep=run.previous)
+
+    def restore(self, run: RunFolder) -> None:
+        """Restore the newest intact checkpoint of `run`, or start from the beginning if there is none.
+
+        Raises:
+            ValueError: if all checkpoints are damaged, or were saved from another network, loss or version.
+        """
+        state = checkpoints.load_newest([run.last, run.previous])
+        if state is not None:
+            try:
+                self.load_state_dict(state)
+            except (KeyError, RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(
+                    f"the checkpoint in {run.last.parent} does not belong to this configuration, so the run cannot be "
+                    f"resumed with it: {reason}"
+                ) from error
+        run.drop_records_after(self.step)
+
+    def state_dict(self, generators: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return tensors and plain values; `generators` are the random states of all processes, by rank."""
+        return {
+            "model": self.model.state_dict(),
+            "distillation": {} if self.distillation is None else self.distillation.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "generators": generators,
+            "step": self.step,
+            "seconds": self.stopwatch.read(),
+            "best_score": self.best_score,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned. A process that did not exist then keeps its fresh generators."""
+        self.model.load_state_dict(state["model"])
+        if self.distillation is not None:
+            self.distillation.load_state_dict(state["distillation"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        if distributed.rank() < len(state["generators"]):
+            _set_generator_states(self.distillation, state["generators"][distributed.rank()])
+        self.step, self.best_score = state["step"], state["best_score"]
+        self.stopwatch.start(state["seconds"])
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch; checkpoints contain their states."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def _generator_states(loss: nn.Module | None) -> dict[str, Any]:
+    # sward does not use the global generators of Python and NumPy, but a user's model or data set may.
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": [version, torch.tensor(words), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "loss": [generator.get_state() for generator in _own_generators(loss)],
+    }
+
+
+def _set_generator_states(loss: nn.Module | None, states: Mapping[str, Any]) -> None:
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    for generator, state in zip(_own_generators(loss), states["loss"], strict=True):
+        generator.set_state(state)
+
+
+def _own_generators(loss: nn.Module | None) -> list[torch.Generator]:
+    found = [] if loss is None else [getattr(module, "generator", None) for module in loss.modules()]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]

@@ -1,0 +1,45 @@
+"""The frozen teacher: runs without gradients and returns the feature maps that a distillation loss needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sward.config import Precision
+from sward.features import FeatureTaps
+from sward.losses import LOGITS
+from sward.training.step import autocast
+
+
+class FrozenTeacher:
+    """A teacher in eval mode, without gradient, that hands out the maps a distillation loss asks for.
+
+    Args:
+        network: the teacher. Its parameters stop asking for gradients.
+        layers: layers to catch, or `"logits"` for its output.
+        precision: of its forward pass.
+        dtype: of the maps it hands out. Default: whatever the forward pass gives.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layers: Sequence[str],
+        *,
+        precision: Precision = "fp32",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.layers = tuple(layers)
+        self.taps = FeatureTaps(network, [layer for layer in layers if layer != LOGITS], detach=True).open()
+        self.precision: Precision = precision
+        self.dtype = dtype
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """`images [B, 3, H, W]` -> name -> `[B, C, h, w]` for each of `layers`."""
+        with torch.inference_mode(), autocast(images.device, self.precision):
+            caught = {LOGITS: self.network(images), **self.taps.collect()}
+        # Copied outside of inference mode: autograd may not keep a tensor that was made inside.
+        return {layer: caught[layer].to(self.dtype or caught[layer].dtype, copy=True) for layer in self.layers}

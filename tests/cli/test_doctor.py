@@ -1,0 +1,137 @@
+"""`sward doctor`: each line against what is there, and the implementations against what runs."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sward.cli import doctor
+from sward.cli.main import main
+from sward_kernels import prototype_discrimination, windowed_distillation
+
+CPU = ("MWAD, CPU tensors", "PDR, CPU tensors", "CIRKD, CPU tensors")
+
+
+def implementations(report: str) -> dict[str, str]:
+    """What of `sward_kernels` runs where -> what the report says about it."""
+    lines = [line.removeprefix("sward_kernels on ") for line in report.splitlines() if line.startswith("sward_kernels")]
+    return dict(line.split(": ", 1) for line in lines if ": " in line)
+
+
+def set_gpus(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(names))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: names[index])
+
+
+def remove_packages(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in packages else find(name))
+
+
+class Operators(TorchDispatchMode):
+    """Collects the names of this project's operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "sward_kernels":
+            self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def runs_native(operation: str, dtype: torch.dtype = torch.float32, **options: Any) -> bool:
+    with Operators() as operators:
+        if operation == "MWAD":
+            maps = torch.randn(2, 1, 6, 20, 20, dtype=dtype)
+            windowed_distillation(*maps, options["window"])
+        else:
+            features = torch.randn(2, 3, 8, 8, dtype=dtype)
+            prototype_discrimination(features, torch.zeros(2, 8, 8, dtype=torch.int64), 2, **options)
+    return any("native" in name for name in operators.names)
+
+
+def test_the_command_prints_versions_and_threads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"python {sys.version.split()[0]} on ")
+    assert lines[0].endswith(f", {torch.get_num_threads()} threads")
+    versions = dict(line.split(maxsplit=1) for line in lines[1:8])
+    assert versions["torch"] == metadata.version("torch")
+    assert versions["numpy"] == metadata.version("numpy")
+
+
+@pytest.mark.skipif(
+    doctor.windowed_distillation.LIBRARY.why_not() is not None, reason="the C++ does not compile on this machine"
+)
+def test_where_the_doctor_says_native_native_runs_and_elsewhere_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_gpus(monkeypatch)
+    said = implementations(doctor.describe_machine())
+    assert tuple(said) == CPU
+    assert said["MWAD, CPU tensors"] == "native (C++) in fp32; eager in windows above 16 x 16 and in other dtypes"
+    assert said["PDR, CPU tensors"] == "native (C++) in fp32; eager for normalised features and in other dtypes"
+    assert said["CIRKD, CPU tensors"] == "eager"
+    assert runs_native("MWAD", window=16)
+    assert not runs_native("MWAD", window=17)
+    assert not runs_native("MWAD", torch.float64, window=16)
+    assert runs_native("PDR")
+    assert not runs_native("PDR", normalize=True)
+    assert not runs_native("PDR", torch.float64)
+
+
+def test_without_a_compiler_the_doctor_says_eager_and_why(tmp_path: Path) -> None:
+    environment = {**os.environ, "CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "sward", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    said = implementations(done.stdout)
+    for name in CPU[:2]:
+        choice, _ = said[name].split("; ")
+        assert choice.startswith("eager instead of native (")
+        assert "'no-such-compiler'" in choice
+        assert "CXX" in choice
+    assert said["CIRKD, CPU tensors"] == "eager"
+
+
+def test_gpus_are_listed_and_take_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_gpus(monkeypatch, "Card A", "Card B")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.machinery.ModuleSpec(name, None))
+    report = doctor.describe_machine()
+    assert "GPU 0: Card A\nGPU 1: Card B\n" in report
+    assert "no GPU" not in report
+    assert implementations(report)["GPU tensors"].startswith("triton, and eager")
+
+
+def test_without_triton_gpus_take_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_gpus(monkeypatch, "Card A")
+    remove_packages(monkeypatch, "triton")
+    found = implementations(doctor.describe_machine())
+    assert found["GPU tensors"] == "eager, because the package triton is not installed"
+
+
+def test_without_a_gpu_the_doctor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_gpus(monkeypatch)
+    report = doctor.describe_machine()
+    assert "\nno GPU that torch can use\n" in report
+    assert "GPU tensors" not in report
+
+
+def test_what_is_missing_is_named_with_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    remove_packages(monkeypatch, "timm", "matplotlib")
+    report, _, missing = doctor.describe_machine().partition("pip install 'sward[all]'")
+    assert {"timm", "matplotlib"} <= {line.split(":")[0].strip() for line in missing.splitlines()[1:]}
+    assert "  timm: MobileNetV3 and DINOv2 networks" in missing.splitlines()
+    assert "not installed, and what needs them" in report
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.machinery.ModuleSpec(name, None))
+    assert "what needs them" not in doctor.describe_machine()

@@ -1,0 +1,79 @@
+"""Pairs of image files: files that cannot be read, and training views that repeat."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from sward.data import CorruptFileError
+from tests.support.folder_data import build, damage
+
+Write = Callable[[Path, np.ndarray], None]
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_a_corrupt_file_stops_or_is_replaced_by_the_next(root: Path, kind: str) -> None:
+    for number in (2, 3):
+        damage(root / kind / f"train/{number}.png")
+    with pytest.raises(CorruptFileError, match=rf"cannot read .*{kind}/train/2.png: the file is damaged"):
+        build(root)[2]
+    dataset = build(root, on_corrupt="skip")
+    with pytest.warns(UserWarning, match="skipped: cannot read") as warned:
+        names = [dataset[index].name for _ in range(2) for index in range(6)]
+    assert names == ["0", "1", "4", "4", "4", "5"] * 2
+    assert [f"{kind}/train/{number}.png" in str(each.message) for each, number in zip(warned, (2, 3))] == [True, True]
+    assert len(warned) == 2
+    # The replacement is augmented as the place it stands in, so the batch does not hold one view twice.
+    assert not torch.equal(dataset[2].image, dataset[4].image)
+
+
+def test_the_last_image_is_replaced_by_the_first_and_none_left_is_an_error(root: Path) -> None:
+    damage(root / "images/train/5.png")
+    dataset = build(root, on_corrupt="skip")
+    with pytest.warns(UserWarning, match="skipped: cannot read"):
+        assert dataset[5].name == "0"
+    for number in range(5):
+        damage(root / f"images/train/{number}.png")
+    with (
+        pytest.warns(UserWarning, match="skipped"),
+        pytest.raises(CorruptFileError, match="none of the 6 images of folder in"),
+    ):
+        build(root, on_corrupt="skip")[0]
+
+
+def test_skipping_is_for_training_and_for_files_that_cannot_be_read(root: Path, write: Write) -> None:
+    with pytest.raises(ValueError, match="skipping images would change the score"):
+        build(root, "val", on_corrupt="skip")
+    with pytest.raises(ValueError, match="on_corrupt must be 'stop' or 'skip', got 'drop'"):
+        build(root, on_corrupt="drop")
+    write(root / "masks/train/1.png", np.full((43, 52), 9, np.uint8))
+    with pytest.raises(ValueError, match="holds the value 9"):
+        build(root, on_corrupt="skip")[1]
+
+
+def test_skipping_does_not_depend_on_workers(root: Path) -> None:
+    damage(root / "images/train/2.png")
+    with pytest.warns(UserWarning, match="skipped"):
+        alone = list(DataLoader(build(root, on_corrupt="skip"), batch_size=3))
+    shared = list(DataLoader(build(root, on_corrupt="skip"), batch_size=3, num_workers=2))
+    for one, other in zip(alone, shared, strict=True):
+        assert one.name == other.name
+        assert torch.equal(one.image, other.image)
+
+
+def test_views_repeat_and_are_for_training(root: Path) -> None:
+    dataset, free = build(root, views=2), build(root)
+    seen = []
+    for epoch in range(4):
+        dataset.set_epoch(epoch)
+        seen.append(dataset[0].image)
+    free.set_epoch(1)
+    assert torch.equal(seen[1], free[0].image)
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+    assert not torch.equal(seen[0], seen[1])
+    with pytest.raises(ValueError, match="views must be at least 1 for training sets and None otherwise, got 0"):
+        build(root, views=0)

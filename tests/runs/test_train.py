@@ -1,0 +1,85 @@
+"""Whole training runs: what they write, what they refuse, and that they repeat."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sward.config import OptimizerConfig, TeacherConfig
+from sward.runs import train_student
+from sward.training import checkpoints
+from sward.training.run_folder import RunFolder
+from tests.support.training_runs import small
+
+pytestmark = pytest.mark.usefixtures("few_images")
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
+    runs = [train_student(small(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    a, b, c = (weights(run.run / "checkpoints" / "last.pt") for run in runs)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_student_starts_from_the_same_weights_with_and_without_distillation(tmp_path: Path) -> None:
+    tiny = OptimizerConfig(lr=1e-12, weight_decay=0.0)
+    for method in ("none", "sward"):
+        train_student(small(tmp_path / method, distillation=method, optimizer=tiny, iterations=1))
+    none, sward = (weights(tmp_path / method / "checkpoints" / "last.pt") for method in ("none", "sward"))
+    for key in none:
+        torch.testing.assert_close(none[key], sward[key], rtol=0, atol=1e-9)
+
+
+def test_metrics_name_every_term_and_the_loss_is_their_weighted_sum(tmp_path: Path) -> None:
+    result = train_student(small(tmp_path / "run"))
+    records = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+    for record in records[:4]:
+        assert record["loss"] == pytest.approx(record["task"] + 2 * record["mwad"] + record["pdr"], rel=1e-5)
+    assert records[-1]["validation"]["images"] == 4
+    assert json.loads((result.run / "config.json").read_text())["sward"]["embed_dim"] == 8
+    assert (result.run / "environment.json").exists()
+    assert (result.run / "checkpoints" / "best.pt").exists()
+
+
+def test_distillation_lowers_its_own_loss(tmp_path: Path) -> None:
+    result = train_student(small(tmp_path / "run", iterations=40))
+    records = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+    mwad = [record["mwad"] for record in records if "mwad" in record]
+    assert sum(mwad[-5:]) < 0.5 * sum(mwad[:5])
+
+
+def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    train_student(small(tmp_path / "run", distillation="none"))
+    with pytest.raises(ValueError, match="already holds a run; resume it with --resume"):
+        train_student(small(tmp_path / "run", distillation="none"))
+
+
+def test_mistakes_are_found_before_any_work(tmp_path: Path) -> None:
+    for changes, message in (
+        (dict(epochs=2), "exactly one of iterations and epochs"),
+        (dict(batch=100), "batch must be at most 18, the number of training images, got 100"),
+        (dict(distillation="swrad"), "unknown distillation method 'swrad'; did you mean 'sward'"),
+        (dict(model="unet"), "did you mean unext"),
+        (dict(device="tpu9"), "device must be a torch device such as 'cpu' or 'cuda', got 'tpu9'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_student(small(tmp_path / "run", **changes))
+    with pytest.raises(FileNotFoundError, match="train it with 'sward train-teacher demo'"):
+        train_student(small(tmp_path / "run", teacher=TeacherConfig(name="hiera_demo", run=tmp_path / "nowhere")))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_batch_norm_images_change_statistics_and_no_weight(tmp_path: Path) -> None:
+    states = []
+    for name, images in (("running", None), ("estimated", 4)):
+        train_student(small(tmp_path / name, iterations=3, batch_norm_images=images))
+        states.append(checkpoints.load(RunFolder(tmp_path / name).last)["model"])
+    running, estimated = states
+    changed = {key for key in running if not torch.equal(running[key], estimated[key])}
+    assert changed
+    assert all("running_" in key or "num_batches" in key for key in changed)

@@ -1,0 +1,44 @@
+"""A small data set in folders, for the tests of reading and packing image files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sward import data
+from sward.data import packing
+from sward.data.files import PairedFiles
+
+
+def build(root: Path, split: str = "train", packed: str = "auto", **options: Any) -> PairedFiles:
+    made = data.build(
+        "folder", split, train=split == "train", root=root, num_classes=3, image_size=32, packed=packed, **options
+    )
+    assert isinstance(made, PairedFiles)
+    return made
+
+
+def pack(root: Path, output: Path | None = None, **options: Any) -> packing.PackResult:
+    return packing.pack(data.build_for_packing("folder", root=root, num_classes=3), output, workers=2, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def assert_same_samples(one: PairedFiles, other: PairedFiles, epochs: int = 3) -> None:
+    assert len(one) == len(other)
+    for epoch in range(epochs):
+        one.set_epoch(epoch)
+        other.set_epoch(epoch)
+        for index in range(len(one)):
+            a, b = one[index], other[index]
+            assert a.name == b.name
+            assert torch.equal(a.image, b.image)
+            assert torch.equal(a.labels, b.labels)
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:60])
