@@ -168,7 +168,7 @@ class SWARDDistillation(DistillationLoss):
 
     Args:
         mwad: windowed distillation, one stage per pair of taps.
-        pdr: prototype regularization; needed only where gamma is not 0.
+        pdr: prototype regularization.
         student_taps: the student's layers for MWAD.
         teacher_taps: the teacher's layers, in the same order.
         pdr_tap: the student's layer for PDR. Default: the last of `student_taps`.
@@ -176,14 +176,13 @@ class SWARDDistillation(DistillationLoss):
             `SWARDLoss`, 0 is possible and the attribute may be changed.
 
     Raises:
-        ValueError: for `weights` that are not two finite numbers of at least 0, or if gamma is not 0 and `pdr` is
-            missing.
+        ValueError: for `weights` that are not two finite numbers of at least 0.
     """
 
     def __init__(
         self,
         mwad: MWADLoss,
-        pdr: PDRLoss | None,
+        pdr: PDRLoss,
         *,
         student_taps: Sequence[str],
         teacher_taps: Sequence[str],
@@ -191,7 +190,6 @@ class SWARDDistillation(DistillationLoss):
         weights: tuple[float, float] = RECOMMENDED.weights,
     ) -> None:
         _check_weights(weights, ("beta", "gamma"))
-        _require_pdr(pdr, weights[-1])
         self.pdr_tap = student_taps[-1] if pdr_tap is None else pdr_tap
         super().__init__(list(dict.fromkeys((*student_taps, self.pdr_tap))), teacher_taps)
         self.stage_taps = tuple(student_taps)

@@ -105,7 +105,8 @@ def test_parts_of_weight_zero_stay_in_the_graph(weights: tuple[float, float, flo
     output = SWARDLoss(SegmentationCrossEntropy(), mwad, pdr, weights=weights)(logits, labels, student, teacher)
     output.loss.backward()
     assert output.loss.isfinite()
-    for weight, tensors in zip(weights, ([logits], [*mwad.parameters(), student[0]], [])):
+    trained = [parameter for parameter in mwad.parameters() if parameter.requires_grad]
+    for weight, tensors in zip(weights, ([logits], [*trained, student[0]], [])):
         for tensor in tensors:
             assert tensor.grad is not None
             assert tensor.grad.any() == bool(weight)
@@ -115,14 +116,15 @@ def test_a_weight_that_is_ramped_up_from_zero_trains_the_projections() -> None:
     mwad, pdr = parts()
     logits, labels, student, teacher = batch()
     objective = SWARDLoss(SegmentationCrossEntropy(), mwad, pdr, weights=(1.0, 0.0, 1.0))
-    optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.1)
-    before = [parameter.detach().clone() for parameter in mwad.parameters()]
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    before = [parameter.detach().clone() for parameter in trained]
     for beta, moves in ((0.0, False), (2.0, True)):
         objective.weights = (1.0, beta, 1.0)
         optimizer.zero_grad()
         objective(logits, labels, student, teacher).loss.backward()
         optimizer.step()
-        assert all(torch.equal(one, other) != moves for one, other in zip(before, mwad.parameters()))
+        assert all(torch.equal(one, other) != moves for one, other in zip(before, trained))
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, -1.0, 1.0), (1.0, float("nan"), 1.0), (1.0, float("inf"), 1.0)])
@@ -153,7 +155,7 @@ class Student(nn.Module):
         super().__init__()
         self.trunk, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)
         self.only_for_distillation = nn.Conv2d(4, 4, 1)
-        mwad = MWADLoss([4], [5], window_size=4, embed_dim=8)
+        mwad = MWADLoss([4], [5], window_size=4, embed_dim=8, teacher_projections="learned")
         self.loss = SWARDLoss(SegmentationCrossEntropy(), mwad, PDRLoss(3))
 
     def forward(self, images, labels, teacher):
