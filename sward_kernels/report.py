@@ -21,11 +21,15 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from sward_kernels.resources import Row, resources_of
-from sward_kernels.targets import TARGETS, Configuration, Target
+from sward_kernels.resources import Configuration, Row, resources_of
+from sward_kernels.targets import TARGETS, Target
 
-OPERATIONS = {"windowed_distillation": "plan", "prototypes": "launch", "relational_kl": "launch"}
-"""Packages under `sward_kernels`, and the module of each whose `configurations(target)` yields what ships."""
+OPERATIONS = {
+    "windowed_distillation": "windowed.plan",
+    "prototypes": "prototypes.launch",
+    "relational_kl": "relation.launch",
+}
+"""Operation -> the module under `sward_kernels` whose `configurations(target)` yields what ships."""
 
 SECONDS_PER_CONFIGURATION = 600
 
@@ -42,7 +46,7 @@ bound and not a measurement."""
 
 def configurations(operation: str, target: str) -> list[Configuration]:
     """What ships of one operation for one target."""
-    module = importlib.import_module(f"sward_kernels.{operation}.{OPERATIONS[operation]}")
+    module = importlib.import_module(f"sward_kernels.{OPERATIONS[operation]}")
     return list(module.configurations(TARGETS[target]))
 
 

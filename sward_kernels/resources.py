@@ -11,12 +11,43 @@ import os
 import re
 import subprocess
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sward_kernels.targets import Configuration, Target
+from sward_kernels.targets import Target
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One kernel as it ships: everything that decides what Triton compiles.
+
+    Attributes:
+        operation, direction: e.g. `"windowed_distillation"`, `"backward"`; the report's `op` and `pass`.
+        kernel: the `@triton.jit` function.
+        types: Triton's type of every argument that is not a constexpr, e.g. `{"teacher": "*bf16", "height": "i32"}`.
+            Pointers are taken to be aligned to 16 bytes, as PyTorch allocates them.
+        constants: the constexpr arguments.
+        num_warps: warps of one program.
+        maxnreg: Triton's option of that name, the most registers of a thread; None leaves them to the assembler.
+        details: columns for the report: `dtype`, `window_size`, `tokens`, `dim`, and what else tells rows apart.
+        ideal_bytes, flops: device-memory traffic no implementation can avoid, and arithmetic done, a `unit`.
+        unit: what those two are counted for, e.g. `"window"`.
+    """
+
+    operation: str
+    direction: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    maxnreg: int | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    ideal_bytes: int = 0
+    flops: int = 0
+    unit: str = "window"
 
 
 def resources_of(configuration: Configuration, target: Target) -> Row:

@@ -369,7 +369,7 @@ def _report(words: list[str]) -> None:
 @_command("complexity", "parameters and FLOPs of every teacher and student, and the paper's values")
 def _complexity(words: list[str]) -> None:
     options = _parse(Complexity, "complexity", words)
-    from sward.models.complexity import complexity_table, render
+    from sward.models.flops import complexity_table, render
 
     printing.console().print(render(complexity_table(options.models or None)))
 

@@ -16,7 +16,7 @@ from sward.losses.pairs import full_precision
 from sward.losses.pdr import PDRLoss
 from sward.losses.protocol import DistillationInputs, DistillationLoss, DistillationOutput
 from sward.losses.recipes import RECOMMENDED
-from sward_kernels.prototypes.classes import class_indices_op
+from sward_kernels.labels import class_indices_op
 
 
 class SegmentationCrossEntropy(nn.Module):
@@ -220,10 +220,10 @@ def _mwad_and_pdr(
     beta, gamma = weights
     zero = torch.zeros((), device=pdr_features.device)
     loss = zero
-    lambdas = (0.0, 0.0) if pdr is None else pdr.weights
+    lambdas = (0.0, 0.0) if pdr is None else pdr.terms
     terms = dict.fromkeys(("mwad", "attention", "value", "context", "pdr", "separation", "compactness"), zero)
     factors = {
-        **{name: beta * weight for name, weight in zip(("attention", "value", "context"), mwad.weights)},
+        **{name: beta * weight for name, weight in zip(("attention", "value", "context"), mwad.terms)},
         **{name: gamma * weight for name, weight in zip(("separation", "compactness"), lambdas)},
     }
     if beta:

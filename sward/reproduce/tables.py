@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sward import data, presets
-from sward.models.complexity import complexity
+from sward.models.flops import complexity
 from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, Table, method
 from sward.reproduce.paired import paired_bootstrap, paired_t
 from sward.reproduce.rendering import Column, Comparison, FilledTable, Mean, Value

@@ -105,7 +105,7 @@ def _sward(pair: DistillationPair) -> SWARDDistillation:
         window_size=settings.window_size[0] if len(settings.window_size) == 1 else settings.window_size,
         embed_dim=settings.embed_dim,
         shift=settings.shift,
-        weights=settings.terms,
+        terms=settings.terms,
         teacher_normalization=settings.teacher_normalization,
         teacher_projections=settings.teacher_projections,
         context_reduction=settings.context_reduction,
@@ -116,7 +116,7 @@ def _sward(pair: DistillationPair) -> SWARDDistillation:
     pdr = PDRLoss(
         pair.info.num_classes,
         margin=settings.margin,
-        weights=settings.pdr_weights,
+        terms=settings.pdr_weights,
         ignore_index=pair.info.ignore_index,
         normalize=settings.normalize,
         process_group=distributed.group(),

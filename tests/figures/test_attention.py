@@ -42,9 +42,9 @@ def test_mean_divergence_over_all_pixels_is_the_attention_term(pair: tuple[Net, 
         for row in range(0, 24, 4)
         for column in range(0, 40, 4)
     ]
-    teacher_map, student_map = teacher(image[None]), student(image[None])
-    qkv_teacher, qkv_student = loss.mwad.project(0, student_map, teacher_map)
-    expected = windowed_distillation(qkv_teacher, qkv_student, SIDE, implementation="reference").attention
+    student_map, teacher_map = student(image[None]), teacher(image[None])
+    qkv_student, qkv_teacher = loss.mwad.project(0, student_map, teacher_map)
+    expected = windowed_distillation(qkv_student, qkv_teacher, SIDE, implementation="reference").attention
     assert sum(divergences) / len(divergences) == pytest.approx(expected.item(), rel=1e-4)
 
 

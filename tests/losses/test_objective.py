@@ -80,7 +80,7 @@ def test_protocol_form_is_the_objective_without_its_task() -> None:
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_weighted_terms_add_up_to_the_loss(reduction: str) -> None:
     mwad, pdr = parts()
-    mwad.weights, pdr.weights, mwad.context_reduction = (0.5, 2.0, 3.0), (0.3, 0.7), reduction
+    mwad.terms, pdr.terms, mwad.context_reduction = (0.5, 2.0, 3.0), (0.3, 0.7), reduction
     _, labels, student, teacher = batch()
     method = SWARDDistillation(mwad, pdr, student_taps=["a", "b"], teacher_taps=["x", "y"], weights=(0.2, 5.0))
     output = method(DistillationInputs(dict(zip("ab", student)), dict(zip("xy", teacher)), labels))
@@ -126,7 +126,7 @@ def test_all_ignored_costs_nothing(classes: int) -> None:
 def test_cross_entropy_refuses_a_label_that_is_no_class(channels: int) -> None:
     logits, labels = torch.randn(2, channels, 4, 4), torch.full((2, 4, 4), 255)
     labels[1, 2, 3] = 7
-    message = r"labels hold 7, which is neither a class in 0\.\.1 nor ignore_index=255"
+    message = r"labels must be classes in 0\.\.1 or ignore_index=255, got 7"
     for loss in (SegmentationCrossEntropy(), torch.compile(SegmentationCrossEntropy(), backend="aot_eager")):
         with pytest.raises(ValueError, match=message):
             loss(logits, labels)

@@ -243,7 +243,7 @@ def train(name: str, wrap: Any, part: slice) -> dict[str, Any]:
     toy = Toy(build(name))
     if isinstance(toy.method, CIRKDLoss):
         # Batch statistics and pairs of images are those of a process; the memory is everyone's.
-        toy.method.weights = (1.0, 0.0, 1.0, 1.0)
+        toy.method.terms = (1.0, 0.0, 1.0, 1.0)
         toy.method.projector[1].eval()
     module = wrap(toy)
     optimizer = torch.optim.SGD(toy.parameters(), lr=0.05)
