@@ -78,6 +78,37 @@ class Predict:
 
 
 @dataclass
+class Export:
+    """Write a trained network as ONNX or torch.export file, and prove that it predicts what PyTorch predicts.
+
+    The file takes RGB images of any size: normalisation, padding and cropping are part of it.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder, or a checkpoint in it."""
+    output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
+    """File to write; .onnx or .pt2."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which weights of a run folder."""
+    input: Literal["uint8", "float", "normalised"] = "uint8"
+    """What the images hold: RGB of 0 to 255, RGB of 0 to 1, or floats that are already normalised."""
+    returns: Literal["logits", "probabilities", "argmax"] = "logits"
+    """What the file returns."""
+    size: tuple[int, int] | None = None
+    """Height and width to limit the file to; free by default."""
+    check: int | None = None
+    """Images to prove it on; the whole split by default, 0 skips the proof."""
+    split: str = "val"
+    """Split of the run's data set to prove it on."""
+    root: Path | None = None
+    """Folder that holds the data set; the run's own by default."""
+    tolerance: float = 1e-4
+    """Largest accepted difference in mIoU and Dice, as a fraction of 1."""
+    overwrite: bool = False
+    """Replace an existing file."""
+
+
+@dataclass
 class Report:
     """Write one HTML page about one or more runs: scores, curves, classes, predictions, configuration, environment.
 
@@ -350,6 +381,28 @@ def _predict(words: list[str]) -> None:
         options.run, options.images, options.output, checkpoint=options.checkpoint, device=options.device
     ):
         print(path)
+
+
+@_command("export", "write a trained network as ONNX or .pt2, and prove it against PyTorch")
+def _export(words: list[str]) -> None:
+    options = _parse(Export, "export", words)
+    from sward.deploy.proof import export_run
+
+    printing.print_export(
+        export_run(
+            options.run,
+            options.output,
+            checkpoint=options.checkpoint,
+            input=options.input,
+            output=options.returns,
+            size=options.size,
+            check=options.check,
+            split=options.split,
+            root=options.root,
+            tolerance=options.tolerance,
+            overwrite=options.overwrite,
+        )
+    )
 
 
 @_command("reproduce", "run what a table or figure of the paper needs, and make it")
