@@ -65,16 +65,28 @@ class Evaluate:
 class Predict:
     """Write NAME-mask.png (class indices, in colour) and NAME-overlay.png for each image, at the image's size."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder."""
+    source: Annotated[Path, tyro.conf.Positional]
+    """Run folder, checkpoint or exported file."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files."""
+    """Image files, folders of images, or patterns such as 'a/**/*.jpg'."""
     output: Path | None = None
-    """Where to write; RUN/predictions by default."""
+    """Where to write; a folder named predictions in the run folder or beside the file by default."""
     checkpoint: Literal["best", "last"] = "best"
-    """Which weights."""
+    """Which weights of a run folder."""
     device: str | None = None
     """Where to run; the GPU where there is one."""
+    tile: tuple[int, int] | None = None
+    """Height and width of tiles at the image's own resolution; by default the image is resized for the network."""
+    overlap: int | None = None
+    """Pixels that neighbouring tiles share; a quarter of the tile by default."""
+    as_labels: tuple[int, ...] | None = None
+    """Write grey masks with these values by class; without values 0 and 255 for two classes, else class indices."""
+    probabilities: Literal["npy", "png"] | None = None
+    """Also write probabilities: NAME-probabilities.npy, or one 16-bit PNG per class."""
+    allow_large: bool = False
+    """Read images that Pillow takes for decompression bombs."""
+    overwrite: bool = False
+    """Replace existing files."""
 
 
 @dataclass
@@ -378,7 +390,17 @@ def _predict(words: list[str]) -> None:
     from sward.cli.predict import predict_images
 
     for path in predict_images(
-        options.run, options.images, options.output, checkpoint=options.checkpoint, device=options.device
+        options.source,
+        options.images,
+        options.output,
+        checkpoint=options.checkpoint,
+        device=options.device,
+        tile=options.tile,
+        overlap=options.overlap,
+        as_labels=options.as_labels,
+        probabilities=options.probabilities,
+        allow_large=options.allow_large,
+        overwrite=options.overwrite,
     ):
         print(path)
 

@@ -96,7 +96,7 @@ def _traced(network: DeployedNetwork, metadata: Metadata) -> torch.export.Export
         free[3] = torch.export.Dim("width", min=1, max=2**16)
     try:
         # Without the patch, torch decides memory layouts by comparing sizes and then refuses the sizes it excluded.
-        with symbolic_shapes.patch(backed_size_oblivious=True), _quiet():
+        with symbolic_shapes.patch(backed_size_oblivious=True), _quiet():  # type: ignore[attr-defined]
             return torch.export.export(network, (images,), dynamic_shapes=({**free},))
     except torch._dynamo.exc.UserError as error:
         if metadata.fixed_size is not None:

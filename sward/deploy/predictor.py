@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from sward.data import DatasetInfo, read_image
 from sward.data.transforms import resize_image
 from sward.deploy.metadata import Metadata, evaluation_size
 from sward.deploy.network import DeployedNetwork
+from sward.deploy.tiles import blended_bands, check_tile, default_overlap
 from sward.evaluation import predicted_labels
 from sward.runs.load import choose_device, load_run
 
@@ -63,30 +64,69 @@ class Predictor:
             )
         return self._forward(as_input(images, self.metadata))
 
-    def predict(self, image: Image) -> NDArray[np.uint8]:
+    def predict(
+        self, image: Image, *, tile: tuple[int, int] | None = None, overlap: int | None = None
+    ) -> NDArray[np.uint8]:
         """Predict the class of every pixel: class indices, uint8 `[H, W]`, at the size of the image.
 
-        The image is resized to `metadata.image_size` for the network, and the result back.
-        """
-        pixels = as_pixels(image)
-        outputs = self.forward(self.resized(pixels)[None])
-        return labels_at(outputs, (pixels.shape[-2], pixels.shape[-1]))[0].to(torch.uint8).numpy()
-
-    def probabilities(self, image: Image) -> NDArray[np.float32]:
-        """Predict the probability of every class: float32 `[K, H, W]`, at the size of the image.
+        Args:
+            image: a picture of any size.
+            tile: height and width of tiles, predicted at the image's own resolution and blended; memory then does not
+                grow with the image's height. None resizes the image to `metadata.image_size`, and the result back.
+            overlap: pixels that neighbouring tiles share; None takes a quarter of the tile.
 
         Raises:
-            ValueError: if the file holds `argmax`.
+            ValueError: if the tile or overlap is wrong, or the file holds `argmax` and a tile is given.
         """
-        pixels = as_pixels(image)
-        outputs = self.forward(self.resized(pixels)[None])
-        return self.to_probabilities(_resized(outputs, pixels.shape[-2:]))[0].numpy()
+        self.check_tile(tile, overlap)
+        bands = [self.to_labels(outputs).to(torch.uint8) for _, outputs in self.bands(as_pixels(image), tile, overlap)]
+        return torch.cat(bands).numpy()
+
+    def probabilities(
+        self, image: Image, *, tile: tuple[int, int] | None = None, overlap: int | None = None
+    ) -> NDArray[np.float32]:
+        """Predict the probability of every class: float32 `[K, H, W]`, at the size of the image; see `predict`.
+
+        Raises:
+            ValueError: as `predict`, or if the file holds `argmax`.
+        """
+        self.check_tile(tile, overlap)
+        self.check_probabilities()
+        bands = [self.to_probabilities(outputs) for _, outputs in self.bands(as_pixels(image), tile, overlap)]
+        return torch.cat(bands, dim=1).numpy()
+
+    def bands(self, pixels: Tensor, tile: tuple[int, int] | None, overlap: int | None) -> Iterator[tuple[int, Tensor]]:
+        """Yield the first row of a band of the image and its outputs at the size of the image, from top to bottom.
+
+        Outputs are logits or probabilities `[K, rows, W]`, or classes `[rows, W]`, as the file holds them.
+        """
+        if tile is None:
+            yield 0, _resized(self.forward(self.resized(pixels)[None]), pixels.shape[-2:])[0]
+        else:
+            yield from blended_bands(self.forward, pixels, tile, default_overlap(tile) if overlap is None else overlap)
+
+    def to_labels(self, outputs: Tensor) -> Tensor:
+        """Return the classes `[rows, W]` of a band."""
+        return labels_at(outputs[None], (outputs.shape[-2], outputs.shape[-1]))[0]
 
     def to_probabilities(self, outputs: Tensor) -> Tensor:
-        """Return the probabilities `[..., K, H, W]` of outputs of `forward`; see `probabilities`."""
+        """Return the probabilities `[K, rows, W]` of a band."""
+        return outputs if self.metadata.output == "probabilities" else outputs.softmax(0)
+
+    def check_tile(self, tile: tuple[int, int] | None, overlap: int | None) -> None:
+        """Raise ValueError if this file cannot be run on such tiles."""
+        if tile is None:
+            if overlap is not None:
+                raise ValueError(f"overlap must be given with a tile, got {overlap} without one")
+            return
+        check_tile(tile, default_overlap(tile) if overlap is None else overlap)
+        if self.metadata.output == "argmax":
+            raise ValueError(f"output of {self.path} must be logits or probabilities for tiles, got argmax")
+
+    def check_probabilities(self) -> None:
+        """Raise ValueError if this file does not return what probabilities are computed from."""
         if self.metadata.output == "argmax":
             raise ValueError(f"output of {self.path} must be logits or probabilities, got argmax; export it again")
-        return outputs if self.metadata.output == "probabilities" else outputs.softmax(-3)
 
     def resized(self, pixels: Tensor) -> Tensor:
         """Resize uint8 `[3, H, W]` to the size at which the network was evaluated."""
