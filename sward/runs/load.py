@@ -138,6 +138,7 @@ def build_split(
         on_corrupt=config.on_corrupt if train else "stop",
         views=settings.views if train else None,
         teacher_size=teacher_size,
+        image_range=settings.image_range,
     )
 
 
