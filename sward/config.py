@@ -146,6 +146,8 @@ class TeacherConfig:
     """Folder that caches the teacher's features of each view of an image; needs `dataset.views`. None has no cache."""
     precision: Precision = "fp32"
     """Precision of the teacher's forward pass; independent of the student's."""
+    normalization: TeacherNormalization = "none"
+    """Standardise the feature maps that other methods than sward read; see `sward.teacher_normalization` for sward."""
 
 
 @dataclass

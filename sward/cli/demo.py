@@ -14,7 +14,7 @@ from sward.data import denormalise
 from sward.evaluation import predict_sample
 from sward.figures.curves import training_curves
 from sward.figures.predictions import prediction_grid
-from sward.models.complexity import complexity
+from sward.models.flops import complexity
 from sward.runs import load_run, train_student, train_teacher
 from sward.runs.load import build_split
 from sward.training import TrainingResult

@@ -8,7 +8,7 @@ import torch
 
 from sward.training.run_folder import environment
 from sward_kernels.prototypes import native as prototypes
-from sward_kernels.windowed_distillation import native as windowed_distillation
+from sward_kernels.windowed import native as windowed_distillation
 
 OPTIONAL = {
     "torchvision": "training transforms",

@@ -18,7 +18,8 @@ from sward.losses.global_mean import mean_count
 from sward.losses.pairs import TapComparison, require_same_classes
 from sward.losses.protocol import LOGITS, DistillationOutput
 from sward_kernels import relational_kl
-from sward_kernels.relational_kl.api import check_implementation
+from sward_kernels.labels import class_indices
+from sward_kernels.relation.api import check_implementation
 
 # Scores of this many elements (64 MiB in float32) exist at once in the memory terms.
 _CHUNK_ELEMENTS = 2**24
@@ -48,8 +49,8 @@ class CIRKDLoss(TapComparison):
         num_classes: `K`, at least 2; a one-logit binary task has 2.
         student_tap: the student's layer that enters its classifier.
         teacher_tap: the teacher's.
-        weights: KD, minibatch, pixel, region. Default 1, 1, 0.1, 0.1 (Cityscapes); VOC uses 0.01 for the last two. A
-            weight of 0 skips the term.
+        terms: weights of KD, minibatch, pixel and region. Default 1, 1, 0.1, 0.1 (Cityscapes); VOC uses 0.01 for the
+            last two. A term of weight 0 is not computed.
         temperature: divides similarities. Default 0.1.
         distribution_temperature: divides them again in pixel and region, whose KL is multiplied by its square.
             Default 1.
@@ -83,7 +84,7 @@ class CIRKDLoss(TapComparison):
         *,
         student_tap: str,
         teacher_tap: str,
-        weights: tuple[float, float, float, float] = (1.0, 1.0, 0.1, 0.1),
+        terms: tuple[float, float, float, float] = (1.0, 1.0, 0.1, 0.1),
         temperature: float = 0.1,
         distribution_temperature: float = 1.0,
         pixel_queue: Literal["fixed", "official"] = "fixed",
@@ -106,7 +107,7 @@ class CIRKDLoss(TapComparison):
             (LOGITS, student_tap), (LOGITS, teacher_tap), (None, student_channels), (None, teacher_channels)
         )
         self.num_classes = num_classes
-        self.weights = weights
+        self.terms = terms
         self.temperature = temperature
         self.distribution_temperature = distribution_temperature
         self.official = pixel_queue == "official"
@@ -118,7 +119,7 @@ class CIRKDLoss(TapComparison):
         self.implementation = implementation
         # Without a memory term the projector would get no gradient, which DDP takes for a mistake.
         self.projector: nn.Module = nn.Identity()
-        if any(weights[2:]):
+        if any(terms[2:]):
             self.projector = nn.Sequential(
                 nn.Conv2d(student_channels, teacher_channels, 1, bias=False),
                 nn.BatchNorm2d(teacher_channels),
@@ -147,7 +148,7 @@ class CIRKDLoss(TapComparison):
         self.region_queue.load(state["region_queue"])
 
     def compare(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor) -> DistillationOutput:
-        kd_weight, batch_weight, pixel_weight, region_weight = self.weights
+        kd_weight, batch_weight, pixel_weight, region_weight = self.terms
         terms: dict[str, Tensor] = {}
         if kd_weight:
             require_same_classes(student[0], teacher[0])
@@ -155,18 +156,18 @@ class CIRKDLoss(TapComparison):
         student_map, teacher_map = self._pooled(*resize_to_common(student[1], teacher[1]))
         if batch_weight:
             terms["minibatch"] = relational_kl(
-                teacher_map.flatten(2).mT,
-                student_map.flatten(2).mT,
-                self.temperature,
+                student=student_map.flatten(2).mT,
+                teacher=teacher_map.flatten(2).mT,
+                temperature=self.temperature,
                 implementation=self.implementation,
             )
         if pixel_weight or region_weight:
             height, width = student_map.shape[-2:]
             resized = resize_labels(labels, (height, width), pick="corner" if self.official else "centre")
-            classes = self._classes(resized).flatten(1)
+            classes = class_indices(resized, self.num_classes, self.ignore_index).flatten(1)
             terms |= self._memory_terms(self.projector(student_map), teacher_map, classes)
         terms = {name: terms.get(name, student_map.new_zeros(())) for name in _TERMS}
-        weighted = {name: weight * term for weight, (name, term) in zip(self.weights, terms.items())}
+        weighted = {name: weight * term for weight, (name, term) in zip(self.terms, terms.items())}
         return DistillationOutput(
             torch.stack(list(weighted.values())).sum(),
             {name: term.detach().float() for name, term in terms.items()},
@@ -184,17 +185,6 @@ class CIRKDLoss(TapComparison):
             return student, teacher
         return F.avg_pool2d(student, factor, ceil_mode=True), F.avg_pool2d(teacher, factor, ceil_mode=True)
 
-    def _classes(self, labels: Tensor) -> Tensor:
-        labels = labels.long()
-        inside = (labels >= 0) & (labels < self.num_classes)
-        ignored = labels == self.ignore_index
-        if labels.device.type == "cpu" and not bool((inside | ignored).all()):
-            wrong = int(labels[~(inside | ignored)][0])
-            raise ValueError(
-                f"labels must be 0..{self.num_classes - 1} or {self.ignore_index} (ignore_index), got {wrong}"
-            )
-        return labels.where(inside & ~ignored, self.num_classes)
-
     def _memory_terms(self, projected: Tensor, teacher: Tensor, classes: Tensor) -> dict[str, Tensor]:
         student_units = F.normalize(projected, dim=1).flatten(2)
         teacher_units = F.normalize(teacher, dim=1).flatten(2)
@@ -208,7 +198,7 @@ class CIRKDLoss(TapComparison):
         row_weights = labelled / mean_count(labelled, self._processes())
         terms = {}
         queues = (self.pixel_queue, self.region_queue)
-        for name, queue, count, weight in zip(_TERMS[2:], queues, self.keys, self.weights[2:]):
+        for name, queue, count, weight in zip(_TERMS[2:], queues, self.keys, self.terms[2:]):
             order = torch.randperm(queue.size, generator=generator)[:count].to(teacher.device)
             if weight:
                 terms[name] = memory_relation(

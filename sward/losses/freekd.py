@@ -186,7 +186,7 @@ class FreeKDLoss(TapComparison):
         with torch.no_grad():
             low_masks, *detail_masks = self.prompts(teacher_bands)
             channel_weights = (
-                _channel_weights(teacher_map, student_map)
+                _channel_weights(student_map, teacher_map)
                 if self.position_weight
                 else teacher_map.new_ones(teacher_map.shape[:2])
             )
@@ -222,7 +222,7 @@ def _masked_difference(masks: Tensor, difference: Tensor, channel_weights: Tenso
     return (masks.mean(dim=1) * per_pixel).mean()
 
 
-def _channel_weights(teacher: Tensor, student: Tensor) -> Tensor:
+def _channel_weights(student: Tensor, teacher: Tensor) -> Tensor:
     weights = _channel_attention(teacher) * _channel_attention(student)
     return weights / weights.mean(dim=1, keepdim=True)
 

@@ -162,7 +162,7 @@ class MasKDLoss(TapComparison):
             pixel_weights = (
                 self._logits_weights(teacher_map)
                 if self.level == "logits"
-                else self._features_weights(teacher_map, student_map)
+                else self._features_weights(student_map, teacher_map)
             )
         error = (student_map - teacher_map).square().mean(dim=1)
         return weighted(self.weight, {"maskd": (pixel_weights * error).sum(dim=(1, 2)).mean()})
@@ -171,7 +171,7 @@ class MasKDLoss(TapComparison):
         masks = self.masks(teacher)
         return 0.5 * (masks.square() / (_mass(masks) + _LOGITS_EPSILON)).mean(dim=1)
 
-    def _features_weights(self, teacher: Tensor, student: Tensor) -> Tensor:
+    def _features_weights(self, student: Tensor, teacher: Tensor) -> Tensor:
         masks = self.masks(teacher)
         # A choice by tensor, not by number: reading the counter would stall a GPU at every step.
         masks = masks * torch.where(self._step >= self.student_masks_after, self.masks(student), 1.0)

@@ -12,9 +12,10 @@ from sward.reproduce import experiments
 from sward.reproduce.experiments import Table, own_tests
 from sward.reproduce.figures import figure
 from sward.reproduce.options import DEFAULT_PRESET, Options
-from sward.reproduce.plan import plan
+from sward.reproduce.plan import describe_plan
+from sward.reproduce.rendering import markdown, write
 from sward.reproduce.study import Study
-from sward.reproduce.tables import fill, markdown, model_costs, write
+from sward.reproduce.tables import fill, model_costs
 
 __all__ = ["Options", "reproduce"]
 
@@ -32,7 +33,7 @@ def reproduce(options: Options) -> list[Path]:
         return _figure(study)
     table = _table(options)
     if options.dry_run:
-        print(plan(study, study.schedule(table.runs())))
+        print(describe_plan(study, study.schedule(table.runs())))
         return []
     notes = study.check(table.runs(), table.tests)
     costs = model_costs(table) if any(row.shows_cost for row in table.rows) else None
@@ -55,7 +56,7 @@ def _figure(study: Study) -> list[Path]:
     wanted = figure(options.what, options.scale, options.preset)
     schedule = [(run, seed) for run, seed in study.schedule(wanted.runs) if seed == 0]
     if options.dry_run:
-        print(plan(study, schedule))
+        print(describe_plan(study, schedule))
         return []
     tests = [test for run in wanted.runs for test in own_tests(run.preset)]
     study.check(wanted.runs, tests)

@@ -13,7 +13,7 @@ from sward import data, models
 from sward.config import DistillationConfig, TeacherTrainingConfig, TrainingConfig
 from sward.data import DatasetNotFoundError
 from sward.losses import SegmentationCrossEntropy
-from sward.models.complexity import gemm_flops
+from sward.models.flops import gemm_flops
 from sward.models.teachers import Teacher
 from sward.runs.load import build_split
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sward import presets
-from sward.losses.recipes import PAPER, ContextReduction, TeacherProjections
+from sward.losses.recipes import PAPER, ContextReduction, TeacherNormalization, TeacherProjections
 from sward.runs.methods import METHODS
 
 Scale = Literal["paper", "small"]
@@ -21,6 +21,9 @@ OVERLAP = (("mDice", "dice"), ("mIoU", "iou"))
 """Columns of Table 2: Dice and IoU of the polyps, mean over images."""
 CLASSES = (("mIoU", "mean_iou"), ("mAcc", "mean_accuracy"))
 """Columns of Table 1: IoU and recall per class over all pixels, mean over classes."""
+
+PDR_WEIGHT = 0.1
+"""Gamma of Eq. 20 in runs that add PDR to a preset without it."""
 
 METHOD_TITLES = {
     "none": "student alone",
@@ -196,10 +199,13 @@ def table2(scale: Scale) -> Table:
         },
     }
     if scale == "small":
-        preset = "clinicdb-small"
-        paper = {name: (scores, ()) for name, scores in clinic_paper["unext"].items()}
-        rows = _comparison((preset, preset), paper)
-        return Table("table2-small", _caption("Table 2", preset, scale), (clinic, unseen), tuple(rows))
+        colon = dataclasses.replace(colon, paper=_beside(scale, "CVC-ColonDB"))
+        sets = ("clinicdb-small", "colondb-small", "clinicdb-small")
+        # The paper has one teacher on ColonDB.
+        colon_scores = {TEACHER: colon_paper["resunetpp"][TEACHER], **colon_paper["unext"]}
+        paper = {name: (scores, colon_scores[name], ()) for name, scores in clinic_paper["unext"].items()}
+        caption = "Table 2 at small scale, UNeXt at 128x128; ClinicDB split by sequence, ColonDB at random"
+        return Table("table2-small", caption, (clinic, colon, unseen), tuple(_comparison(sets, paper)))
     rows = []
     for student in ("resunetpp", "unext"):
         sets = (f"clinicdb-{student}", f"colondb-{student}", f"clinicdb-{student}")
@@ -209,8 +215,8 @@ def table2(scale: Scale) -> Table:
 
 
 def table3(scale: Scale) -> Table:
-    """Define Table 3, which adds the terms of MWAD one by one, then PDR. Small scale: UNeXt on ClinicDB."""
-    preset = "colondb-resunetpp" if scale == "paper" else "clinicdb-small"
+    """Define Table 3, which adds the terms of MWAD one by one, then PDR. Small scale: UNeXt."""
+    preset = "colondb-resunetpp" if scale == "paper" else "colondb-small"
     beta, _ = presets.get(preset).student.sward.weights
     without_pdr = (beta, 0.0)
     rows = [
@@ -227,20 +233,21 @@ def table3(scale: Scale) -> Table:
             ((80.17, 72.04),),
         ),
         Row("+ MWAD (attention, value, context)", (mwad(preset),), ((87.02, 79.58),)),
-        Row("+ MWAD + PDR", (method(preset, "sward"),), ((88.49, 80.96),)),
+        Row("+ MWAD + PDR", (with_pdr(preset),), ((88.49, 80.96),)),
     ]
-    return Table(f"table3-{scale}", _caption("Table 3", preset, scale), _polyp_tests(scale), _repeat(rows, scale))
+    return Table(f"table3-{scale}", _caption("Table 3", preset, scale), _ablation_tests(scale), tuple(rows))
 
 
 def table4(scale: Scale) -> Table:
-    """Define Table 4, window shift strategies. Small scale: UNeXt on ClinicDB."""
-    preset = "colondb-resunetpp" if scale == "paper" else "clinicdb-small"
+    """Define Table 4, window shift strategies. Small scale: UNeXt."""
+    preset = "colondb-resunetpp" if scale == "paper" else "colondb-small"
     rows = [
+        Row("student alone", (method(preset, "none"),), ((68.05, 57.96),)),
         Row("no shift", (sward(preset, "shift-none", shift="none"),), ((86.17, 78.83),)),
         Row("deterministic shift", (sward(preset, "shift-deterministic", shift="deterministic"),), ((87.91, 79.99),)),
         Row("stochastic shift", (method(preset, "sward"),), ((88.49, 80.96),)),
     ]
-    return Table(f"table4-{scale}", _caption("Table 4", preset, scale), _polyp_tests(scale), _repeat(rows, scale))
+    return Table(f"table4-{scale}", _caption("Table 4", preset, scale), _ablation_tests(scale), tuple(rows))
 
 
 def methods(preset: str) -> Table:
@@ -264,23 +271,33 @@ def questions(preset: str) -> Table:
     base = presets.get(preset).student.sward
     projections: TeacherProjections = "frozen" if base.teacher_projections == "learned" else "learned"
     reduction: ContextReduction = "mean" if base.context_reduction == "sum" else "sum"
+    normalization: TeacherNormalization = "none" if base.teacher_normalization == "standardize" else "standardize"
+    beta, gamma = base.weights
+    weights = (beta, gamma or PDR_WEIGHT)
     pdr = "as they are" if base.normalize else "normalised"
     windows = [side for side in (2, 4, 8, 16) if (side,) != base.window_size]
-    literal = {**PAPER._asdict(), "window_size": (8,), "embed_dim": 64}
+    literal = sward(preset, "paper", **PAPER._asdict(), window_size=(8,), embed_dim=64)
     runs = {
         "student alone": method(preset, "none"),
         f"SWARD as {preset} sets it": method(preset, "sward"),
+        f"teacher features {'as they are' if normalization == 'none' else 'standardised'}": sward(
+            preset, f"features-{normalization}", teacher_normalization=normalization
+        ),
         f"teacher projections {projections}": sward(
             preset, f"projections-{projections}", teacher_projections=projections
         ),
         f"context: {reduction} over channels": sward(preset, f"context-{reduction}", context_reduction=reduction),
-        f"PDR on features {pdr}": sward(preset, f"pdr-{pdr.replace(' ', '-')}", normalize=not base.normalize),
+        **({"without PDR": mwad(preset)} if gamma else {f"with PDR, weight {PDR_WEIGHT:g}": with_pdr(preset)}),
+        f"PDR on features {pdr}": sward(
+            preset, f"pdr-{pdr.replace(' ', '-')}", weights=weights, normalize=not base.normalize
+        ),
         **{f"window {side} x {side}": sward(preset, f"window-{side}", window_size=(side,)) for side in windows},
         # At 128 pixels the deepest map has 4 x 4 positions, so most of a larger window is padding.
         "window 8 x 8, deepest stage 4 x 4": sward(preset, "window-8-8-8-4", window_size=(8, 8, 8, 4)),
         "context at a tenth": sward(preset, "context-tenth", terms=(1.0, 1.0, 0.1)),
-        "a quarter of both weights": sward(preset, "quarter", weights=(base.weights[0] / 4, base.weights[1] / 4)),
-        "SWARD as the paper sets it": sward(preset, "paper", **literal),
+        "a quarter of both weights": sward(preset, "quarter", weights=(beta / 4, gamma / 4)),
+        "four times both weights": sward(preset, "fourfold", weights=(4 * beta, 4 * gamma)),
+        "SWARD as the paper sets it": dataclasses.replace(literal, overrides={"recipe": "paper", **literal.overrides}),
     }
     tests = own_tests(preset)
     rows = tuple(Row(title, (run,) * len(tests), ((),) * len(tests)) for title, run in runs.items())
@@ -291,7 +308,14 @@ def questions(preset: str) -> Table:
 
 def mwad(preset: str) -> Run:
     """Return the run with MWAD but without PDR, which is the fifth row of Table 3 and the third panel of Fig. 4."""
-    return sward(preset, "mwad", weights=(presets.get(preset).student.sward.weights[0], 0.0))
+    beta, gamma = presets.get(preset).student.sward.weights
+    return sward(preset, "mwad", weights=(beta, 0.0)) if gamma else method(preset, "sward")
+
+
+def with_pdr(preset: str) -> Run:
+    """Return the run with MWAD and PDR, which is the last row of Table 3 and the last panel of Fig. 4."""
+    beta, gamma = presets.get(preset).student.sward.weights
+    return method(preset, "sward") if gamma else sward(preset, "pdr", weights=(beta, PDR_WEIGHT))
 
 
 def own_tests(preset: str) -> tuple[EvaluationSet, ...]:
@@ -329,18 +353,8 @@ def _comparison(sets: tuple[str, ...], paper: Mapping[str, tuple[Scores, ...]]) 
     return rows
 
 
-def _polyp_tests(scale: Scale) -> tuple[EvaluationSet, ...]:
-    if scale == "paper":
-        return (EvaluationSet("CVC-ColonDB", "test", OVERLAP, paper="paper"),)
-    own, unseen = own_tests("clinicdb-small")
-    return dataclasses.replace(own, paper="paper, CVC-ColonDB and ResUNet++"), unseen
-
-
-def _repeat(rows: list[Row], scale: Scale) -> tuple[Row, ...]:
-    """At the small scale, score the same runs on ColonDB too."""
-    if scale == "paper":
-        return tuple(rows)
-    return tuple(dataclasses.replace(row, runs=row.runs * 2, paper=(*row.paper, ())) for row in rows)
+def _ablation_tests(scale: Scale) -> tuple[EvaluationSet, ...]:
+    return (EvaluationSet("CVC-ColonDB", "test", OVERLAP, paper="paper" if scale == "paper" else "paper, ResUNet++"),)
 
 
 def _beside(scale: Scale, dataset: str) -> str:

@@ -14,7 +14,7 @@ from sward.reproduce.experiments import Run, teacher_of
 from sward.reproduce.study import Study
 
 
-def plan(study: Study, schedule: Iterable[tuple[Run, int]]) -> str:
+def describe_plan(study: Study, schedule: Iterable[tuple[Run, int]]) -> str:
     """Return one paragraph per run, in order of execution, and the total cost of the runs that are not finished."""
     lines: list[str] = []
     total = left = 0

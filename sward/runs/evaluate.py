@@ -57,7 +57,7 @@ def evaluate_run(
     with Progress(f"evaluate on {settings.name}, {split}", -(-len(images) // batch)) as progress:
         result = evaluate(network.to(target), images, batch=batch, device=target, advance=progress.advance)
     scores = {"dataset": settings.name, "split": split, "split_by": settings.split_by, "checkpoint": checkpoint}
-    text = json.dumps({**scores, **result.to_dict()}, indent=2, allow_nan=False)
+    text = json.dumps({**scores, **result.to_dict_with_images()}, indent=2, allow_nan=False)
     evaluation_file(path, settings.name, split).write_text(text + "\n", encoding="utf-8")
     return result
 

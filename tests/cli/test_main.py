@@ -79,6 +79,15 @@ def test_presets_of_the_paper_follow_it_and_the_others_what_is_recommended() -> 
         assert all(getattr(student.sward, field) == value for field, value in recipe._asdict().items())
 
 
+def test_other_methods_train_on_standardised_features_too(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["train", "demo", *TINY, "--teacher.untrained", "--teacher.normalization", "standardize"]
+    assert main([*options, "--distillation", "cirkd"]) == 0
+    state = torch.load("runs/demo/cirkd-seed0/checkpoints/last.pt", weights_only=True)["distillation"]
+    assert state["standardization.0.count"] > 0
+    assert main([*options, "--distillation", "cwd"]) == 2
+    assert "'none' for the method 'cwd', got 'standardize'; it reads the teacher's logits" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", [name for name in methods.METHODS if name != "sward"])
 def test_every_method_trains_from_the_command_line(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train-teacher", "demo", *TINY]) == 0

@@ -53,7 +53,7 @@ def small(output: Path, **changes: Any) -> DistillationConfig:
 
 
 def small_cirkd(
-    pair: methods.DistillationPair, weights: tuple[float, float, float, float] = (1.0, 1.0, 0.1, 0.1)
+    pair: methods.DistillationPair, terms: tuple[float, float, float, float] = (1.0, 1.0, 0.1, 0.1)
 ) -> DistillationLoss:
     """`cirkd` as `sward.runs.methods` builds it, with a memory that a CPU fills and reads in no time."""
     with pytest.MonkeyPatch.context() as patch:
@@ -62,7 +62,7 @@ def small_cirkd(
             "CIRKDLoss",
             functools.partial(
                 CIRKDLoss,
-                weights=weights,
+                terms=terms,
                 pixel_queue_size=128,
                 region_queue_size=8,
                 pixel_keys=64,
