@@ -66,6 +66,8 @@ class DatasetConfig:
     """For polyps `"sequence"`, `"ratio"` or the path of a list file; None uses the data set's own split."""
     num_classes: int | None = None
     """Number of classes of a `folder` of images and masks; the other data sets define their own."""
+    image_range: tuple[float, float] | None = None
+    """Values that become black and white in images with more than 8 bits per channel; None refuses such images."""
     workers: int = 0
     """Loader processes; 0 loads in the training process. Results do not depend on it."""
     packed: str = "auto"

@@ -65,16 +65,59 @@ class Evaluate:
 class Predict:
     """Write NAME-mask.png (class indices, in colour) and NAME-overlay.png for each image, at the image's size."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder."""
+    source: Annotated[Path, tyro.conf.Positional]
+    """Run folder, checkpoint or exported file."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files."""
+    """Image files, folders of images, or patterns such as 'a/**/*.jpg'."""
     output: Path | None = None
-    """Where to write; RUN/predictions by default."""
+    """Where to write; a folder named predictions in the run folder or beside the file by default."""
     checkpoint: Literal["best", "last"] = "best"
-    """Which weights to use."""
+    """Which weights of a run folder."""
     device: str | None = None
-    """Device to run on; the GPU if there is one."""
+    """Where to run; the GPU where there is one."""
+    tile: tuple[int, int] | None = None
+    """Height and width of tiles at the image's own resolution; by default the image is resized for the network."""
+    overlap: int | None = None
+    """Pixels that neighbouring tiles share; a quarter of the tile by default."""
+    as_labels: tuple[int, ...] | None = None
+    """Write grey masks with these values by class; without values 0 and 255 for two classes, else class indices."""
+    probabilities: Literal["npy", "png"] | None = None
+    """Also write probabilities: NAME-probabilities.npy, or one 16-bit PNG per class."""
+    allow_large: bool = False
+    """Read images that Pillow takes for decompression bombs."""
+    overwrite: bool = False
+    """Replace existing files."""
+
+
+@dataclass
+class Export:
+    """Write a trained network as ONNX or torch.export file, and prove that it predicts what PyTorch predicts.
+
+    The file takes RGB images of any size: normalisation, padding and cropping are part of it.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder, or a checkpoint in it."""
+    output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
+    """File to write; .onnx or .pt2."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which weights of a run folder."""
+    input: Literal["uint8", "float", "normalised"] = "uint8"
+    """What the images hold: RGB of 0 to 255, RGB of 0 to 1, or floats that are already normalised."""
+    returns: Literal["logits", "probabilities", "argmax"] = "logits"
+    """What the file returns."""
+    size: tuple[int, int] | None = None
+    """Height and width to limit the file to; free by default."""
+    check: int | None = None
+    """Images to prove it on; the whole split by default, 0 skips the proof."""
+    split: str = "val"
+    """Split of the run's data set to prove it on."""
+    root: Path | None = None
+    """Folder that holds the data set; the run's own by default."""
+    tolerance: float = 1e-4
+    """Largest accepted difference in mIoU and Dice, as a fraction of 1."""
+    overwrite: bool = False
+    """Replace an existing file."""
 
 
 @dataclass
@@ -345,9 +388,41 @@ def _predict(words: list[str]) -> None:
     from sward.cli.predict import predict_images
 
     for path in predict_images(
-        options.run, options.images, options.output, checkpoint=options.checkpoint, device=options.device
+        options.source,
+        options.images,
+        options.output,
+        checkpoint=options.checkpoint,
+        device=options.device,
+        tile=options.tile,
+        overlap=options.overlap,
+        as_labels=options.as_labels,
+        probabilities=options.probabilities,
+        allow_large=options.allow_large,
+        overwrite=options.overwrite,
     ):
         print(path)
+
+
+@_command("export", "write a trained network as ONNX or .pt2, and prove it against PyTorch")
+def _export(words: list[str]) -> None:
+    options = _parse(Export, "export", words)
+    from sward.deploy.proof import export_run
+
+    printing.print_export(
+        export_run(
+            options.run,
+            options.output,
+            checkpoint=options.checkpoint,
+            input=options.input,
+            output=options.returns,
+            size=options.size,
+            check=options.check,
+            split=options.split,
+            root=options.root,
+            tolerance=options.tolerance,
+            overwrite=options.overwrite,
+        )
+    )
 
 
 @_command("reproduce", "run the experiments of a table or figure of the paper and create it")

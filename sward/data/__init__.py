@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sward.data import camvid, cityscapes, folder, polyps, scenes
-from sward.data.files import CorruptFileError, OnCorrupt, PairedFiles, read_image
+from sward.data.files import OnCorrupt, PairedFiles
+from sward.data.images import CorruptFileError, read_image
 from sward.data.sample import (
     IGNORE_INDEX,
     Batch,
@@ -124,6 +125,7 @@ def build(
     on_corrupt: OnCorrupt = "stop",
     views: int | None = None,
     teacher_size: Sequence[int] | None = None,
+    image_range: tuple[float, float] | None = None,
 ) -> SegmentationDataset:
     """Build a data set.
 
@@ -147,6 +149,8 @@ def build(
         views: fixed augmented views per image, for a cache of teacher features; None draws new ones each epoch.
         teacher_size: `(height, width)` of a second sampling of every training view, for a teacher that sees more pixels
             than the student; samples are then `TeacherSample`s. None returns `Sample`s.
+        image_range: the values that become black and white in images with more than 8 bits per channel; None refuses
+            such images.
 
     Raises:
         DatasetNotFoundError: the data set is missing or incomplete.
@@ -174,6 +178,7 @@ def build(
     else:
         dataset = _from_files(info, _root(root), split, size, split_by=split_by, train=train, seed=seed)
         dataset.set_on_corrupt(on_corrupt)
+        dataset.image_range = _checked(image_range)
         dataset.use_pack(packed)
     dataset.views = views
     if teacher_size is not None:
@@ -230,6 +235,12 @@ def _from_files(
         return folder.ImageFolder(where, split, size, info=info, train=train, seed=seed)
     release = polyps.CLINICDB if info.name == "cvc_clinicdb" else polyps.COLONDB
     return polyps.Polyps(release, where, split, size, split_by=split_by or "sequence", train=train, seed=seed)
+
+
+def _checked(image_range: tuple[float, float] | None) -> tuple[float, float] | None:
+    if image_range is not None and not image_range[0] < image_range[1]:
+        raise ValueError(f"image_range must be (lowest, highest), got {image_range}")
+    return image_range
 
 
 def _root(root: str | Path | None) -> Path:

@@ -32,7 +32,7 @@ from sward.data.sample import Pair
 
 FOLDER = "sward-pack"
 INDEX = "index.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class Source(NamedTuple):

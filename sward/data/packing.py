@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sward import atomic
-from sward.data.files import CorruptFileError, OnCorrupt, PairedFiles, image_size
+from sward.data.files import OnCorrupt, PairedFiles
+from sward.data.images import CorruptFileError, image_size
 from sward.data.packed import FOLDER, Frame, Index, Shard, Source, map_file
 from sward.data.sample import Pair
 

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sward.data.files import PairedFiles, locate, pair_by_name
+from sward.data.masks import black_and_white
 from sward.data.sample import DatasetInfo, DatasetNotFoundError, Pair
 from sward.data.transforms import EvaluationTransform, polyp_training
 
@@ -118,7 +119,8 @@ class Polyps(PairedFiles):
         super().__init__(release.info, folder, pairs, transform, seed)
 
     def decode(self, mask: Image, path: Path) -> NDArray[np.uint8]:
-        return (np.asarray(mask.convert("L")) > MASK_THRESHOLD).astype(np.uint8)
+        """Return 1 where the mask is above 127."""
+        return black_and_white(mask, path, self.info.classes, MASK_THRESHOLD)
 
 
 def _select(release: Release, folder: Path, frames: dict[str, Pair], split: str, split_by: str) -> list[Pair]:

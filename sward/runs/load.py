@@ -18,8 +18,14 @@ from sward.training import checkpoints
 from sward.training.run_folder import RunFolder
 
 
-def load_run(path: Path, checkpoint: Literal["best", "last"] = "best") -> tuple[TrainingConfig, DatasetInfo, nn.Module]:
+def load_run(
+    path: Path, checkpoint: Literal["best", "last"] | Path = "best"
+) -> tuple[TrainingConfig, DatasetInfo, nn.Module]:
     """Load the configuration, classes and trained network (on the CPU, in eval mode) of the run in `path`.
+
+    Args:
+        path: run folder.
+        checkpoint: which of its weights, or the path of a checkpoint of this run.
 
     Raises:
         FileNotFoundError: if there is no run, or it does not have that checkpoint yet.
@@ -29,7 +35,8 @@ def load_run(path: Path, checkpoint: Literal["best", "last"] = "best") -> tuple[
     config, info = run.read()
     options = config.options if isinstance(config, TeacherTrainingConfig) else {}
     network = models.build(config.model, info.num_classes, **options)
-    checkpoints.load_model(network, run.best if checkpoint == "best" else run.last)
+    named = {"best": run.best, "last": run.last}
+    checkpoints.load_model(network, checkpoint if isinstance(checkpoint, Path) else named[checkpoint])
     return config, info, network.eval()
 
 
@@ -131,6 +138,7 @@ def build_split(
         on_corrupt=config.on_corrupt if train else "stop",
         views=settings.views if train else None,
         teacher_size=teacher_size,
+        image_range=settings.image_range,
     )
 
 
