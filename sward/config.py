@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from sward.data.files import OnCorrupt
+from sward.data.folder import FolderOptions
 from sward.losses.mwad import ShiftStrategy
 from sward.losses.recipes import (
     RECIPES,
@@ -63,9 +64,26 @@ class DatasetConfig:
     image_size: tuple[int, int] = (128, 128)
     """Height and width in pixels of the training images."""
     split_by: str | None = None
-    """For polyps `"sequence"`, `"ratio"` or the path of a list file; None uses the data set's own split."""
+    """For polyps `"sequence"`, `"ratio"` or the path of a list file; for a `folder` without splits, shares of train,
+    val and test such as `80/10/10` or the path of a list (short: `--split`). None uses the data set's own split."""
     num_classes: int | None = None
-    """Number of classes of a `folder` of images and masks; the other data sets define their own."""
+    """Number of classes of a `folder` whose classes have no names; the other data sets define their own."""
+    classes: tuple[str, ...] = ()
+    """For a `folder`, the names of the classes (short: `--classes background,polyp`)."""
+    mask_values: tuple[str, ...] = ()
+    """For a `folder`, the value of each class in the mask files, numbers or `#rrggbb` (short: `--mask-values 0,255`);
+    empty means 0, 1, 2, ..., and 255 for pixels to ignore."""
+    ignore_values: tuple[str, ...] = ()
+    """For a `folder` with `mask_values`, the values of pixels to ignore (short: `--ignore-values`)."""
+    images: str | None = None
+    """For a `folder`, the pattern of its image folder, such as `frames/{split}`; None finds the usual layouts."""
+    masks: str | None = None
+    """For a `folder`, the pattern of its masks, such as `masks/{split}/{name}_mask.png` (short: `--masks`)."""
+    split_seed: int = 0
+    """For a `folder`, the seed of a split that is drawn."""
+    group_by: str | None = None
+    """For a `folder` whose split is drawn, keep groups of frames together: a regular expression that finds the group
+    in a frame's name, or a CSV file with the columns `frame_id` and `group` (short: `--group-by`)."""
     image_range: tuple[float, float] | None = None
     """Values that become black and white in images with more than 8 bits per channel; None refuses such images."""
     workers: int = 0
@@ -74,6 +92,21 @@ class DatasetConfig:
     """Pack to read: `"auto"` (the one in the data set's folder, if any), `"none"` (decode the files) or a path."""
     views: int | None = None
     """Fixed augmented views per image, one per epoch in turn; None draws new ones each epoch."""
+
+    @property
+    def folder_options(self) -> FolderOptions | None:
+        """The options of a `folder`; None for other data sets."""
+        if self.name != "folder":
+            return None
+        return FolderOptions(
+            self.classes,
+            self.mask_values,
+            self.ignore_values,
+            self.images,
+            self.masks,
+            self.split_seed,
+            self.group_by,
+        )
 
 
 @dataclass
@@ -247,6 +280,16 @@ class DistillationConfig(TrainingConfig):
     On the command line, options for single fields of `sward` override it."""
     sward: SWARDConfig = field(default_factory=SWARDConfig)
     """Settings of `"sward"`."""
+    unlabelled: tuple[Path, ...] = ()
+    """Folders of images without masks. The teacher is distilled on them too; the task loss, PDR and all terms that need
+    labels see the labelled images only."""
+    unlabelled_batch: int | None = None
+    """Unlabelled images per step, over all processes, beside `batch` labelled ones; None takes as many as `batch`."""
+
+    @property
+    def unlabelled_per_step(self) -> int:
+        """Number of unlabelled images per step, 0 without `unlabelled`."""
+        return (self.unlabelled_batch or self.batch) if self.unlabelled else 0
 
     @property
     def teacher_image_size(self) -> tuple[int, int]:
@@ -267,6 +310,14 @@ class DistillationConfig(TrainingConfig):
     def check(self) -> None:
         """Validate the fields; a teacher cache also needs fixed views, since it can only reuse repeated images."""
         super().check()
+        if self.unlabelled and self.distillation == "none":
+            raise ValueError(
+                "unlabelled must be empty where distillation is 'none', since nothing would learn from them"
+            )
+        if self.unlabelled_batch is not None and (self.unlabelled_batch < 1 or not self.unlabelled):
+            raise ValueError(
+                f"unlabelled_batch must be at least 1 with unlabelled and None without, got {self.unlabelled_batch}"
+            )
         (height, width), (tall, wide) = self.dataset.image_size, self.teacher_image_size
         if tall * width != wide * height:
             raise ValueError(

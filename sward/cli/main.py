@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sward.cli import printing
+from sward.cli.own_data import expand
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {}
 """Command name -> function that runs it and its line in the list of commands; `_command` adds the entries."""
@@ -162,6 +163,14 @@ class DataPack:
     """For polyps: path of a list of the frames to pack; all by default."""
     num_classes: int | None = None
     """For a folder of images and masks: number of classes in its masks."""
+    classes: tuple[str, ...] = ()
+    """For a folder: names of its classes."""
+    mask_values: tuple[str, ...] = ()
+    """For a folder: value of each class in the masks."""
+    ignore_values: tuple[str, ...] = ()
+    """For a folder: values of pixels to ignore."""
+    image_range: tuple[float, float] | None = None
+    """Values that become black and white in images with more than 8 bits per channel."""
     on_corrupt: Literal["stop", "skip"] = "stop"
     """What to do if an image or mask cannot be read: stop, or skip it with a warning."""
     workers: int | None = None
@@ -286,7 +295,7 @@ def _train(words: list[str]) -> None:
     from sward.config import DistillationConfig
     from sward.losses.recipes import RECIPES
 
-    name, rest = _preset("train", words)
+    name, rest = _preset("train", expand(words))
     default = presets.get(name).student
     # Before the other options are read: they change single fields of it.
     for recipe in RECIPES:
@@ -303,7 +312,7 @@ def _train_teacher(words: list[str]) -> None:
     from sward import presets
     from sward.config import TeacherTrainingConfig
 
-    name, rest = _preset("train-teacher", words)
+    name, rest = _preset("train-teacher", expand(words))
     config = _parse(TeacherTrainingConfig, f"train-teacher {name}", rest, presets.get(name).teacher)
     from sward.runs import train_teacher
 
@@ -315,7 +324,7 @@ def _train_masks(words: list[str]) -> None:
     from sward import presets
     from sward.config import MaskTrainingConfig
 
-    name, rest = _preset("train-masks", words)
+    name, rest = _preset("train-masks", expand(words))
     student = presets.get(name).student
     default = MaskTrainingConfig(preset=name, dataset=student.dataset, teacher=student.teacher, batch=student.batch)
     config = _parse(MaskTrainingConfig, f"train-masks {name}", rest, default)
@@ -324,27 +333,43 @@ def _train_masks(words: list[str]) -> None:
     print(f"written: {train_masks(config)}")
 
 
-@_command("data", "data pack: decode a data set once, so that training does not wait for decoding")
+@_command("data", "data check: look at your own folder; data pack: decode a data set once")
 def _data(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
         from sward import data
 
         print(
-            "usage: sward data pack NAME [--root FOLDER] [--output FOLDER] ...\n\n"
+            "usage: sward data pack NAME [--root FOLDER] [--output FOLDER] ...\n"
+            "       sward data check FOLDER\n\n"
+            "  check  look at a folder of your own and print the command to train on it\n"
             "  pack   decode every image and mask once into memory-mapped files (sward data pack --help)\n\n"
             f"data sets: {', '.join(name for name in data.names() if name != 'scenes')}"
         )
         return
+    if words[0] == "check":
+        from sward.cli.own_data import DataCheck, print_check
+
+        print_check(_parse(DataCheck, "data check", words[1:]))
+        return
     if words[0] != "pack":
-        raise ValueError(f"unknown command 'data {words[0]}'; did you mean 'data pack'?")
+        raise ValueError(f"unknown command 'data {words[0]}'; did you mean 'data pack' or 'data check'?")
     options = _parse(DataPack, "data pack", words[1:])
     from sward import data
+    from sward.data.check import check_classes
+    from sward.data.folder import FolderOptions
     from sward.data.packing import pack
     from sward.training.progress import Progress
 
     datasets = data.build_for_packing(
-        options.name, root=options.root, split_by=options.split_by, num_classes=options.num_classes
+        options.name,
+        root=options.root,
+        split_by=options.split_by,
+        num_classes=options.num_classes,
+        image_range=options.image_range,
+        folder_options=FolderOptions(options.classes, options.mask_values, options.ignore_values),
     )
+    if options.name == "folder":
+        check_classes(datasets, skip_corrupt=options.on_corrupt == "skip")
     frames = len({pair.image for dataset in datasets for pair in dataset.pairs})
     with Progress(f"pack {options.name}", frames) as progress:
 

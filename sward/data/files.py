@@ -68,9 +68,16 @@ class PairedFiles(SegmentationDataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    @property
+    def decoding(self) -> str:
+        """What decides the pixels and labels read from a file, besides the file: a pack holds it."""
+        return "" if self.image_range is None else f"image_range {self.image_range[0]:g} {self.image_range[1]:g}"
+
     def use_pack(self, where: str) -> None:
         """Select the pack to read from: `"auto"`, `"none"` or a path; see `sward.data.packed.find_pack`."""
-        self.packed = find_pack(where, self.info.name, self.info.num_classes, self.folder, self.pairs)
+        self.packed = find_pack(
+            where, self.info.name, self.info.num_classes, self.folder, self.pairs, decoding=self.decoding
+        )
 
     def set_on_corrupt(self, on_corrupt: OnCorrupt) -> None:
         """Set what `read` does with damaged files: `"skip"` warns once per file and reads the next frame.
@@ -133,11 +140,14 @@ class PairedFiles(SegmentationDataset):
         return values.astype(np.uint8)
 
 
-def list_images(folder: Path) -> dict[str, Path]:
+def list_images(folder: Path, *, below: bool = False) -> dict[str, Path]:
     """Map names without suffix to the image files in a folder (not its sub-folders), in natural order (2 before 10).
 
     Names are in composed Unicode (NFC), since macOS stores decomposed names. Hidden files are skipped. Other files and
     sub-folders that may hold images are skipped with one warning that names them.
+
+    Args:
+        below: do not warn of sub-folders, since the caller lists them itself.
 
     Raises:
         ValueError: two images have one name, or a folder or broken link is named like an image.
@@ -148,7 +158,7 @@ def list_images(folder: Path) -> dict[str, Path]:
         if path.name.startswith(".") or path.name in SYSTEM_FILES:
             continue
         if path.suffix.lower() not in SUFFIXES:
-            if path.is_dir() or path.suffix.lower() in UNREADABLE:
+            if path.suffix.lower() in UNREADABLE or (path.is_dir() and not below):
                 skipped.append(path.name)
             continue
         check_file(path)

@@ -80,39 +80,46 @@ class MaskValues:
             ValueError: the mask holds other values; the message lists them.
         """
         found = colours(mask, path) if self.are_colours else indices(mask, path, lossy=True)
-        wanted, labels = np.array(self.numbers()), np.array(self.labels(), np.uint8)
-        if mask.format in LOSSY:
-            return labels[self._nearest(found, wanted, path)]
-        order = np.argsort(wanted)
-        position = np.searchsorted(wanted, found, sorter=order).clip(max=len(wanted) - 1)
-        chosen = order[position]
-        wrong = wanted[chosen] != found
-        if wrong.any():
+        # One look per distinct value and not per pixel: a table for grey levels, runs of equal pixels for colours.
+        highest = int(found.max(initial=0))
+        if found.min(initial=0) >= 0 and highest < 2**16:
+            values, places = np.arange(highest + 1), found
+        else:
+            flat = found.ravel()
+            starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+            values = flat[starts]
+            places = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, flat.size))).reshape(found.shape)
+        lossy = mask.format in LOSSY
+        labels, unknown = self._nearest(values, path) if lossy else self._exact(values)
+        wrong = unknown[places]
+        if wrong.any() and (not lossy or wrong.mean() > UNCLEAR_SHARE):
+            where = f" in {wrong.mean():.0%} of its pixels" if lossy else ""
             raise ValueError(
                 f"values of mask {path} must be {', '.join((*self.classes, *self.ignore))}, got "
-                f"{self._listed(found[wrong])}; name every value with --mask-values and --ignore-values"
+                f"{list_values(found[wrong], colours=self.are_colours)}{where}; name every value with --mask-values "
+                "and --ignore-values"
             )
-        return labels[chosen]
+        return labels[places]
 
-    def _nearest(self, found: NDArray[np.integer], wanted: NDArray[np.integer], path: Path) -> NDArray[np.integer]:
-        points, pixels = (_channels(values) if self.are_colours else values[..., None] for values in (wanted, found))
+    def _exact(self, values: NDArray[np.integer]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """Return the label of each value, and whether it is none of `numbers`."""
+        wanted = np.array(self.numbers())
+        order = np.argsort(wanted)
+        chosen = order[np.searchsorted(wanted, values, sorter=order).clip(max=len(wanted) - 1)]
+        return np.array(self.labels(), np.uint8)[chosen], wanted[chosen] != values
+
+    def _nearest(self, values: NDArray[np.integer], path: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """Return the label of the nearest of `numbers` to each value, and whether it is farther than `TOLERANCE`."""
+        wanted = np.array(self.numbers())
+        points, given = (_channels(each) if self.are_colours else each[..., None] for each in (wanted, values))
         gaps = np.abs(points[:, None] - points).max(-1)[~np.eye(len(points), dtype=bool)]
         if gaps.min() < LEAST_GAP:
             raise ValueError(
                 f"mask {path} must be lossless (PNG), got a compression that changes values; only values that are at "
                 f"least {LEAST_GAP} apart survive it, as --mask-values 0,255 are"
             )
-        distances = np.abs(pixels[..., None, :] - points).max(-1)
-        unclear = distances.min(-1) > TOLERANCE
-        if unclear.mean() > UNCLEAR_SHARE:
-            raise ValueError(
-                f"values of mask {path} must be {', '.join((*self.classes, *self.ignore))}, got "
-                f"{self._listed(found[unclear])} in {unclear.mean():.0%} of its pixels"
-            )
-        return distances.argmin(-1)
-
-    def _listed(self, values: NDArray[np.integer]) -> str:
-        return list_values(values, colours=self.are_colours)
+        distances = np.abs(given[:, None] - points).max(-1)
+        return np.array(self.labels(), np.uint8)[distances.argmin(-1)], distances.min(-1) > TOLERANCE
 
 
 def indices(mask: Image, path: Path, *, lossy: bool = False) -> NDArray[np.integer]:

@@ -135,7 +135,8 @@ class SWARDLoss(nn.Module):
 
         Args:
             logits: the student's `[B, K, H, W]`.
-            labels: `[B, H, W]` integers at the logits' resolution.
+            labels: `[B, H, W]` integers at the logits' resolution. Rows that are all `ignore_index` are unlabelled
+                images: MWAD sees them, the task loss and PDR do not.
             student_features: the student's maps, as `MWADLoss` takes them.
             teacher_features: the teacher's maps, in the same order.
             pdr_features: the student's map for PDR. Default: the last of `student_features`.

@@ -132,7 +132,9 @@ def _sward(pair: DistillationPair) -> SWARDDistillation:
 
 
 def _kd(pair: DistillationPair) -> KDLoss:
-    return KDLoss(ignore_index=pair.info.ignore_index, process_group=distributed.group())
+    # Every pixel of an unlabelled image is ignored by the label terms, but not by the teacher.
+    ignore_index = None if pair.config.unlabelled else pair.info.ignore_index
+    return KDLoss(ignore_index=ignore_index, process_group=distributed.group())
 
 
 def _cwd(pair: DistillationPair) -> CWDLoss:

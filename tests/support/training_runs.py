@@ -11,8 +11,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sward import data
@@ -69,6 +71,14 @@ def small_cirkd(
             ),
         )
         return _full_cirkd(pair)
+
+
+def write_images(folder: Path, count: int = 5) -> None:
+    """Write random photos without masks."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (48, 56, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
 def use_few_images(patch: pytest.MonkeyPatch) -> None:
