@@ -1,4 +1,4 @@
-"""The losses of SWARD and of its peers, ready for any PyTorch trainer."""
+"""The losses of SWARD and of other distillation methods, for any PyTorch trainer."""
 
 from sward.losses.cirkd import CIRKDLoss
 from sward.losses.classic import AttentionTransferLoss, CWDLoss, FitNetLoss, KDLoss, PairwiseLoss

@@ -134,7 +134,7 @@ def test_a_pack_of_something_else_is_refused(root: Path, tmp_path: Path) -> None
         data.build("folder", "train", train=True, root=root, num_classes=4)
     with pytest.raises(FileNotFoundError, match=r"there is no pack in .*nowhere; write one with 'sward data pack"):
         build(root, packed=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="must be 'auto' or 'none' for scenes, got 'somewhere'"):
+    with pytest.raises(ValueError, match="packed must be 'auto' or 'none' for scenes, got 'somewhere'"):
         data.build("scenes", "train", train=True, packed="somewhere")
     with pytest.raises(ValueError, match="scenes are generated and need no pack"):
         data.build_for_packing("scenes")

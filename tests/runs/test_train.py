@@ -42,7 +42,7 @@ def test_metrics_name_every_term_and_the_loss_is_their_weighted_sum(tmp_path: Pa
     result = train_student(small(tmp_path / "run"))
     records = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
     for record in records[:4]:
-        assert record["loss"] == pytest.approx(record["task"] + 2 * record["mwad"] + record["pdr"], rel=1e-5)
+        assert record["loss"] == pytest.approx(record["task"] + record["mwad"] + 0.1 * record["pdr"], rel=1e-5)
     assert records[-1]["validation"]["images"] == 4
     assert json.loads((result.run / "config.json").read_text())["sward"]["embed_dim"] == 8
     assert (result.run / "environment.json").exists()
@@ -50,7 +50,7 @@ def test_metrics_name_every_term_and_the_loss_is_their_weighted_sum(tmp_path: Pa
 
 
 def test_distillation_lowers_its_own_loss(tmp_path: Path) -> None:
-    result = train_student(small(tmp_path / "run", iterations=40))
+    result = train_student(small(tmp_path / "run", iterations=80))
     records = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
     mwad = [record["mwad"] for record in records if "mwad" in record]
     assert sum(mwad[-5:]) < 0.5 * sum(mwad[:5])
