@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from sward import atomic, distributed
 from sward.data.files import PairedFiles
-from sward.data.images import CorruptFileError, image_size
+from sward.data.images import CorruptFileError, check_depth, image_size
 from sward.data.sample import Pair, SegmentationDataset
 
 
@@ -115,6 +115,7 @@ def count_labels(dataset: PairedFiles, *, skip_corrupt: bool = False) -> LabelCo
 
 def _count(dataset: PairedFiles, pair: Pair) -> list[int]:
     labels = dataset.read_mask(pair)
+    check_depth(pair.image, dataset.image_range)
     size = image_size(pair.image)
     # (0, 0): the header cannot be read; the loader says so when it comes to the image.
     if size != (0, 0):

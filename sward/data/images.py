@@ -140,6 +140,25 @@ def image_size(path: Path) -> tuple[int, int]:
         return 0, 0
 
 
+def check_depth(path: Path, value_range: tuple[float, float] | None) -> None:
+    """Raise a ValueError if the header of a file names more than 8 bits per channel and there is no `value_range`.
+
+    Files that cannot be read pass: `read_image` says what is wrong with them.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+    except (*_DAMAGE, Image.DecompressionBombError):
+        return
+    if mode in _WIDE and value_range is None:
+        raise ValueError(
+            f"image {path} must have 8 bits per channel, got the mode {mode}; state the range of its values, such as "
+            "--dataset.image-range 0 4095"
+        )
+
+
 def is_turned(image: Image) -> bool:
     """Return whether the EXIF orientation of an opened image exchanges its height and width."""
     return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)

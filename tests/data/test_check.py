@@ -96,6 +96,17 @@ def test_validation_without_foreground_is_a_warning(polyps: Path, write: Write) 
         check_splits({"val": build(polyps, "val")})
 
 
+def test_images_of_more_bits_are_found_before_step_1(polyps: Path, write: Write) -> None:
+    write(polyps / "images/train/2.png", np.full((16, 24), 4000, np.uint16))
+    with pytest.raises(
+        ValueError, match=r"train/2\.png must have 8 bits per channel, got the mode I;16; state the range"
+    ):
+        check_splits({"train": build(polyps)})
+    dataset = build(polyps)
+    dataset.image_range = (0, 4095)
+    check_splits({"train": dataset})
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(polyps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(polyps / "masks/train/0.png"))
     assert len(check.count_labels(build(polyps)).pixels) == 4
