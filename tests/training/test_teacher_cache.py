@@ -188,7 +188,6 @@ def test_the_teacher_may_see_more_pixels_than_the_student(tmp_path: Path) -> Non
     for one, other in zip(losses(empty), losses(without), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
     entries = list((tmp_path / "cache").glob("*/*"))
-    assert len(entries) == 12
     maps = torch.load(io.BytesIO(entries[0].read_bytes()[4:]), weights_only=True)
     # The trunk's finest map is its stem's.
     assert maps["1"].shape == (40, 24, 24)
