@@ -99,10 +99,11 @@ def losses_of(loss: DistillationLoss, inputs: DistillationInputs, method: str) -
         return {method: lambda: loss(inputs).loss}
     student = [inputs.student[tap] for tap in loss.stage_taps]
     teacher = [inputs.teacher[tap] for tap in loss.teacher_taps]
-    return {
+    parts = {
         "mwad": lambda: loss.mwad(student, teacher).loss,
         "pdr": lambda: loss.pdr(inputs.student[loss.pdr_tap], inputs.labels).loss,
     }
+    return {name: part for (name, part), weight in zip(parts.items(), loss.weights, strict=True) if weight}
 
 
 def _backward(loss: Callable[[], Tensor]) -> None:
