@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sward.features import FeatureTaps
-from sward.losses import MWADLoss, PDRLoss, SegmentationCrossEntropy, SWARDLoss
+from sward.losses import MWADLoss, SegmentationCrossEntropy, SWARDLoss
 
 
 def distil(
@@ -15,7 +15,6 @@ def distil(
     loader: Iterable[tuple[Tensor, Tensor]],
     student_layers: Sequence[str],
     teacher_layers: Sequence[str],
-    num_classes: int,
     steps: int = 100,
 ) -> None:
     """Train `student` against `teacher`; the layers are names from `named_modules()`, shallow to deep."""
@@ -24,7 +23,7 @@ def distil(
         with torch.no_grad():  # One batch shows how many channels each layer has.
             student(images), teacher(images)
         mwad = MWADLoss([f.shape[1] for f in taps.collect().values()], [f.shape[1] for f in seen.collect().values()])
-        objective = SWARDLoss(SegmentationCrossEntropy(), mwad, PDRLoss(num_classes))
+        objective = SWARDLoss(SegmentationCrossEntropy(), mwad)
         optimizer = torch.optim.AdamW([*student.parameters(), *objective.parameters()], lr=1e-3)
         step = 0
         while step < steps:
@@ -57,4 +56,4 @@ if __name__ == "__main__":
 
     batches = [(torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))) for _ in range(2)]
     layers = ["network.backbone.3", "network.backbone.6"]
-    distil(Logits(), Logits(), batches, layers, layers, num_classes=3, steps=4)
+    distil(Logits(), Logits(), batches, layers, layers, steps=4)

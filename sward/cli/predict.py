@@ -1,4 +1,4 @@
-"""Masks, overlays and probabilities for images outside any data set."""
+"""`sward predict`: masks and overlays for image files outside of a data set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the command line shows results: tables of rich, imported when the first one is printed."""
+"""Print results as rich tables; rich is imported when the first table is printed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def print_result(result: Any, metric: str) -> None:
-    """What a training run reached (a `sward.training.TrainingResult`); of several processes, rank 0 prints."""
+    """Print a `sward.training.TrainingResult`; with several processes only rank 0 prints."""
     from sward import distributed
 
     if not distributed.is_main():
@@ -19,7 +19,7 @@ def print_result(result: Any, metric: str) -> None:
 
 
 def print_evaluation(evaluation: Any, title: str) -> None:
-    """All scores of a `sward.evaluation.Evaluation`, in percent."""
+    """Print all scores of a `sward.evaluation.Evaluation` in percent."""
     summary = [("mIoU", evaluation.mean_iou), ("mAcc", evaluation.mean_accuracy)]
     if evaluation.dice is not None:
         summary += [
@@ -62,7 +62,7 @@ def _percent(value: float | None) -> str:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table with its title above; the first column is text, the others are numbers."""
+    """Print a table below its title; the first column is text, the others are numbers."""
     from rich.table import Table
 
     table = Table()
@@ -76,8 +76,8 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def console() -> Any:
-    """Where tables go: the terminal, or a log."""
+    """Return a rich console for standard output."""
     from rich.console import Console
 
-    # A pipe has no width: wide enough that no table is folded in a log.
+    # A pipe has no width; make it wide enough that tables are not wrapped in a log.
     return Console() if sys.stdout.isatty() else Console(width=160)

@@ -40,6 +40,12 @@ def load_run(
     return config, info, network.eval()
 
 
+def stored_split(path: Path) -> str | None:
+    """Return the path of the split that the run in `path` has drawn, for `DatasetConfig.split_by`; None without one."""
+    split = RunFolder(path).split
+    return str(split) if split.exists() else None
+
+
 @dataclass(frozen=True)
 class LoadedDistillation:
     """The networks and the loss of a finished run, in eval mode on the CPU."""
@@ -138,6 +144,8 @@ def build_split(
         on_corrupt=config.on_corrupt if train else "stop",
         views=settings.views if train else None,
         teacher_size=teacher_size,
+        image_range=settings.image_range,
+        folder_options=settings.folder_options,
     )
 
 

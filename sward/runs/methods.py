@@ -28,10 +28,12 @@ from sward.losses import (
     PairwiseLoss,
     PDRLoss,
     ReceptiveTokens,
+    StandardizedTeacher,
     SWARDDistillation,
     load_masks,
 )
 from sward.losses.masks import TeacherMasks
+from sward.losses.standardized import feature_taps
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,18 @@ def build(name: str, pair: DistillationPair) -> DistillationLoss:
     """Build the distillation loss `name` for a pair of networks; torch's global generator initialises its weights.
 
     Raises:
-        ValueError: if there is no such method; the message lists near matches.
+        ValueError: if there is no such method, with a list of near matches, or its teacher maps cannot be standardised.
     """
     check_name(name)
-    return METHODS[name](pair)
+    loss = METHODS[name](pair)
+    if name == "sward" or pair.config.teacher.normalization == "none":
+        return loss
+    taps = feature_taps(loss)
+    if not taps or name == "freekd":
+        reason = "its prompts are learned on the maps as they are" if taps else "it reads the teacher's logits only"
+        raise ValueError(f"teacher.normalization must be 'none' for the method {name!r}, got 'standardize'; {reason}")
+    channels = tap_channels(pair.teacher, taps, pair.config.teacher_image_size)
+    return StandardizedTeacher(loss, channels, process_group=distributed.group())
 
 
 def check_name(name: str) -> None:
@@ -95,7 +105,7 @@ def _sward(pair: DistillationPair) -> SWARDDistillation:
         window_size=settings.window_size[0] if len(settings.window_size) == 1 else settings.window_size,
         embed_dim=settings.embed_dim,
         shift=settings.shift,
-        weights=settings.terms,
+        terms=settings.terms,
         teacher_normalization=settings.teacher_normalization,
         teacher_projections=settings.teacher_projections,
         context_reduction=settings.context_reduction,
@@ -106,7 +116,7 @@ def _sward(pair: DistillationPair) -> SWARDDistillation:
     pdr = PDRLoss(
         pair.info.num_classes,
         margin=settings.margin,
-        weights=settings.pdr_weights,
+        terms=settings.pdr_weights,
         ignore_index=pair.info.ignore_index,
         normalize=settings.normalize,
         process_group=distributed.group(),
@@ -122,7 +132,9 @@ def _sward(pair: DistillationPair) -> SWARDDistillation:
 
 
 def _kd(pair: DistillationPair) -> KDLoss:
-    return KDLoss(ignore_index=pair.info.ignore_index, process_group=distributed.group())
+    # Every pixel of an unlabelled image is ignored by the label terms, but not by the teacher.
+    ignore_index = None if pair.config.unlabelled else pair.info.ignore_index
+    return KDLoss(ignore_index=ignore_index, process_group=distributed.group())
 
 
 def _cwd(pair: DistillationPair) -> CWDLoss:
