@@ -160,6 +160,7 @@ def export_run(
         info.classes,
         info.palette,
         evaluation_size(config),
+        config.dataset.image_range,
         input=input,
         output=output,
         fixed_size=size,
