@@ -115,8 +115,16 @@ class Export:
     """Split of the run's data set to prove it on."""
     root: Path | None = None
     """Folder that holds the data set; the run's own by default."""
-    tolerance: float = 1e-4
-    """Largest accepted difference in mIoU and Dice, as a fraction of 1."""
+    tolerance: float | None = None
+    """Largest accepted difference in mIoU and Dice, as a fraction; 1e-4 by default, 1e-3 for fp16, 1e-2 for int8."""
+    fp16: bool = False
+    """Write an ONNX file in half precision."""
+    int8: bool = False
+    """Write an ONNX file quantised to int8 per channel, calibrated on training images."""
+    calibrate: int = 64
+    """Training images that set the ranges of int8."""
+    force: bool = False
+    """Keep a file that fails the proof."""
     overwrite: bool = False
     """Replace an existing file."""
 
@@ -433,6 +441,8 @@ def _export(words: list[str]) -> None:
     options = _parse(Export, "export", words)
     from sward.deploy.proof import export_run
 
+    if options.fp16 and options.int8:
+        raise ValueError("fp16 must be off with --int8, got both")
     printing.print_export(
         export_run(
             options.run,
@@ -445,6 +455,9 @@ def _export(words: list[str]) -> None:
             split=options.split,
             root=options.root,
             tolerance=options.tolerance,
+            precision="int8" if options.int8 else "fp16" if options.fp16 else "fp32",
+            calibrate=options.calibrate,
+            force=options.force,
             overwrite=options.overwrite,
         )
     )
