@@ -21,6 +21,7 @@ from sward.losses.recipes import (
     TeacherNormalization,
     TeacherProjections,
 )
+from sward.losses.task import TaskName
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """`fp32` computes everything in float32; the others use autocast and keep weights and optimiser in float32."""
@@ -204,8 +205,16 @@ class TrainingConfig:
     """Passes over the training set."""
     seed: int = 0
     """Seed of weights, sampling, augmentation and window shifts; each draws from its own stream."""
-    metric: Literal["mean_iou", "dice"] = "mean_iou"
-    """Score that selects the best checkpoint: mean IoU over classes, or the foreground's Dice averaged over images."""
+    task: TaskName = "ce"
+    """Task loss: cross-entropy, soft Dice, their sum or focal loss; see `sward.losses.task`."""
+    class_weights: tuple[str, ...] = ()
+    """Weights of the classes in `ce` and `focal`: one number per class, or `auto` for the median share of pixels over
+    the share of the class in the training masks."""
+    label_smoothing: float = 0.0
+    """Share of the target that cross-entropy spreads over all classes."""
+    metric: Literal["mean_iou", "mean_dice", "dice"] = "mean_iou"
+    """Score that selects the best checkpoint: mean IoU or Dice over classes, or with two classes the foreground's Dice
+    averaged over images."""
     evaluate_every: int | None = None
     """Epochs between validations; None validates only at the end."""
     batch_norm_images: int | None = None

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from sward import distributed, models
 from sward.config import DistillationConfig, MaskTrainingConfig, TeacherTrainingConfig, TrainingConfig, masks_path
 from sward.data import SegmentationDataset
-from sward.data.check import check_splits
+from sward.data.check import LabelCounts, check_splits
+from sward.data.masks import parse_values
 from sward.data.unlabelled import UnlabelledImages
 from sward.losses import DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
+from sward.losses.task import TaskLoss, median_frequency_weights
 from sward.models.teachers import Teacher
 from sward.runs import methods
 from sward.runs.load import build_datasets, build_split, choose_device, load_teacher, student_run, teacher_run
@@ -34,6 +36,7 @@ def train_student(config: DistillationConfig) -> TrainingResult:
         ValueError, FileNotFoundError: if the configuration cannot run, before any work starts.
     """
     config.check()
+    _make_root_absolute(config)
     models.describe(config.model)
     if config.distillation != "none":
         methods.check_name(config.distillation)
@@ -45,7 +48,7 @@ def train_student(config: DistillationConfig) -> TrainingResult:
 def _train_student(config: DistillationConfig, device: torch.device) -> TrainingResult:
     train_set, validation_set = build_datasets(config)
     config.steps(len(train_set))
-    _check_data(config, train_set, validation_set)
+    counts, task = _check_data(config, train_set, validation_set)
     distributed.share_of(config.batch)
     info = train_set.info
     # Build the student first, so that a seed gives it the same weights with and without distillation.
@@ -72,7 +75,9 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
                 network.trunk_cache = TrunkCache(network.trunk, config.teacher.cache)
             else:
                 teacher = TeacherCache(teacher, config.teacher.cache)
-    unlabelled = UnlabelledImages(config.unlabelled, train_set, config.seed) if config.unlabelled else None
+    unlabelled = None
+    if config.unlabelled:
+        unlabelled = UnlabelledImages(config.unlabelled, train_set, config.dataset.image_size, config.seed)
     if unlabelled is not None and len(unlabelled) < config.unlabelled_per_step:
         raise ValueError(
             f"unlabelled_batch must be at most {len(unlabelled)}, the number of unlabelled images, got "
@@ -80,7 +85,7 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
         )
     distributed.share_of(config.unlabelled_per_step)
     run = RunFolder(config.output or student_run(config))
-    return _fit(student, loss, config, train_set, validation_set, run, teacher, unlabelled)
+    return _fit(student, loss, task, counts, config, train_set, validation_set, run, teacher, unlabelled)
 
 
 def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
@@ -90,6 +95,7 @@ def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
         ValueError, FileNotFoundError: if the configuration cannot run, before any work starts.
     """
     config.check()
+    _make_root_absolute(config)
     models.describe(config.model)
     device = choose_device(config.device)
     with distributed.joined(device):
@@ -99,7 +105,7 @@ def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
 def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> TrainingResult:
     train_set, validation_set = build_datasets(config)
     config.steps(len(train_set))
-    _check_data(config, train_set, validation_set)
+    counts, task = _check_data(config, train_set, validation_set)
     distributed.share_of(config.batch)
     torch.manual_seed(config.seed)
     network = models.build(config.model, train_set.info.num_classes, **config.options)
@@ -116,17 +122,52 @@ def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> Train
         assert isinstance(network, Teacher)
         network.trunk_cache = TrunkCache(network.trunk, config.cache)
     run = RunFolder(config.output or teacher_run(config.preset))
-    return _fit(network, None, config, train_set, validation_set, run, None)
+    return _fit(network, None, task, counts, config, train_set, validation_set, run, None)
 
 
-def _check_data(config: TrainingConfig, train_set: SegmentationDataset, validation_set: SegmentationDataset) -> None:
-    """Find what would go wrong at the first validation, or silently."""
+def _make_root_absolute(config: TrainingConfig) -> None:
+    """Let a run find its data from any working directory."""
+    if config.dataset.root is not None:
+        config.dataset.root = config.dataset.root.absolute()
+
+
+def _check_data(
+    config: TrainingConfig, train_set: SegmentationDataset, validation_set: SegmentationDataset
+) -> tuple[dict[str, LabelCounts], nn.Module]:
+    """Find what would go wrong at the first validation, or silently; return labels per split and the task loss."""
     if config.metric == "dice" and train_set.info.num_classes != 2:
         raise ValueError(
-            f"metric must be 'mean_iou' unless the data set has two classes, got 'dice' with "
+            f"metric must be 'mean_iou' or 'mean_dice' unless the data set has two classes, got 'dice' with "
             f"{train_set.info.num_classes} classes"
         )
-    check_splits({"train": train_set, "val": validation_set}, skip_corrupt=config.on_corrupt == "skip")
+    counts = check_splits({"train": train_set, "val": validation_set}, skip_corrupt=config.on_corrupt == "skip")
+    ignore_index, group = train_set.info.ignore_index, distributed.group()
+    if config.task == "ce" and not config.class_weights and not config.label_smoothing:
+        return counts, SegmentationCrossEntropy(ignore_index, process_group=group)
+    return counts, TaskLoss(
+        config.task,
+        ignore_index=ignore_index,
+        class_weights=_class_weights(config.class_weights, counts.get("train"), train_set.info.num_classes),
+        label_smoothing=config.label_smoothing,
+        process_group=group,
+    )
+
+
+def _class_weights(stated: tuple[str, ...], counts: LabelCounts | None, num_classes: int) -> list[float] | None:
+    words = parse_values(stated)
+    if not words:
+        return None
+    if words == ("auto",):
+        if counts is None:
+            raise ValueError("class_weights must be numbers for a data set without mask files, got auto")
+        return median_frequency_weights(counts.shares)
+    try:
+        weights = [float(word) for word in words]
+    except ValueError:
+        weights = []
+    if len(weights) != num_classes:
+        raise ValueError(f"class_weights must be auto or {num_classes} numbers, one per class, got {' '.join(words)}")
+    return weights
 
 
 def _placed(network: nn.Module, config: TrainingConfig, device: torch.device) -> nn.Module:
@@ -137,6 +178,8 @@ def _placed(network: nn.Module, config: TrainingConfig, device: torch.device) ->
 def _fit(
     network: nn.Module,
     loss: DistillationLoss | None,
+    task: nn.Module,
+    counts: dict[str, LabelCounts],
     config: TrainingConfig,
     train_set: SegmentationDataset,
     validation_set: SegmentationDataset,
@@ -151,8 +194,8 @@ def _fit(
     seed_generators(distributed.rank_seed(config.seed))
     run.start(config, train_set.info)
     run.keep_split(getattr(train_set, "assignment", {}))
-    task = SegmentationCrossEntropy(train_set.info.ignore_index, process_group=distributed.group())
-    step_module = TrainingStep(network, task, loss, precision=config.precision)
+    run.keep_labels({split: found.summary(train_set.info.classes) for split, found in counts.items()})
+    step_module = TrainingStep(network, task.to(next(network.parameters()).device), loss, precision=config.precision)
     if config.compile:
         # In place, which keeps the keys of the state dict; after opening the taps, so that they are traced.
         network.compile()
