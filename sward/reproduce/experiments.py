@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sward import presets
 from sward.losses.recipes import PAPER, ContextReduction, TeacherProjections
-from sward.runs.methods import METHODS
+from sward.methods import METHODS
 
 Scale = Literal["paper", "small"]
 Scores = tuple[float | None, ...]
@@ -256,7 +256,7 @@ def table4(scale: Scale) -> Table:
 
 
 def methods(preset: str) -> Table:
-    """Every method of `sward.runs.methods` in one equal run each, with what a step costs."""
+    """Every method of `sward.methods` in one equal run each, with what a step costs."""
     names = [TEACHER, "none", *sorted(METHODS, key=list(METHOD_TITLES).index)]
     tests = own_tests(preset)
     rows = tuple(
