@@ -109,9 +109,8 @@ def build(name: str, num_classes: int, /, **options: Any) -> nn.Module:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     check_name(name)
     if "num_classes" in options:
-        raise ValueError(
-            f"option 'num_classes' of model {name!r} must be left to sward, got {options['num_classes']!r}"
-        )
+        given = options["num_classes"]
+        raise ValueError(f"option 'num_classes' of model {name!r} must be left to sward, got {given!r}")
     if name not in _DESCRIPTIONS:
         return sources.build(name, num_classes, options)
     builder = _BUILDERS[name]

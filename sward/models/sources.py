@@ -55,8 +55,9 @@ class TimmTrunk(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network: Any = network
-        strides = [each["reduction"] for each in self.network.feature_info]
+        self.network = network
+        info: Any = network.feature_info
+        strides = [each["reduction"] for each in info]
         count = len(strides)
         if count < 4:
             raise ValueError(f"a timm backbone must have at least four stages or blocks, got {count}")
@@ -64,12 +65,11 @@ class TimmTrunk(nn.Module):
             self.indices = [round(count * quarter / 4) - 1 for quarter in (1, 2, 3, 4)]
         else:
             self.indices = list(range(count - 4, count))
-        self.channels = tuple(self.network.feature_info[index]["num_chs"] for index in self.indices)
+        self.channels: tuple[int, ...] = tuple(info[index]["num_chs"] for index in self.indices)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        return self.network.forward_intermediates(
-            images, indices=self.indices, output_fmt="NCHW", intermediates_only=True
-        )
+        network: Any = self.network
+        return network.forward_intermediates(images, indices=self.indices, output_fmt="NCHW", intermediates_only=True)
 
 
 class BackboneTrunk(nn.Module):
@@ -81,8 +81,9 @@ class BackboneTrunk(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network: Any = network
-        self.channels = tuple(self.network.channels)
+        self.network = network
+        channels: Any = network.channels
+        self.channels: tuple[int, ...] = tuple(channels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return list(self.network(images).feature_maps)
@@ -154,7 +155,7 @@ def _typed(name: str, key: str, value: Any, parameter: inspect.Parameter | None)
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             value = {"true": True, "false": False, "none": None}.get(value.lower(), value)
-    wanted = None if parameter is None else parameter.annotation
+    wanted: Any = None if parameter is None else parameter.annotation
     if wanted in ("int", "float", "bool", "str"):
         wanted = {"int": int, "float": float, "bool": bool, "str": str}[wanted]
     if wanted not in (int, float, bool, str) and parameter is not None:
@@ -292,7 +293,8 @@ def _unknown(source: str, name: str, known: list[str]) -> str:
 
 
 def _subclasses(kind: type) -> list[type]:
-    return [each for direct in kind.__subclasses__() for each in (direct, *_subclasses(direct))]
+    direct: list[type] = kind.__subclasses__()
+    return [each for one in direct for each in (one, *_subclasses(one))]
 
 
 _BUILDERS: dict[str, Callable[[str, int, Mapping[str, Any], bool], nn.Module]] = {
