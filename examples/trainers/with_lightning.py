@@ -1,10 +1,9 @@
 """Lightning: the distiller is an attribute of the module; checkpoints hold the student and leave out the teacher."""
 
-from collections.abc import Iterable
-
 import lightning
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from sward import Distiller
 
@@ -23,6 +22,6 @@ class Distillation(lightning.LightningModule):
         return torch.optim.AdamW(self.distiller.parameters(), lr=1e-3)
 
 
-def train(distiller: Distiller, batches: Iterable[tuple[Tensor, Tensor]], steps: int) -> None:
+def train(distiller: Distiller, batches: DataLoader[tuple[Tensor, Tensor]], steps: int) -> None:
     trainer = lightning.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False)
     trainer.fit(Distillation(distiller), batches)

@@ -45,7 +45,7 @@ def in_a_folder_with_a_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 MINE = ["--model", "mine:build", "--model-options", "width=6"]
 UNEXT = ["--model", "unext"]
 UNET = ["--model", "smp:Unet", "--model-options", "encoder_name=mobilenet_v2"]
-SWIN = ["timm:swin_s3_tiny_224", "img_size=64", "window_size=2", "embed_dim=12", "num_heads=1"]
+SWIN = ["timm:swin_s3_tiny_224", "img_size=64", "window_size=2", "embed_dim=12", "num_heads=(1,1,1,1)"]
 VIT = ["timm:vit_tiny_patch16_224", "depth=4"]
 PAIRS: dict[str, tuple[list[str], list[str]]] = {
     "Unet from Hiera": (UNET, ["hiera_demo"]),
