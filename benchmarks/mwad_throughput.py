@@ -79,6 +79,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def maps_of(stage: Stage, device: torch.device) -> list[Tensor]:
+    """The student's map and the teacher's."""
     generator = torch.Generator().manual_seed(0)
     layout = torch.channels_last if stage.channels_last else torch.contiguous_format
     shape = (stage.batch, 3 * stage.dim, stage.height, stage.width)
@@ -182,7 +183,8 @@ def plot_sweeps(results: Path, device: torch.device, path: Path) -> None:
 def print_resources() -> None:
     """Print what the Triton kernels need of each GPU target, compiled here without a GPU."""
     from sward_kernels import report
-    from sward_kernels.targets import TARGETS, Configuration
+    from sward_kernels.resources import Configuration
+    from sward_kernels.targets import TARGETS
 
     details = {"window_size": QUOTED.window_size, "dim": 64, "dtype": "bf16", "layout": "channels_last"}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from sward.data.files import OnCorrupt
+from sward.data.folder import FolderOptions
 from sward.losses.mwad import ShiftStrategy
 from sward.losses.recipes import (
     RECIPES,
@@ -47,8 +48,8 @@ UNCOMPARED = {
 
 
 NEEDS_VIEWS = (
-    "{name} must be None where dataset.views is None, got {folder}; every epoch draws new crops and flips then, and "
-    "only features of images that come again can be kept: fix them with --dataset.views N, N augmented views per image"
+    "dataset.views must be set with {}, got None; every epoch would draw new crops and flips, --dataset.views N draws "
+    "N fixed augmented views per image"
 )
 
 
@@ -57,22 +58,55 @@ class DatasetConfig:
     """Which images to use, and at what size."""
 
     name: str = "scenes"
-    """A name that `sward.data.build` knows."""
+    """Name of the data set, as in `sward.data.build`."""
     root: Path | None = None
     """Folder that holds the data set; None looks in `$SWARD_DATA`, then in `./data`."""
     image_size: tuple[int, int] = (128, 128)
     """Height and width in pixels of the training images."""
     split_by: str | None = None
-    """For polyps `"sequence"`, `"ratio"` or the path of a list file; None uses the data set's own split."""
+    """For polyps `"sequence"`, `"ratio"` or the path of a list file; for a `folder` without splits, shares of train,
+    val and test such as `80/10/10` or the path of a list (short: `--split`). None uses the data set's own split."""
     num_classes: int | None = None
-    """Number of classes of a `folder` of images and masks; the other data sets define their own."""
+    """Number of classes of a `folder` whose classes have no names; the other data sets define their own."""
+    classes: tuple[str, ...] = ()
+    """For a `folder`, the names of the classes (short: `--classes background,polyp`)."""
+    mask_values: tuple[str, ...] = ()
+    """For a `folder`, the value of each class in the mask files, numbers or `#rrggbb` (short: `--mask-values 0,255`);
+    empty means 0, 1, 2, ..., and 255 for pixels to ignore."""
+    ignore_values: tuple[str, ...] = ()
+    """For a `folder` with `mask_values`, the values of pixels to ignore (short: `--ignore-values`)."""
+    images: str | None = None
+    """For a `folder`, the pattern of its image folder, such as `frames/{split}`; None finds the usual layouts."""
+    masks: str | None = None
+    """For a `folder`, the pattern of its masks, such as `masks/{split}/{name}_mask.png` (short: `--masks`)."""
+    split_seed: int = 0
+    """For a `folder`, the seed of a split that is drawn."""
+    group_by: str | None = None
+    """For a `folder` whose split is drawn, keep groups of frames together: a regular expression that finds the group
+    in a frame's name, or a CSV file with the columns `frame_id` and `group` (short: `--group-by`)."""
+    image_range: tuple[float, float] | None = None
+    """Values that become black and white in images with more than 8 bits per channel; None refuses such images."""
     workers: int = 0
     """Loader processes; 0 loads in the training process. Results do not depend on it."""
     packed: str = "auto"
-    """`"auto"` reads the pack that `sward data pack` left in the data set's folder, if there is one; `"none"` decodes
-    the image files; a path names a pack in another place. Results do not depend on it."""
+    """Pack to read: `"auto"` (the one in the data set's folder, if any), `"none"` (decode the files) or a path."""
     views: int | None = None
     """Fixed augmented views per image, one per epoch in turn; None draws new ones each epoch."""
+
+    @property
+    def folder_options(self) -> FolderOptions | None:
+        """The options of a `folder`; None for other data sets."""
+        if self.name != "folder":
+            return None
+        return FolderOptions(
+            self.classes,
+            self.mask_values,
+            self.ignore_values,
+            self.images,
+            self.masks,
+            self.split_seed,
+            self.group_by,
+        )
 
 
 @dataclass
@@ -113,10 +147,11 @@ class TeacherConfig:
     masks: Path | None = None
     """File that `sward train-masks` wrote, for `maskd` and `freekd`; None uses `runs/PRESET/METHOD.pt`."""
     cache: Path | None = None
-    """Folder that caches the teacher's features, so that it runs once per view of an image; needs `dataset.views`. None
-    runs the teacher in every step."""
+    """Folder that caches the teacher's features of each view of an image; needs `dataset.views`. None has no cache."""
     precision: Precision = "fp32"
     """Precision of the teacher's forward pass; independent of the student's."""
+    normalization: TeacherNormalization = "none"
+    """Standardise the feature maps that other methods than sward read; see `sward.teacher_normalization` for sward."""
 
 
 @dataclass
@@ -158,7 +193,7 @@ class TrainingConfig:
     """A network, a data set and a schedule."""
 
     preset: str = "demo"
-    """The preset this started from."""
+    """The preset that the run is based on."""
     model: str = "unext"
     """The network to train; a name that `sward.models.build` knows: registered, or as `smp:Unet`, `timm:NAME`,
     `torchvision:NAME`, `transformers:FOLDER` or `package.module:function`."""
@@ -184,9 +219,7 @@ class TrainingConfig:
     evaluate_every: int | None = None
     """Epochs between validations; None validates only at the end."""
     batch_norm_images: int | None = None
-    """Training images from which batch norm re-estimates its statistics before each validation; None keeps the running
-    statistics. Meant for runs of a few hundred steps, in which MobileNetV3's momentum of 0.01 leaves the running
-    statistics far behind the weights."""
+    """Training images to re-estimate batch norm statistics from before validation; None keeps the running ones."""
     log_every: int = 20
     """Steps between lines of `metrics.jsonl`."""
     checkpoint_every: int = 500
@@ -208,8 +241,7 @@ class TrainingConfig:
     resume: bool = False
     """Resume the run in `output` from its last checkpoint, or start it if there is none."""
     on_corrupt: OnCorrupt = "stop"
-    """What to do if a training image or mask cannot be read: `"stop"` ends the run and names the file, `"skip"` warns
-    once per file and trains on the next image instead."""
+    """If a training image cannot be read: `"stop"` ends the run, `"skip"` warns and uses the next image."""
 
     def check(self) -> None:
         """Raise a ValueError if a field has an invalid value."""
@@ -258,6 +290,16 @@ class DistillationConfig(TrainingConfig):
     On the command line, options for single fields of `sward` override it."""
     sward: SWARDConfig = field(default_factory=SWARDConfig)
     """Settings of `"sward"`."""
+    unlabelled: tuple[Path, ...] = ()
+    """Folders of images without masks. The teacher is distilled on them too; the task loss, PDR and all terms that need
+    labels see the labelled images only."""
+    unlabelled_batch: int | None = None
+    """Unlabelled images per step, over all processes, beside `batch` labelled ones; None takes as many as `batch`."""
+
+    @property
+    def unlabelled_per_step(self) -> int:
+        """Number of unlabelled images per step, 0 without `unlabelled`."""
+        return (self.unlabelled_batch or self.batch) if self.unlabelled else 0
 
     @property
     def teacher_image_size(self) -> tuple[int, int]:
@@ -278,6 +320,14 @@ class DistillationConfig(TrainingConfig):
     def check(self) -> None:
         """Validate the fields; a teacher cache also needs fixed views, since it can only reuse repeated images."""
         super().check()
+        if self.unlabelled and self.distillation == "none":
+            raise ValueError(
+                "unlabelled must be empty where distillation is 'none', since nothing would learn from them"
+            )
+        if self.unlabelled_batch is not None and (self.unlabelled_batch < 1 or not self.unlabelled):
+            raise ValueError(
+                f"unlabelled_batch must be at least 1 with unlabelled and None without, got {self.unlabelled_batch}"
+            )
         (height, width), (tall, wide) = self.dataset.image_size, self.teacher_image_size
         if tall * width != wide * height:
             raise ValueError(
@@ -285,7 +335,7 @@ class DistillationConfig(TrainingConfig):
                 f"got {tall}x{wide}"
             )
         if self.teacher.cache is not None and self.dataset.views is None:
-            raise ValueError(NEEDS_VIEWS.format(name="teacher.cache", folder=self.teacher.cache))
+            raise ValueError(NEEDS_VIEWS.format("teacher.cache"))
 
     def teacher_masks(self) -> Path:
         """Return the path of the masks that the method learned on this teacher.
@@ -322,7 +372,7 @@ class TeacherTrainingConfig(TrainingConfig):
         if self.cache is not None and self.train_trunk:
             raise ValueError(f"cache must be None where train_trunk is set, got {self.cache}; such a trunk changes")
         if self.cache is not None and self.dataset.views is None:
-            raise ValueError(NEEDS_VIEWS.format(name="cache", folder=self.cache))
+            raise ValueError(NEEDS_VIEWS.format("cache"))
 
 
 @dataclass
@@ -330,7 +380,7 @@ class MaskTrainingConfig:
     """Settings for learning MasKD's tokens or FreeKD's prompts on a trained teacher."""
 
     preset: str = "demo"
-    """The preset this started from."""
+    """The preset that the run is based on."""
     method: MaskMethod = "maskd"
     """The method that will use the masks."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -37,16 +37,30 @@ class Evaluation:
     """IoU of the foreground, mean over images; None unless there are two classes."""
     pooled_dice: float | None = None
     """Dice of the foreground over all pixels of all images; None unless there are two classes."""
+    per_image: dict[str, list[float]] | None = field(default=None, repr=False)
+    """`"dice"` and `"iou"` of the foreground per image, in the order of the data set; None unless there are two
+    classes."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the scores as JSON values; nan becomes None, since JSON has no nan."""
+        """Return all scores but `per_image` as JSON values; nan becomes None, since JSON has no nan."""
+        scores = self.to_dict_with_images()
+        del scores["per_image"]
+        return scores
+
+    def to_dict_with_images(self) -> dict[str, Any]:
+        """As `to_dict`, with `per_image`."""
         scores: dict[str, Any] = json.loads(json.dumps(asdict(self)), parse_constant=lambda constant: None)
         return scores
 
     @classmethod
     def from_dict(cls, scores: Mapping[str, Any]) -> Evaluation:
         """Inverse of `to_dict`: None becomes nan. Ignores other entries, such as those that `evaluate_run` adds."""
-        found = {field.name: scores[field.name] for field in fields(cls)}
+        found = {each.name: scores[each.name] for each in fields(cls) if each.name != "per_image"}
+        if scores.get("per_image") is not None:
+            found["per_image"] = {
+                name: [math.nan if value is None else value for value in values]
+                for name, values in scores["per_image"].items()
+            }
         found["class_iou"] = {name: math.nan if iou is None else iou for name, iou in scores["class_iou"].items()}
         overlaps = ("dice", "iou", "pooled_dice") if len(scores["class_iou"]) == 2 else ()
         for name in ("mean_iou", "mean_accuracy", *overlaps):
@@ -142,6 +156,7 @@ def evaluate(
         dice=None if overlap is None else overlap.mean_dice(),
         iou=None if overlap is None else overlap.mean_iou(),
         pooled_dice=None if overlap is None else overlap.pooled_dice(),
+        per_image=None if overlap is None else {"dice": overlap.dice().tolist(), "iou": overlap.iou().tolist()},
     )
 
 

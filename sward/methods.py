@@ -29,10 +29,12 @@ from sward.losses import (
     PairwiseLoss,
     PDRLoss,
     ReceptiveTokens,
+    StandardizedTeacher,
     SWARDDistillation,
     load_masks,
 )
 from sward.losses.masks import TeacherMasks
+from sward.losses.standardized import feature_taps
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class DistillationPair:
     """Settings of `"sward"`."""
     masks: Callable[[], Path]
     """Returns the file of the masks for `"maskd"` and `"freekd"`, or raises."""
+    unlabelled: bool = False
+    """Whether images without labels are distilled too; then methods that can use every pixel do."""
+    standardize_teacher: bool = False
+    """Whether the other methods than `"sward"` see standardised teacher maps; `settings` say so for `"sward"`."""
     seed: int = 0
     """Seed of CIRKD's memory."""
     generator: torch.Generator | None = None
@@ -71,10 +77,18 @@ def build(name: str, pair: DistillationPair) -> DistillationLoss:
     """Build the distillation loss `name` for a pair of networks; torch's global generator initialises its weights.
 
     Raises:
-        ValueError: if there is no such method; the message lists near matches.
+        ValueError: if there is no such method, with a list of near matches, or its teacher maps cannot be standardised.
     """
     check_name(name)
-    return METHODS[name](pair)
+    loss = METHODS[name](pair)
+    if name == "sward" or not pair.standardize_teacher:
+        return loss
+    taps = feature_taps(loss)
+    if not taps or name == "freekd":
+        reason = "its prompts are learned on the maps as they are" if taps else "it reads the teacher's logits only"
+        raise ValueError(f"teacher.normalization must be 'none' for the method {name!r}, got 'standardize'; {reason}")
+    channels = map_channels(pair.teacher, taps, pair.teacher_image_size)
+    return StandardizedTeacher(loss, channels, process_group=pair.process_group)
 
 
 def check_name(name: str) -> None:
@@ -94,7 +108,7 @@ def _sward(pair: DistillationPair) -> SWARDDistillation:
         window_size=settings.window_size[0] if len(settings.window_size) == 1 else settings.window_size,
         embed_dim=settings.embed_dim,
         shift=settings.shift,
-        weights=settings.terms,
+        terms=settings.terms,
         teacher_normalization=settings.teacher_normalization,
         teacher_projections=settings.teacher_projections,
         context_reduction=settings.context_reduction,
@@ -104,7 +118,7 @@ def _sward(pair: DistillationPair) -> SWARDDistillation:
     pdr = PDRLoss(
         pair.num_classes,
         margin=settings.margin,
-        weights=settings.pdr_weights,
+        terms=settings.pdr_weights,
         ignore_index=pair.ignore_index,
         normalize=settings.normalize,
         process_group=pair.process_group,
@@ -120,7 +134,8 @@ def _sward(pair: DistillationPair) -> SWARDDistillation:
 
 
 def _kd(pair: DistillationPair) -> KDLoss:
-    return KDLoss(ignore_index=pair.ignore_index, process_group=pair.process_group)
+    # Every pixel of an unlabelled image is ignored by the label terms, but not by the teacher.
+    return KDLoss(ignore_index=None if pair.unlabelled else pair.ignore_index, process_group=pair.process_group)
 
 
 def _cwd(pair: DistillationPair) -> CWDLoss:

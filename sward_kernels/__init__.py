@@ -1,8 +1,8 @@
-"""Losses of knowledge distillation as tensor operations: they know no network, no data set and no trainer."""
+"""Knowledge-distillation losses as tensor operations, independent of network, data set and trainer."""
 
 from sward_kernels.prototypes import PrototypeDiscrimination, prototype_discrimination
-from sward_kernels.relational_kl import relational_kl
-from sward_kernels.windowed_distillation import WindowedDistillation, windowed_distillation
+from sward_kernels.relation import relational_kl
+from sward_kernels.windowed import WindowedDistillation, windowed_distillation
 
 __all__ = [
     "PrototypeDiscrimination",

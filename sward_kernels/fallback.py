@@ -1,4 +1,4 @@
-"""The implementation of an operation: an unknown name is refused, and another than the wanted one is told, once."""
+"""Choice of an implementation: reject unknown names, and warn once when a different one runs."""
 
 from __future__ import annotations
 
@@ -12,20 +12,25 @@ _warned: set[str] = set()
 
 
 def require_known(implementation: str, known: Sequence[str]) -> None:
-    """Raises ValueError, naming those that are near, for an implementation that is not among the known ones."""
+    """Raise ValueError, suggesting near matches, if `implementation` is not one of `known`."""
     if implementation not in known:
         near = difflib.get_close_matches(str(implementation), known)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose one of {', '.join(known)}."
-        raise ValueError(f"implementation={implementation!r} is not known: {hint}")
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"implementation must be one of {', '.join(map(repr, known))}, got {implementation!r}{hint}")
+
+
+def cannot_load(operation: str, error: ImportError) -> NotImplementedError:
+    """The error to raise where the Triton kernels of `operation` cannot be imported."""
+    return NotImplementedError(f"implementation='triton' of {operation} cannot be loaded here ({error}); use 'eager'")
 
 
 @constant_in_graphs
 def warn_once(message: str, stacklevel: int = 3) -> None:
-    """Warns (RuntimeWarning) with a message that this process has not been given before.
+    """Issue a RuntimeWarning, unless this process has issued one with the same message before.
 
     Args:
-        message: what runs instead of what, and why.
-        stacklevel: as for `warnings.warn`, so that the user's own line is named.
+        message: which implementation runs instead of which, and why.
+        stacklevel: as for `warnings.warn`, so that the warning names the line of the user.
     """
     if message not in _warned:
         _warned.add(message)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sward.alignment import ChannelProjection, aligned_size, resize, resize_labels, resize_to_common
+from sward.alignment import ChannelProjection, Standardization, aligned_size, resize, resize_labels, resize_to_common
 
 
 def test_common_grid_is_the_smaller_side_by_side() -> None:
@@ -132,3 +132,77 @@ def test_a_projection_is_a_convolution(layout: str, bias: bool) -> None:
         torch.autograd.grad(actual, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
     ):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+# Standardization
+
+SCALES = torch.tensor([1e-3, 1.0, 30.0, 1000.0])
+OFFSETS = torch.tensor([1.0, 1000.0, 0.0, -5.0])
+
+
+def unequal_maps(*batches: int) -> list[Tensor]:
+    return [torch.randn(batch, 4, 6, 5) * SCALES[:, None, None] + OFFSETS[:, None, None] for batch in batches]
+
+
+def channels_of(maps: Tensor) -> Tensor:
+    return maps.double().transpose(0, 1).flatten(1)
+
+
+def test_the_first_map_is_standardised_by_itself() -> None:
+    (maps,) = unequal_maps(2)
+    result = channels_of(Standardization(4)(maps))
+    # The first channel's mean is a thousand times its spread: float32 leaves four digits of it.
+    torch.testing.assert_close(result.mean(1), torch.zeros(4).double(), rtol=0, atol=2e-4)
+    torch.testing.assert_close(result.var(1, correction=0), torch.ones(4).double(), rtol=0, atol=1e-4)
+
+
+def test_in_evaluation_the_maps_that_were_seen_have_mean_0_and_variance_1_together() -> None:
+    batches = unequal_maps(3, 1, 5)
+    batches[1] = batches[1] * 2 + 1
+    standardization = Standardization(4)
+    for maps in batches:
+        standardization(maps)
+    everything = channels_of(torch.cat(batches))
+    assert standardization.count == everything.shape[1]
+    torch.testing.assert_close(standardization.mean.double(), everything.mean(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(standardization.variance.double(), everything.var(1, correction=0), rtol=1e-4, atol=0)
+    before = {name: value.clone() for name, value in standardization.state_dict().items()}
+    result = channels_of(standardization.eval()(torch.cat(batches)))
+    torch.testing.assert_close(result.var(1, correction=0), torch.ones(4).double(), rtol=0, atol=1e-4)
+    assert all(torch.equal(before[name], value) for name, value in standardization.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_constant_channel_gives_zeros(dtype: torch.dtype) -> None:
+    maps = torch.randn(2, 3, 7, 9).to(dtype)
+    maps[:, 0], maps[:, 1] = 0.0, 1000.1
+    result = Standardization(3)(maps)
+    assert (result[:, :2] == 0).all()
+    assert result[:, 2].std() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_maps_of_16_bit_are_computed_in_32(dtype: torch.dtype) -> None:
+    (maps,) = unequal_maps(2)
+    half = maps.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = Standardization(4)(half)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, Standardization(4)(half.float()))
+
+
+def test_before_anything_was_seen_a_map_is_returned_as_it_is() -> None:
+    (maps,) = unequal_maps(2)
+    assert torch.equal(Standardization(4).eval()(maps), maps)
+
+
+def test_statistics_that_were_saved_go_on_bit_for_bit() -> None:
+    batches = unequal_maps(2, 2, 3)
+    whole, first, second = (Standardization(4) for _ in range(3))
+    for maps in batches:
+        whole(maps)
+    first(batches[0])
+    second.load_state_dict(first.state_dict())
+    for maps in batches[1:]:
+        second(maps)
+    assert all(torch.equal(whole.state_dict()[name], value) for name, value in second.state_dict().items())

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sward import data, distributed, methods, models, runs
+from sward.alignment import Standardization
 from sward.config import (
     DatasetConfig,
     DistillationConfig,
@@ -27,26 +28,46 @@ from sward.data import EvaluationTransform, SegmentationDataset
 from sward.evaluation import evaluate
 from sward.runs import train_masks, train_student, train_teacher
 from sward.training import FrozenTeacher
-from tests.support.training_runs import SERVER, SPLITS, checkpoint, records, small, small_cirkd, use_few_images
+from tests.support.training_runs import (
+    SERVER,
+    SPLITS,
+    checkpoint,
+    records,
+    small,
+    small_cirkd,
+    use_few_images,
+    write_images,
+)
 
 TOLERANCE = 1e-9
 """Of weights after five steps, in float64: AdamW's first steps move every weight by the learning rate, 1e-3, whatever
 the size of its gradient, so the rounding of float32 would show as up to 1e-4 where a gradient is nearly zero."""
 
 DATASET = DatasetConfig(name="scenes", image_size=(32, 32))
-CASES = {name: name for name in methods.METHODS} | {"none": "none", "sward, one shift a process": "sward"}
+CASES = {name: name for name in methods.METHODS} | {
+    "none": "none",
+    "sward, one shift a process": "sward",
+    "sward as the paper has it": "sward",
+    "sward and unlabelled images": "sward",
+    "kd and unlabelled images": "kd",
+}
 
 
 def case(folder: Path, name: str, output: Path) -> DistillationConfig:
     shift = "stochastic" if "shift" in name else "deterministic"
-    return small(
+    config = small(
         output,
         distillation=CASES[name],
         iterations=5,
         dataset=DATASET,
-        sward=SWARDConfig(window_size=(4,), embed_dim=8, shift=shift),
+        sward=SWARDConfig(weights=(1.0, 0.1), window_size=(4,), embed_dim=8, shift=shift),
         teacher=TeacherConfig(run=folder / "teacher", masks=folder / f"{CASES[name]}.pt"),
     )
+    if "paper" in name:
+        config.use_recipe("paper")
+    if "unlabelled" in name:
+        config.unlabelled, config.unlabelled_batch = (folder / "images",), 2
+    return config
 
 
 def without_batch_norm(module: nn.Module) -> nn.Module:
@@ -101,6 +122,18 @@ def scores(group: Any = None) -> dict[str, Any]:
     return vars(evaluate(nn.Conv2d(3, 2, 3, padding=1), Striped(), batch=2, process_group=group))
 
 
+def teacher_maps() -> Tensor:
+    """Three images, channels of unequal scale."""
+    maps = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    return maps * torch.tensor([1.0, 500.0])[:, None, None] + torch.tensor([1000.0, 0.0])[:, None, None]
+
+
+def standardised(maps: Tensor, group: Any = None) -> dict[str, Tensor]:
+    standardization = Standardization(2, process_group=group)
+    standardization(2 * maps)
+    return {"maps": standardization(maps), **standardization.state_dict()}
+
+
 def one_process(folder: Path) -> None:
     prepare()
     for name in CASES:
@@ -114,6 +147,9 @@ def one_of_two(rank: int, folder: Path) -> None:
     for name in CASES:
         train_student(case(folder, name, folder / "two" / name))
     torch.save(scores(dist.group.WORLD), folder / f"rank{rank}.pt")
+    # One image on the first process, two on the other.
+    mine = teacher_maps()[:1] if rank == 0 else teacher_maps()[1:]
+    torch.save(standardised(mine, dist.group.WORLD), folder / f"standardised{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -121,6 +157,7 @@ def one_of_two(rank: int, folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher, masks for the methods that need them, and every case trained by one process and by two."""
     folder = tmp_path_factory.mktemp("distributed")
+    write_images(folder / "images")
     with pytest.MonkeyPatch.context() as patch:
         use_few_images(patch)
         train_teacher(
@@ -185,6 +222,15 @@ def test_each_process_draws_shifts_of_its_own(folder: Path) -> None:
 def test_every_process_gets_exactly_the_scores_of_one(folder: Path) -> None:
     first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert first == second == scores()
+
+
+def test_maps_are_standardised_over_all_processes(folder: Path) -> None:
+    first, second = (torch.load(folder / f"standardised{rank}.pt", weights_only=True) for rank in range(2))
+    alone = standardised(teacher_maps())
+    torch.testing.assert_close(torch.cat([first.pop("maps"), second.pop("maps")]), alone.pop("maps"))
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value)
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""The command line `sward`; `sward.cli.main.main` runs it."""
+"""The `sward` command line; its entry point is `sward.cli.main.main`."""

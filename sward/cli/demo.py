@@ -1,4 +1,4 @@
-"""`sward demo`: the main job on the embedded data set, from nothing to a table, in minutes on two cores."""
+"""`sward demo`: train a teacher, a baseline and a distilled student on generated images, in minutes on two cores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sward.data import denormalise
 from sward.evaluation import predict_sample
 from sward.figures.curves import training_curves
 from sward.figures.predictions import prediction_grid
-from sward.models.complexity import complexity
+from sward.models.flops import complexity
 from sward.runs import load_run, train_student, train_teacher
 from sward.runs.load import build_split
 from sward.training import TrainingResult
@@ -37,7 +37,7 @@ class DemoRow:
 
 @dataclass
 class DemoResult:
-    """What `run` leaves behind: the table, and the paths of the prediction grid and of the curves."""
+    """Results of the demo: the table, and the paths of the prediction grid and of the training curves."""
 
     rows: list[DemoRow]
     grid: Path
@@ -45,14 +45,14 @@ class DemoResult:
 
 
 def run(output: Path = Path("runs/demo"), *, seed: int = 0, iterations: int | None = None) -> DemoResult:
-    """Trains a transformer teacher on `scenes`, then the student alone and with SWARD from the same seed.
+    """Train a transformer teacher on `scenes`, then the student alone and with SWARD from the same seed.
 
-    The same seed gives the same numbers on the same machine. An earlier demo in `output` is replaced.
+    The results are reproducible on the same machine. Replaces an earlier demo in `output`.
 
     Args:
-        output: folder of the three runs and the pictures.
-        seed: of all three runs.
-        iterations: steps of each run; None takes those of the preset `demo`.
+        output: folder of the three runs and the figures.
+        seed: seed of all three runs.
+        iterations: steps of each run; None uses those of the preset `demo`.
     """
     preset = presets.get("demo")
     teacher_config = dataclasses.replace(preset.teacher, seed=seed, output=output / "teacher")

@@ -1,4 +1,4 @@
-"""What decides whether and how sward runs on this machine."""
+"""`sward doctor`: versions, devices and kernel implementations on this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from sward.training.run_folder import environment
 from sward_kernels.prototypes import native as prototypes
-from sward_kernels.windowed_distillation import native as windowed_distillation
+from sward_kernels.windowed import native as windowed_distillation
 
 OPTIONAL = {
     "torchvision": "training transforms",
@@ -21,17 +21,17 @@ OPTIONAL = {
 }
 
 
-def report() -> str:
-    """Versions, devices, the implementation each operation of `sward_kernels` takes by default, and what is missing."""
+def describe_machine() -> str:
+    """Describe versions, devices, the default implementation of each kernel operation, and missing packages."""
     facts = environment()
     lines = [f"python {facts['python']} on {facts['platform']}, {facts['threads']} threads"]
     lines += [f"{name:<30}{version or 'not installed'}" for name, version in facts["packages"].items()]
-    lines += [f"GPU {index}: {name}" for index, name in enumerate(facts["gpus"])] or ["no GPU that torch can use"]
+    lines += [f"GPU {index}: {name}" for index, name in enumerate(facts["gpus"])] or ["no GPU visible to torch"]
     lines.append("")
     lines += [f"sward_kernels on {device}: {reason}" for device, reason in _implementations()]
     missing = [f"  {name}: {use}" for name, use in OPTIONAL.items() if importlib.util.find_spec(name) is None]
     if missing:
-        lines += ["", "not installed, and what needs them (pip install 'sward[all]'):", *missing]
+        lines += ["", "optional packages that are not installed (pip install 'sward[all]'):", *missing]
     return "\n".join(lines)
 
 
@@ -48,5 +48,5 @@ def _implementations() -> list[tuple[str, str]]:
     if not torch.cuda.is_available():
         return found
     if importlib.util.find_spec("triton") is None:
-        return [*found, ("GPU tensors", "eager, because the package triton is not installed")]
-    return [*found, ("GPU tensors", "triton, and eager with one warning for a size the kernels do not serve")]
+        return [*found, ("GPU tensors", "eager; the package triton is not installed")]
+    return [*found, ("GPU tensors", "triton; eager with one warning for sizes that the kernels do not support")]

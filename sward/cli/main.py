@@ -1,8 +1,8 @@
 """The command line: `sward COMMAND ...`, the same as `python -m sward COMMAND ...`.
 
-A mistake of the user's ends in one sentence and exit code 2, a run that failed (a full disk, a loss that is not
-finite) in one sentence and exit code 1, Ctrl-C and SIGTERM in exit codes 130 and 143 after a checkpoint. To see where
-an error was raised, run `python -X dev -m sward COMMAND ...`.
+User errors print one line and exit with status 2. Failed runs (a full disk, a loss that is not finite) print one line
+and exit with status 1. Ctrl-C and SIGTERM save a checkpoint and exit with status 130 and 143. To see the traceback of
+an error, run `python -X dev -m sward COMMAND ...`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sward.cli import printing
+from sward.cli.own_data import expand
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {}
-"""Name -> the function that runs it, and its line in the list of commands. Filled by `_command`."""
+"""Command name -> function that runs it and its line in the list of commands; `_command` adds the entries."""
 
 USER_ERROR = 2
 RUN_FAILED = 1
@@ -31,69 +32,112 @@ class Demo:
     """Train a transformer teacher on `scenes`, then the student alone and with SWARD from the same seed."""
 
     output: Path = Path("runs/demo")
-    """Folder of the runs and the pictures; an earlier demo there is replaced."""
+    """Folder of the runs and the figures; replaces an earlier demo."""
     seed: int = 0
     """Seed of all three runs."""
     iterations: int | None = None
-    """Steps of each run; fewer make a quick look."""
+    """Steps of each run; set a small number for a quick look."""
 
 
 @dataclass
 class Evaluate:
-    """Score a run's network at the full resolution of the labels and write the scores into its folder."""
+    """Score the network of a run at the resolution of the labels and write the scores into the run folder."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
     split: str = "val"
     """Split of the data set."""
     dataset: str | None = None
-    """Another data set with the same classes; the run's own by default."""
+    """Another data set with the same classes; that of the run by default."""
     root: Path | None = None
-    """Folder that holds the data set; the run's own by default."""
+    """Folder that holds the data set; that of the run by default."""
     split_by: str | None = None
-    """How polyp data is split: sequence, ratio or a list file; the run's own by default."""
+    """How polyp data is split: sequence, ratio or a list file; as in the run by default."""
     checkpoint: Literal["best", "last"] = "best"
-    """Which weights."""
+    """Which weights to use."""
     batch: int = 8
-    """Images a forward pass."""
+    """Images per forward pass."""
     device: str | None = None
-    """Where to run; the GPU where there is one."""
+    """Device to run on; the GPU if there is one."""
 
 
 @dataclass
 class Predict:
     """Write NAME-mask.png (class indices, in colour) and NAME-overlay.png for each image, at the image's size."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder."""
+    source: Annotated[Path, tyro.conf.Positional]
+    """Run folder, checkpoint or exported file."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files."""
+    """Image files, folders of images, or patterns such as 'a/**/*.jpg'."""
     output: Path | None = None
-    """Where to write; RUN/predictions by default."""
+    """Where to write; a folder named predictions in the run folder or beside the file by default."""
     checkpoint: Literal["best", "last"] = "best"
-    """Which weights."""
+    """Which weights of a run folder."""
     device: str | None = None
     """Where to run; the GPU where there is one."""
+    tile: tuple[int, int] | None = None
+    """Height and width of tiles at the image's own resolution; by default the image is resized for the network."""
+    overlap: int | None = None
+    """Pixels that neighbouring tiles share; a quarter of the tile by default."""
+    as_labels: tuple[int, ...] | None = None
+    """Write grey masks with these values by class; without values 0 and 255 for two classes, else class indices."""
+    probabilities: Literal["npy", "png"] | None = None
+    """Also write probabilities: NAME-probabilities.npy, or one 16-bit PNG per class."""
+    allow_large: bool = False
+    """Read images that Pillow takes for decompression bombs."""
+    overwrite: bool = False
+    """Replace existing files."""
+
+
+@dataclass
+class Export:
+    """Write a trained network as ONNX or torch.export file, and prove that it predicts what PyTorch predicts.
+
+    The file takes RGB images of any size: normalisation, padding and cropping are part of it.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder, or a checkpoint in it."""
+    output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
+    """File to write; .onnx or .pt2."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which weights of a run folder."""
+    input: Literal["uint8", "float", "normalised"] = "uint8"
+    """What the images hold: RGB of 0 to 255, RGB of 0 to 1, or floats that are already normalised."""
+    returns: Literal["logits", "probabilities", "argmax"] = "logits"
+    """What the file returns."""
+    size: tuple[int, int] | None = None
+    """Height and width to limit the file to; free by default."""
+    check: int | None = None
+    """Images to prove it on; the whole split by default, 0 skips the proof."""
+    split: str = "val"
+    """Split of the run's data set to prove it on."""
+    root: Path | None = None
+    """Folder that holds the data set; the run's own by default."""
+    tolerance: float = 1e-4
+    """Largest accepted difference in mIoU and Dice, as a fraction of 1."""
+    overwrite: bool = False
+    """Replace an existing file."""
 
 
 @dataclass
 class Report:
     """Write one HTML page about one or more runs: scores, curves, classes, predictions, configuration, environment.
 
-    The page holds its pictures and works offline.
+    The images are embedded, so the page works offline.
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders."""
     output: Path | None = None
-    """The page; report.html in the first run folder by default."""
+    """Path of the page; report.html in the first run folder by default."""
     root: Path | None = None
-    """Folder that holds the data sets; each run's own by default."""
+    """Folder that holds the data sets; that of each run by default."""
 
 
 @dataclass
 class Complexity:
-    """Count parameters and FLOPs at 3x512x512 and print them beside the paper's columns."""
+    """Count parameters and FLOPs at 3x512x512 and print them next to the paper's values."""
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Names of networks; all by default."""
@@ -103,9 +147,9 @@ class Complexity:
 class DataPack:
     """Decode every image and mask of a data set once, into files that training maps into memory.
 
-    The pack goes to sward-pack in the data set's folder, where every run finds it, or to --output; then name it with
-    --dataset.packed. It can be interrupted at any moment and goes on where it was. Run again, it checks every
-    checksum and packs what has changed.
+    The pack is written to sward-pack in the data set's folder, where every run finds it, or to --output; then pass it
+    as --dataset.packed. The command can be interrupted at any time; run again, it verifies all checksums and packs what
+    is missing or has changed.
     """
 
     name: Annotated[str, tyro.conf.Positional]
@@ -113,24 +157,32 @@ class DataPack:
     root: Path | None = None
     """Folder that holds the data set; None looks in $SWARD_DATA, then in ./data."""
     output: Path | None = None
-    """Folder of the pack, for a data set that cannot be written to or a faster disk."""
+    """Folder of the pack, if the data set is read-only or another disk is faster."""
     split_by: str | None = None
-    """Polyps: path of a list of the frames to pack; all by default."""
+    """For polyps: path of a list of the frames to pack; all by default."""
     num_classes: int | None = None
-    """For a folder of images and masks: the classes that its masks distinguish."""
+    """For a folder of images and masks: number of classes in its masks."""
+    classes: tuple[str, ...] = ()
+    """For a folder: names of its classes."""
+    mask_values: tuple[str, ...] = ()
+    """For a folder: value of each class in the masks."""
+    ignore_values: tuple[str, ...] = ()
+    """For a folder: values of pixels to ignore."""
+    image_range: tuple[float, float] | None = None
+    """Values that become black and white in images with more than 8 bits per channel."""
     on_corrupt: Literal["stop", "skip"] = "stop"
-    """About an image or mask that cannot be read: stop, or leave it out with a warning."""
+    """What to do if an image or mask cannot be read: stop, or skip it with a warning."""
     workers: int | None = None
-    """Threads that decode; one a core by default, 8 at most."""
+    """Decoder threads; by default one per core, at most 8."""
 
 
 @dataclass
 class Doctor:
-    """Print what decides whether and how sward runs here."""
+    """Print versions, devices and the implementation that each operation will use."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, or as the head of this file says."""
+    """Run one command and return its exit status; see the module docstring."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -192,14 +244,14 @@ def _parse(kind: Any, command: str, words: list[str], default: Any = None) -> An
 
 
 def _preset(command: str, words: list[str]) -> tuple[str, list[str]]:
-    """Splits the preset's name from the options that follow it."""
+    """Split the name of the preset from the options after it."""
     from sward import presets
 
     if not words or words[0].startswith("-"):
         if words and words[0] in ("-h", "--help"):
             return "demo", words
         raise ValueError(
-            f"name a preset first, such as 'sward {command} {presets.names()[0]}'; 'sward --help' lists them"
+            f"name a preset first, such as 'sward {command} {presets.names()[0]}'; 'sward --help' lists all presets"
         )
     if not (_is_file(words[0]) and command in ("train", "train-teacher")):
         presets.get(words[0])
@@ -254,7 +306,7 @@ def _train(words: list[str]) -> None:
 
     if _wants_short_help("train", words):
         return
-    name, rest = _preset("train", words)
+    name, rest = _preset("train", expand(words))
     default = read_config(DistillationConfig, Path(name)) if _is_file(name) else presets.get(name).student
     # Before the other options are read: they change single fields of it.
     for recipe in RECIPES:
@@ -275,7 +327,7 @@ def _train_teacher(words: list[str]) -> None:
 
     if _wants_short_help("train-teacher", words):
         return
-    name, rest = _preset("train-teacher", words)
+    name, rest = _preset("train-teacher", expand(words))
     default = read_config(TeacherTrainingConfig, Path(name)) if _is_file(name) else presets.get(name).teacher
     rest = apply_words(default, rest)
     config = _parse(TeacherTrainingConfig, f"train-teacher {name}", rest, default)
@@ -289,7 +341,7 @@ def _train_masks(words: list[str]) -> None:
     from sward import presets
     from sward.config import MaskTrainingConfig
 
-    name, rest = _preset("train-masks", words)
+    name, rest = _preset("train-masks", expand(words))
     student = presets.get(name).student
     default = MaskTrainingConfig(preset=name, dataset=student.dataset, teacher=student.teacher, batch=student.batch)
     from sward.cli.starting import apply_words
@@ -300,27 +352,43 @@ def _train_masks(words: list[str]) -> None:
     print(f"written: {train_masks(config)}")
 
 
-@_command("data", "data pack: decode a data set once, so that training never waits for it")
+@_command("data", "data check: look at your own folder; data pack: decode a data set once")
 def _data(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
         from sward import data
 
         print(
-            "usage: sward data pack NAME [--root FOLDER] [--output FOLDER] ...\n\n"
+            "usage: sward data pack NAME [--root FOLDER] [--output FOLDER] ...\n"
+            "       sward data check FOLDER\n\n"
+            "  check  look at a folder of your own and print the command to train on it\n"
             "  pack   decode every image and mask once into memory-mapped files (sward data pack --help)\n\n"
             f"data sets: {', '.join(name for name in data.names() if name != 'scenes')}"
         )
         return
+    if words[0] == "check":
+        from sward.cli.own_data import DataCheck, print_check
+
+        print_check(_parse(DataCheck, "data check", words[1:]))
+        return
     if words[0] != "pack":
-        raise ValueError(f"unknown command 'data {words[0]}'; did you mean 'data pack'?")
+        raise ValueError(f"unknown command 'data {words[0]}'; did you mean 'data pack' or 'data check'?")
     options = _parse(DataPack, "data pack", words[1:])
     from sward import data
+    from sward.data.check import check_classes
+    from sward.data.folder import FolderOptions
     from sward.data.packing import pack
     from sward.training.progress import Progress
 
     datasets = data.build_for_packing(
-        options.name, root=options.root, split_by=options.split_by, num_classes=options.num_classes
+        options.name,
+        root=options.root,
+        split_by=options.split_by,
+        num_classes=options.num_classes,
+        image_range=options.image_range,
+        folder_options=FolderOptions(options.classes, options.mask_values, options.ignore_values),
     )
+    if options.name == "folder":
+        check_classes(datasets, skip_corrupt=options.on_corrupt == "skip")
     frames = len({pair.image for dataset in datasets for pair in dataset.pairs})
     with Progress(f"pack {options.name}", frames) as progress:
 
@@ -329,10 +397,8 @@ def _data(words: list[str]) -> None:
             progress.note("")
 
         result = pack(datasets, options.output, on_corrupt=options.on_corrupt, workers=options.workers, advance=advance)
-    left_out = f", {result.corrupt} left out" if result.corrupt else ""
-    print(
-        f"{result.frames} frames, {result.bytes / 1e9:.2f} GB, {result.kept} of them there before and sound{left_out}"
-    )
+    left_out = f", {result.corrupt} skipped" if result.corrupt else ""
+    print(f"{result.frames} frames, {result.bytes / 1e9:.2f} GB, {result.kept} of them reused{left_out}")
     print(f"pack: {result.folder}")
 
 
@@ -376,7 +442,7 @@ def _layers(words: list[str]) -> None:
     show(_parse(Layers, "layers", words))
 
 
-@_command("evaluate", "score a run on a split, or on another data set")
+@_command("evaluate", "score a run on a split of its data set or of another one")
 def _evaluate(words: list[str]) -> None:
     options = _parse(Evaluate, "evaluate", words)
     from sward.runs import evaluate_run, evaluation_file
@@ -398,20 +464,52 @@ def _evaluate(words: list[str]) -> None:
     print(f"written: {path}")
 
 
-@_command("predict", "write mask and overlay of any image")
+@_command("predict", "write masks and overlays for image files")
 def _predict(words: list[str]) -> None:
     options = _parse(Predict, "predict", words)
     if not options.images:
-        raise ValueError("name at least one image after the run folder")
+        raise ValueError("images must name at least one file after the run folder, got none")
     from sward.cli.predict import predict_images
 
     for path in predict_images(
-        options.run, options.images, options.output, checkpoint=options.checkpoint, device=options.device
+        options.source,
+        options.images,
+        options.output,
+        checkpoint=options.checkpoint,
+        device=options.device,
+        tile=options.tile,
+        overlap=options.overlap,
+        as_labels=options.as_labels,
+        probabilities=options.probabilities,
+        allow_large=options.allow_large,
+        overwrite=options.overwrite,
     ):
         print(path)
 
 
-@_command("reproduce", "run what a table or figure of the paper needs, and make it")
+@_command("export", "write a trained network as ONNX or .pt2, and prove it against PyTorch")
+def _export(words: list[str]) -> None:
+    options = _parse(Export, "export", words)
+    from sward.deploy.proof import export_run
+
+    printing.print_export(
+        export_run(
+            options.run,
+            options.output,
+            checkpoint=options.checkpoint,
+            input=options.input,
+            output=options.returns,
+            size=options.size,
+            check=options.check,
+            split=options.split,
+            root=options.root,
+            tolerance=options.tolerance,
+            overwrite=options.overwrite,
+        )
+    )
+
+
+@_command("reproduce", "run the experiments of a table or figure of the paper and create it")
 def _reproduce(words: list[str]) -> None:
     from sward.reproduce import Options, reproduce
 
@@ -427,10 +525,10 @@ def _report(words: list[str]) -> None:
     print(f"written: {write_report(options.runs, options.output, root=options.root)}")
 
 
-@_command("complexity", "parameters and FLOPs of every teacher and student beside the paper's")
+@_command("complexity", "parameters and FLOPs of every teacher and student, and the paper's values")
 def _complexity(words: list[str]) -> None:
     options = _parse(Complexity, "complexity", words)
-    from sward.models.complexity import complexity_table, render
+    from sward.models.flops import complexity_table, render
 
     printing.console().print(render(complexity_table(options.models or None)))
 
@@ -438,6 +536,6 @@ def _complexity(words: list[str]) -> None:
 @_command("doctor", "versions, devices, and which implementation each operation will use")
 def _doctor(words: list[str]) -> None:
     _parse(Doctor, "doctor", words)
-    from sward.cli.doctor import report
+    from sward.cli.doctor import describe_machine
 
-    print(report())
+    print(describe_machine())

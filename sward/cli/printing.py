@@ -1,4 +1,4 @@
-"""How the command line shows results: tables of rich, imported when the first one is printed."""
+"""Print results as rich tables; rich is imported when the first table is printed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def print_result(result: Any, metric: str) -> None:
-    """What a training run reached (a `sward.training.TrainingResult`); of several processes, rank 0 prints."""
+    """Print a `sward.training.TrainingResult`; with several processes only rank 0 prints."""
     from sward import distributed
 
     if not distributed.is_main():
@@ -19,7 +19,7 @@ def print_result(result: Any, metric: str) -> None:
 
 
 def print_evaluation(evaluation: Any, title: str) -> None:
-    """All scores of a `sward.evaluation.Evaluation`, in percent."""
+    """Print all scores of a `sward.evaluation.Evaluation` in percent."""
     summary = [("mIoU", evaluation.mean_iou), ("mAcc", evaluation.mean_accuracy)]
     if evaluation.dice is not None:
         summary += [
@@ -31,8 +31,38 @@ def print_evaluation(evaluation: Any, title: str) -> None:
     print_table(title, ("score", "%"), [(name, f"{100 * value:.2f}") for name, value in rows])
 
 
+def print_export(exported: Any) -> None:
+    """Print the contract and the proof of a `sward.deploy.proof.Exported`."""
+    metadata, proof = exported.metadata, exported.proof
+    form = "torch.export program" if metadata.opset is None else f"ONNX, opset {metadata.opset}"
+    size = "any size" if metadata.fixed_size is None else "{} x {} pixels".format(*metadata.fixed_size)
+    print(f"{metadata.model}, {form}, {metadata.precision}: {metadata.input} RGB of {size} -> {metadata.output}")
+    if proof is None:
+        print("not compared with PyTorch")
+    else:
+        rows = [
+            ("mIoU (%)", _percent(proof.mean_iou), _percent(proof.mean_iou_pytorch)),
+            ("median latency (ms)", f"{proof.milliseconds:.1f}", f"{proof.milliseconds_pytorch:.1f}"),
+        ]
+        if proof.dice_pytorch is not None:
+            rows.insert(1, ("Dice, mean over images (%)", _percent(proof.dice), _percent(proof.dice_pytorch)))
+        height, width = proof.image_size
+        print_table(
+            f"{proof.images} images of {proof.split}; latency at {height} x {width}, {proof.threads} threads",
+            ("", "file", "PyTorch"),
+            rows,
+        )
+        print(f"largest difference of {metadata.output}: {proof.largest_difference:.2g}")
+        print(f"pixels of another class: {100 * proof.differing_pixels:.4f} %")
+    print(f"written: {exported.path} ({exported.path.stat().st_size / 1e6:.2f} MB)\nwritten: {exported.proof_path}")
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table with its title above; the first column is text, the others are numbers."""
+    """Print a table below its title; the first column is text, the others are numbers."""
     from rich.table import Table
 
     table = Table()
@@ -46,8 +76,8 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def console() -> Any:
-    """Where tables go: the terminal, or a log."""
+    """Return a rich console for standard output."""
     from rich.console import Console
 
-    # A pipe has no width: wide enough that no table is folded in a log.
+    # A pipe has no width; make it wide enough that tables are not wrapped in a log.
     return Console() if sys.stdout.isatty() else Console(width=160)

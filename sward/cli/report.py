@@ -1,4 +1,4 @@
-"""`sward report`: one HTML page about one or more runs that needs nothing but itself."""
+"""`sward report`: one self-contained HTML page about one or more runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sward.evaluation import predict_sample
 from sward.figures.curves import training_curves
 from sward.figures.predictions import prediction_grid
 from sward.runs import load_run
-from sward.runs.load import build_split
+from sward.runs.load import build_split, stored_split
 from sward.training.run_folder import RunFolder, make_folder
 
 IMAGES = 4
@@ -50,7 +50,7 @@ summary { cursor: pointer; }
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """A run folder, read."""
+    """The contents of a run folder."""
 
     title: str
     folder: RunFolder
@@ -61,23 +61,23 @@ class ReportedRun:
 
 
 def write_report(paths: Sequence[Path], output: Path | None = None, *, root: Path | None = None) -> Path:
-    """Writes the page and returns its path.
+    """Write the page and return its path.
 
     Args:
         paths: run folders, at least one.
-        output: the page. Default: `report.html` in the first run folder.
-        root: folder that holds the data sets; None takes each run's own. Where images are not there, the page says so.
+        output: path of the page. Default: `report.html` in the first run folder.
+        root: folder that holds the data sets; None uses that of each run. If images are missing, the page says so.
 
     Raises:
-        ValueError: if no run is named, or the page cannot be written.
-        FileNotFoundError: if a folder holds no run.
+        ValueError: if `paths` is empty, or the page cannot be written.
+        FileNotFoundError: if a folder is not a run folder.
     """
     if not paths:
-        raise ValueError("name at least one run folder")
+        raise ValueError("paths must name at least one run folder, got none")
     runs = [_read(path, title) for path, title in zip(paths, _titles(paths), strict=True)]
     output = output or paths[0] / "report.html"
     if output.is_dir():
-        raise ValueError(f"output is {output}, which is a folder, and must be a file, such as {output / 'report.html'}")
+        raise ValueError(f"output must be a file, got the folder {output}; use {output / 'report.html'}")
     make_folder(output.parent)
     heading = runs[0].title if len(runs) == 1 else f"{len(runs)} runs"
     with TemporaryDirectory() as folder:
@@ -102,6 +102,7 @@ def write_report(paths: Sequence[Path], output: Path | None = None, *, root: Pat
 def _read(path: Path, title: str) -> ReportedRun:
     folder = RunFolder(path)
     config, info = folder.read()
+    config.dataset.split_by = stored_split(path) or config.dataset.split_by
     evaluations = {
         file.stem.removeprefix("evaluation-"): json.loads(file.read_text(encoding="utf-8"))
         for file in sorted(path.glob("evaluation-*.json"))
@@ -113,13 +114,13 @@ def _read(path: Path, title: str) -> ReportedRun:
 
 
 def _titles(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """Return the shortest suffixes of the paths that are unique."""
     parts = [path.resolve().parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         titles = ["/".join(each[-length:]) for each in parts]
         if len(set(titles)) == len(titles):
             return titles
-    raise ValueError(f"{paths[0]} is named twice")
+    raise ValueError(f"paths must be distinct run folders, got {', '.join(map(str, paths))}")
 
 
 def _scores(runs: Sequence[ReportedRun]) -> str:
@@ -162,7 +163,7 @@ def _training(runs: Sequence[ReportedRun]) -> str:
         last = logged[-1]
         seconds, step = last["seconds"], last["step"]
         rows.append([f"{step:,}", f"{seconds:,.0f}", f"{seconds / step:.3f}", f"{last['loss']:.4f}"])
-    header = ["run", "steps", "seconds in the loop", "seconds a step", "last loss"]
+    header = ["run", "steps", "seconds in the loop", "seconds per step", "last loss"]
     return _table(header, [run.title for run in runs], rows)
 
 
@@ -172,11 +173,11 @@ def _curves(runs: Sequence[ReportedRun], folder: Path) -> str:
         return '<p class="note">No run has logged a step yet.</p>'
     metric = runs[0].config.metric
     path = training_curves(drawn, folder / "curves.png", metric=metric)
-    return _figure(path.with_suffix(".svg"), "Task loss of the logged steps, and the validation score")
+    return _figure(path.with_suffix(".svg"), "Task loss at the logged steps and validation score")
 
 
 def _predictions(runs: Sequence[ReportedRun], folder: Path, root: Path | None) -> str:
-    """One grid for each data set: its runs side by side on the same images."""
+    """Draw one grid per data set, with its runs side by side on the same images."""
     pages = []
     for name in dict.fromkeys(run.info.name for run in runs):
         group = [run for run in runs if run.info.name == name and run.folder.best.exists()]
@@ -247,7 +248,7 @@ def _section(title: str, body: str) -> str:
 def _table(
     header: Sequence[str], names: Sequence[str], rows: Sequence[Sequence[float | str | None]], *, best: str = "column"
 ) -> str:
-    """Fractions are shown in percent; the best number of each column (or row) stands out where there are several."""
+    """Format fractions in percent; highlight the single best number of each column (or row)."""
     columns = list(zip(*rows)) if rows else []
     lines = []
     for index, (name, row) in enumerate(zip(names, rows, strict=True)):
@@ -266,7 +267,8 @@ def _cell(value: float | str | None, group: Sequence[float]) -> str:
         return f'<td class="text">{html.escape(value)}</td>'
     if value is None or math.isnan(value):
         return "<td>-</td>"
-    mark = ' class="best"' if group and value == max(group) > min(group) else ""
+    is_best = len(group) > 1 and value == max(group) and group.count(value) == 1
+    mark = ' class="best"' if is_best else ""
     return f"<td{mark}>{100 * value:.2f}</td>"
 
 

@@ -1,9 +1,9 @@
 """Data sets by name: `build("cvc_clinicdb", "train", train=True)`.
 
-Every data set hands out `Sample(image, labels, name)` and carries its `DatasetInfo` as `.info`. Training samples can be
-batched by the default collate function. **Evaluation samples keep their labels at the resolution of the label file**
-while the image has the network's input size: resize the logits to the labels before scoring, and batch with
-`collate_evaluation` (or one by one), since labels may differ in size from image to image.
+Every data set returns `Sample(image, labels, name)` and has its `DatasetInfo` as `.info`. The default collate function
+can batch training samples. **Evaluation samples keep their labels at the resolution of the label file**, while the
+image has the network's input size: resize the logits to the labels before scoring, and batch with `collate_evaluation`
+(or use batches of one), since label sizes may vary.
 
 Call `dataset.set_epoch(epoch)` before each pass over a training set; see `SegmentationDataset`.
 """
@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sward.data import camvid, cityscapes, folder, polyps, scenes
-from sward.data.files import CorruptFileError, OnCorrupt, PairedFiles, read_image
+from sward.data.files import OnCorrupt, PairedFiles
+from sward.data.folder import FolderOptions
+from sward.data.images import CorruptFileError, read_image
 from sward.data.sample import (
     IGNORE_INDEX,
     Batch,
@@ -50,6 +52,7 @@ __all__ = [
     "DatasetNotFoundError",
     "EvaluationBatch",
     "EvaluationTransform",
+    "FolderOptions",
     "OnCorrupt",
     "Sample",
     "SegmentationDataset",
@@ -81,30 +84,32 @@ _IMAGE_SIZES = {
 
 
 def names() -> tuple[str, ...]:
-    """The names `build` knows."""
+    """Return the names that `build` accepts."""
     return tuple(_IMAGE_SIZES)
 
 
-def describe(name: str, *, num_classes: int | None = None) -> DatasetInfo:
-    """Classes, colours and ignore_index of a data set, without touching the disk.
+def describe(name: str, *, num_classes: int | None = None, folder_options: FolderOptions | None = None) -> DatasetInfo:
+    """Return classes, colours and ignore_index of a data set, without reading from disk.
 
     Args:
-        num_classes: needed by `folder` (2 to 255) and refused if it contradicts another data set.
+        num_classes: for `folder` (2 to 255) where `folder_options` names no classes; for other data sets None or their
+            number of classes.
+        folder_options: classes and mask values of `folder`.
 
     Raises:
         ValueError: unknown name (near matches are listed), or a `num_classes` that does not fit.
     """
     _check_name(name)
     if name == "folder":
-        return folder.describe(num_classes)
+        return folder.describe(num_classes, folder_options)
     info = _INFO[name]
     if num_classes not in (None, info.num_classes):
-        raise ValueError(f"{name} has {info.num_classes} classes, so num_classes cannot be {num_classes}")
+        raise ValueError(f"num_classes must be {info.num_classes} for {name}, got {num_classes}")
     return info
 
 
 def default_image_size(name: str) -> tuple[int, int]:
-    """`(height, width)` that `build` uses when no `image_size` is given."""
+    """Return the `(height, width)` that `build` uses by default."""
     _check_name(name)
     return _IMAGE_SIZES[name]
 
@@ -124,52 +129,63 @@ def build(
     on_corrupt: OnCorrupt = "stop",
     views: int | None = None,
     teacher_size: Sequence[int] | None = None,
+    image_range: tuple[float, float] | None = None,
+    folder_options: FolderOptions | None = None,
 ) -> SegmentationDataset:
     """Build a data set.
 
     Args:
         name: one of `names()`.
-        split: `train`, `val` or `test`, as far as the data set has them.
-        train: apply the training augmentation. Without it the sample is prepared for evaluation: no randomness, and
-            labels at the resolution of their file.
+        split: `train`, `val` or `test`, if the data set has it.
+        train: apply the training augmentation. Otherwise samples are prepared for evaluation: no randomness, and labels
+            at the resolution of their file.
         root: the data set's own folder, or a folder that holds it; None for the environment variable `SWARD_DATA`,
             then `./data`. `scenes` needs none.
-        image_size: one number or `(height, width)` of the image a network gets; None for `default_image_size(name)`.
-            Cityscapes: size of the training crop; evaluation is at full resolution whatever the image_size.
-        seed: seed of the augmentation. It never changes which frames or which scenes a split holds.
-        split_by: `cvc_clinicdb` and `cvc_colondb` only; None for `"sequence"`. See `polyps.Polyps`.
-        num_classes: `folder` only, where it is required.
-        count: `scenes` only: number of images.
+        image_size: one number or `(height, width)` of the network's input; None for `default_image_size(name)`. For
+            Cityscapes it is the size of the training crop; evaluation is always at full resolution.
+        seed: seed of the augmentation. It does not change which frames or scenes a split contains.
+        split_by: `cvc_clinicdb` and `cvc_colondb`: None for `"sequence"`, see `polyps.Polyps`. `folder`: shares such as
+            `"80/10/10"` or the path of a list, where the folder has no splits of its own.
+        num_classes: `folder` only; its number of classes, if `folder_options` names none.
+        count: number of images, `scenes` only.
         packed: `"auto"` reads the pack in the data set's folder if there is one (`sward.data.packed`), `"none"` decodes
-            the files, a path names a pack that lies elsewhere. The samples are the same, bit for bit.
-        on_corrupt: what to do about an image or mask that cannot be read: `"stop"` raises an error that names it,
-            `"skip"` warns once a file and hands out the next frame in its place. For training sets only.
-        views: fixed augmented views an image, for a cache of teacher features; None draws new ones each epoch.
+            the files, a path names a pack in another place. The samples are bit-identical.
+        on_corrupt: what to do if an image or mask cannot be read: `"stop"` raises an error that names it, `"skip"`
+            warns once per file and returns the next frame instead. For training sets only.
+        views: fixed augmented views per image, for a cache of teacher features; None draws new ones each epoch.
         teacher_size: `(height, width)` of a second sampling of every training view, for a teacher that sees more pixels
-            than the student; samples are then `TeacherSample`s. None hands out `Sample`s.
+            than the student; samples are then `TeacherSample`s. None returns `Sample`s.
+        image_range: the values that become black and white in images with more than 8 bits per channel; None refuses
+            such images.
+        folder_options: `folder` only: its classes, mask values, layout and how its split is drawn.
 
     Raises:
         DatasetNotFoundError: the data set is missing or incomplete.
-        ValueError: unknown name or split, an argument this data set does not take, or a pack that is stale.
+        ValueError: unknown name or split, an argument that this data set does not support, or a stale pack.
     """
-    info = describe(name, num_classes=num_classes)
+    info = describe(name, num_classes=num_classes, folder_options=folder_options)
     size = parse_size(default_image_size(name) if image_size is None else image_size)
-    if split_by is not None and name not in ("cvc_clinicdb", "cvc_colondb"):
-        raise ValueError(f"split_by is for cvc_clinicdb and cvc_colondb; {name} comes with its own split")
+    if split_by is not None and name not in ("cvc_clinicdb", "cvc_colondb", "folder"):
+        raise ValueError(f"split_by must be None for {name}, got {split_by!r}; only polyps and folder can be split")
     if count is not None and name != "scenes":
-        raise ValueError(f"count is for scenes, whose images are generated; {name} has the images it has")
+        raise ValueError(f"count must be None for {name}, got {count}; only scenes are generated")
     if views is not None and (views < 1 or not train):
-        raise ValueError(f"views must be at least 1 and is for training sets, got {views}")
+        raise ValueError(f"views must be at least 1 for training sets and None otherwise, got {views}")
     if on_corrupt != "stop" and not train:
-        raise ValueError("on_corrupt is for training sets: a score without some of the images is another score")
+        raise ValueError(
+            f"on_corrupt must be 'stop' for evaluation, got {on_corrupt!r}; skipping images would change the score"
+        )
     dataset: SegmentationDataset
     if name == "scenes":
         if packed not in ("auto", "none"):
-            raise ValueError(f"packed is {packed!r}, but scenes are generated: there is nothing to pack")
+            raise ValueError(f"packed must be 'auto' or 'none' for scenes, got {packed!r}; they are generated")
         dataset = scenes.Scenes(split, size, train=train, seed=seed, count=count)
     else:
-        dataset = _from_files(info, _root(root), split, size, split_by=split_by, train=train, seed=seed)
+        dataset = _from_files(
+            info, _root(root), split, size, split_by=split_by, train=train, seed=seed, options=folder_options
+        )
         dataset.set_on_corrupt(on_corrupt)
+        dataset.image_range = _checked(image_range)
         dataset.use_pack(packed)
     dataset.views = views
     if teacher_size is not None:
@@ -180,30 +196,44 @@ def build(
 
 
 def build_for_packing(
-    name: str, *, root: str | Path | None = None, split_by: str | None = None, num_classes: int | None = None
+    name: str,
+    *,
+    root: str | Path | None = None,
+    split_by: str | None = None,
+    num_classes: int | None = None,
+    image_range: tuple[float, float] | None = None,
+    folder_options: FolderOptions | None = None,
 ) -> list[PairedFiles]:
-    """Every split of a data set, for `sward.data.packing.pack`; arguments as in `build`.
+    """Build every split of a data set for `sward.data.packing.pack`; arguments as in `build`.
 
     Args:
-        split_by: polyps only; None packs every frame, a list packs the frames that it names.
+        split_by: polyps only; None packs every frame, a list only the frames in it.
 
     Raises:
-        DatasetNotFoundError: the data set is missing or incomplete, or has none of its splits.
+        DatasetNotFoundError: the data set is missing or incomplete, or has no split.
         ValueError: unknown name, or `scenes`, which has no files.
     """
-    info = describe(name, num_classes=num_classes)
+    info = describe(name, num_classes=num_classes, folder_options=folder_options)
     where = _root(root)
     size = default_image_size(name)
     if name == "scenes":
-        raise ValueError("scenes are generated: there is nothing to pack")
+        raise ValueError("name must be a data set of files, got 'scenes'; scenes are generated and need no pack")
+    if split_by is not None and name not in ("cvc_clinicdb", "cvc_colondb"):
+        raise ValueError(
+            f"split_by must be None for {name}, got {split_by!r}; only cvc_clinicdb and cvc_colondb can be split"
+        )
     if name in ("cvc_clinicdb", "cvc_colondb"):
-        # Any one rule that puts every frame into some split will do.
-        by = split_by or "ratio"
-        return [_from_files(info, where, split, size, split_by=by, train=False) for split in polyps.SPLITS]
-    if split_by is not None:
-        raise ValueError(f"split_by is for cvc_clinicdb and cvc_colondb; {name} comes with its own split")
-    module = {"cityscapes": cityscapes, "camvid": camvid, "folder": folder}[name]
-    return [_from_files(info, where, split, size, train=False) for split in module.splits(where)]
+        # Any rule that assigns every frame to a split works here.
+        by: str | None = split_by or "ratio"
+        splits: Sequence[str] = polyps.SPLITS
+    elif name == "folder":
+        by, splits = None, folder.splits(where, folder_options)
+    else:
+        by, splits = None, {"cityscapes": cityscapes, "camvid": camvid}[name].splits(where)
+    made = [_from_files(info, where, split, size, split_by=by, train=False, options=folder_options) for split in splits]
+    for dataset in made:
+        dataset.image_range = _checked(image_range)
+    return made
 
 
 def _from_files(
@@ -215,15 +245,24 @@ def _from_files(
     train: bool,
     split_by: str | None = None,
     seed: int = 0,
+    options: FolderOptions | None = None,
 ) -> PairedFiles:
     if info.name == "cityscapes":
         return cityscapes.Cityscapes(where, split, size, train=train, seed=seed)
     if info.name == "camvid":
         return camvid.CamVid(where, split, size, train=train, seed=seed)
     if info.name == "folder":
-        return folder.ImageFolder(where, split, size, info=info, train=train, seed=seed)
+        return folder.ImageFolder(
+            where, split, size, info=info, train=train, split_by=split_by, seed=seed, options=options
+        )
     release = polyps.CLINICDB if info.name == "cvc_clinicdb" else polyps.COLONDB
     return polyps.Polyps(release, where, split, size, split_by=split_by or "sequence", train=train, seed=seed)
+
+
+def _checked(image_range: tuple[float, float] | None) -> tuple[float, float] | None:
+    if image_range is not None and not image_range[0] < image_range[1]:
+        raise ValueError(f"image_range must be (lowest, highest), got {image_range}")
+    return image_range
 
 
 def _root(root: str | Path | None) -> Path:
@@ -233,5 +272,5 @@ def _root(root: str | Path | None) -> Path:
 def _check_name(name: str) -> None:
     if name not in _IMAGE_SIZES:
         near = difflib.get_close_matches(name.lower(), _IMAGE_SIZES, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(_IMAGE_SIZES)}."
-        raise ValueError(f"unknown data set {name!r}: {hint}")
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(_IMAGE_SIZES)}"
+        raise ValueError(f"unknown data set {name!r}; {hint}")

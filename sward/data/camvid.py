@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sward.data.files import PairedFiles, indices, locate, pair_by_name
+from sward.data.files import PairedFiles, locate, pair_by_name
+from sward.data.masks import indices
 from sward.data.sample import IGNORE_INDEX, DatasetInfo, DatasetNotFoundError
 from sward.data.transforms import EvaluationTransform, street_training
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# In the order of SegNet's annotation files; 11 is void.
+# The order is that of SegNet's annotation files; 11 is void.
 _CLASSES = (
     ("sky", (128, 128, 128)),
     ("building", (128, 0, 0)),
@@ -43,27 +44,27 @@ SOURCE = (
 
 
 class CamVid(PairedFiles):
-    """Street scenes of 360 x 480 pixels: 367 for training, 101 for validation, 233 for testing where present.
+    """Street scenes of 360 x 480 pixels: 367 for training, 101 for validation, 233 for testing if present.
 
     Training: random scale 0.5 to 2 relative to `image_size`, crop of `image_size`, horizontal flip. Evaluation: image
     resized to `image_size`, labels at 360 x 480.
 
     Args:
         root: folder with `images/{split}` and `masks/{split}`, or with SegNet's `{split}` and `{split}annot`; or a
-            folder that holds it as `camvid`.
+            folder that contains it as `camvid`.
         split: `train`, `val` or `test`.
         image_size: `(height, width)`.
-        train: training transform or evaluation transform.
+        train: use the training transform instead of the evaluation transform.
         seed: seed of the augmentation.
 
     Raises:
         DatasetNotFoundError: the folders of this split are missing or empty.
-        ValueError: unknown split; an image without a mask.
+        ValueError: the split is unknown, or an image has no mask.
     """
 
     def __init__(self, root: Path, split: str, image_size: tuple[int, int], *, train: bool, seed: int = 0) -> None:
         if split not in SPLITS:
-            raise ValueError(f"camvid has the splits {', '.join(SPLITS)}, not {split!r}")
+            raise ValueError(f"split must be {', '.join(SPLITS[:-1])} or {SPLITS[-1]} for camvid, got {split!r}")
         layouts = _layouts(split)
         folder = locate("CamVid", root, FOLDERS, layouts, SOURCE)
         images, masks = next(
@@ -76,21 +77,19 @@ class CamVid(PairedFiles):
         super().__init__(INFO, folder, pairs, transform, seed)
 
     def decode(self, mask: Image, path: Path) -> NDArray[np.uint8]:
-        """Classes 0 to 10; 11 (void) and 255 are ignored."""
+        """Return classes 0 to 10; 11 (void) becomes 255."""
         values = indices(mask, path)
         wrong = (values < 0) | ((values > VOID) & (values != IGNORE_INDEX))
         if wrong.any():
-            raise ValueError(
-                f"mask {path} holds the value {values[wrong][0]}, but CamVid's labels are 0 to {VOID}, {VOID} for void"
-            )
+            raise ValueError(f"labels of mask {path} must be 0 to {VOID}, {VOID} for void, got {values[wrong][0]}")
         return np.where(values == VOID, IGNORE_INDEX, values).astype(np.uint8)
 
 
 def splits(root: Path) -> list[str]:
-    """The splits that are there.
+    """Return the existing splits.
 
     Raises:
-        DatasetNotFoundError: there is none.
+        DatasetNotFoundError: there are none.
     """
     folder = locate("CamVid", root, FOLDERS, [layout for split in SPLITS for layout in _layouts(split)], SOURCE)
     return [split for split in SPLITS if any((folder / images).is_dir() for images, _ in _layouts(split))]

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sward.data.files import PairedFiles, indices, locate
+from sward.data.files import PairedFiles, locate
+from sward.data.masks import indices
 from sward.data.sample import IGNORE_INDEX, DatasetInfo, DatasetNotFoundError, Pair
 from sward.data.transforms import EvaluationTransform, street_training
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# (labelId, class, colour) of the 19 classes that count, in the order of their trainIds; cityscapesScripts' labels.py.
+# (labelId, class, colour) of the 19 evaluated classes in the order of their trainIds; cityscapesScripts' labels.py.
 _CLASSES = (
     (7, "road", (128, 64, 128)),
     (8, "sidewalk", (244, 35, 232)),
@@ -55,46 +56,46 @@ class Cityscapes(PairedFiles):
     """2975 training and 500 validation images of 1024 x 2048 pixels, 19 classes.
 
     Training: random scale 0.5 to 2, random crop of `image_size`, horizontal flip. Evaluation: image and labels at full
-    resolution, whatever the `image_size`.
+    resolution, regardless of `image_size`.
 
     Args:
         root: folder with `leftImg8bit/{split}/{city}/*_leftImg8bit.png` and
-            `gtFine/{split}/{city}/*_gtFine_labelIds.png`, or a folder that holds it as `cityscapes`.
+            `gtFine/{split}/{city}/*_gtFine_labelIds.png`, or a folder that contains it as `cityscapes`.
         split: `train` or `val`.
         image_size: `(height, width)` of the training crop.
-        train: training transform or evaluation transform.
+        train: use the training transform instead of the evaluation transform.
         seed: seed of the augmentation.
 
     Raises:
-        DatasetNotFoundError: the tree, the split or a label file is missing.
-        ValueError: unknown split.
+        DatasetNotFoundError: the folder tree, the split or a label file is missing.
+        ValueError: the split is unknown.
     """
 
     def __init__(self, root: Path, split: str, image_size: tuple[int, int], *, train: bool, seed: int = 0) -> None:
         if split == "test":
-            raise ValueError("cityscapes keeps the labels of its test images to itself: evaluate on the split 'val'")
+            raise ValueError(
+                "split must be train or val for cityscapes, got 'test'; the labels of its test images are not public"
+            )
         if split not in SPLITS:
-            raise ValueError(f"cityscapes has the splits train and val, not {split!r}")
+            raise ValueError(f"split must be train or val for cityscapes, got {split!r}")
         folder = _locate(root)
         transform = street_training(image_size) if train else EvaluationTransform()
         super().__init__(INFO, folder, _find(folder, split), transform, seed)
 
     def decode(self, mask: Image, path: Path) -> NDArray[np.uint8]:
-        """labelIds 0 to 33 (255: no label) to trainIds 0 to 18 and 255."""
+        """Map labelIds 0 to 33 (255: no label) to trainIds 0 to 18 and 255."""
         values = indices(mask, path)
         wrong = (values < 0) | ((values > HIGHEST_LABEL_ID) & (values != IGNORE_INDEX))
         if wrong.any():
-            raise ValueError(
-                f"mask {path} holds the value {values[wrong][0]}, but Cityscapes labelIds are 0 to {HIGHEST_LABEL_ID}"
-            )
+            raise ValueError(f"labelIds of mask {path} must be 0 to {HIGHEST_LABEL_ID}, got {values[wrong][0]}")
         return TRAIN_IDS[values]
 
 
 def splits(root: Path) -> list[str]:
-    """The splits that are there.
+    """Return the existing splits.
 
     Raises:
-        DatasetNotFoundError: there is none.
+        DatasetNotFoundError: there are none.
     """
     folder = _locate(root)
     found = [split for split in SPLITS if (folder / "leftImg8bit" / split).is_dir()]

@@ -1,8 +1,8 @@
-"""Image and mask files: finding them in pairs, and reading them with errors that name the file."""
+"""Find pairs of image and mask files and read them, with errors that name the file."""
 
 from __future__ import annotations
 
-import struct
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,24 +13,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sward.data.images import SUFFIXES, CorruptFileError, check_file, open_image, read_image
+from sward.data.masks import indices, list_values
 from sward.data.packed import PackedFrames, find_pack
 from sward.data.sample import DatasetInfo, DatasetNotFoundError, Pair, SegmentationDataset, Transform
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-
-
-# What Pillow raises, depending on the format and on where the damage is.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+SYSTEM_FILES = ("Thumbs.db", "desktop.ini")
+UNREADABLE = (
+    ".npy",
+    ".npz",
+    ".dcm",
+    ".nii",
+    ".gz",
+    ".heic",
+    ".psd",
+    ".svg",
+    ".raw",
+    ".dng",
+    ".cr2",
+    ".nef",
+    ".czi",
+    ".svs",
+)
+"""Suffixes of files that hold pictures which are not read; they are named in a warning."""
 
 OnCorrupt = Literal["stop", "skip"]
-"""What to do about an image or a mask that cannot be read."""
-
-
-class CorruptFileError(ValueError):
-    """An image or a mask is damaged, or is no image at all. The message names the file."""
+"""What to do if an image or a mask cannot be read."""
 
 
 class PairedFiles(SegmentationDataset):
@@ -39,7 +50,7 @@ class PairedFiles(SegmentationDataset):
     Subclasses override `decode` where a mask file does not hold class indices.
 
     Args:
-        folder: the data set's own, above all its files.
+        folder: folder of the data set, which contains all files.
         pairs: the frames.
         transform, seed: see `SegmentationDataset`.
     """
@@ -49,29 +60,37 @@ class PairedFiles(SegmentationDataset):
         self.folder = folder
         self.pairs = list(pairs)
         self.on_corrupt: OnCorrupt = "stop"
+        self.image_range: tuple[float, float] | None = None
         self.packed: PackedFrames | None = None
-        # Shared memory: a file that one loader process has warned of is not worth a second line from another.
+        # Shared memory, so that only one loader process warns about a file.
         self._warned = torch.zeros(len(self.pairs), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.pairs)
 
+    @property
+    def decoding(self) -> str:
+        """What decides the pixels and labels read from a file, besides the file: a pack holds it."""
+        return "" if self.image_range is None else f"image_range {self.image_range[0]:g} {self.image_range[1]:g}"
+
     def use_pack(self, where: str) -> None:
-        """Reads from a pack from now on: `"auto"`, `"none"` or a path; see `sward.data.packed.find_pack`."""
-        self.packed = find_pack(where, self.info.name, self.info.num_classes, self.folder, self.pairs)
+        """Select the pack to read from: `"auto"`, `"none"` or a path; see `sward.data.packed.find_pack`."""
+        self.packed = find_pack(
+            where, self.info.name, self.info.num_classes, self.folder, self.pairs, decoding=self.decoding
+        )
 
     def set_on_corrupt(self, on_corrupt: OnCorrupt) -> None:
-        """With `"skip"`, the next frame that can be read takes the place of one that cannot, with one warning a file.
+        """Set what `read` does with damaged files: `"skip"` warns once per file and reads the next frame.
 
         Raises:
-            ValueError: neither `"stop"` nor `"skip"`.
+            ValueError: if `on_corrupt` is neither `"stop"` nor `"skip"`.
         """
         if on_corrupt not in get_args(OnCorrupt):
             raise ValueError(f"on_corrupt must be 'stop' or 'skip', got {on_corrupt!r}")
         self.on_corrupt = on_corrupt
 
     def read(self, index: int) -> tuple[Tensor, Tensor, str]:
-        """Raises ValueError, naming the file, for a file that cannot be read, sizes that differ, or a wrong label."""
+        """Read a frame; raise a ValueError that names the file if the image or the mask is invalid."""
         for candidate in (*range(index, len(self)), *range(index)):
             try:
                 return self._read(candidate)
@@ -90,78 +109,72 @@ class PairedFiles(SegmentationDataset):
         return *self.read_files(pair), pair.name
 
     def read_files(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        """Decodes an image and its mask; see `read`."""
-        image = read_image(pair.image)
-        labels = self.decode(_open(pair.mask), pair.mask)
-        if labels.shape != image.shape[1:]:
-            raise ValueError(
-                f"image {pair.image} is {image.shape[2]} x {image.shape[1]} pixels but its mask {pair.mask} is "
-                f"{labels.shape[1]} x {labels.shape[0]}: they must be the same size"
-            )
+        """Decode an image and its mask; see `read`."""
+        image = read_image(pair.image, self.image_range)
+        labels = self.read_mask(pair)
+        self.check_size(pair, (labels.shape[0], labels.shape[1]), (image.shape[1], image.shape[2]))
         return image, torch.from_numpy(labels)
 
+    def read_mask(self, pair: Pair) -> NDArray[np.uint8]:
+        """Decode a mask alone; see `decode`."""
+        return self.decode(open_image(pair.mask), pair.mask)
+
+    def check_size(self, pair: Pair, mask: tuple[int, int], image: tuple[int, int]) -> None:
+        """Raise a ValueError if a mask `(height, width)` does not have the size of its image."""
+        if mask != image:
+            turned = "; the image is turned by its EXIF orientation, the mask is not" if mask == image[::-1] else ""
+            raise ValueError(
+                f"mask {pair.mask} must have the size of its image {pair.image}, {image[1]} x {image[0]} pixels, "
+                f"got {mask[1]} x {mask[0]}{turned}"
+            )
+
     def decode(self, mask: Image, path: Path) -> NDArray[np.uint8]:
-        """Class indices and ignore_index, `[H, W]` uint8, from a mask file that holds exactly these."""
+        """Return class indices and ignore_index, uint8 `[H, W]`; here the mask file must contain these values."""
         values = indices(mask, path)
         wrong = (values < 0) | ((values >= self.info.num_classes) & (values != self.info.ignore_index))
         if wrong.any():
             raise ValueError(
-                f"mask {path} holds the value {values[wrong][0]}, but labels must be 0 to "
-                f"{self.info.num_classes - 1}, or {self.info.ignore_index} for pixels to ignore"
+                f"labels of mask {path} must be 0 to {self.info.num_classes - 1}, or {self.info.ignore_index} for "
+                f"pixels to ignore, got {list_values(values[wrong])}"
             )
         return values.astype(np.uint8)
 
 
-def read_image(path: str | Path) -> Tensor:
-    """Read any image file as `[3, H, W]` uint8 RGB.
+def list_images(folder: Path, *, below: bool = False) -> dict[str, Path]:
+    """Map names without suffix to the image files in a folder (not its sub-folders), in natural order (2 before 10).
+
+    Names are in composed Unicode (NFC), since macOS stores decomposed names. Hidden files are skipped. Other files and
+    sub-folders that may hold images are skipped with one warning that names them.
+
+    Args:
+        below: do not warn of sub-folders, since the caller lists them itself.
 
     Raises:
-        FileNotFoundError: no such file.
-        CorruptFileError: not an image, or damaged.
+        ValueError: two images have one name, or a folder or broken link is named like an image.
     """
-    return torch.from_numpy(np.array(_open(Path(path)).convert("RGB"))).permute(2, 0, 1)
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """`(height, width)` from the head of an image file; `(0, 0)` if that cannot be read."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except _DAMAGE:
-        return 0, 0
-
-
-def indices(mask: Image, path: Path) -> NDArray[np.integer]:
-    """The numbers in a single-channel mask (8 or 16 bit grey, or palette).
-
-    Raises:
-        ValueError: the mask has colour channels.
-    """
-    values = np.asarray(mask)
-    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
-        raise ValueError(
-            f"mask {path} has the mode {mask.mode}, but a mask must have one channel of class indices "
-            "(8-bit grey or palette)"
-        )
-    return values
-
-
-def list_images(folder: Path) -> dict[str, Path]:
-    """Image files directly in a folder, by their name without suffix, in natural order (2 before 10)."""
     found: dict[str, Path] = {}
+    skipped = []
     for path in sorted(folder.iterdir(), key=lambda path: natural_order(path.name)):
-        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+        if path.name.startswith(".") or path.name in SYSTEM_FILES:
             continue
-        if path.stem in found:
-            raise ValueError(f"{found[path.stem].name} and {path.name} in {folder} share a name: remove one of them")
-        found[path.stem] = path
+        if path.suffix.lower() not in SUFFIXES:
+            if path.suffix.lower() in UNREADABLE or (path.is_dir() and not below):
+                skipped.append(path.name)
+            continue
+        check_file(path)
+        name = unicodedata.normalize("NFC", path.stem)
+        if name in found:
+            raise ValueError(
+                f"names in {folder} must be unique, got {found[name].name} and {path.name}; remove one of them"
+            )
+        found[name] = path
+    if skipped:
+        warnings.warn(f"skipped in {folder}: {shortened(skipped)}", stacklevel=2)
     return found
 
 
 def pair_by_name(images: Path, masks: Path) -> list[Pair]:
-    """Pair the images of one folder with the masks of the same name in another; a mask may lack its image.
+    """Pair the images of one folder with the masks of the same name in another; warns of masks without an image.
 
     Raises:
         ValueError: an image has no mask.
@@ -170,13 +183,22 @@ def pair_by_name(images: Path, masks: Path) -> list[Pair]:
     pairs = []
     for name, image in list_images(images).items():
         if name not in available:
-            raise ValueError(f"image {image} has no mask: {masks} holds no file named {name} with an image suffix")
-        pairs.append(Pair(name, image, available[name]))
+            near = [path.name for other, path in available.items() if name.lower() in other.lower()][:3]
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"image {image} has no mask; {masks} holds no image file named {name}{hint}")
+        pairs.append(Pair(name, image, available.pop(name)))
+    if available:
+        warnings.warn(f"masks without an image in {masks}: {shortened(list(available))}", stacklevel=2)
     return pairs
 
 
+def shortened(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key that compares runs of digits as numbers."""
+    """Return a sort key that compares digit sequences as numbers."""
     parts, digits = [], ""
     for character in [*name, ""]:
         if character.isdecimal():
@@ -190,15 +212,15 @@ def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def locate(title: str, root: Path, folders: Sequence[str], layouts: Sequence[Sequence[str]], source: str) -> Path:
-    """The folder that holds a data set: `root/<one of folders>`, or `root` itself.
+    """Find the folder that holds a data set: `root/<one of folders>`, or `root` itself.
 
     Args:
-        title: the data set's name for the message.
-        layouts: sub-folder tuples; a folder holds the data set if one tuple is there in full.
+        title: name of the data set for the message.
+        layouts: tuples of sub-folders; a folder holds the data set if all sub-folders of one tuple exist.
         source: how to get the data set, for the message.
 
     Raises:
-        DatasetNotFoundError: none does. The message names what is missing from a half-present data set.
+        DatasetNotFoundError: no folder does. If some sub-folders exist, the message names a missing one.
     """
     candidates = [*(root / folder for folder in folders), root]
     for candidate in candidates:
@@ -209,25 +231,12 @@ def locate(title: str, root: Path, folders: Sequence[str], layouts: Sequence[Seq
             missing = [part for part in layout if not (candidate / part).is_dir()]
             if len(missing) < len(layout):
                 raise DatasetNotFoundError(
-                    f"{title} in {candidate} is incomplete: the folder {missing[0]!r} is missing beside "
+                    f"{title} in {candidate} is incomplete: the folder {missing[0]!r} is missing next to "
                     f"{next(part for part in layout if part not in missing)!r}; {source}"
                 )
     wanted = " or ".join(" and ".join(repr(part) for part in layout) for layout in layouts)
     raise DatasetNotFoundError(
         f"{title} not found: looked for the folders {wanted} in "
         f"{', '.join(str(candidate) for candidate in candidates)}; {source}, "
-        "or point the root or the environment variable SWARD_DATA to where it is"
+        "or set the root or the environment variable SWARD_DATA to its folder"
     )
-
-
-def _open(path: Path) -> Image:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image file {path}") from None
-    except _DAMAGE as error:
-        raise CorruptFileError(f"cannot read {path} as an image: it is damaged or not an image ({error})") from error
-    return image

@@ -1,12 +1,13 @@
-"""Packed frames: every image and mask of a data set decoded once, in files that are mapped into memory.
+"""Packed frames: every image and mask of a data set, decoded once, in memory-mapped files.
 
-A pack is a folder (`<data set>/sward-pack` unless the user names another) with
+A pack is a folder (`<data set>/sward-pack` by default) with
 
-- `00000.bin`, `00001.bin`, ...: shards. A frame is its RGB pixels `[H, W, 3]` and then its labels `[H, W]`, both uint8.
-- `index.json`: for each frame where it lies, its size and checksum, and size and time of change of the two files it
-  was decoded from. It is replaced whole after each shard, and says `complete` only once all frames are there.
+- `00000.bin`, `00001.bin`, ...: shards. A frame is its RGB pixels `[H, W, 3]` followed by its labels `[H, W]`, in
+  uint8.
+- `index.json`: for each frame its shard, offset, size and checksum, and the size and modification time of its two
+  source files. It is replaced atomically after each shard; `complete` is set after the last one.
 
-So a pack that was interrupted is never used, and one whose sources have changed since is refused.
+An unfinished pack is therefore never used, and a pack whose source files have changed is rejected.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from sward.data.sample import Pair
 
 FOLDER = "sward-pack"
 INDEX = "index.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class Source(NamedTuple):
-    """What a file looked like when it was decoded: path below the data set's folder, bytes, time of change in ns."""
+    """A source file when it was decoded: path relative to the data set's folder, bytes, modification time in ns."""
 
     path: str
     size: int
@@ -43,13 +44,13 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, path: Path, folder: Path) -> Source:
-        """Raises FileNotFoundError if the file is gone."""
+        """Describe a file; raise FileNotFoundError if it does not exist."""
         status = path.stat()
         return cls(path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns)
 
 
 class Frame(NamedTuple):
-    """Where a frame lies in its shard, in bytes; `checksum` is the CRC-32 of image and labels together."""
+    """A frame in its shard; `offset` is in bytes, `checksum` is the CRC-32 of image and labels together."""
 
     image: Source
     mask: Source
@@ -76,40 +77,39 @@ class Shard(NamedTuple):
 
 @dataclass
 class Index:
-    """The contents of `index.json`.
-
-    Attributes:
-        dataset: name of the data set.
-        num_classes: classes its labels were checked against.
-        shards: the files of the pack.
-        complete: whether every frame was packed.
-        corrupt: image path below the data set's folder -> what is wrong with it or its mask; these have no frame.
-    """
+    """The contents of `index.json`."""
 
     dataset: str
+    """Name of the data set."""
     num_classes: int
+    """Number of classes that its labels were validated against."""
+    decoding: str = ""
+    """How its images and masks were decoded; see `PairedFiles.decoding`."""
     shards: list[Shard] = field(default_factory=list)
+    """The files of the pack."""
     complete: bool = False
+    """Whether every frame was packed."""
     corrupt: dict[str, str] = field(default_factory=dict)
+    """Path of an image without a frame, relative to the data set's folder -> the error in it or its mask."""
 
     def frames(self) -> Iterator[tuple[Shard, Frame]]:
-        """Every frame with the shard that holds it."""
+        """Yield every frame with its shard."""
         for shard in self.shards:
             for frame in shard.frames:
                 yield shard, frame
 
     def write(self, folder: Path) -> None:
-        """Replaces the index of the pack in `folder`, whole or not at all."""
+        """Replace the index of the pack in `folder` atomically."""
         text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)})
         atomic.write(folder / INDEX, text.encode())
 
     @classmethod
     def read(cls, folder: Path) -> Index:
-        """The index of the pack in `folder`.
+        """Read the index of the pack in `folder`.
 
         Raises:
-            FileNotFoundError: if there is none.
-            ValueError: if it is damaged or of another format.
+            FileNotFoundError: if there is no index.
+            ValueError: if it is damaged or has another format.
         """
         path = folder / INDEX
         try:
@@ -117,8 +117,8 @@ class Index:
             found = values.pop("format")
             if found != FORMAT:
                 raise ValueError(
-                    f"the pack in {folder} has format {found}, but this version of sward reads {FORMAT}: pack again "
-                    "with 'sward data pack'"
+                    f"the format of the pack in {folder} must be {FORMAT}, got {found}; "
+                    "pack again with 'sward data pack'"
                 )
             values["shards"] = [
                 Shard(file, tuple(Frame(Source(*image), Source(*mask), *rest) for image, mask, *rest in frames))
@@ -126,23 +126,23 @@ class Index:
             ]
             return cls(**values)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): pack again with 'sward data pack'") from error
+            raise ValueError(f"{path} is damaged ({error}); pack again with 'sward data pack'") from error
 
 
 class PackedFrames:
     """Reads the frames of a data set from its pack.
 
-    A frame's checksum is compared the first time it is read, once a run however many loader processes there are.
+    A frame's checksum is verified when it is first read, once per run for all loader processes.
 
     Args:
-        folder: of the pack.
-        index: of the pack.
-        source: the data set's own folder.
-        pairs: the frames to read, in the order they are numbered.
+        folder: folder of the pack.
+        index: index of the pack.
+        source: folder of the data set.
+        pairs: the frames to read, in the order of their indices.
 
     Raises:
-        ValueError: the pack is stale: a file has changed since, or is not in the pack; or a shard is missing or cut
-            short.
+        ValueError: the pack is stale (a source file has changed or is not in the pack), or a shard is missing or
+            truncated.
     """
 
     def __init__(self, folder: Path, index: Index, source: Path, pairs: Sequence[Pair]) -> None:
@@ -154,24 +154,24 @@ class PackedFrames:
             path = folder / shard.file
             found = path.stat().st_size if path.exists() else 0
             if found != shard.size:
-                raise ValueError(f"{path} holds {found} bytes of {shard.size}: {again}")
+                raise ValueError(f"{path} must have {shard.size} bytes, got {found}; {again}")
         self._again = again
-        # Shared memory: what one loader process has checked, the others need not check again.
+        # Shared memory, so that only one loader process verifies each frame.
         self._checked = torch.zeros(len(pairs), dtype=torch.bool).share_memory_()
         self._maps: dict[str, NDArray[np.uint8]] = {}
 
     def __contains__(self, index: int) -> bool:
-        """Whether frame `index` is there; one that could not be decoded when the pack was written is not."""
+        """Return whether the pack has frame `index`; frames that could not be decoded are missing."""
         return self._places[index] is not None
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """`image [3, H, W]` and `labels [H, W]`, both uint8 and laid out in memory as decoded files are.
+        """Return `image [3, H, W]` and `labels [H, W]`, uint8, with the memory layout of decoded files.
 
-        They are views of the file: nothing is read from the disk but the pixels that are used. Writing to them changes
-        this process's copy alone, never the file.
+        They are views of the file, so only the pixels that are used are read from disk. Writing to them changes the
+        copy of this process, never the file.
 
         Raises:
-            ValueError: if the checksum is wrong.
+            ValueError: if the checksum does not match.
         """
         place = self._places[index]
         assert place is not None
@@ -180,7 +180,7 @@ class PackedFrames:
         if not self._checked[index]:
             if zlib.crc32(data.data) != frame.checksum:
                 raise ValueError(
-                    f"{self.folder / file} is damaged: the checksum of {frame.image.path} is wrong; {self._again}"
+                    f"{self.folder / file} is damaged: the checksum of {frame.image.path} does not match; {self._again}"
                 )
             self._checked[index] = True
         pixels = frame.height * frame.width
@@ -193,23 +193,26 @@ class PackedFrames:
         return self._maps[file]
 
     def __getstate__(self) -> dict[str, Any]:
-        # A loader process that is spawned maps the files itself.
+        # Spawned loader processes map the files themselves.
         return {**self.__dict__, "_maps": {}}
 
 
-def find_pack(where: str, dataset: str, num_classes: int, source: Path, pairs: Sequence[Pair]) -> PackedFrames | None:
-    """The pack that a data set is to be read from; None to decode its files.
+def find_pack(
+    where: str, dataset: str, num_classes: int, source: Path, pairs: Sequence[Pair], *, decoding: str = ""
+) -> PackedFrames | None:
+    """Find the pack of a data set; return None if its files are to be decoded.
 
     Args:
-        where: `"auto"` for the pack beside the images if there is one, `"none"`, or the path of a pack.
+        where: `"auto"` for the pack in the data set's folder if there is one, `"none"`, or the path of a pack.
         dataset: name of the data set.
-        num_classes: its number of classes.
-        source: its folder.
+        num_classes: number of classes of the data set.
+        source: folder of the data set.
         pairs: the frames that will be read.
+        decoding: how images and masks are decoded; see `PairedFiles.decoding`.
 
     Raises:
         FileNotFoundError: `where` is a path without a pack.
-        ValueError: the pack is stale or damaged, unfinished though named, or of another data set.
+        ValueError: the pack is stale, damaged or of another data set, or `where` is the path of an unfinished pack.
     """
     if where == "none":
         return None
@@ -218,26 +221,32 @@ def find_pack(where: str, dataset: str, num_classes: int, source: Path, pairs: S
         if where == "auto":
             return None
         raise FileNotFoundError(
-            f"there is no pack in {folder}: write one with 'sward data pack {dataset} --root {source} "
+            f"there is no pack in {folder}; write one with 'sward data pack {dataset} --root {source} "
             f"--output {folder}'"
         )
     index = Index.read(folder)
     again = again_hint(index, source, folder)
     if (index.dataset, index.num_classes) != (dataset, num_classes):
         raise ValueError(
-            f"the pack in {folder} is of {index.dataset} with {index.num_classes} classes, not of {dataset} with "
-            f"{num_classes}: write another with --output"
+            f"the pack in {folder} must be of {dataset} with {num_classes} classes, got {index.dataset} with "
+            f"{index.num_classes}; write another pack with --output"
+        )
+    if index.decoding != decoding:
+        raise ValueError(
+            f"the pack in {folder} must be decoded with {decoding or 'no options'}, got "
+            f"{index.decoding or 'no options'}; pack again with the options of the run, or decode the files with "
+            "--dataset.packed none"
         )
     if not index.complete:
         if where != "auto":
-            raise ValueError(f"the pack in {folder} is unfinished: {again}")
-        warnings.warn(f"the pack in {folder} is unfinished, so images are decoded; {again}", stacklevel=2)
+            raise ValueError(f"the pack in {folder} is unfinished; {again}")
+        warnings.warn(f"the pack in {folder} is unfinished, decoding images instead; {again}", stacklevel=2)
         return None
     return PackedFrames(folder, index, source, pairs)
 
 
 def again_hint(index: Index, source: Path, folder: Path) -> str:
-    """How to write the pack again, for messages."""
+    """Return a hint for error messages on how to write the pack again."""
     output = "" if folder == source / FOLDER else f" --output {folder}"
     classes = f" --num-classes {index.num_classes}" if index.dataset == "folder" else ""
     command = f"sward data pack {index.dataset} --root {source}{output}{classes}"
@@ -245,7 +254,7 @@ def again_hint(index: Index, source: Path, folder: Path) -> str:
 
 
 def map_file(path: Path) -> NDArray[np.uint8]:
-    """A file as bytes in memory, copied on write: torch takes no memory that must not be written."""
+    """Map a file into memory, copy-on-write: torch does not accept read-only memory."""
     with path.open("rb") as file:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
 
@@ -262,9 +271,9 @@ def _place(
     if image.path in corrupt:
         return None
     if image.path not in known:
-        raise ValueError(f"{pair.image} is not in the pack in {folder}: {again}")
+        raise ValueError(f"{pair.image} is not in the pack in {folder}; {again}")
     file, frame = known[image.path]
     for now, then, path in ((image, frame.image, pair.image), (mask, frame.mask, pair.mask)):
         if now != then:
-            raise ValueError(f"the pack in {folder} is stale, {path} has changed since: {again}")
+            raise ValueError(f"the pack in {folder} is stale: {path} has changed; {again}")
     return file, frame

@@ -1,8 +1,8 @@
-"""Writing a pack: every frame of a data set decoded once; see `sward.data.packed` for what comes out.
+"""Write packs: decode every frame of a data set once; see `sward.data.packed` for the format.
 
-Safe to interrupt at any moment: a shard gets its name only when it is on the disk, and is listed in the index only
-after that. Started again, packing checks what is there against its checksums, keeps what is sound and whose sources
-have not changed, and goes on with the rest.
+Packing can be interrupted at any time: a shard gets its final name only after it is synced to disk, and is added to the
+index only after that. A second run verifies the checksums of existing shards, keeps those that are intact and whose
+source files have not changed, and packs the rest.
 """
 
 from __future__ import annotations
@@ -26,31 +26,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sward import atomic
-from sward.data.files import CorruptFileError, OnCorrupt, PairedFiles, image_size
+from sward.data.files import OnCorrupt, PairedFiles
+from sward.data.images import CorruptFileError, image_size
 from sward.data.packed import FOLDER, Frame, Index, Shard, Source, map_file
 from sward.data.sample import Pair
 
 SHARD_BYTES = 2**28
-"""A shard is closed once it is larger: what an interruption costs at most."""
+"""Size at which a shard is closed; an interruption loses at most one shard."""
 
 
 @dataclass
 class PackResult:
-    """What `pack` has done.
-
-    Attributes:
-        folder: of the pack.
-        frames: in the pack.
-        kept: of these, how many were there before and are sound.
-        corrupt: images that were left out.
-        bytes: size of all shards.
-    """
+    """Result of `pack`."""
 
     folder: Path
+    """Folder of the pack."""
     frames: int
+    """Frames in the pack."""
     kept: int
+    """Frames that were reused from an earlier pack."""
     corrupt: int
+    """Images that were skipped because they cannot be read."""
     bytes: int
+    """Size of all shards."""
 
 
 def pack(
@@ -61,19 +59,19 @@ def pack(
     workers: int | None = None,
     advance: Callable[[], None] | None = None,
 ) -> PackResult:
-    """Packs the frames of all splits of one data set.
+    """Pack the frames of all splits of one data set.
 
     Args:
-        datasets: the splits, of one folder; a frame in two of them is packed once.
-        output: where to; None for `sward-pack` in the data set's folder.
-        on_corrupt: `"stop"`, or `"skip"` to leave out, with a warning, an image that cannot be read. Loaders then find
-            it missing and treat it as they would the damaged file.
-        workers: threads that decode; None for one a core, 8 at most.
+        datasets: the splits, from one folder; a frame in two splits is packed once.
+        output: folder of the pack; None for `sward-pack` in the data set's folder.
+        on_corrupt: `"stop"`, or `"skip"` to warn and skip an image that cannot be read. Loaders then treat the missing
+            frame like the damaged file.
+        workers: decoder threads; None for one per core, at most 8.
         advance: called after each frame, for a progress bar.
 
     Raises:
-        ValueError: a file that cannot be read (with `"stop"`), sizes that differ, a wrong label, a folder that cannot
-            be written, a disk that is too small, or another process that is packing to the same folder.
+        ValueError: a file cannot be read (with `"stop"`), the sizes of image and mask differ, a label is wrong, the
+            folder is not writable, the disk is too small, or another process is packing to the same folder.
     """
     first = datasets[0]
     folder = output or first.folder / FOLDER
@@ -84,9 +82,9 @@ def pack(
             return _pack(folder, first, work, on_corrupt, workers or min(8, os.cpu_count() or 1), advance)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = f"the disk of {folder} is full: make room and start again, the shards written so far are kept"
+            reason = f"the disk of {folder} is full; free some space and pack again, the written shards are kept"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
-            reason = f"cannot write a pack to {folder} ({error.strerror}): choose another folder with --output"
+            reason = f"cannot write a pack to {folder} ({error.strerror}); choose another folder with --output"
         else:
             raise
         raise ValueError(reason) from error
@@ -112,7 +110,7 @@ def _pack(
         return PackResult(folder, kept, kept, 0, sum(shard.size for shard in sound))
 
     _check_space(folder, missing)
-    index = Index(first.info.name, first.info.num_classes, sound)
+    index = Index(first.info.name, first.info.num_classes, first.decoding, sound)
     index.write(folder)
     listed = {shard.file for shard in sound}
     for stray in folder.glob("*.bin"):
@@ -134,7 +132,7 @@ def _pack(
 
 
 class _Decoded(NamedTuple):
-    """A frame as its files hold it, or the error that stands for it."""
+    """A decoded frame, or the error from decoding it."""
 
     image: Source
     mask: Source
@@ -149,7 +147,7 @@ def _write_shard(
     on_corrupt: OnCorrupt,
     advance: Callable[[], None] | None,
 ) -> Shard | None:
-    """Writes the next frames to a shard, whole or not at all; None if there are none left."""
+    """Write the next frames to a shard atomically; return None if there are no frames left."""
     frames: list[Frame] = []
     offset = 0
     with atomic.replacing(folder / file) as target:
@@ -178,7 +176,7 @@ def _write_shard(
 
 
 def _decoded(work: Sequence[tuple[PairedFiles, Pair]], source: Path, workers: int) -> Generator[_Decoded, None, None]:
-    """Frames in the order of `work`, decoded a few ahead."""
+    """Yield the frames in the order of `work`; decodes a few frames ahead."""
     ahead: deque[Future[_Decoded]] = deque()
     with ThreadPoolExecutor(workers) as executor:
         try:
@@ -194,7 +192,7 @@ def _decoded(work: Sequence[tuple[PairedFiles, Pair]], source: Path, workers: in
 
 
 def _decode(dataset: PairedFiles, pair: Pair, source: Path) -> _Decoded:
-    # Before the files are read: one that changes meanwhile then makes the pack stale, not wrong.
+    # Before reading the files: if one changes in the meantime, the pack is stale and not wrong.
     sources = Source.of(pair.image, source), Source.of(pair.mask, source)
     try:
         image, labels = dataset.read_files(pair)
@@ -205,13 +203,14 @@ def _decode(dataset: PairedFiles, pair: Pair, source: Path) -> _Decoded:
 
 
 def _index_before(folder: Path, dataset: PairedFiles) -> Index:
-    """The index that is there, if it is readable and of this data set; else an empty one."""
-    empty = Index(dataset.info.name, dataset.info.num_classes)
+    """Return the existing index if it is readable and of this data set, else an empty one."""
+    empty = Index(dataset.info.name, dataset.info.num_classes, dataset.decoding)
     try:
         index = Index.read(folder)
     except (FileNotFoundError, ValueError):
         return empty
-    return index if (index.dataset, index.num_classes) == (empty.dataset, empty.num_classes) else empty
+    same = (index.dataset, index.num_classes, index.decoding) == (empty.dataset, empty.num_classes, empty.decoding)
+    return index if same else empty
 
 
 def _is_sound(
@@ -221,7 +220,7 @@ def _is_sound(
     source: Path,
     advance: Callable[[], None] | None,
 ) -> bool:
-    """Whether a shard is whole, all its frames are wanted, and their files are what they were."""
+    """Return whether a shard is intact, all its frames are wanted and their source files are unchanged."""
     path = folder / shard.file
     if not path.is_file() or path.stat().st_size != shard.size:
         return False
@@ -241,7 +240,7 @@ def _is_sound(
 
 
 def _check_space(folder: Path, missing: Sequence[tuple[PairedFiles, Pair]]) -> None:
-    """Raises ValueError if the disk cannot hold the frames still to come."""
+    """Raise a ValueError if the disk has no space for the missing frames."""
     needed = sum(4 * height * width for height, width in (image_size(pair.image) for _, pair in missing))
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -253,10 +252,10 @@ def _check_space(folder: Path, missing: Sequence[tuple[PairedFiles, Pair]]) -> N
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    """Holds the pack's lock. The system lets go of it when the process ends, however it ends."""
+    """Hold the lock of the pack; the system releases it when the process ends for any reason."""
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is packing to {folder}: wait until it has finished") from None
+            raise ValueError(f"another process is packing to {folder}; wait until it has finished") from None
         yield

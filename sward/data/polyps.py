@@ -1,20 +1,19 @@
 """CVC-ClinicDB (Bernal et al., CMIG 2015) and CVC-ColonDB (Bernal et al., Pattern Recognition 2012).
 
-Frames of one colonoscopy sequence look alike, so a random split shows the network the test polyps during training.
-Three ways to split:
+Frames of one colonoscopy sequence look alike, so with a random split the network sees the test polyps during training.
+There are three ways to split:
 
-- `"sequence"` (default): no sequence is in two splits. ClinicDB 428 / 75 / 109 frames, ColonDB 302 / 41 / 37. From
-  `lists/seq_{split}.txt` beside the images where that file exists, else from the table in `sward/data/splits`.
-- `"ratio"`: the paper's random 80 / 10 / 10 (ClinicDB 490 / 61 / 61; ColonDB 240 / 30 / 30 of the release with 300
-  frames, 304 / 38 / 38 of the one with 380). The paper's own draw is not published; this one is fixed for good: frames
-  are ranked by the SHA-256 of their number, the first tenth is val, the second test.
-- a path: either a text file for each split, written with the placeholder `{split}` (`lists/my_{split}.txt`, one frame
-  name a line), or one CSV file with the columns `frame_id` and `split`.
+- `"sequence"` (default): no sequence is in two splits. ClinicDB has 428 / 75 / 109 frames, ColonDB 302 / 41 / 37. The
+  lists are `lists/seq_{split}.txt` beside the images if they exist, else the table in `sward/data/splits`.
+- `"ratio"`: a random 80 / 10 / 10 split, as in the paper (ClinicDB 490 / 61 / 61; ColonDB 240 / 30 / 30 of the release
+  with 300 frames, 304 / 38 / 38 of that with 380). The paper does not publish its split; this one is fixed: frames are
+  ranked by the SHA-256 of their number, the first tenth is val, the second test.
+- a path: either one text file per split, given with the placeholder `{split}` (`lists/my_{split}.txt`, one frame name
+  per line), or one CSV file with the columns `frame_id` and `split`.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sward.data.files import PairedFiles, locate, pair_by_name
+from sward.data.lists import listed
+from sward.data.masks import black_and_white
 from sward.data.sample import DatasetInfo, DatasetNotFoundError, Pair
 from sward.data.transforms import EvaluationTransform, polyp_training
 
@@ -45,7 +46,7 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Release:
-    """What tells one polyp data set from another. `frames`: the sizes in which it is published."""
+    """Properties of a polyp data set; `frames` are the numbers of frames of its published versions."""
 
     info: DatasetInfo
     title: str
@@ -83,18 +84,18 @@ class Polyps(PairedFiles):
     Args:
         release: `CLINICDB` or `COLONDB`.
         root: folder with `images` and `masks`, or `Original` and `Ground Truth` (also below `PNG` or `TIF`), or a
-            folder that holds it under one of `release.folders`. Image files of any common format.
-        split: `train`, `val` or `test`; `all` is every frame, for networks trained on another data set.
+            folder that contains it under one of the names `release.folders`.
+        split: `train`, `val` or `test`; `all` has every frame, for networks trained on another data set.
         image_size: `(height, width)`.
-        split_by: `"sequence"`, `"ratio"` or a path; see the module.
-        train: training transform or evaluation transform.
+        split_by: `"sequence"`, `"ratio"` or a path; see the module docstring.
+        train: use the training transform instead of the evaluation transform.
         seed: seed of the augmentation; the split does not depend on it.
 
     Raises:
-        DatasetNotFoundError: folders are missing, or `"sequence"` and `"ratio"` find another number of frames than
-            the data set has.
-        FileNotFoundError: no such split list.
-        ValueError: unknown split; an image without a mask; a list that names a frame which is not there.
+        DatasetNotFoundError: folders are missing, or the number of frames is not that of the release (with
+            `"sequence"` or `"ratio"`).
+        FileNotFoundError: the split list does not exist.
+        ValueError: the split is unknown, an image has no mask, or a list names a frame that does not exist.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Polyps(PairedFiles):
         seed: int = 0,
     ) -> None:
         if split not in (*SPLITS, ALL):
-            raise ValueError(f"{release.info.name} has the splits {', '.join((*SPLITS, ALL))}, not {split!r}")
+            raise ValueError(f"split must be {', '.join(SPLITS)} or {ALL} for {release.info.name}, got {split!r}")
         folder = locate(release.title, root, release.folders, LAYOUTS, release.source)
         images, masks = next(layout for layout in LAYOUTS if all((folder / part).is_dir() for part in layout))
         frames = {pair.name: pair for pair in pair_by_name(folder / images, folder / masks)}
@@ -118,53 +119,35 @@ class Polyps(PairedFiles):
         super().__init__(release.info, folder, pairs, transform, seed)
 
     def decode(self, mask: Image, path: Path) -> NDArray[np.uint8]:
-        return (np.asarray(mask.convert("L")) > MASK_THRESHOLD).astype(np.uint8)
+        """Return 1 where the mask is above 127."""
+        return black_and_white(mask, path, self.info.classes, MASK_THRESHOLD)
 
 
 def _select(release: Release, folder: Path, frames: dict[str, Pair], split: str, split_by: str) -> list[Pair]:
     if split == ALL:
         return list(frames.values())
     if split_by not in ("sequence", "ratio"):
-        return _pick(frames, *_listed(split_by, split))
+        return _pick(frames, *listed(split_by, split))
     if len(frames) not in release.frames:
         raise DatasetNotFoundError(
-            f"{release.title} in {folder} is incomplete: found {len(frames)} images of "
-            f"{' or '.join(map(str, release.frames))}; {release.source}, or name the frames to use with split_by=<list>"
+            f"{release.title} in {folder} is incomplete: it must have {' or '.join(map(str, release.frames))} images, "
+            f"got {len(frames)}; {release.source}, or name the frames to use with split_by=<list>"
         )
     if split_by == "ratio":
         return [frames[name] for name in _draw(frames)[split]]
     shipped = folder / "lists" / "seq_{split}.txt"
     if Path(str(shipped).format(split=split)).is_file():
-        return _pick(frames, *_listed(str(shipped), split))
+        return _pick(frames, *listed(str(shipped), split))
     table = Path(__file__).parent / "splits" / f"{release.info.name}.csv"
-    wanted = set(_listed(str(table), split)[0])
-    known = {name for other in SPLITS for name in _listed(str(table), other)[0]}
+    wanted = set(listed(str(table), split)[0])
+    known = {name for other in SPLITS for name in listed(str(table), other)[0]}
     unknown = next((name for name in frames if name not in known), None)
     if unknown is not None:
         raise ValueError(
-            f"the sequence of frame {unknown!r} in {folder} is not known: {release.title} numbers its frames 1 to "
-            f"{max(release.frames)}; use split_by='ratio' or a list"
+            f"frames of {release.title} must be numbered 1 to {max(release.frames)} to split by sequence, got "
+            f"{unknown!r} in {folder}; use split_by='ratio' or a list"
         )
     return [pair for name, pair in frames.items() if name in wanted]
-
-
-def _listed(split_by: str, split: str) -> tuple[list[str], Path]:
-    """Frame names of a split by a list, in the list's order, and the file they are from."""
-    path = Path(split_by.replace("{split}", split))
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"split_by is {split_by!r}, but there is no file {path}: give 'sequence', 'ratio' or the path of a list"
-        )
-    if "{split}" in split_by:
-        return path.read_text(encoding="utf-8").split(), path
-    with path.open(newline="", encoding="utf-8") as lines:
-        table = csv.DictReader(lines)
-        if not {"frame_id", "split"} <= set(table.fieldnames or ()):
-            raise ValueError(
-                f"the split list {path} must be a CSV file with the columns frame_id and split, or its path must "
-                "hold the placeholder {split}"
-            )
-        return [row["frame_id"] for row in table if row["split"] == split], path
 
 
 def _pick(frames: dict[str, Pair], wanted: list[str], source: Path) -> list[Pair]:
@@ -172,12 +155,12 @@ def _pick(frames: dict[str, Pair], wanted: list[str], source: Path) -> list[Pair
         raise ValueError(f"the split list {source} names no frame for this split")
     missing = next((name for name in wanted if name not in frames), None)
     if missing is not None:
-        raise ValueError(f"the split list {source} names frame {missing!r}, which is not among the images")
+        raise ValueError(f"the split list {source} names frame {missing!r}, which does not exist")
     return [frames[name] for name in wanted]
 
 
 def _draw(names: Iterable[str]) -> dict[str, list[str]]:
-    """80 / 10 / 10, in an order that no library's random generator can change."""
+    """Split 80 / 10 / 10 in an order that does not depend on the random generator of any library."""
     ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     tenth = round(len(ranked) / 10)
     return {"val": ranked[:tenth], "test": ranked[tenth : 2 * tenth], "train": ranked[2 * tenth :]}

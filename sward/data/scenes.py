@@ -1,7 +1,7 @@
-"""`scenes`: generated images with pixel labels. Nothing to download; the data of `sward demo` and of the tests.
+"""`scenes`: generated images with pixel labels, used by `sward demo` and the tests; needs no download.
 
-Four classes stand on a textured ground, and each has a look-alike that belongs to the background. What tells the two
-apart is not colour and not the local patch, but texture over several periods or arrangement over a distance:
+Objects of four classes lie on a textured ground, and each class has a look-alike that belongs to the background. Colour
+and local patches do not distinguish the two; texture over several periods or arrangement over a distance does:
 
 | class | looks like | its background look-alike |
 |---|---|---|
@@ -10,7 +10,7 @@ apart is not colour and not the local patch, but texture over several periods or
 | `wire` | curve 2 pixels thin, across the image | scratch of the same profile, a tenth as long |
 | `beads` | small discs in a row of 5 to 8 | the same discs, scattered |
 
-Objects overlap, colours are random, a lighting gradient, soft shadows and noise lie over everything.
+Objects overlap and have random colours; a lighting gradient, soft shadows and noise cover the whole image.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ SMALLEST_SIDE = 32
 
 
 class Scenes(SegmentationDataset):
-    """Generated scenes; image `index` of a split is the same in every run, on every worker and at every epoch.
+    """Generated scenes; image `index` of a split is the same in every run, worker and epoch.
 
     Args:
         split: `train`, `val` or `test`; no image occurs in two splits.
         image_size: `(height, width)`, each at least 32. Everything scales with the shorter side.
         train: flip images at random.
-        seed: seed of the flips. The images themselves do not depend on it, so that runs of different seeds are
-            measured on the same images.
-        count: number of images; None for 1024 (train) or 128. More images extend the split, they change none.
+        seed: seed of the flips. The images themselves do not depend on it, so runs with different seeds are scored on
+            the same images.
+        count: number of images; None for 1024 (train) or 128. A larger count adds images and keeps the others.
 
     Raises:
-        ValueError: unknown split, size below 32, count below 1.
+        ValueError: the split is unknown, the size below 32 or the count below 1.
     """
 
     def __init__(
         self, split: str, image_size: tuple[int, int], *, train: bool, seed: int = 0, count: int | None = None
     ) -> None:
         if split not in SPLITS:
-            raise ValueError(f"scenes has the splits {', '.join(SPLITS)}, not {split!r}")
+            raise ValueError(f"split must be train, val or test for scenes, got {split!r}")
         if min(image_size) < SMALLEST_SIDE:
             raise ValueError(f"image_size of scenes must be at least {SMALLEST_SIDE}, got {image_size}")
         if count is not None and count < 1:
@@ -108,7 +108,7 @@ class _Painter:
         return self.rng.uniform(0.1, 0.9, 3).astype(np.float32)
 
     def smooth_noise(self, cells: int) -> Floats:
-        """`[height, width, 3]` in [-1, 1]: random values on a coarse grid, interpolated linearly."""
+        """Return `[height, width, 3]` in [-1, 1]: random values on a coarse grid, interpolated linearly."""
         coarse = self.rng.uniform(-1, 1, (cells, cells, 3)).astype(np.float32)
         rows = _between(coarse, self.height)
         return _between(rows.transpose(1, 0, 2), self.width).transpose(1, 0, 2)
@@ -118,7 +118,7 @@ class _Painter:
         self.image += 0.15 * self.smooth_noise(4) + 0.1 * self.smooth_noise(24)
 
     def shape(self, kind: int) -> None:
-        """A filled, wobbly superellipse: stripes, checks, or (background) random blocks of the same scale."""
+        """Draw a filled, wobbly superellipse with stripes, checks or (background) random blocks of the same scale."""
         rng = self.rng
         radii = rng.uniform(14, 30, 2) * self.unit
         centre_y, centre_x = rng.uniform(0, self.height), rng.uniform(0, self.width)
@@ -136,7 +136,7 @@ class _Painter:
         wobble = 1 + 0.35 * np.sin(np.float32(rng.integers(2, 6)) * np.arctan2(u, v) + phase)
         inside = distance < wobble
 
-        # Below 4 pixels a period a small image would show no texture at all.
+        # With less than 4 pixels per period, a small image would show no texture.
         period = max(4.0, rng.uniform(5, 8) * self.unit)
         u, v = _rotate(y, x, rng.uniform(0, math.pi))
         phase_u, phase_v = rng.uniform(0, 2, 2).astype(np.float32)
@@ -155,7 +155,7 @@ class _Painter:
         self.labels[top:bottom, left:right][inside] = kind
 
     def wire(self) -> None:
-        """From one side of the image to another, sagging."""
+        """Draw a sagging curve from one side of the image to the opposite side."""
         rng = self.rng
         if rng.random() < 0.5:
             ends = [[rng.uniform(0, self.height), 0], [rng.uniform(0, self.height), self.width]]
@@ -170,7 +170,7 @@ class _Painter:
         self.curve(np.stack([start, end]), self.rng.uniform(-0.4, 0.4), BACKGROUND)
 
     def curve(self, ends: NDArray[np.float64], sag: float, kind: int) -> None:
-        """A parabola between two points, `sag` times their distance deep, one to two and a half pixels thin."""
+        """Draw a thin parabola between two points; its depth is `sag` times their distance."""
         chord = ends[1] - ends[0]
         middle = ends.mean(0) + sag * np.array([-chord[1], chord[0]])
         t = np.linspace(0, 1, 2 + int(2 * np.abs(chord).sum()))[:, None]
@@ -189,7 +189,7 @@ class _Painter:
         self.stamp(points, self.bead_radius(), BEADS)
 
     def lone_bead(self) -> None:
-        """Nowhere near another bead, as far as a few tries go."""
+        """Draw a bead far from all others, or none if a few random positions fail."""
         for _ in range(8):
             y, x = self.rng.uniform(0, 1, 2) * (self.height, self.width)
             if all(math.hypot(y - other[0], x - other[1]) > 18 * self.unit for other in self.beads):
@@ -201,7 +201,7 @@ class _Painter:
         return max(1.3, self.rng.uniform(2, 3.2) * self.unit)
 
     def stamp(self, points: NDArray[np.float64], radius: float, kind: int) -> None:
-        """Discs of one colour around `points [N, 2]` (y, x)."""
+        """Draw discs of one colour around `points [N, 2]` (y, x)."""
         reach = math.ceil(radius)
         span = np.arange(-reach, reach + 1)
         offsets = np.stack([span.repeat(span.size), np.tile(span, span.size)], axis=1)
@@ -214,7 +214,7 @@ class _Painter:
         self.labels[y, x] = kind
 
     def develop(self) -> Labels:
-        """Lighting from one side, shadows, a slightly soft lens, noise; to uint8."""
+        """Apply lighting from one side, shadows, slight blur and noise; return uint8."""
         rng = self.rng
         y = np.linspace(-1, 1, self.height, dtype=np.float32)[:, None]
         x = np.linspace(-1, 1, self.width, dtype=np.float32)[None]
@@ -235,7 +235,7 @@ def _clip(low: float, high: float, size: int) -> tuple[int, int]:
 
 
 def _between(values: Floats, size: int) -> Floats:
-    """`size` rows interpolated between the rows of `values [N, ...]`, the ends included."""
+    """Interpolate `size` rows between the rows of `values [N, ...]`, including both ends."""
     place = np.linspace(0, len(values) - 1, size, dtype=np.float32)
     above = np.minimum(place.astype(np.int64), len(values) - 2)
     share = (place - above).reshape(-1, *[1] * (values.ndim - 1))

@@ -38,7 +38,12 @@ class WindowAttention:
 
 @torch.no_grad()
 def window_attention(
-    student: nn.Module, teacher: nn.Module, loss: SWARDDistillation, image: Tensor, pixel: tuple[int, int]
+    student: nn.Module,
+    teacher: nn.Module,
+    loss: SWARDDistillation,
+    image: Tensor,
+    pixel: tuple[int, int],
+    teacher_image: Tensor | None = None,
 ) -> list[WindowAttention]:
     """Compute the attention of `pixel` in every stage of a trained MWAD loss, without shift.
 
@@ -48,6 +53,7 @@ def window_attention(
         loss: the loss with the projections that were trained with the student.
         image: `[3, H, W]`, normalised.
         pixel: row and column of the query in the image.
+        teacher_image: `[3, H', W']`, the same picture as the teacher sees it. Default: `image`.
 
     Raises:
         ValueError: if the pixel is outside the image.
@@ -57,16 +63,16 @@ def window_attention(
         raise ValueError(f"pixel must be a row and column inside the image of {height} x {width} pixels, got {pixel}")
     with FeatureTaps(student, loss.stage_taps) as own, FeatureTaps(teacher, loss.teacher_taps) as other:
         student(image[None])
-        teacher(image[None])
+        teacher(image[None] if teacher_image is None else teacher_image[None])
         student_maps, teacher_maps = own.collect(), other.collect()
     found = []
     for stage, (own_tap, other_tap) in enumerate(zip(loss.stage_taps, loss.teacher_taps, strict=True)):
-        qkv_teacher, qkv_student = loss.mwad.project(stage, student_maps[own_tap], teacher_maps[other_tap])
+        qkv_student, qkv_teacher = loss.mwad.project(stage, student_maps[own_tap], teacher_maps[other_tap])
         side = loss.mwad.window_size[stage]
-        grid = (qkv_teacher.shape[-2], qkv_teacher.shape[-1])
+        grid = (qkv_student.shape[-2], qkv_student.shape[-1])
         query = (pixel[0] * grid[0] // height, pixel[1] * grid[1] // width)
         corner = (query[0] // side * side, query[1] // side * side)
-        of_teacher, of_student = (_log_attention(qkv[0], side, corner, query) for qkv in (qkv_teacher, qkv_student))
+        of_student, of_teacher = (_log_attention(qkv[0], side, corner, query) for qkv in (qkv_student, qkv_teacher))
         divergence = (of_teacher.exp() * (of_teacher - of_student)).sum()
         rows, columns = min(side, grid[0] - corner[0]), min(side, grid[1] - corner[1])
         maps = [each[:rows, :columns].exp().float() for each in (of_teacher, of_student)]

@@ -56,34 +56,38 @@ def sample_pixels(labels: Sequence[Tensor], info: DatasetInfo, per_class: int, s
 
 @torch.no_grad()
 def pixel_features(
-    network: nn.Module, layer: str, dataset: SegmentationDataset, images: Sequence[int], *, stride: int, per_class: int
+    network: nn.Module,
+    layer: str,
+    dataset: SegmentationDataset,
+    images: Sequence[int],
+    *,
+    grid: tuple[int, int],
+    per_class: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Collect features of pixels that depend on the labels only, so that all networks are compared on the same pixels.
 
-    The map of `layer` and the labels are resized to the input size divided by `stride`; `sample_pixels` then draws the
-    pixels.
+    The map of `layer` and the labels are resized to `grid`; `sample_pixels` then draws the pixels.
 
     Args:
         network: in eval mode, on the CPU.
         layer: layer whose map is read.
-        dataset: an evaluation split.
+        dataset: an evaluation split at the image size of the network.
         images: indices into the data set.
-        stride: input pixels per grid point.
+        grid: rows and columns; the same for all networks.
         per_class: pixels per class over all images.
 
     Returns:
         Features `[n, C]` and labels `[n]`.
     """
     samples = [dataset[index] for index in images]
-    height, width = samples[0].image.shape[-2] // stride, samples[0].image.shape[-1] // stride
-    labels = [resize_labels(sample.labels[None], (height, width))[0] for sample in samples]
+    labels = [resize_labels(sample.labels[None], grid)[0] for sample in samples]
     taken = sample_pixels(labels, dataset.info, per_class)
     features = []
     with FeatureTaps(network, [layer]) as taps:
         for sample, pixels in zip(samples, taken, strict=True):
             network(sample.image[None])
             (maps,) = taps.collect().values()
-            features.append(resize(maps.float(), (height, width))[0].flatten(1).T[pixels])
+            features.append(resize(maps.float(), grid)[0].flatten(1).T[pixels])
     classes = torch.cat([each.flatten()[pixels] for each, pixels in zip(labels, taken, strict=True)])
     return torch.cat(features).numpy(), classes.long().numpy()
 

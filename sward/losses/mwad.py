@@ -14,32 +14,29 @@ from sward.alignment import ChannelProjection, Standardization, aligned_size, pr
 from sward.losses.recipes import RECOMMENDED, ContextReduction, TeacherNormalization, TeacherProjections
 from sward.losses.relation_health import relation_health
 from sward_kernels import WindowedDistillation, windowed_distillation
-from sward_kernels.windowed_distillation.api import check_implementation, check_weights
+from sward_kernels.windowed.api import check_implementation, check_terms
 
 ShiftStrategy = Literal["stochastic", "deterministic", "none"]
 """The three window strategies of Table 4."""
 
 
 class MWADOutput(NamedTuple):
-    """Result of `MWADLoss`.
-
-    Attributes:
-        loss: fp32 scalar with gradient, the mean of the stage losses (Eq. 15).
-        attention: mean over stages of the attention term (Eq. 11), detached and unweighted.
-        value: the same for the value term (Eq. 12).
-        context: the same for the context term (Eq. 13).
-        stages: one result a stage, in the order of the features.
-    """
+    """Result of `MWADLoss`."""
 
     loss: Tensor
+    """fp32 scalar with gradient, the mean of the stage losses (Eq. 15)."""
     attention: Tensor
+    """Mean over stages of the attention term (Eq. 11), detached and unweighted."""
     value: Tensor
+    """The same for the value term (Eq. 12)."""
     context: Tensor
+    """The same for the context term (Eq. 13)."""
     stages: tuple[WindowedDistillation, ...]
+    """One result per stage, in the order of the features."""
 
 
 class MWADLoss(nn.Module):
-    """Matches attention, values and contexts of teacher and student inside randomly shifted windows.
+    """Match attention, values and contexts of student and teacher inside randomly shifted windows.
 
     Per stage: the teacher map is standardised per channel and goes through `phi` (1x1 convolution, Eq. 1), both maps
     are resized to their common grid (`psi`, Eq. 2-3), two bias-free 1x1 convolutions `Theta` give queries, keys and
@@ -49,15 +46,15 @@ class MWADLoss(nn.Module):
     `teacher_projections="learned"`, `context_reduction="sum"`; see `sward.losses.recipes`.
 
     Args:
-        student_channels: channels of each student map, one a stage.
-        teacher_channels: channels of each teacher map, in the same order.
-        window_size: window side `M` in pixels of the aligned grid, one number or one a stage. Default 8.
-        embed_dim: width `D` of queries, keys and values, one number or one a stage. Default 64.
+        student_channels: channels of the student's maps, one number per stage.
+        teacher_channels: channels of the teacher's maps, in the same order.
+        window_size: window side `M` in pixels of the aligned grid, one number or one per stage. Default 8.
+        embed_dim: width `D` of queries, keys and values, one number or one per stage. Default 64.
         shift: `"stochastic"` draws a new offset per stage and call (Eq. 6), `"deterministic"` always takes half a
-            window, `"none"` never shifts (Table 4). In `eval()` mode `"stochastic"` does not shift, so that an
-            evaluation repeats.
-        weights: weights of the attention, value and context terms. Table 3's rows are `(1, 0, 0)`, `(1, 1, 0)` and
-            `(1, 1, 1)`, the default. A weight of 0 skips the term's work.
+            window, `"none"` never shifts (Table 4). In `eval()` mode `"stochastic"` does not shift, so that evaluation
+            is repeatable.
+        terms: weights of the attention, value and context terms. The rows of Table 3 are `(1, 0, 0)`, `(1, 1, 0)` and
+            `(1, 1, 1)`, the default. A term of weight 0 is not computed.
         teacher_normalization: `"standardize"` (default) gives every channel of the teacher's maps mean 0 and variance
             1 (`sward.alignment.Standardization`), `"none"` takes them as they are. Standardised before `phi` and the
             resize: the statistics are then the teacher's alone, whatever the student's grid, and come from as many
@@ -68,17 +65,16 @@ class MWADLoss(nn.Module):
         process_group: processes over whose maps the standardisation takes its statistics. Default: this process alone.
         generator: source of the offsets. Default: torch's global generator of the features' device, the only one
             that `torch.compile` can trace without a graph break.
-        implementation: handed to `sward_kernels.windowed_distillation`.
+        implementation: passed to `sward_kernels.windowed_distillation`.
 
     Shapes:
         student_features: list of `[B, C_s, H_s, W_s]`; teacher_features: list of `[B, C_t, H_t, W_t]`. Any floating
-        dtype, which may differ from map to map: outside autocast they are computed in the dtype of this module's
-        parameters, and the gradient comes back in the map's own. Any strides. No gradient reaches the teacher's
-        features.
+        dtype, which may differ from map to map: outside autocast, maps are computed in the dtype of this module's
+        parameters, and a map's gradient has the map's dtype. Any strides. No gradient reaches the teacher's features.
 
     Raises:
-        ValueError: for lists of different lengths, unknown options, other than three finite weights of at least 0, or
-            (when called) features whose number or channels are not those given here.
+        ValueError: for lists of different lengths, unknown options, `terms` that are not three finite numbers of at
+            least 0, or (when called) features whose number or channels differ from those given here.
     """
 
     def __init__(
@@ -89,7 +85,7 @@ class MWADLoss(nn.Module):
         window_size: int | Sequence[int] = 8,
         embed_dim: int | Sequence[int] = 64,
         shift: ShiftStrategy = "stochastic",
-        weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        terms: tuple[float, float, float] = (1.0, 1.0, 1.0),
         teacher_normalization: TeacherNormalization = RECOMMENDED.teacher_normalization,
         teacher_projections: TeacherProjections = RECOMMENDED.teacher_projections,
         context_reduction: ContextReduction = RECOMMENDED.context_reduction,
@@ -100,22 +96,22 @@ class MWADLoss(nn.Module):
         super().__init__()
         if len(student_channels) != len(teacher_channels) or not student_channels:
             raise ValueError(
-                "student_channels and teacher_channels must name the same number of stages, at least one; "
+                "student_channels and teacher_channels must have the same number of stages, at least one, "
                 f"got {len(student_channels)} and {len(teacher_channels)}"
             )
         _check_choice("shift", shift, get_args(ShiftStrategy))
         _check_choice("teacher_normalization", teacher_normalization, get_args(TeacherNormalization))
         _check_choice("teacher_projections", teacher_projections, get_args(TeacherProjections))
         _check_choice("context_reduction", context_reduction, get_args(ContextReduction))
-        check_weights(weights)
+        check_terms(terms)
         check_implementation(implementation)
         self.student_channels = tuple(student_channels)
         self.teacher_channels = tuple(teacher_channels)
         stages = len(self.student_channels)
-        self.window_size = _one_a_stage("window_size", window_size, stages)
-        self.embed_dim = _one_a_stage("embed_dim", embed_dim, stages)
+        self.window_size = _one_per_stage("window_size", window_size, stages)
+        self.embed_dim = _one_per_stage("embed_dim", embed_dim, stages)
         self.shift = shift
-        self.weights = weights
+        self.terms = terms
         self.teacher_normalization = teacher_normalization
         self.teacher_projections = teacher_projections
         self.context_reduction = context_reduction
@@ -143,7 +139,7 @@ class MWADLoss(nn.Module):
             self._freeze_teacher_projections()
 
     def forward(self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> MWADOutput:
-        """Compares the maps of one batch; see the class for shapes."""
+        """Compare the maps of one batch; see the class for shapes."""
         self._check_features("student_features", student_features, self.student_channels)
         self._check_features("teacher_features", teacher_features, self.teacher_channels)
         stages = tuple(
@@ -159,7 +155,7 @@ class MWADLoss(nn.Module):
         )
 
     def project(self, index: int, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Stacked queries, keys and values of one stage (Eq. 1-3 and 8).
+        """Return the stacked queries, keys and values of one stage (Eq. 1-3 and 8).
 
         Args:
             index: stage, from 0.
@@ -167,30 +163,30 @@ class MWADLoss(nn.Module):
             teacher: `[B, C_t, H_t, W_t]`.
 
         Returns:
-            The teacher's and the student's `[B, 3 * embed_dim, min H, min W]`.
+            The student's and the teacher's `[B, 3 * embed_dim, min H, min W]`.
         """
-        size = aligned_size(teacher, student)
+        size = aligned_size(student, teacher)
         qkv_student = cast(ChannelProjection, self.theta_student[index]).project_and_resize(student, size)
-        return self._project_teacher(index, teacher, size), qkv_student
+        return qkv_student, self._project_teacher(index, teacher, size)
 
     @torch.no_grad()
     def diagnostics(self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Whether the projections still carry a relation worth matching, stage by stage and side by side.
+        """Measure per stage and side whether the projections still carry a relation worth matching.
 
-        A pair of projections can lower its loss by forgetting: values that all point one way, attention that is the
-        same everywhere. Then `value_rank` falls towards 1, `value_cosine` and `attention_entropy` rise towards 1.
+        A pair of projections can lower its loss by collapsing: all values point in one direction, or attention is
+        uniform. Then `value_rank` falls towards 1, and `value_cosine` or `attention_entropy` rises towards 1.
 
         Args:
             student_features: as for `forward`.
             teacher_features: as for `forward`.
 
         Returns:
-            `stage0/teacher/value_rank`, `.../value_cosine`, `.../attention_entropy`, the same for `student` and the
+            `stage0/student/value_rank`, `.../value_cosine`, `.../attention_entropy`, the same for `teacher` and the
             other stages: fp32 scalars, see `sward.losses.relation_health`. Windows are not shifted.
         """
         health: dict[str, Tensor] = {}
         for index, (student, teacher) in enumerate(zip(student_features, teacher_features)):
-            for side, qkv in zip(("teacher", "student"), self.project(index, student, teacher)):
+            for side, qkv in zip(("student", "teacher"), self.project(index, student, teacher)):
                 for name, value in relation_health(qkv, self.window_size[index])._asdict().items():
                     health[f"stage{index}/{side}/{name}"] = value
         return health
@@ -198,25 +194,25 @@ class MWADLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"window_size={self.window_size}, embed_dim={self.embed_dim}, shift={self.shift!r}, "
-            f"weights={self.weights}, teacher_normalization={self.teacher_normalization!r}, "
+            f"terms={self.terms}, teacher_normalization={self.teacher_normalization!r}, "
             f"teacher_projections={self.teacher_projections!r}"
         )
 
     def _stage(self, index: int, student: Tensor, teacher: Tensor) -> WindowedDistillation:
         if self.training and self.standardization:
             cast(Standardization, self.standardization[index]).update(teacher)
-        qkv_teacher, qkv_student = self.project(index, student, teacher)
-        attention, value, context = self.weights
-        # The kernels sum over channels, as Eq. 13 is written; a mean is that sum with a smaller weight.
+        qkv_student, qkv_teacher = self.project(index, student, teacher)
+        attention, value, context = self.terms
+        # The operation sums over channels, as in Eq. 13; a mean is that sum with a smaller weight.
         scale = 1.0 / self.embed_dim[index] if self.context_reduction == "mean" else 1.0
         if not torch.compiler.is_compiling():
             self._warn_of_padding(index, qkv_student.shape[-2], qkv_student.shape[-1])
         result = windowed_distillation(
-            qkv_teacher,
-            qkv_student,
-            self.window_size[index],
-            self._draw_shift(self.window_size[index], student.device),
-            weights=(attention, value, context * scale),
+            qkv_student=qkv_student,
+            qkv_teacher=qkv_teacher,
+            window_size=self.window_size[index],
+            shift=self._draw_shift(self.window_size[index], student.device),
+            terms=(attention, value, context * scale),
             implementation=self.implementation,
         )
         return result._replace(context=result.context * scale)
@@ -233,7 +229,7 @@ class MWADLoss(nn.Module):
         one_by_one = pixels * student_channels * (teacher_channels + width)
         merged = (pixels + student_channels) * teacher_channels * width
         if merged < one_by_one:
-            # Theta after phi is one linear map; where the student is wide, applying it at once is far cheaper.
+            # Theta after phi is one linear map; where the student is wide, applying it in one step is far cheaper.
             theta_matrix, phi_matrix = theta.weight.flatten(1), phi.weight.flatten(1)
             weight = theta_matrix @ phi_matrix
             assert phi.bias is not None
@@ -263,7 +259,7 @@ class MWADLoss(nn.Module):
         source = device if self.generator is None else self.generator.device
         offsets = torch.randint(window_size, (2,), generator=self.generator, device=source)
         if source.type == device.type:
-            # Left on the device: no host synchronisation, and a CUDA graph replays with fresh offsets.
+            # Kept on the device: no host synchronisation, and a CUDA graph replays with new offsets.
             return offsets
         dy, dx = offsets.tolist()
         return (dy, dx)
@@ -277,7 +273,7 @@ class MWADLoss(nn.Module):
 
     def _check_features(self, name: str, features: Sequence[Tensor], channels: tuple[int, ...]) -> None:
         if len(features) != len(channels):
-            raise ValueError(f"{name} must hold {len(channels)} maps, one a stage, got {len(features)}")
+            raise ValueError(f"{name} must hold {len(channels)} maps, one per stage, got {len(features)}")
         for index, (feature, expected) in enumerate(zip(features, channels)):
             if feature.dim() != 4 or feature.shape[1] != expected:
                 raise ValueError(
@@ -286,10 +282,10 @@ class MWADLoss(nn.Module):
                 )
 
 
-def _one_a_stage(name: str, value: int | Sequence[int], stages: int) -> tuple[int, ...]:
+def _one_per_stage(name: str, value: int | Sequence[int], stages: int) -> tuple[int, ...]:
     values = (value,) * stages if isinstance(value, int) else tuple(value)
     if len(values) != stages:
-        raise ValueError(f"{name} must be one number or one for each of the {stages} stages, got {len(values)} numbers")
+        raise ValueError(f"{name} must be one number or one per stage ({stages}), got {len(values)} numbers")
     if any(number < 1 for number in values):
         raise ValueError(f"{name} must be at least 1, got {value}")
     return values

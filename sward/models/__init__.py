@@ -1,7 +1,7 @@
 """Students and teachers by name; see `names()`. Importing this package needs only torch."""
 
 from sward.models.checkpoints import load_trunk_checkpoint
-from sward.models.complexity import Complexity, complexity, complexity_table
+from sward.models.flops import Complexity, complexity, complexity_table
 from sward.models.registry import (
     ModelDescription,
     Stage,

@@ -1,7 +1,7 @@
-"""`sward reproduce`: the paper's tables and figures, each from one command.
+"""`sward reproduce`: each table and figure of the paper from one command.
 
-`options` is what the command line gives, `experiments` says what a table consists of, `study` runs it, `tables` writes
-it, `plan` says what it will cost, and `figures` draws what the runs have learned.
+`options` holds the command-line options, `experiments` defines the rows and runs of each table, `study` trains them,
+`tables` writes the tables, `plan` estimates the cost, and `figures` draws the figures.
 """
 
 from __future__ import annotations
@@ -12,27 +12,28 @@ from sward.reproduce import experiments
 from sward.reproduce.experiments import Table, own_tests
 from sward.reproduce.figures import figure
 from sward.reproduce.options import DEFAULT_PRESET, Options
-from sward.reproduce.plan import plan
+from sward.reproduce.plan import describe_plan
+from sward.reproduce.rendering import markdown, write
 from sward.reproduce.study import Study
-from sward.reproduce.tables import fill, markdown, model_costs, write
+from sward.reproduce.tables import fill, model_costs
 
 __all__ = ["Options", "reproduce"]
 
 
 def reproduce(options: Options) -> list[Path]:
-    """Runs what `options.what` needs and makes it; returns the files written.
+    """Run the experiments of `options.what`, create the table or figure and return the files written.
 
-    A table is written anew after every finished run.
+    A table is rewritten after every finished run.
 
     Raises:
-        ValueError, FileNotFoundError: for what cannot be run, before any work.
+        ValueError, FileNotFoundError: if something that the runs need is missing or invalid, before any work starts.
     """
     study = Study(options)
     if options.what in ("figure1", "figure3", "figure4", "attention"):
         return _figure(study)
     table = _table(options)
     if options.dry_run:
-        print(plan(study, study.schedule(table.runs())))
+        print(describe_plan(study, study.schedule(table.runs())))
         return []
     notes = study.check(table.runs(), table.tests)
     costs = model_costs(table) if any(row.shows_cost for row in table.rows) else None
@@ -55,7 +56,7 @@ def _figure(study: Study) -> list[Path]:
     wanted = figure(options.what, options.scale, options.preset)
     schedule = [(run, seed) for run, seed in study.schedule(wanted.runs) if seed == 0]
     if options.dry_run:
-        print(plan(study, schedule))
+        print(describe_plan(study, schedule))
         return []
     tests = [test for run in wanted.runs for test in own_tests(run.preset)]
     study.check(wanted.runs, tests)

@@ -1,4 +1,4 @@
-"""What a run will cost, before it is run: steps, FLOPs and memory, counted on the meta device."""
+"""Estimate the steps, FLOPs and memory of a run before it starts, on the meta device."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sward import data, models
 from sward.config import DistillationConfig, TeacherTrainingConfig, TrainingConfig
 from sward.data import DatasetNotFoundError
 from sward.losses import SegmentationCrossEntropy
-from sward.models.complexity import gemm_flops
+from sward.models.flops import gemm_flops
 from sward.models.teachers import Teacher
 from sward.runs.load import build_split
 
 BYTES = 4
-"""Of one number in fp32."""
+"""Bytes of one fp32 number."""
 
 TRAINING_IMAGES = {
     ("cityscapes", None): 2975,
@@ -28,33 +28,30 @@ TRAINING_IMAGES = {
     ("cvc_colondb", "sequence"): 302,
     ("cvc_colondb", "ratio"): 240,
 }
-"""Where the images are not at hand: those of the published data sets."""
+"""Number of training images of the published data sets, used if the images are not available."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated cost of a run.
-
-    Attributes:
-        steps: optimiser steps.
-        flops: of all steps: matrix products of the networks, three times a forward pass for what learns and once for
-            what is frozen. The losses' own products are left out.
-        memory: bytes on the device in fp32: weights, gradients, both AdamW moments, what the student keeps for its
-            backward pass, the frozen teacher's weights and its largest intermediate maps. The losses' own buffers and
-            the allocator's slack are left out.
-    """
+    """Estimated cost of a run."""
 
     steps: int
+    """Optimiser steps."""
     flops: int
+    """FLOPs of all steps: matrix products of the networks, three forward passes for trained parts and one for frozen
+    parts, without those of the losses."""
     memory: int
+    """Bytes on the device in fp32: weights, gradients, both AdamW moments, the student's activations saved for
+    backward, the frozen teacher's weights and its largest intermediate maps; without buffers of the losses and the
+    allocator."""
 
 
 def estimate(config: TrainingConfig, teacher: TeacherTrainingConfig) -> Estimate:
-    """The cost of one run.
+    """Estimate the cost of one run.
 
     Args:
-        config: of the run.
-        teacher: how the teacher it distils was trained.
+        config: configuration of the run.
+        teacher: training configuration of the teacher that it distils.
     """
     settings = config.dataset
     classes = data.describe(settings.name, num_classes=settings.num_classes).num_classes
@@ -92,7 +89,7 @@ def _trained(
     flops = 3 * forward
     if frozen and isinstance(network, Teacher):
         network.freeze_trunk()
-        # The trunk runs forward only; what it takes is what the whole takes less the head's share.
+        # The trunk runs forward only; the head also runs backward.
         trunk = gemm_flops(models.build(name, classes, **dict(options)).trunk.eval(), size)  # type: ignore[union-attr]
         flops = trunk + 3 * (forward - trunk)
     learnable = sum(each.numel() for each in network.parameters() if each.requires_grad)
@@ -123,7 +120,7 @@ def _frozen(
 
 
 def _kept_for_backward(network: nn.Module, size: tuple[int, int], batch: int) -> int:
-    """Bytes of the tensors that one training forward pass keeps, the parameters left out."""
+    """Count the bytes that one training forward pass saves for backward, without the parameters."""
     kept: dict[int, int] = {}
     alive: list[Tensor] = []
     parameters = {id(each.untyped_storage()) for each in network.parameters()}

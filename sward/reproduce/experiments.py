@@ -1,4 +1,4 @@
-"""What each table consists of: its rows, the runs behind them, where they are scored, and the paper's own figures."""
+"""Definition of each table: its rows, their runs, the data on which they are scored, and the paper's numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sward import presets
-from sward.losses.recipes import PAPER, ContextReduction, TeacherProjections
+from sward.losses.recipes import PAPER, ContextReduction, TeacherNormalization, TeacherProjections
 from sward.methods import METHODS
 
 Scale = Literal["paper", "small"]
@@ -18,9 +18,12 @@ TEACHER = "teacher"
 """Name of the run that trains the teacher."""
 
 OVERLAP = (("mDice", "dice"), ("mIoU", "iou"))
-"""Table 2's columns: the polyp's Dice and IoU, mean over images."""
+"""Columns of Table 2: Dice and IoU of the polyps, mean over images."""
 CLASSES = (("mIoU", "mean_iou"), ("mAcc", "mean_accuracy"))
-"""Table 1's columns: IoU and recall per class over all pixels, mean over classes."""
+"""Columns of Table 1: IoU and recall per class over all pixels, mean over classes."""
+
+PDR_WEIGHT = 0.1
+"""Gamma of Eq. 20 in runs that add PDR to a preset without it."""
 
 METHOD_TITLES = {
     "none": "student alone",
@@ -38,86 +41,74 @@ METHOD_TITLES = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training run, but for its seed.
-
-    Attributes:
-        preset: the preset it starts from.
-        name: its folder's name, `"teacher"` for the teacher. Equal names of one preset are the same run.
-        distillation: method, as for `sward train --distillation`.
-        overrides: dotted field of the configuration -> value.
-    """
+    """One training run, apart from its seed."""
 
     preset: str
+    """The preset that the run is based on."""
     name: str
+    """Name of the folder, `"teacher"` for the teacher. Runs with equal preset and name are the same run."""
     distillation: str = "none"
+    """The method, as in `sward train --distillation`."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Dotted name of a configuration field -> value."""
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Where runs are scored; one group of columns.
-
-    Attributes:
-        title: header of the group.
-        split: split of the data set. On `"val"` the last weights are scored, so that nothing was chosen on the images
-            that are scored; elsewhere those with the best validation score.
-        dataset: another data set than the run's own.
-        metrics: header and name in `sward.evaluation.Evaluation` of each column.
-        paper: header of the paper's own figures, which may be on other data; None where it has none.
-        optional: its column stays empty where the data set is not there.
-    """
+    """A split on which runs are scored; one group of columns."""
 
     title: str
+    """Header of the group."""
     split: str
+    """Split of the data set. On `"val"` the last weights are scored, so that the scored images did not select them; on
+    other splits the weights with the best validation score."""
     metrics: tuple[tuple[str, str], ...]
+    """Header and name in `sward.evaluation.Evaluation` of each column."""
     dataset: str | None = None
+    """Data set, if it is not that of the run."""
     paper: str | None = None
+    """Header of the columns with the paper's numbers, which may be on other data; None if there are none."""
     optional: bool = False
+    """Whether the columns stay empty if the data set is missing; otherwise that is an error."""
 
     def checkpoint(self, run: Run) -> Literal["best", "last"]:
-        """Which weights of `run` are scored here. A teacher's are always those that the students saw."""
+        """Return which weights of `run` are scored. For a teacher they are always those that it was distilled with."""
         return "last" if self.split == "val" and run.name != TEACHER else "best"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table.
-
-    Attributes:
-        title: what the first column says.
-        runs: the run behind each group of columns.
-        paper: the paper's figures of each group.
-        shows_cost: whether parameters and FLOPs stand in this row (a method's are its student's).
-    """
+    """One line of a table."""
 
     title: str
+    """Text of the first column."""
     runs: tuple[Run, ...]
+    """The run of each group of columns."""
     paper: tuple[Scores, ...]
+    """The paper's numbers for each group of columns."""
     shows_cost: bool = False
+    """Whether the row shows parameters and FLOPs (those of a method equal those of the student)."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table to fill.
-
-    Attributes:
-        name: name of its files.
-        caption: what it shows.
-        tests: groups of columns.
-        rows: its lines, in order.
-        costs: columns for seconds per step and peak memory.
-        collapse: columns for the health of MWAD's projections.
-    """
+    """Definition of a table."""
 
     name: str
+    """Name of the files."""
     caption: str
+    """Caption of the table."""
     tests: tuple[EvaluationSet, ...]
+    """The groups of columns."""
     rows: tuple[Row, ...]
+    """The rows, in order."""
     costs: bool = False
+    """Whether there are columns for seconds per step and peak memory."""
     collapse: bool = False
+    """Whether there are columns for the health of MWAD's projections."""
 
     def runs(self) -> list[Run]:
-        """Every run once, teachers first, then in the order of the rows."""
+        """Return every run once, teachers first, then in the order of the rows."""
         found = {(run.preset, run.name): run for row in self.rows for run in row.runs}
         for run in list(found.values()):
             teacher = teacher_of(run.preset)
@@ -126,7 +117,7 @@ class Table:
 
 
 def teacher_of(preset: str) -> Run:
-    """The run of the teacher that `preset` distils. Presets that differ only in their student share one."""
+    """Return the run of the teacher of `preset`. Presets that differ only in their student share it."""
 
     def recipe(name: str) -> Any:
         return dataclasses.replace(presets.get(name).teacher, preset="")
@@ -135,18 +126,18 @@ def teacher_of(preset: str) -> Run:
 
 
 def method(preset: str, name: str) -> Run:
-    """The run of one method with the preset's own settings."""
+    """Return the run of one method with the settings of the preset."""
     return Run(preset, name, name)
 
 
 def sward(preset: str, variant: str, **overrides: Any) -> Run:
-    """The run of SWARD with some of its settings changed; `overrides` are fields of `SWARDConfig`."""
+    """Return the run of SWARD with changed settings; `overrides` are fields of `SWARDConfig`."""
     changed = {f"sward.{name}": value for name, value in overrides.items()}
     return Run(preset, f"sward-{variant}", "sward", changed)
 
 
 def table1(scale: Scale) -> Table:
-    """Table 1: street scenes. Small: CamVid."""
+    """Define Table 1, street scenes; the small scale uses CamVid."""
     preset = "cityscapes-mbv3" if scale == "paper" else "camvid-small"
     paper: dict[str, Scores] = {
         TEACHER: (74.61, 84.01),
@@ -168,7 +159,7 @@ def table1(scale: Scale) -> Table:
 
 
 def table2(scale: Scale) -> Table:
-    """Table 2: polyps, with one more column for runs on ClinicDB tested on all of ColonDB. Small: UNeXt, ClinicDB."""
+    """Define Table 2, polyps; ClinicDB runs are also tested on all of ColonDB. Small scale: UNeXt on ClinicDB."""
     unseen = EvaluationSet("CVC-ColonDB, unseen", "all", OVERLAP, dataset="cvc_colondb", optional=True)
     clinic = EvaluationSet("CVC-ClinicDB", "test", OVERLAP, paper=_beside(scale, "CVC-ClinicDB"))
     colon = EvaluationSet("CVC-ColonDB", "test", OVERLAP, paper="paper")
@@ -208,10 +199,13 @@ def table2(scale: Scale) -> Table:
         },
     }
     if scale == "small":
-        preset = "clinicdb-small"
-        paper = {name: (scores, ()) for name, scores in clinic_paper["unext"].items()}
-        rows = _comparison((preset, preset), paper)
-        return Table("table2-small", _caption("Table 2", preset, scale), (clinic, unseen), tuple(rows))
+        colon = dataclasses.replace(colon, paper=_beside(scale, "CVC-ColonDB"))
+        sets = ("clinicdb-small", "colondb-small", "clinicdb-small")
+        # The paper has one teacher on ColonDB.
+        colon_scores = {TEACHER: colon_paper["resunetpp"][TEACHER], **colon_paper["unext"]}
+        paper = {name: (scores, colon_scores[name], ()) for name, scores in clinic_paper["unext"].items()}
+        caption = "Table 2 at small scale, UNeXt at 128x128; ClinicDB split by sequence, ColonDB at random"
+        return Table("table2-small", caption, (clinic, colon, unseen), tuple(_comparison(sets, paper)))
     rows = []
     for student in ("resunetpp", "unext"):
         sets = (f"clinicdb-{student}", f"colondb-{student}", f"clinicdb-{student}")
@@ -221,8 +215,8 @@ def table2(scale: Scale) -> Table:
 
 
 def table3(scale: Scale) -> Table:
-    """Table 3: the terms of MWAD one after the other, then PDR. Small: UNeXt on ClinicDB."""
-    preset = "colondb-resunetpp" if scale == "paper" else "clinicdb-small"
+    """Define Table 3, which adds the terms of MWAD one by one, then PDR. Small scale: UNeXt."""
+    preset = "colondb-resunetpp" if scale == "paper" else "colondb-small"
     beta, _ = presets.get(preset).student.sward.weights
     without_pdr = (beta, 0.0)
     rows = [
@@ -239,24 +233,25 @@ def table3(scale: Scale) -> Table:
             ((80.17, 72.04),),
         ),
         Row("+ MWAD (attention, value, context)", (mwad(preset),), ((87.02, 79.58),)),
-        Row("+ MWAD + PDR", (method(preset, "sward"),), ((88.49, 80.96),)),
+        Row("+ MWAD + PDR", (with_pdr(preset),), ((88.49, 80.96),)),
     ]
-    return Table(f"table3-{scale}", _caption("Table 3", preset, scale), _polyp_tests(scale), _repeat(rows, scale))
+    return Table(f"table3-{scale}", _caption("Table 3", preset, scale), _ablation_tests(scale), tuple(rows))
 
 
 def table4(scale: Scale) -> Table:
-    """Table 4: how windows are shifted. Small: UNeXt on ClinicDB."""
-    preset = "colondb-resunetpp" if scale == "paper" else "clinicdb-small"
+    """Define Table 4, window shift strategies. Small scale: UNeXt."""
+    preset = "colondb-resunetpp" if scale == "paper" else "colondb-small"
     rows = [
+        Row("student alone", (method(preset, "none"),), ((68.05, 57.96),)),
         Row("no shift", (sward(preset, "shift-none", shift="none"),), ((86.17, 78.83),)),
         Row("deterministic shift", (sward(preset, "shift-deterministic", shift="deterministic"),), ((87.91, 79.99),)),
         Row("stochastic shift", (method(preset, "sward"),), ((88.49, 80.96),)),
     ]
-    return Table(f"table4-{scale}", _caption("Table 4", preset, scale), _polyp_tests(scale), _repeat(rows, scale))
+    return Table(f"table4-{scale}", _caption("Table 4", preset, scale), _ablation_tests(scale), tuple(rows))
 
 
 def methods(preset: str) -> Table:
-    """Every method of `sward.methods` in one equal run each, with what a step costs."""
+    """Define a table of every method in `sward.methods`, trained alike, with the cost per step."""
     names = [TEACHER, "none", *sorted(METHODS, key=list(METHOD_TITLES).index)]
     tests = own_tests(preset)
     rows = tuple(
@@ -272,27 +267,37 @@ def methods(preset: str) -> Table:
 
 
 def questions(preset: str) -> Table:
-    """What the paper leaves open, each changed alone from the preset's settings; then the paper's words all at once."""
+    """Define a table of open questions: one change to the preset's settings per row; the last row uses the paper's."""
     base = presets.get(preset).student.sward
     projections: TeacherProjections = "frozen" if base.teacher_projections == "learned" else "learned"
     reduction: ContextReduction = "mean" if base.context_reduction == "sum" else "sum"
+    normalization: TeacherNormalization = "none" if base.teacher_normalization == "standardize" else "standardize"
+    beta, gamma = base.weights
+    weights = (beta, gamma or PDR_WEIGHT)
     pdr = "as they are" if base.normalize else "normalised"
     windows = [side for side in (2, 4, 8, 16) if (side,) != base.window_size]
-    literal = {**PAPER._asdict(), "window_size": (8,), "embed_dim": 64}
+    literal = sward(preset, "paper", **PAPER._asdict(), window_size=(8,), embed_dim=64)
     runs = {
         "student alone": method(preset, "none"),
         f"SWARD as {preset} sets it": method(preset, "sward"),
+        f"teacher features {'as they are' if normalization == 'none' else 'standardised'}": sward(
+            preset, f"features-{normalization}", teacher_normalization=normalization
+        ),
         f"teacher projections {projections}": sward(
             preset, f"projections-{projections}", teacher_projections=projections
         ),
         f"context: {reduction} over channels": sward(preset, f"context-{reduction}", context_reduction=reduction),
-        f"PDR on features {pdr}": sward(preset, f"pdr-{pdr.replace(' ', '-')}", normalize=not base.normalize),
+        **({"without PDR": mwad(preset)} if gamma else {f"with PDR, weight {PDR_WEIGHT:g}": with_pdr(preset)}),
+        f"PDR on features {pdr}": sward(
+            preset, f"pdr-{pdr.replace(' ', '-')}", weights=weights, normalize=not base.normalize
+        ),
         **{f"window {side} x {side}": sward(preset, f"window-{side}", window_size=(side,)) for side in windows},
-        # At 128 pixels the deepest map has 4 x 4 positions: most of a larger window there is padding.
+        # At 128 pixels the deepest map has 4 x 4 positions, so most of a larger window is padding.
         "window 8 x 8, deepest stage 4 x 4": sward(preset, "window-8-8-8-4", window_size=(8, 8, 8, 4)),
         "context at a tenth": sward(preset, "context-tenth", terms=(1.0, 1.0, 0.1)),
-        "a quarter of both weights": sward(preset, "quarter", weights=(base.weights[0] / 4, base.weights[1] / 4)),
-        "SWARD as the paper sets it": sward(preset, "paper", **literal),
+        "a quarter of both weights": sward(preset, "quarter", weights=(beta / 4, gamma / 4)),
+        "four times both weights": sward(preset, "fourfold", weights=(4 * beta, 4 * gamma)),
+        "SWARD as the paper sets it": dataclasses.replace(literal, overrides={"recipe": "paper", **literal.overrides}),
     }
     tests = own_tests(preset)
     rows = tuple(Row(title, (run,) * len(tests), ((),) * len(tests)) for title, run in runs.items())
@@ -302,12 +307,19 @@ def questions(preset: str) -> Table:
 
 
 def mwad(preset: str) -> Run:
-    """The run with all of MWAD and without PDR: Table 3's fifth row and Fig. 4's third panel."""
-    return sward(preset, "mwad", weights=(presets.get(preset).student.sward.weights[0], 0.0))
+    """Return the run with MWAD but without PDR, which is the fifth row of Table 3 and the third panel of Fig. 4."""
+    beta, gamma = presets.get(preset).student.sward.weights
+    return sward(preset, "mwad", weights=(beta, 0.0)) if gamma else method(preset, "sward")
+
+
+def with_pdr(preset: str) -> Run:
+    """Return the run with MWAD and PDR, which is the last row of Table 3 and the last panel of Fig. 4."""
+    beta, gamma = presets.get(preset).student.sward.weights
+    return method(preset, "sward") if gamma else sward(preset, "pdr", weights=(beta, PDR_WEIGHT))
 
 
 def own_tests(preset: str) -> tuple[EvaluationSet, ...]:
-    """Where runs of `preset` are scored: its own test images, and for ClinicDB also all of ColonDB."""
+    """Return where runs of `preset` are scored: its own test images, and for ClinicDB also all of ColonDB."""
     config = presets.get(preset).student
     has_test_split = config.dataset.name in ("cvc_clinicdb", "cvc_colondb")
     metrics = OVERLAP if config.metric == "dice" else CLASSES
@@ -328,7 +340,7 @@ _TITLES = {
 
 
 def _comparison(sets: tuple[str, ...], paper: Mapping[str, tuple[Scores, ...]]) -> list[Row]:
-    """Teacher, student alone and student with each method; `sets` are the presets of the groups of columns."""
+    """Return rows for the teacher, the student alone and each method; `sets` has one preset per column group."""
     rows = []
     for name, figures in paper.items():
         runs = tuple(teacher_of(preset) if name == TEACHER else method(preset, name) for preset in sets)
@@ -341,18 +353,8 @@ def _comparison(sets: tuple[str, ...], paper: Mapping[str, tuple[Scores, ...]]) 
     return rows
 
 
-def _polyp_tests(scale: Scale) -> tuple[EvaluationSet, ...]:
-    if scale == "paper":
-        return (EvaluationSet("CVC-ColonDB", "test", OVERLAP, paper="paper"),)
-    own, unseen = own_tests("clinicdb-small")
-    return dataclasses.replace(own, paper="paper, CVC-ColonDB and ResUNet++"), unseen
-
-
-def _repeat(rows: list[Row], scale: Scale) -> tuple[Row, ...]:
-    """At the small scale the same runs are scored on ColonDB too."""
-    if scale == "paper":
-        return tuple(rows)
-    return tuple(dataclasses.replace(row, runs=row.runs * 2, paper=(*row.paper, ())) for row in rows)
+def _ablation_tests(scale: Scale) -> tuple[EvaluationSet, ...]:
+    return (EvaluationSet("CVC-ColonDB", "test", OVERLAP, paper="paper" if scale == "paper" else "paper, ResUNet++"),)
 
 
 def _beside(scale: Scale, dataset: str) -> str:

@@ -1,10 +1,10 @@
-"""Figures 1, 3 and 4 and the window attention, from the runs of a study with seed 0."""
+"""Figures 1, 3 and 4 and the window attention, drawn from the runs with seed 0."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,20 +21,20 @@ from sward.figures.gradcam import ActivationRow, activation_figure, grad_cam
 from sward.figures.predictions import prediction_grid
 from sward.figures.tsne import feature_space_figure, pixel_features
 from sward.losses import SWARDDistillation
-from sward.reproduce.experiments import EvaluationSet, Run, Scale, method, mwad, own_tests, teacher_of
+from sward.reproduce.experiments import EvaluationSet, Run, Scale, method, mwad, own_tests, teacher_of, with_pdr
 from sward.reproduce.options import DEFAULT_PRESET
 from sward.reproduce.study import Study
 from sward.runs import load_distillation, load_run
 from sward.runs.load import build_split
 
 ROWS = 3
-"""Images of each data set in the grid of predictions."""
+"""Images per data set in the grid of predictions."""
 LEAST_SHARE = 0.02
-"""Of an image's pixels that must be of the class before Grad-CAM of that class is drawn for it."""
+"""Fraction of an image's pixels that the class must cover for Grad-CAM."""
 FEATURE_IMAGES = 40
 FEATURE_PIXELS = 200
 FEATURE_STRIDE = 4
-"""Images, pixels a class, and pixels of the input a point for the t-SNE."""
+"""Images, pixels per class, and input pixels per grid point of the t-SNE."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Figure:
 
 
 def figure(name: str, scale: Scale, preset: str | None) -> Figure:
-    """The figure that `sward reproduce NAME` makes, of the paper's pairs at this scale or of `preset` alone."""
+    """Return the figure of `sward reproduce NAME`, for the paper's presets at this scale or for `preset` alone."""
     streets, polyps = (
         ("cityscapes-mbv3", "clinicdb-resunetpp") if scale == "paper" else ("camvid-small", "clinicdb-small")
     )
@@ -59,7 +59,8 @@ def figure(name: str, scale: Scale, preset: str | None) -> Figure:
         return Figure(_runs(shown, "none", "freekd", "sward"), lambda study: list(_figure3(study, shown)))
     if name == "figure4":
         pair = preset or streets
-        return Figure([*_runs([pair], "none", "sward"), mwad(pair)], lambda study: _figure4(study, pair))
+        runs = [*_runs([pair], "none"), mwad(pair), with_pdr(pair)]
+        return Figure(runs, lambda study: _figure4(study, pair))
     chosen = preset or DEFAULT_PRESET
     return Figure(_runs([chosen], "sward"), lambda study: _attention(study, chosen))
 
@@ -73,6 +74,16 @@ class _Network:
     model: str
     network: nn.Module
     config: TrainingConfig
+
+    def images(self, test: EvaluationSet) -> SegmentationDataset:
+        """Return the images of `test` at the size this network was trained at, which may be larger for a teacher."""
+        return build_split(_on(self.config, test), test.split, train=False)
+
+
+def _on(config: TrainingConfig, test: EvaluationSet) -> TrainingConfig:
+    if test.dataset is None:
+        return config
+    return replace(config, dataset=replace(config.dataset, name=test.dataset, split_by=None))
 
 
 def _load(study: Study, run: Run, test: EvaluationSet) -> _Network:
@@ -92,7 +103,7 @@ def _figure1(study: Study, sets: list[str]) -> list[Path]:
     for preset in sets:
         test = own_tests(preset)[0]
         networks = _columns(study, preset, test, "none", "sward")
-        dataset = build_split(networks["SWARD"].config, test.split, train=False)
+        dataset = networks["SWARD"].images(test)
         target = _target(dataset.info, study.options.target)
         index = _first_with(dataset, target, study.options.image)
         image, labels, _ = dataset.read(index)
@@ -100,7 +111,8 @@ def _figure1(study: Study, sets: list[str]) -> list[Path]:
         maps = {}
         for title, each in networks.items():
             layer = models.describe(each.model).penultimate_layer
-            maps[title] = resize(grad_cam(each.network, layer, sample.image, target)[None, None], size)[0, 0]
+            seen = each.images(test)[index].image
+            maps[title] = resize(grad_cam(each.network, layer, seen, target)[None, None], size)[0, 0]
         name = f"{test.title}, {dataset.info.classes[target]}"
         rows.append(ActivationRow(name, image, sample.labels == target, maps))
     return [activation_figure(rows, _path(study, "figure1"))]
@@ -110,15 +122,12 @@ def _figure3(study: Study, sets: list[str]) -> Iterator[Path]:
     for preset in sets:
         for test in own_tests(preset) if study.options.scale == "small" else own_tests(preset)[:1]:
             networks = _columns(study, preset, test, "none", "freekd", "sward")
-            config = networks["SWARD"].config
-            if test.dataset is not None:
-                config.dataset.name, config.dataset.split_by = test.dataset, None
-            dataset = build_split(config, test.split, train=False)
+            dataset = networks["SWARD"].images(test)
             chosen = [(study.options.image + row * (len(dataset) // ROWS)) % len(dataset) for row in range(ROWS)]
-            samples = [dataset[index] for index in chosen]
-            columns = {"ground truth": [sample.labels for sample in samples]}
+            columns = {"ground truth": [dataset[index].labels for index in chosen]}
             for title, each in networks.items():
-                columns[title] = [predict_sample(each.network, sample) for sample in samples]
+                seen = each.images(test)
+                columns[title] = [predict_sample(each.network, seen[index]) for index in chosen]
             images = [dataset.read(index)[0] for index in chosen]
             name = f"figure3-{dataset.info.name}{'' if test.dataset is None else '-unseen'}"
             yield prediction_grid(images, columns, dataset.info, _path(study, name))
@@ -130,19 +139,20 @@ def _figure4(study: Study, preset: str) -> list[Path]:
         "student alone": method(preset, "none"),
         "teacher": teacher_of(preset),
         "student with MWAD": mwad(preset),
-        "student with MWAD + PDR": method(preset, "sward"),
+        "student with MWAD + PDR": with_pdr(preset),
     }
     networks = {title: _load(study, run, test) for title, run in runs.items()}
-    dataset = build_split(networks["student alone"].config, test.split, train=False)
+    dataset = networks["student alone"].images(test)
+    height, width = dataset[0].image.shape[-2:]
     count = min(FEATURE_IMAGES, len(dataset))
     images = [index * len(dataset) // count for index in range(count)]
     panels = {
         title: pixel_features(
             each.network,
             models.describe(each.model).penultimate_layer,
-            dataset,
+            each.images(test),
             images,
-            stride=FEATURE_STRIDE,
+            grid=(height // FEATURE_STRIDE, width // FEATURE_STRIDE),
             per_class=FEATURE_PIXELS,
         )
         for title, each in networks.items()
@@ -158,12 +168,14 @@ def _attention(study: Study, preset: str) -> list[Path]:
     assert pair is not None
     assert isinstance(pair.loss, SWARDDistillation)
     pair.config.dataset.root = study.options.data or pair.config.dataset.root
-    dataset = build_split(pair.config, own_tests(preset)[0].split, train=False)
+    test = own_tests(preset)[0]
+    dataset = build_split(pair.config, test.split, train=False)
+    larger = replace(pair.config, dataset=replace(pair.config.dataset, image_size=pair.config.teacher_image_size))
     index = study.options.image % len(dataset)
-    image = dataset[index].image
+    image, seen = dataset[index].image, build_split(larger, test.split, train=False)[index].image
     size = (image.shape[-2], image.shape[-1])
     pixel = study.options.pixel or (size[0] // 2, size[1] // 2)
-    stages = window_attention(pair.student, pair.teacher, pair.loss, image, pixel)
+    stages = window_attention(pair.student, pair.teacher, pair.loss, image, pixel, seen)
     shown = F.interpolate(dataset.read(index)[0][None].float(), size=size, mode="bilinear", antialias=True)[0]
     return [attention_figure(shown.round().to(torch.uint8), stages, study.options.output / f"attention-{preset}.png")]
 
@@ -172,12 +184,14 @@ def _target(info: DatasetInfo, name: str | None) -> int:
     if name is None:
         return next((index for index, each in enumerate(info.classes) if each in ("car", "polyp")), 1)
     if name not in info.classes:
-        raise ValueError(f"target: {info.name} has no class {name!r}; it has {', '.join(info.classes)}")
+        raise ValueError(
+            f"target must be a class of {info.name}, got {name!r}; its classes are {', '.join(info.classes)}"
+        )
     return info.classes.index(name)
 
 
 def _first_with(dataset: SegmentationDataset, target: int, start: int) -> int:
-    """The first image from `start` on in which the class covers enough to look at; `start` if there is none."""
+    """Return the first image from `start` on in which the class covers `LEAST_SHARE`; `start` if there is none."""
     for offset in range(len(dataset)):
         index = (start + offset) % len(dataset)
         if (dataset[index].labels == target).float().mean() >= LEAST_SHARE:

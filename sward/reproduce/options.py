@@ -1,4 +1,4 @@
-"""What `sward reproduce` can be told."""
+"""Options of `sward reproduce`."""
 
 from __future__ import annotations
 
@@ -29,18 +29,17 @@ DEFAULT_PRESET = "clinicdb-small"
 
 @dataclass
 class Options:
-    """Run the experiments behind a table or figure of the paper and make it.
+    """Run the experiments of a table or figure of the paper and create it.
 
-    Finished runs are kept in the output folder and never repeated; an interrupted one goes on where it was saved last.
+    Finished runs are kept in the output folder and never repeated; interrupted ones resume from their last checkpoint.
     """
 
     what: Annotated[What, tyro.conf.Positional]
-    """Tables and figures of the paper; methods: all distillation methods in one equal run each;
-    questions: what the paper leaves open; attention: windows of teacher and student side by side."""
+    """Table or figure of the paper, or methods (all of them), questions (open in the paper), attention (windows)."""
     scale: Scale = "paper"
-    """paper: section 4.1 exactly; small: CVC-ClinicDB and CamVid at a size that two cores train."""
+    """paper: exactly as in section 4.1; small: CVC-ClinicDB and CamVid at a size for two CPU cores."""
     seeds: int = 1
-    """Runs of each student, with the seeds 0 to N-1. There is one teacher, with seed 0."""
+    """Number of runs per student, with seeds 0 to N-1. There is one teacher, with seed 0."""
     data: Path | None = None
     """Folder that holds the data sets; $SWARD_DATA or ./data by default."""
     checkpoints: Path = Path("checkpoints")
@@ -48,36 +47,34 @@ class Options:
     output: Path = Path("runs/reproduce")
     """Folder of the runs, tables and figures."""
     preset: str | None = None
-    """Pair and data set of methods, questions and attention (clinicdb-small by default), or of a figure instead of its
-    own. Tables 1 to 4 have theirs."""
+    """Preset of methods, questions and attention (clinicdb-small by default), or of a figure; not for tables 1 to 4."""
     only: tuple[str, ...] = ()
-    """Names of runs to train (none, sward, sward-mwad, ...), with the teacher they need; all by default.
-    The table shows whatever is finished."""
+    """Names of runs to train (none, sward, ...), with their teacher; all by default. The table shows finished runs."""
     iterations: int | None = None
-    """Steps of every run, of the teacher and of masks too, for a quick trial."""
+    """Steps of every run, including teacher and masks, for a quick trial."""
     epochs: int | None = None
-    """Epochs of the students' runs; the teacher keeps its own."""
+    """Epochs of the students' runs; does not change the teacher's."""
     untrained_trunk: bool = False
-    """Start the teacher from random weights where its pretrained trunk is not at hand, for a quick trial."""
+    """Start the teacher from random weights instead of its pretrained trunk, for a quick trial."""
     image: int = 0
-    """For figures of single images: index of the first one in the split that is scored."""
+    """For figures of single images: index of the first image in the scored split."""
     target: str | None = None
-    """For figure1: class that the maps are of; car or polyp by default."""
+    """For figure1: class of the activation maps; car or polyp by default."""
     pixel: tuple[int, int] | None = None
     """For attention: row and column of the query pixel at the network's input size; the centre by default."""
     device: str | None = None
-    """Where to run; the GPU where there is one."""
+    """Device to run on; the GPU if there is one."""
     dry_run: bool = False
-    """Print every run with its configuration and an estimate of its cost, and do nothing."""
+    """Print every run with its configuration and estimated cost, and exit."""
 
     def check(self) -> None:
-        """Raises a `ValueError` for a preset that does not exist and for options that contradict each other."""
+        """Raise a `ValueError` for an unknown preset and for options that contradict each other."""
         if self.preset is not None:
             presets.get(self.preset)
             if self.what.startswith("table"):
-                raise ValueError(f"preset: {self.what} has its own pairs; methods shows every method on {self.preset}")
+                raise ValueError(f"preset must be None for {self.what}, got {self.preset!r}; use methods instead")
         if self.iterations is not None and self.epochs is not None:
-            raise ValueError("give --iterations or --epochs, not both")
+            raise ValueError(f"only one of iterations and epochs may be set, got {self.iterations} and {self.epochs}")
         for name in ("seeds", "iterations", "epochs"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -1,4 +1,4 @@
-"""`--dry-run`: every run of a study with its configuration, the command that repeats it, and what it will cost."""
+"""`--dry-run`: every run of a study with its configuration, its command and its estimated cost."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from sward.reproduce.experiments import Run, teacher_of
 from sward.reproduce.study import Study
 
 
-def plan(study: Study, schedule: Iterable[tuple[Run, int]]) -> str:
-    """One paragraph a run, in the order in which they would go, and the total of what is left to do."""
+def describe_plan(study: Study, schedule: Iterable[tuple[Run, int]]) -> str:
+    """Return one paragraph per run, in order of execution, and the total cost of the runs that are not finished."""
     lines: list[str] = []
     total = left = 0
     for run, seed in schedule:
         try:
             state: str = study.state(run, seed)
         except ValueError as error:
-            state = f"in the way: {error}"
+            state = f"blocked: {error}"
         config = study.config(run, seed)
         cost = estimate(config, presets.get(teacher_of(run.preset).preset).teacher)
         total += cost.flops
@@ -33,16 +33,16 @@ def plan(study: Study, schedule: Iterable[tuple[Run, int]]) -> str:
             f"  {_setting(config)}",
         ]
         if isinstance(config, TeacherTrainingConfig) and config.trunk_checkpoint is not None:
-            there = "" if config.trunk_checkpoint.exists() else " (not there)"
+            there = "" if config.trunk_checkpoint.exists() else " (missing)"
             lines.append(f"  trunk {config.trunk_checkpoint}{there}")
         if run.distillation in ("maskd", "freekd") and seed == 0:
             method: MaskMethod = "maskd" if run.distillation == "maskd" else "freekd"
             lines.append(f"  first: {_masks_command(study.masks_config(run, method))}")
         lines.append(f"  {_command(config)}")
-    lines.append(f"all runs: {_flops(total)}, of which {_flops(left)} are still to do")
+    lines.append(f"all runs: {_flops(total)}, of which {_flops(left)} remain")
     lines.append(
         "FLOPs: matrix products of the networks over all steps, backward counted twice; memory: weights, gradients, "
-        "AdamW moments and kept activations in fp32; the losses' own work and buffers are left out of both"
+        "AdamW moments and saved activations in fp32; both without the losses"
     )
     return "\n".join(lines)
 
@@ -69,7 +69,7 @@ def _setting(config: DistillationConfig | TeacherTrainingConfig) -> str:
 
 
 def _command(config: DistillationConfig | TeacherTrainingConfig) -> str:
-    """What would train the same run by hand."""
+    """Return the command that trains the same run."""
     preset = presets.get(config.preset)
     is_teacher = isinstance(config, TeacherTrainingConfig)
     default = preset.teacher if is_teacher else preset.student

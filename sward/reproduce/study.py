@@ -1,4 +1,4 @@
-"""Running the runs of a table in order: what is finished is recognised, what was interrupted goes on."""
+"""Train the runs of a table in order; skips finished runs and resumes interrupted ones."""
 
 from __future__ import annotations
 
@@ -43,36 +43,32 @@ TRUNK_FILES = {
     "medsam2_hiera_tiny_resunetpp": "MedSAM2_latest.pt",
     "vit_small_dinov2": "vit_small_dinov2.pt",
 }
-"""Pretrained trunk of each teacher, by the name under which it is published (docs/reproduce.md)."""
+"""File name of each teacher's pretrained trunk, as published (docs/reproduce.md)."""
 
 MASK_STEPS = {"clinicdb-small": 300, "colondb-small": 300, "camvid-small": 200, "demo": 100}
-"""Steps of learning MasKD's tokens and FreeKD's prompts at the small scale; elsewhere the papers' own."""
+"""Steps of learning MasKD's tokens and FreeKD's prompts at the small scale; other presets use the papers' values."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a finished run took.
-
-    Attributes:
-        steps: optimiser steps.
-        seconds: time in the training loop, validation excluded.
-        peak_memory: bytes: of the device's allocator on a GPU, resident memory of the process on a CPU; None where
-            the system does not tell.
-    """
+    """Measured cost of a finished run."""
 
     steps: int
+    """Optimiser steps."""
     seconds: float
+    """Time in the training loop, validation excluded."""
     peak_memory: int | None
+    """Bytes of the device's allocator on a GPU, or of resident process memory on a CPU; None if unknown."""
 
 
 class Study:
     """The runs of an output folder: `OUTPUT/PRESET/NAME-seedN`, and for teachers `OUTPUT/PRESET/teacher`.
 
     Args:
-        options: what `sward reproduce` was told.
+        options: options of `sward reproduce`.
 
     Raises:
-        ValueError: for options that contradict each other.
+        ValueError: if options contradict each other.
     """
 
     def __init__(self, options: Options) -> None:
@@ -80,12 +76,12 @@ class Study:
         self.options = options
 
     def folder(self, run: Run, seed: int) -> RunFolder:
-        """Where the run is kept."""
+        """Return the folder of the run."""
         name = TEACHER if run.name == TEACHER else f"{run.name}-seed{seed}"
         return RunFolder(self.options.output / run.preset / name)
 
     def config(self, run: Run, seed: int) -> DistillationConfig | TeacherTrainingConfig:
-        """The complete configuration of a run.
+        """Return the complete configuration of a run.
 
         Raises:
             ValueError: if the run overrides a field that does not exist.
@@ -122,11 +118,11 @@ class Study:
         return config
 
     def masks_file(self, run: Run) -> Path:
-        """Where MasKD's tokens or FreeKD's prompts on the teacher of `run` are kept."""
+        """Return the file of MasKD's tokens or FreeKD's prompts on the teacher of `run`."""
         return self.folder(teacher_of(run.preset), 0).path.with_name(f"{run.distillation}.pt")
 
     def masks_config(self, run: Run, method: MaskMethod) -> MaskTrainingConfig:
-        """How they are learned."""
+        """Return the configuration for learning the masks of `run`."""
         teacher = teacher_of(run.preset)
         student = presets.get(teacher.preset).student
         steps = MASK_STEPS.get(run.preset)
@@ -145,10 +141,10 @@ class Study:
         )
 
     def state(self, run: Run, seed: int) -> State:
-        """How far the run is.
+        """Return the state of the run.
 
         Raises:
-            ValueError: if its folder holds a run with another configuration; the message names what differs.
+            ValueError: if its folder holds a run with another configuration; the message names the difference.
         """
         folder = self.folder(run, seed)
         if not folder.last.exists():
@@ -162,32 +158,34 @@ class Study:
         return "finished" if (folder.path / "cost.json").exists() else "started"
 
     def seeds(self, run: Run) -> range:
-        """Seeds of a run: one teacher, `--seeds` students."""
+        """Return the seeds of a run: one for a teacher, `--seeds` for a student."""
         return range(1 if run.name == TEACHER else self.options.seeds)
 
     def schedule(self, runs: Iterable[Run]) -> list[tuple[Run, int]]:
-        """Every run with every seed, in order: teachers, then all runs of seed 0, of seed 1, ...
+        """Return every run with every seed, in order: teachers, then all runs of seed 0, of seed 1, ...
 
         Raises:
-            ValueError: if `--only` names a run that is not among them.
+            ValueError: if `--only` names an unknown run.
         """
         runs = list(runs)
         known = {run.name for run in runs}
         for name in self.options.only:
             if name not in known:
-                raise ValueError(f"only: there is no run {name!r} here; there are {', '.join(sorted(known))}")
+                raise ValueError(
+                    f"only must name runs of {self.options.what}, got {name!r}; they are {', '.join(sorted(known))}"
+                )
         wanted = [run for run in runs if not self.options.only or run.name in self.options.only]
         if any(run.distillation != "none" for run in wanted):
-            # Whoever asks for a student gets the teacher it needs.
+            # A distilled student needs its teacher.
             wanted = [run for run in runs if run in wanted or run.name == TEACHER]
         return [(run, seed) for seed in range(self.options.seeds) for run in wanted if seed in self.seeds(run)]
 
     def check(self, runs: Iterable[Run], tests: Iterable[EvaluationSet]) -> list[str]:
-        """Looks for everything a table or figure needs, before any work; one sentence for each column left empty.
+        """Check that everything a table or figure needs exists; return one sentence per column that stays empty.
 
         Args:
-            runs: what it consists of, whether it is to be trained now or not.
-            tests: where they are scored.
+            runs: all its runs, including those that `--only` excludes.
+            tests: the splits on which they are scored.
 
         Raises:
             ValueError, FileNotFoundError: if a folder holds another run, or data or a pretrained trunk is missing.
@@ -205,8 +203,8 @@ class Study:
             trunk = config.trunk_checkpoint if isinstance(config, TeacherTrainingConfig) else None
             if trunk is not None and state != "finished" and not trunk.exists():
                 raise FileNotFoundError(
-                    f"there is no pretrained trunk at {trunk}; docs/reproduce.md says where to get it; "
-                    "name its folder with --checkpoints, or try the commands with --untrained-trunk"
+                    f"there is no pretrained trunk at {trunk}; get it as docs/reproduce.md describes, name its folder "
+                    "with --checkpoints, or try the commands with --untrained-trunk"
                 )
             if config.dataset.name not in seen:
                 seen.add(config.dataset.name)
@@ -221,11 +219,11 @@ class Study:
                     except DatasetNotFoundError as error:
                         if not test.optional:
                             raise
-                        notes.append(f"{test.title} is left empty: {error}")
+                        notes.append(f"{test.title} is empty: {error}")
         return list(dict.fromkeys(notes))
 
     def run_all(self, schedule: list[tuple[Run, int]]) -> Iterator[tuple[Run, int]]:
-        """Trains what is not finished, one run after the other, and yields each when it is done."""
+        """Train the unfinished runs one after the other, and yield each run when it is done."""
         with Progress(self.options.what, len(schedule), seconds=0) as progress:
             for run, seed in schedule:
                 progress.note(f"{run.preset}/{self.folder(run, seed).path.name}")
@@ -235,7 +233,7 @@ class Study:
                 yield run, seed
 
     def train(self, run: Run, seed: int) -> None:
-        """Trains one run, or goes on with it, after learning the masks it needs."""
+        """Train or resume one run, after learning the masks that it needs."""
         config = self.config(run, seed)
         folder = self.folder(run, seed)
         if isinstance(config, DistillationConfig) and config.distillation in ("maskd", "freekd"):
@@ -253,12 +251,12 @@ class Study:
         (folder.path / "cost.json").write_text(text + "\n", encoding="utf-8")
 
     def cost(self, run: Run, seed: int) -> Cost | None:
-        """What the run took; None before it is finished."""
+        """Return the cost of the run; None before it is finished."""
         path = self.folder(run, seed).path / "cost.json"
         return Cost(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
     def evaluation(self, run: Run, seed: int, test: EvaluationSet) -> Evaluation | None:
-        """Scores of a run, computed once; None before it is finished or where the test images are missing."""
+        """Return the scores of a run, computed once; None before it is finished or if the test images are missing."""
         if self.cost(run, seed) is None:
             return None
         folder, checkpoint = self.folder(run, seed), test.checkpoint(run)
@@ -308,5 +306,5 @@ def _set(config: Any, name: str, value: Any) -> None:
     for part in path:
         config = getattr(config, part)
     if not hasattr(config, last):
-        raise ValueError(f"a run overrides {name!r}, but {type(config).__name__} has no such field")
+        raise ValueError(f"overrides must be fields of {type(config).__name__}, got {name!r}")
     setattr(config, last, value)

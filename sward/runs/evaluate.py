@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sward.evaluation import Evaluation, evaluate
-from sward.runs.load import build_split, choose_device, load_run
+from sward.runs.load import build_split, choose_device, load_run, stored_split
 from sward.training.progress import Progress
 
 
@@ -42,6 +42,8 @@ def evaluate_run(
     config, info, network = load_run(path, checkpoint)
     target = choose_device(device)
     settings = config.dataset
+    # The frames that this run left for validation and testing, even if the folder has changed since.
+    settings.split_by = stored_split(path) or settings.split_by
     if dataset is not None and dataset != settings.name:
         settings.name, settings.split_by, settings.packed = dataset, None, "auto"
     settings.root = root or settings.root
@@ -55,7 +57,7 @@ def evaluate_run(
     with Progress(f"evaluate on {settings.name}, {split}", -(-len(images) // batch)) as progress:
         result = evaluate(network.to(target), images, batch=batch, device=target, advance=progress.advance)
     scores = {"dataset": settings.name, "split": split, "split_by": settings.split_by, "checkpoint": checkpoint}
-    text = json.dumps({**scores, **result.to_dict()}, indent=2, allow_nan=False)
+    text = json.dumps({**scores, **result.to_dict_with_images()}, indent=2, allow_nan=False)
     evaluation_file(path, settings.name, split).write_text(text + "\n", encoding="utf-8")
     return result
 

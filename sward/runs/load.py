@@ -18,8 +18,14 @@ from sward.training import checkpoints
 from sward.training.run_folder import RunFolder
 
 
-def load_run(path: Path, checkpoint: Literal["best", "last"] = "best") -> tuple[TrainingConfig, DatasetInfo, nn.Module]:
+def load_run(
+    path: Path, checkpoint: Literal["best", "last"] | Path = "best"
+) -> tuple[TrainingConfig, DatasetInfo, nn.Module]:
     """Load the configuration, classes and trained network (on the CPU, in eval mode) of the run in `path`.
+
+    Args:
+        path: run folder.
+        checkpoint: which of its weights, or the path of a checkpoint of this run.
 
     Raises:
         FileNotFoundError: if there is no run, or it does not have that checkpoint yet.
@@ -28,8 +34,15 @@ def load_run(path: Path, checkpoint: Literal["best", "last"] = "best") -> tuple[
     run = RunFolder(path)
     config, info = run.read()
     network = models.build(config.model, info.num_classes, **config.model_options)
-    checkpoints.load_model(network, run.best if checkpoint == "best" else run.last)
+    named = {"best": run.best, "last": run.last}
+    checkpoints.load_model(network, checkpoint if isinstance(checkpoint, Path) else named[checkpoint])
     return config, info, network.eval()
+
+
+def stored_split(path: Path) -> str | None:
+    """Return the path of the split that the run in `path` has drawn, for `DatasetConfig.split_by`; None without one."""
+    split = RunFolder(path).split
+    return str(split) if split.exists() else None
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,8 @@ def distillation_pair(
         num_classes=info.num_classes,
         ignore_index=info.ignore_index,
         settings=settings,
+        unlabelled=bool(config.unlabelled),
+        standardize_teacher=config.teacher.normalization != "none",
         masks=config.teacher_masks,
         seed=config.seed,
         # A generator of its own, so that runs with and without distillation see the same images and the same dropout.
@@ -179,6 +194,8 @@ def build_split(
         on_corrupt=config.on_corrupt if train else "stop",
         views=settings.views if train else None,
         teacher_size=teacher_size,
+        image_range=settings.image_range,
+        folder_options=settings.folder_options,
     )
 
 

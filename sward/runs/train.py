@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from sward import distributed, layers, methods, models
 from sward.config import DistillationConfig, MaskTrainingConfig, TeacherTrainingConfig, TrainingConfig, masks_path
 from sward.data import SegmentationDataset
+from sward.data.check import check_splits
+from sward.data.unlabelled import UnlabelledImages
 from sward.losses import DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
 from sward.models.teachers import Teacher
 from sward.runs.load import (
@@ -51,6 +53,7 @@ def train_student(config: DistillationConfig) -> TrainingResult:
 def _train_student(config: DistillationConfig, device: torch.device) -> TrainingResult:
     train_set, validation_set = build_datasets(config)
     config.steps(len(train_set))
+    _check_data(config, train_set, validation_set)
     distributed.share_of(config.batch)
     info = train_set.info
     # Build the student first, so that a seed gives it the same weights with and without distillation.
@@ -78,8 +81,15 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
                 network.trunk_cache = TrunkCache(network.trunk, config.teacher.cache)
             else:
                 teacher = TeacherCache(teacher, config.teacher.cache)
+    unlabelled = UnlabelledImages(config.unlabelled, train_set, config.seed) if config.unlabelled else None
+    if unlabelled is not None and len(unlabelled) < config.unlabelled_per_step:
+        raise ValueError(
+            f"unlabelled_batch must be at most {len(unlabelled)}, the number of unlabelled images, got "
+            f"{config.unlabelled_per_step}"
+        )
+    distributed.share_of(config.unlabelled_per_step)
     run = RunFolder(config.output or student_run(config))
-    return _fit(student, loss, config, train_set, validation_set, run, teacher)
+    return _fit(student, loss, config, train_set, validation_set, run, teacher, unlabelled)
 
 
 def _with_layers(config: DistillationConfig, pair: methods.DistillationPair) -> DistillationConfig:
@@ -111,6 +121,7 @@ def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
 def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> TrainingResult:
     train_set, validation_set = build_datasets(config)
     config.steps(len(train_set))
+    _check_data(config, train_set, validation_set)
     distributed.share_of(config.batch)
     torch.manual_seed(config.seed)
     network = build_network(config, train_set.info.num_classes)
@@ -135,6 +146,16 @@ def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> Train
     return _fit(network, None, config, train_set, validation_set, run, None)
 
 
+def _check_data(config: TrainingConfig, train_set: SegmentationDataset, validation_set: SegmentationDataset) -> None:
+    """Find what would go wrong at the first validation, or silently."""
+    if config.metric == "dice" and train_set.info.num_classes != 2:
+        raise ValueError(
+            f"metric must be 'mean_iou' unless the data set has two classes, got 'dice' with "
+            f"{train_set.info.num_classes} classes"
+        )
+    check_splits({"train": train_set, "val": validation_set}, skip_corrupt=config.on_corrupt == "skip")
+
+
 def _placed(network: nn.Module, config: TrainingConfig, device: torch.device) -> nn.Module:
     network = network.to(device)
     return network.to(memory_format=torch.channels_last) if config.channels_last else network
@@ -148,6 +169,7 @@ def _fit(
     validation_set: SegmentationDataset,
     run: RunFolder,
     teacher: FrozenTeacher | TeacherCache | None,
+    unlabelled: UnlabelledImages | None = None,
 ) -> TrainingResult:
     if config.sync_batch_norm:
         network = distributed.synchronise_batch_norm(network)
@@ -155,12 +177,13 @@ def _fit(
     # The weights above were drawn from the same seed in every process; dropout differs between processes.
     seed_generators(distributed.rank_seed(config.seed))
     run.start(config, train_set.info)
+    run.keep_split(getattr(train_set, "assignment", {}))
     task = SegmentationCrossEntropy(train_set.info.ignore_index, process_group=distributed.group())
     step_module = TrainingStep(network, task, loss, precision=config.precision)
     if config.compile:
         # In place, which keeps the keys of the state dict; after opening the taps, so that they are traced.
         network.compile()
-    return fit(step_module, config, train_set, validation_set, run, teacher=teacher)
+    return fit(step_module, config, train_set, validation_set, run, teacher=teacher, unlabelled=unlabelled)
 
 
 def train_masks(config: MaskTrainingConfig) -> Path:
@@ -181,6 +204,7 @@ def train_masks(config: MaskTrainingConfig) -> Path:
             config, dataset=dataclasses.replace(config.dataset, image_size=config.teacher.image_size)
         )
     dataset = build_split(config, "train", train=True)
+    check_splits({"train": dataset}, skip_corrupt=config.on_corrupt == "skip")
     name, teacher = load_teacher(config.teacher, config.preset, dataset.info)
     teacher.to(device)
     torch.manual_seed(config.seed)

@@ -1,6 +1,6 @@
 """The training loop and its parts."""
 
-from sward.training.batches import EpochSampler, batches
+from sward.training.batches import EpochSampler
 from sward.training.loop import TrainingResult, fit
 from sward.training.run_folder import RunFolder
 from sward.training.step import StepOutput, TrainingStep
@@ -15,6 +15,5 @@ __all__ = [
     "TeacherCache",
     "TrainingResult",
     "TrainingStep",
-    "batches",
     "fit",
 ]

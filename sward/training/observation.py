@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import operator
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -87,6 +89,50 @@ class LossWatch:
             f"the loss of step {first} is not finite ({shown}) for the images {', '.join(names)}; "
             "earlier checkpoints are kept"
         )
+
+
+class CollapseWatch:
+    """Warns once per process when the teacher's projections of a stage have collapsed and stay so.
+
+    A stage has collapsed when one sign of `sward.losses.relation_health` is beyond its limit in `WINDOW` log lines in
+    a row; a few bad lines at the start of a run are none. Only the teacher's side counts: the student's follows it.
+    """
+
+    WINDOW = 10
+    """Log lines in a row; 200 steps at the default `log_every`."""
+    LIMITS: ClassVar[dict[str, tuple[str, Callable[[float, float], bool], float]]] = {
+        # One direction holds nearly all of the values.
+        "value_rank": ("effective rank of the values", operator.le, 1.5),
+        # Values are within 8 degrees of each other. Healthy stages have 0.2 to 0.7, and up to 0.97 where small windows
+        # lie on a smooth map; learned projections reached 0.995 within 50 steps.
+        "value_cosine": ("mean |cosine| of two values", operator.ge, 0.99),
+        # Scores spread by 0.03: every key gets the same attention to 3 %. Healthy stages reach 0.998.
+        "attention_entropy": ("entropy of the attention", operator.ge, 0.9999),
+    }
+    """Sign -> what it is, comparison and limit."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, int] = {}
+        self._warned = False
+
+    def look(self, diagnostics: Mapping[str, float]) -> None:
+        """Note the diagnostics of one log line (`stage0/teacher/value_rank`, ...); they are alike on all processes."""
+        for name, value in diagnostics.items():
+            stage, _, sign = name.partition("/teacher/")
+            if sign not in self.LIMITS:
+                continue
+            title, beyond, limit = self.LIMITS[sign]
+            self._lines[name] = self._lines.get(name, 0) + 1 if beyond(value, limit) else 0
+            if self._lines[name] < self.WINDOW or self._warned:
+                continue
+            self._warned = True
+            if distributed.is_main():
+                warnings.warn(
+                    f"the teacher's projections of {stage} have collapsed: {title} {value:.4g} (limit {limit:g} for "
+                    f"{self.WINDOW} log lines), so there is no relation left to distil; "
+                    "use --sward.teacher-projections frozen --sward.teacher-normalization standardize",
+                    stacklevel=2,
+                )
 
 
 class Throughput:

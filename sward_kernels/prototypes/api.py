@@ -1,4 +1,4 @@
-"""The public function of the prototype regularization: checks its arguments and picks the implementation."""
+"""The public function of the prototype regularization: checks its arguments and dispatches to an implementation."""
 
 from __future__ import annotations
 
@@ -9,29 +9,27 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sward_kernels.fallback import require_known, warn_once
+from sward_kernels.fallback import cannot_load, require_known, warn_once
+from sward_kernels.labels import class_indices_op
 from sward_kernels.prototypes import closed_form, eager, native, reference
-from sward_kernels.prototypes.classes import class_indices_op
+from sward_kernels.prototypes.passes import Passes
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "compiled", "native", "triton")
 
 
 class PrototypeDiscrimination(NamedTuple):
-    """Result of `prototype_discrimination`; floating tensors are fp32, or float64 for float64 features.
-
-    Attributes:
-        loss: scalar, the weighted sum of the two terms (Eq. 19), with gradient to the features.
-        separation: scalar, Eq. 16, unweighted and detached.
-        compactness: scalar, Eq. 17-18, unweighted and detached.
-        prototypes: `[K, C]` class means, detached; rows of absent classes are 0.
-        counts: `[K]` int64 pixels of each class.
-    """
+    """Result of `prototype_discrimination`; floating tensors are fp32, or float64 for float64 features."""
 
     loss: Tensor
+    """Scalar, the weighted sum of the two terms (Eq. 19), with gradient to the features."""
     separation: Tensor
+    """Scalar, Eq. 16, unweighted and detached."""
     compactness: Tensor
+    """Scalar, Eq. 17-18, unweighted and detached."""
     prototypes: Tensor
+    """`[K, C]` class means, detached; rows of absent classes are 0."""
     counts: Tensor
+    """`[K]` int64, the number of pixels per class."""
 
 
 def prototype_discrimination(
@@ -40,74 +38,74 @@ def prototype_discrimination(
     num_classes: int,
     *,
     margin: float = 1.3,
-    weights: tuple[float, float] = (1.0, 1.0),
+    terms: tuple[float, float] = (1.0, 1.0),
     ignore_index: int = 255,
     normalize: bool = False,
     process_group: ProcessGroup | None = None,
     implementation: str = "auto",
 ) -> PrototypeDiscrimination:
-    """Pushes class prototypes a margin apart and draws each pixel's features to its own (Eq. 16-19).
+    """Push class prototypes a margin apart and pull each pixel's features to its prototype (Eq. 16-19).
 
-    With `n_k` pixels f of class k in the batch, their mean `mu_k`, and `K'` classes that have a pixel::
+    With `n_k` pixels f of class k in the batch, their mean `mu_k`, and `K'` classes that have at least one pixel::
 
         separation  = 2 / (K' (K' - 1)) * sum over pairs i < j of max(0, margin - |mu_i - mu_j|)    (0 if K' < 2)
         compactness = 1 / K' * sum over k with n_k >= 2 of sum_f |f - mu_k|^2 / (n_k - 1)           (0 if K' = 0)
-        loss        = weights[0] * separation + weights[1] * compactness
+        loss        = terms[0] * separation + terms[1] * compactness
 
-    Gradients flow through the prototypes too. Two equal prototypes get gradient 0 from each other.
+    Gradients also flow through the prototypes. Two equal prototypes get gradient 0 from each other.
 
     Args:
         features: `[B, C, H, W]`, any floating dtype and strides (neither NCHW nor channels_last is copied), finite;
             16-bit features are computed in fp32, also under autocast.
-        labels: `[B, H, W]`, any integer dtype, on the features' grid and device.
+        labels: `[B, H, W]`, any integer dtype, on the grid and the device of the features.
         num_classes: classes `K`, at least 1.
-        margin: least wanted distance between two prototypes, at least 0.
-        weights: of separation and compactness, each at least 0.
+        margin: distance up to which two prototypes repel each other, at least 0.
+        terms: weights of separation and compactness, each at least 0.
         ignore_index: label that belongs to no class, even inside `0..K-1`.
         normalize: scale each pixel's features to length 1 first, without a normalised copy in memory. A zero vector
             stays zero and gets gradient 0. Prototypes are then means of unit vectors.
-        process_group: merge the statistics (never the features) of these processes, so that every process returns
-            the loss of the whole batch. A process may bring no labelled pixel at all. The gradient is that of the
-            sum of all processes' losses, the world size times the gradient of one: averaged over processes, as
-            `DistributedDataParallel` does, the parameters' gradients equal those of one process with the whole
-            batch. Divide by the world size if you sum gradients yourself.
+        process_group: processes whose statistics (never their features) are merged, so that every process returns the
+            loss of the whole batch. A process may have no labelled pixel at all. The gradient is that of the sum of
+            all processes' losses, the world size times the gradient of one. Averaged over processes, as
+            `DistributedDataParallel` does, the parameters' gradients equal those of one process with the whole batch.
+            Divide by the world size if you sum gradients yourself.
         implementation: `"reference"` (plain autograd PyTorch, the specification), `"eager"` (closed-form gradient in
             cache-sized chunks, any device), `"native"` (the same two passes in C++: fp32 on a CPU with
-            `normalize=False`, compiled for it on first use), `"compiled"` (native where it is written for the call,
-            eager elsewhere: what `torch.compile` makes of eager is slower), `"triton"`, or `"auto"`: triton on GPU
-            tensors, compiled elsewhere. Where compiled or auto find no C++ compiler, or auto finds that triton cannot
-            serve the call, eager runs with a warning.
+            `normalize=False`, compiled for it on first use), `"compiled"` (native where it supports the call, eager
+            elsewhere: eager through `torch.compile` is slower), `"triton"`, or `"auto"`: triton on GPU tensors,
+            compiled elsewhere. Where there is no C++ compiler for compiled or auto, or triton cannot run a call of
+            auto, eager runs with a warning.
 
     Returns:
         `PrototypeDiscrimination(loss, separation, compactness, prototypes, counts)`.
 
     Raises:
-        ValueError: for an argument that does not fit the above; for a label that is neither a class nor
-            `ignore_index` on the CPU (on a GPU such a label counts as ignored, since looking would stall the device).
-        NotImplementedError: if `"native"` or `"triton"` cannot serve this call.
+        ValueError: for an argument that does not fit the above; on the CPU, for a label that is neither a class nor
+            `ignore_index` (on a GPU such a label is ignored, since a check would stall the device).
+        NotImplementedError: if `"native"` or `"triton"` is named explicitly and cannot run this call.
 
     Source: SWARD, Eq. 16-19. Differentiable once (twice with `"reference"`).
     """
-    check_settings(num_classes, margin, weights, implementation)
+    check_settings(num_classes, margin, terms, implementation)
     _check(features, labels)
-    arguments = (features, labels, num_classes, margin, weights, ignore_index, normalize, process_group)
+    arguments = (features, labels, num_classes, margin, terms, ignore_index, normalize, process_group)
     # Every implementation chooses its own precision; autocast would lower it in the middle of the formulas.
     with torch.autocast(features.device.type, enabled=False):
         if implementation == "reference":
             classes = class_indices_op(labels, num_classes, ignore_index)
-            loss, *terms, prototypes, counts = reference.prototype_discrimination(
-                features, classes, num_classes, margin, weights, normalize, process_group
+            loss, *values, prototypes, counts = reference.prototype_discrimination(
+                features, classes, num_classes, margin, terms, normalize, process_group
             )
-            separation, compactness = (term.detach() for term in terms)
+            separation, compactness = (value.detach() for value in values)
             return PrototypeDiscrimination(loss, separation, compactness, prototypes.detach(), counts)
         passes = _choose_passes(implementation, features, num_classes, normalize)
         return PrototypeDiscrimination(*closed_form.prototype_discrimination(*arguments, passes))
 
 
-def _choose_passes(implementation: str, features: Tensor, num_classes: int, normalize: bool) -> closed_form.Passes:
+def _choose_passes(implementation: str, features: Tensor, num_classes: int, normalize: bool) -> Passes:
     wanted = implementation
     if wanted == "auto":
-        wanted = "triton" if features.is_cuda else "compiled"  # of ROCm tensors too
+        wanted = "triton" if features.is_cuda else "compiled"  # is_cuda is true for ROCm tensors too
     if wanted == "compiled":
         wanted = "native" if native.serves(features, normalize) else "eager"
     try:
@@ -123,43 +121,40 @@ def _choose_passes(implementation: str, features: Tensor, num_classes: int, norm
     return eager.passes
 
 
-def _triton_passes(features: Tensor, num_classes: int) -> closed_form.Passes:
+def _triton_passes(features: Tensor, num_classes: int) -> Passes:
     try:
         from sward_kernels.prototypes import launch
     except ImportError as error:
-        raise NotImplementedError(
-            f"implementation='triton' of prototype_discrimination cannot be loaded here ({error}); "
-            "use 'eager' or 'compiled'."
-        ) from error
+        raise cannot_load("prototype_discrimination", error) from error
     launch.require_support(features, num_classes)
     return launch.passes
 
 
-def check_settings(num_classes: int, margin: float, weights: tuple[float, float], implementation: str) -> None:
-    """Raises ValueError for settings that `prototype_discrimination` does not take."""
+def check_settings(num_classes: int, margin: float, terms: tuple[float, float], implementation: str) -> None:
+    """Raise ValueError for settings that `prototype_discrimination` does not take."""
     require_known(implementation, IMPLEMENTATIONS)
     if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
-        raise ValueError(f"num_classes={num_classes!r} must be an int of at least 1.")
+        raise ValueError(f"num_classes must be an int of at least 1, got {num_classes!r}")
     if not (math.isfinite(margin) and margin >= 0):
-        raise ValueError(f"margin={margin} must be a finite number of at least 0.")
-    if len(weights) != 2 or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+        raise ValueError(f"margin must be a finite number of at least 0, got {margin}")
+    if len(terms) != 2 or not all(math.isfinite(weight) and weight >= 0 for weight in terms):
         raise ValueError(
-            f"weights={tuple(weights)} must be two finite numbers of at least 0, for separation and compactness."
+            f"terms must be two finite numbers of at least 0, for separation and compactness, got {tuple(terms)}"
         )
 
 
 def _check(features: Tensor, labels: Tensor) -> None:
     if features.dim() != 4 or 0 in features.shape:
-        raise ValueError(f"features has shape {list(features.shape)}; it must be a non-empty [B, C, H, W].")
+        raise ValueError(f"features must be a non-empty [B, C, H, W], got shape {tuple(features.shape)}")
     if not features.is_floating_point():
-        raise ValueError(f"features has dtype {features.dtype}; it must be a floating dtype.")
+        raise ValueError(f"features must have a floating dtype, got {features.dtype}")
     batch, _, height, width = features.shape
     if labels.shape != (batch, height, width):
         raise ValueError(
-            f"labels has shape {list(labels.shape)}; it must be [B, H, W] = [{batch}, {height}, {width}], on the grid "
-            "of features (resize labels by nearest neighbour first)."
+            f"labels must be [B, H, W] = [{batch}, {height}, {width}], on the grid of features, got shape "
+            f"{tuple(labels.shape)}; resize labels by nearest neighbour first"
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels has dtype {labels.dtype}; it must be an integer dtype.")
+        raise ValueError(f"labels must have an integer dtype, got {labels.dtype}")
     if labels.device != features.device:
-        raise ValueError(f"labels is on {labels.device} and features on {features.device}; they must share one device.")
+        raise ValueError(f"features and labels must be on the same device, got {features.device} and {labels.device}")

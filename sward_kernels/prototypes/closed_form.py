@@ -1,16 +1,15 @@
 """From class statistics to the loss and its gradient: the small part that every fast implementation shares.
 
-The implementations differ only in two passes over the features, which they hand in as `Passes`:
+The implementations differ only in two passes over the features (`passes.Passes`):
 
 * `statistics` reduces the features to a count, a mean and a scatter (sum of squared distances to the mean) per class;
-* `gradient` turns two small tables into the features' gradient.
+* `gradient` turns two small tables into the gradient of the features.
 
-What lies between the two is K x C numbers. It is done here, in float64, without a look at any value on the host.
+Between the two there are only K x C numbers. They are computed here, in float64, without reading a value on the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,35 +18,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from sward_kernels.prototypes.passes import Passes, Statistics
+
 NORM_FLOOR = 1e-12
-"""With `normalize=True` a pixel whose features are no longer than this counts as the zero vector, with gradient 0."""
-
-
-class Statistics(NamedTuple):
-    """`counts [K]` int64, `means [K, C]`, `scatter [K]`; rows of absent classes are 0."""
-
-    counts: Tensor
-    means: Tensor
-    scatter: Tensor
-
-
-class Passes(NamedTuple):
-    """The two passes over the features.
-
-    Attributes:
-        statistics: `(features, labels, num_classes, ignore_index, normalize) -> (counts, means, scatter)`.
-        gradient: `(features, labels, slope [K], offset [K, C], ignore_index, normalize) -> [B, C, H, W]`:
-            `slope[k] * f + offset[k]` for a pixel f of class k and 0 for a pixel of no class. With `normalize` the
-            formula holds for `u = f / |f|` and the result is carried on to f: `(offset[k] - (offset[k] . u) u) / |f|`
-            (the slope, which acts along u, drops out).
-    """
-
-    statistics: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    gradient: Callable[..., Tensor]
+"""With `normalize=True`, a pixel whose features are no longer than this is a zero vector, with gradient 0."""
 
 
 class ClosedForm(NamedTuple):
-    """Float64 scalars of Eq. 16-19, and the tables of their gradient `slope[k] * f + offset[k]`."""
+    """Float64 scalars of Eq. 16-19, and the tables of the gradient `slope[k] * f + offset[k]`."""
 
     loss: Tensor
     separation: Tensor
@@ -56,8 +34,8 @@ class ClosedForm(NamedTuple):
     offset: Tensor
 
 
-def closed_form(statistics: Statistics, margin: float, weights: tuple[float, float]) -> ClosedForm:
-    """Loss, terms and gradient tables from the statistics of all classes."""
+def closed_form(statistics: Statistics, margin: float, terms: tuple[float, float]) -> ClosedForm:
+    """Return loss, terms and gradient tables from the statistics of all classes; `terms` are the weights of Eq. 19."""
     means = statistics.means.double()
     counts = statistics.counts.double()
     present = counts >= 1
@@ -65,7 +43,7 @@ def closed_form(statistics: Statistics, margin: float, weights: tuple[float, flo
     present_count = present.sum().double()
     at_least_one = counts.clamp(min=1)
 
-    # Separation: the sum runs over ordered pairs, so each pair of classes is met twice.
+    # Separation: the sum runs over ordered pairs, so every pair of classes appears twice.
     distances = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")
     pairs = (present[:, None] & present[None, :]).fill_diagonal_(False)
     close = pairs & (distances < margin)
@@ -74,24 +52,24 @@ def closed_form(statistics: Statistics, margin: float, weights: tuple[float, flo
     pull = distances.reciprocal().where(close & (distances > 0), 0)
     separation_gradient = (pull @ means - pull.sum(1, keepdim=True) * means) * (2 / ordered_pairs)
 
-    # Compactness: its path through the means sums to zero.
+    # Compactness: the gradient through the means sums to zero.
     degrees = present_count.clamp(min=1) * (counts - 1).clamp(min=1)
     compactness = (statistics.scatter.double() / degrees).where(several, 0).sum()
-    slope = (2 * weights[1] / degrees).where(several, 0)
-    offset = weights[0] * separation_gradient / at_least_one[:, None] - slope[:, None] * means
-    loss = weights[0] * separation + weights[1] * compactness
+    slope = (2 * terms[1] / degrees).where(several, 0)
+    offset = terms[0] * separation_gradient / at_least_one[:, None] - slope[:, None] * means
+    loss = terms[0] * separation + terms[1] * compactness
     return ClosedForm(loss, separation, compactness, slope, offset)
 
 
 def merge_over_processes(local: Statistics, process_group: ProcessGroup) -> Statistics:
-    """Statistics of the batches of all processes together: two all-reduces, `K * (C + 2)` float64 numbers."""
+    """Return the statistics of all processes' batches together: two all-reduces of `K * (C + 2)` float64 numbers."""
     counts = local.counts.double()
     means = local.means.double()
     totals = torch.cat([counts[:, None], counts[:, None] * means], dim=1)
     torch.distributed.all_reduce(totals, group=process_group)
     merged_counts = totals[:, 0]
     merged_means = totals[:, 1:] / merged_counts.clamp(min=1)[:, None]
-    # Chan's formula: a process's scatter moves to the common mean by count * |mean - common mean|^2.
+    # Chan's formula: about the common mean, a process's scatter is larger by count * |mean - common mean|^2.
     scatter = local.scatter.double() + counts * (means - merged_means).square().sum(dim=1)
     torch.distributed.all_reduce(scatter, group=process_group)
     return Statistics(merged_counts.round().long(), merged_means, scatter)
@@ -102,7 +80,7 @@ def prototype_discrimination(
     labels: Tensor,
     num_classes: int,
     margin: float,
-    weights: tuple[float, float],
+    terms: tuple[float, float],
     ignore_index: int,
     normalize: bool,
     process_group: ProcessGroup | None,
@@ -110,7 +88,7 @@ def prototype_discrimination(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`(loss, separation, compactness, prototypes, counts)`; only `loss` is differentiable, once."""
     results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _ClosedFormLoss.apply(
-        features, labels, num_classes, margin, weights, ignore_index, normalize, process_group, passes
+        features, labels, num_classes, margin, terms, ignore_index, normalize, process_group, passes
     )
     return results
 
@@ -123,7 +101,7 @@ class _ClosedFormLoss(torch.autograd.Function):
         labels: Tensor,
         num_classes: int,
         margin: float,
-        weights: tuple[float, float],
+        terms: tuple[float, float],
         ignore_index: int,
         normalize: bool,
         process_group: ProcessGroup | None,
@@ -134,7 +112,7 @@ class _ClosedFormLoss(torch.autograd.Function):
         if process_group is not None:
             statistics = merge_over_processes(statistics, process_group)
             processes = torch.distributed.get_world_size(process_group)
-        result = closed_form(statistics, margin, weights)
+        result = closed_form(statistics, margin, terms)
         ctx.save_for_backward(features, labels, result.slope, result.offset)
         ctx.passes, ctx.ignore_index, ctx.normalize, ctx.processes = passes, ignore_index, normalize, processes
 

@@ -1,11 +1,12 @@
 """Prototype statistics and their gradient in PyTorch, chunk by chunk, for any device.
 
-A chunk is small enough to stay in the processor's cache between the steps that read it. Each class is summed about
-one of its own pixels, so that features far from 0 keep their digits and one pass is enough. The scatter into classes
-is a product with the one-hot membership matrix, at the speed of the matrix units.
+A chunk is small enough to stay in the processor's cache between the steps that read it. One pixel of each class is
+subtracted from the features of that class before they are summed, so that features far from 0 keep their digits and one
+pass is enough. The scatter into classes is a product with the one-hot membership matrix, at the speed of the matrix
+units.
 
-`torch.compile` of it turns the gather into scalar loads, which took three times as long, and comparing with each class
-gained nothing even for two. What a compiler makes of the same two passes in C++ is in native.py.
+`torch.compile` would turn the gather into scalar loads, which take three times as long. `native.py` has the same two
+passes in C++.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sward_kernels.prototypes.classes import class_indices, inverse_norms, one_pixel_of_each_class, statistics_about
-from sward_kernels.prototypes.closed_form import Passes
-from sward_kernels.registration import register
+from sward_kernels.labels import class_indices
+from sward_kernels.prototypes.classes import inverse_norms, one_pixel_of_each_class, statistics_about
+from sward_kernels.prototypes.passes import register_passes
 
-# Features of one chunk, in bytes. A GPU needs larger products.
+# Bytes of the features of one chunk. A GPU needs larger products.
 _CHUNK_BYTES = {"cpu": 5 * 2**20}
 _CHUNK_BYTES_ELSEWHERE = 256 * 2**20
-# Longest sum over pixels in fp32; the rest is summed in float64.
+# Pixels of the longest sum in fp32; sums of sums are float64.
 _CHUNK_PIXELS = 4096
 
 
@@ -34,7 +35,7 @@ def _chunks(features: Tensor) -> Iterator[tuple[slice, slice, slice, slice]]:
     budget = _CHUNK_BYTES.get(features.device.type, _CHUNK_BYTES_ELSEWHERE)
     row_bytes = channels * width * torch.promote_types(features.dtype, torch.float32).itemsize
     rows = max(1, min(height, _CHUNK_PIXELS // width, budget // row_bytes))
-    rows = math.ceil(height / math.ceil(height / rows))  # chunks of one size, and below likewise
+    rows = math.ceil(height / math.ceil(height / rows))  # so that all chunks have about the same size
     images = max(1, budget // (rows * row_bytes))
     images = math.ceil(batch / math.ceil(batch / images))
     for image in range(0, batch, images):
@@ -45,7 +46,7 @@ def _chunks(features: Tensor) -> Iterator[tuple[slice, slice, slice, slice]]:
 def _membership(classes: Tensor, num_classes: int, precision: torch.dtype) -> Tensor:
     """One-hot `[b, K', P]` of `classes [b, P]`, with a row for pixels of no class.
 
-    K' is a multiple of 8, at which the sums over pixels are fastest; rows past K are left out of their results.
+    K' is a multiple of 8, which makes the sums over pixels fastest; callers drop the rows past K.
     """
     batch, pixels = classes.shape
     rows = (num_classes // 8 + 1) * 8
@@ -54,12 +55,12 @@ def _membership(classes: Tensor, num_classes: int, precision: torch.dtype) -> Te
 
 
 def _table(rows: Tensor) -> Tensor:
-    """`[K, C]` as `[C, K + 1]`: one column a class and zeros for pixels of no class."""
+    """`[K, C]` as `[C, K + 1]`: one column per class, and zeros for pixels of no class."""
     return F.pad(rows.T, (0, 1)).contiguous()
 
 
 def _own_columns(out: Tensor, table: Tensor, classes: Tensor) -> Tensor:
-    """Writes `table[:, k]` of each pixel into `out [b, C, P]`."""
+    """Write `table[:, k]`, k the class of the pixel, into `out [b, C, P]`."""
     batch, channels, _ = out.shape
     if out.stride(1) == 1 < channels:  # channels_last: whole rows at once, ten times as fast as the gather
         return out.copy_(table.T.contiguous()[classes].mT)
@@ -69,14 +70,14 @@ def _own_columns(out: Tensor, table: Tensor, classes: Tensor) -> Tensor:
 def statistics(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of the whole batch: sums about one pixel of each class, over the chunks in float64."""
+    """Return the statistics of the batch: sums of differences from one pixel per class, over chunks in float64."""
     classes = class_indices(labels, num_classes, ignore_index)
     precision = torch.promote_types(features.dtype, torch.float32)
     shift = one_pixel_of_each_class(features, classes, num_classes, precision, normalize)
     table = _table(shift)
     sums = torch.zeros_like(shift, dtype=torch.float64)
     squares = sums.new_zeros(num_classes)
-    room = _room(features, precision)
+    buffer = _buffer(features, precision)
     for where in _chunks(features):
         images, _, rows, _ = where
         own_classes = classes[images, rows].flatten(1)
@@ -85,16 +86,16 @@ def statistics(
         if normalize:
             matrices = matrices.to(precision)
             matrices = matrices * inverse_norms(matrices)
-        own_room = room[: len(matrices), :, : matrices.shape[2]]
-        deviations = torch.sub(matrices, _own_columns(own_room, table, own_classes), out=own_room)
+        own_buffer = buffer[: len(matrices), :, : matrices.shape[2]]
+        deviations = torch.sub(matrices, _own_columns(own_buffer, table, own_classes), out=own_buffer)
         sums += torch.bmm(deviations, member.mT).double().sum(0).T[:num_classes]
         distances = deviations.square_().sum(1)
         squares += torch.bmm(member, distances[:, :, None]).double().sum((0, 2))[:num_classes]
     return statistics_about(shift, classes, sums, squares)
 
 
-def _room(features: Tensor, precision: torch.dtype) -> Tensor:
-    """Uninitialised `[b, C, P]` of a chunk's size, in the layout of the features."""
+def _buffer(features: Tensor, precision: torch.dtype) -> Tensor:
+    """Allocate `[b, C, P]` of a chunk's size, in the layout of the features."""
     first = features[next(_chunks(features))].flatten(2)
     return torch.empty_like(first, dtype=precision)
 
@@ -102,7 +103,7 @@ def _room(features: Tensor, precision: torch.dtype) -> Tensor:
 def gradient(
     features: Tensor, labels: Tensor, slope: Tensor, offset: Tensor, ignore_index: int, normalize: bool
 ) -> Tensor:
-    """The features' gradient, in their dtype and, where they are dense, in their strides."""
+    """Return the gradient of the features, in their dtype and, where they are dense, in their strides."""
     classes = class_indices(labels, len(slope), ignore_index)
     slope, table = F.pad(slope, (0, 1)), _table(offset)
     result = torch.empty_like(features)
@@ -123,39 +124,10 @@ def gradient(
 
 
 def _project(upstream: Tensor, matrices: Tensor) -> None:
-    """Turns the gradient g of `u = f / |f|` into that of f, in place: `(g - (g . u) u) / |f|`."""
+    """Turn the gradient g of `u = f / |f|` into that of f, in place: `(g - (g . u) u) / |f|`."""
     inverse = inverse_norms(matrices)
     along = (upstream * matrices).sum(1, keepdim=True)
     upstream.mul_(inverse).addcmul_(matrices, along * inverse * inverse * inverse, value=-1)  # a cube would underflow
 
 
-def fake_statistics(
-    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes and dtypes of `statistics`."""
-    counts = features.new_empty(num_classes, dtype=torch.int64)
-    means = features.new_empty(num_classes, features.shape[1], dtype=torch.float64)
-    return counts, means, features.new_empty(num_classes, dtype=torch.float64)
-
-
-def fake_gradient(
-    features: Tensor, labels: Tensor, slope: Tensor, offset: Tensor, ignore_index: int, normalize: bool
-) -> Tensor:
-    """Shape, dtype and strides of `gradient`."""
-    return torch.empty_like(features)
-
-
-passes = Passes(
-    register(
-        "prototype_statistics_eager(Tensor features, Tensor labels, int num_classes, int ignore_index, bool normalize)"
-        " -> (Tensor counts, Tensor means, Tensor scatter)",
-        statistics,
-        fake_statistics,
-    ),
-    register(
-        "prototype_gradient_eager(Tensor features, Tensor labels, Tensor slope, Tensor offset, int ignore_index,"
-        " bool normalize) -> Tensor",
-        gradient,
-        fake_gradient,
-    ),
-)
+passes = register_passes("eager", statistics, gradient)

@@ -1,27 +1,25 @@
 """Triton kernels of the prototype regularization: class statistics forward, one gather and axpy backward.
 
-Conventions. A program owns pixels of one image, so that offsets inside it are contiguous and fit 32 bits (`WIDE`: 64).
-A pixel of no class (ignored, out of range, past the image's end) has class -1, which no row of a one-hot tile matches.
-`FLAT` means that pixel q of an image lies at `q * stride_x`, in features, labels and gradient; otherwise rows and
-columns are told apart. `ALIGNED` promises strides, and for NCHW pixel counts, that are multiples of 8 elements.
-`ACCUMULATE` is float32, or float64 for float64 features. `INTERPRET` is true in Triton's interpreter only, which cannot
-multiply bfloat16.
+Conventions:
 
-The scatter into classes is a product with a one-hot tile. It is exact, whatever the tensor cores round their operands
-to: ones and zeros are exact in bfloat16, and an fp32 number is the exact sum of three bfloat16 ones.
+- A program owns pixels of one image, so that offsets inside it are contiguous and fit 32 bits (`WIDE`: 64).
+- A pixel of no class (ignored, out of range, past the image's end) has class -1, which no row of a one-hot tile
+  matches.
+- The strides of features or gradient travel as the tuple `(stride_channel, stride_y, stride_x)`.
+- `FLAT` means that pixel q of an image lies at `q * stride_x`, in features, labels and gradient; otherwise an offset is
+  computed from the pixel's row and column.
+- `ALIGNED` promises strides, and for NCHW pixel counts, that are multiples of 8 elements.
+- `ACCUMULATE` is float32, or float64 for float64 features. `INTERPRET` is true in Triton's interpreter only, which
+  cannot multiply bfloat16.
+
+The scatter into classes is a product with a one-hot tile. It is exact, whatever precision the tensor cores have: ones
+and zeros are exact in bfloat16, and an fp32 number is the exact sum of three bfloat16 numbers.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def round_to(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
-    if INTERPRET and DTYPE is tl.bfloat16:  # the interpreter truncates; a GPU rounds to nearest even
-        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
+from sward_kernels.gpu.language import image_pointer, round_to
 
 
 @triton.jit
@@ -51,9 +49,9 @@ def add_scattered(sums, one_hot, values, ACCUMULATE: tl.constexpr, INTERPRET: tl
 
 @triton.jit
 def add_scattered_scalars(sums, one_hot, values, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr):
-    """`sums [K, 16]` plus the class sums of one value a pixel, spread over the row: add the row up at the end.
+    """Add the class sums of one value per pixel to `sums [K, 16]`, spread over a row: sum the row at the end.
 
-    Products take 16 columns at the least; the three parts of a value are three of them.
+    `tl.dot` takes at least 16 columns; the three bfloat16 parts of a value fill three of them.
     """
     column = tl.arange(0, 16)[None, :]
     if INTERPRET or ACCUMULATE == tl.float64:
@@ -84,17 +82,10 @@ def pixel_offsets(pixel, width, stride_y, stride_x, FLAT: tl.constexpr, ALIGNED:
 
 @triton.jit
 def inside_image(pixel, pixels, ALIGNED: tl.constexpr):
-    if ALIGNED:  # spelled so that the compiler sees a mask that never changes inside a 128-bit load
+    """Which pixels lie in the image."""
+    if ALIGNED:  # written so that the compiler sees that the mask is constant within a 128-bit load
         pixels = pixels // 8 * 8
     return pixel < pixels
-
-
-@triton.jit
-def image_pointer(pointer, image, stride_image, ALIGNED: tl.constexpr):
-    offset = image.to(tl.int64) * stride_image
-    if ALIGNED:
-        offset = tl.multiple_of(offset, [8])
-    return pointer + offset
 
 
 @triton.jit
@@ -111,10 +102,11 @@ def load_classes(
 
 @triton.jit
 def tile_offsets(
-    pixel, channel, width, stride_channel, stride_y, stride_x,
+    pixel, channel, width, strides,
     CHANNELS_LAST: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Offsets of a tile inside one image: `[pixels, channels]`, or `[channels, pixels]` where pixels are contiguous."""
+    stride_channel, stride_y, stride_x = strides
     if CHANNELS_LAST:
         return pixel_offsets(pixel, width, stride_y, stride_x, FLAT, ALIGNED, WIDE)[:, None] + channel[None, :]
     else:
@@ -131,6 +123,7 @@ def tile_offsets(
 
 @triton.jit
 def tile_mask(inside, channel, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Mask of a tile, laid out as `tile_offsets`."""
     if CHANNELS_LAST:
         return inside[:, None] & (channel < CHANNELS)[None, :]
     else:
@@ -139,7 +132,7 @@ def tile_mask(inside, channel, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constex
 
 @triton.jit
 def load_row(table, own_class, channel, CHANNELS: tl.constexpr, NUM_CLASSES: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """The table's row of each pixel's class, 0 for no class. The table is `[K, C]`, or `[C, K]` for NCHW tiles."""
+    """Each pixel's row of a table of classes, 0 for no class. The table is `[K, C]`, or `[C, K]` for NCHW tiles."""
     mask = tile_mask(own_class >= 0, channel, CHANNELS, CHANNELS_LAST)
     if CHANNELS_LAST:
         place = (own_class * CHANNELS)[:, None] + channel[None, :]
@@ -150,14 +143,12 @@ def load_row(table, own_class, channel, CHANNELS: tl.constexpr, NUM_CLASSES: tl.
 
 @triton.jit
 def load_tile(
-    features, pixel, inside, channel, width, stride_channel, stride_y, stride_x, CHANNELS: tl.constexpr,
+    features, pixel, inside, channel, width, strides, CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """A tile of one image's features, 0 past its channels and pixels."""
-    offsets = tile_offsets(
-        pixel, channel, width, stride_channel, stride_y, stride_x, CHANNELS_LAST, FLAT, ALIGNED, WIDE
-    )
+    offsets = tile_offsets(pixel, channel, width, strides, CHANNELS_LAST, FLAT, ALIGNED, WIDE)
     mask = tile_mask(inside, channel, CHANNELS, CHANNELS_LAST)
     return tl.load(features + offsets, mask=mask, other=0.0).to(ACCUMULATE)
 
@@ -194,12 +185,12 @@ def statistics_kernel(
     CHANNELS_LAST: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
     NORMALIZE: tl.constexpr, NORM_FLOOR: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Class sums of `f - shift[k]` and of its square over a chunk of `TILES` tiles of pixels.
+    """Sum `f - shift[k]` and its square per class over a chunk of `TILES` tiles of pixels.
 
     A program takes `OWN_BLOCKS` blocks of channels. With `NORMALIZE` it first reads all channels of its chunk for the
-    lengths of the pixels; a chunk is small enough that its own channels may still be in cache then.
-    `shift`, laid out as `load_row` wants it, holds one pixel of each class: about it, sums of features far from 0 keep
-    their digits. Outputs, a row for each chunk: `sums [chunks, K, C]`, `squares [chunks, channel blocks, K]`.
+    lengths of the pixels; the chunk is small enough that its own channels may then still be in cache. `shift`, laid out
+    as `load_row` expects it, holds one pixel of each class; subtracting it keeps the digits of features far from 0.
+    Outputs, with one row per chunk: `sums [chunks, K, C]`, `squares [chunks, channel blocks, K]`.
     """
     channel_blocks: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
     programs_per_chunk: tl.constexpr = (channel_blocks + OWN_BLOCKS - 1) // OWN_BLOCKS
@@ -211,9 +202,10 @@ def statistics_kernel(
     features = image_pointer(features, image, stride_image, ALIGNED)
     labels = image_pointer(labels, image, label_stride_image, False)
     classes = tl.arange(0, BLOCK_CLASSES)
+    strides = (stride_channel, stride_y, stride_x)
 
     if NORMALIZE:
-        # A row for each tile, in registers, so that no buffer is written and read back.
+        # One row per tile, in registers, so that no buffer is written and read back.
         row_of_tile = tl.arange(0, TILES)[:, None]
         inverse_lengths = tl.zeros([TILES, BLOCK_PIXELS], ACCUMULATE)
         for tile in range(0, tiles):
@@ -222,8 +214,9 @@ def statistics_kernel(
             products = zeros_like_tile(BLOCK_PIXELS, 2 * BLOCK_CHANNELS, CHANNELS_LAST, ACCUMULATE)
             for start in range(0, CHANNELS, 2 * BLOCK_CHANNELS):
                 x = load_tile(
-                    features, pixel, inside, start + tl.arange(0, 2 * BLOCK_CHANNELS), width, stride_channel, stride_y,
-                    stride_x, CHANNELS, CHANNELS_LAST, FLAT, ALIGNED, WIDE, ACCUMULATE,
+                    features=features, pixel=pixel, inside=inside, channel=start + tl.arange(0, 2 * BLOCK_CHANNELS),
+                    width=width, strides=strides, CHANNELS=CHANNELS, CHANNELS_LAST=CHANNELS_LAST,
+                    FLAT=FLAT, ALIGNED=ALIGNED, WIDE=WIDE, ACCUMULATE=ACCUMULATE,
                 )  # fmt: skip
                 products += x * x
             inverse = inverse_length(tl.sum(products, 1 if CHANNELS_LAST else 0), NORM_FLOOR)
@@ -239,11 +232,14 @@ def statistics_kernel(
             pixel = first + tile * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
             inside = inside_image(pixel, pixels, ALIGNED and not CHANNELS_LAST)
             own_class = load_classes(
-                labels, pixel, inside, width, label_stride_y, label_stride_x, ignore_index, NUM_CLASSES, FLAT, WIDE
-            )
+                labels=labels, pixel=pixel, inside=inside, width=width,
+                stride_y=label_stride_y, stride_x=label_stride_x, ignore_index=ignore_index,
+                NUM_CLASSES=NUM_CLASSES, FLAT=FLAT, WIDE=WIDE,
+            )  # fmt: skip
             x = load_tile(
-                features, pixel, inside, channel, width, stride_channel, stride_y, stride_x,
-                CHANNELS, CHANNELS_LAST, FLAT, ALIGNED, WIDE, ACCUMULATE,
+                features=features, pixel=pixel, inside=inside, channel=channel, width=width, strides=strides,
+                CHANNELS=CHANNELS, CHANNELS_LAST=CHANNELS_LAST, FLAT=FLAT, ALIGNED=ALIGNED, WIDE=WIDE,
+                ACCUMULATE=ACCUMULATE,
             )  # fmt: skip
             if NORMALIZE:
                 inverse = tl.sum(tl.where(row_of_tile == tile, inverse_lengths, 0.0), 0)
@@ -280,7 +276,7 @@ def gradient_kernel(
     CHANNELS_LAST: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
     ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """`slope[k] f + offset[k]` for one tile of pixels and channels; 0 for a pixel of no class."""
+    """Store `slope[k] f + offset[k]` for one tile of pixels and channels, 0 for a pixel of no class."""
     channel_blocks: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
     channel_block = tl.program_id(0) % channel_blocks
     tile = tl.program_id(0) // channel_blocks
@@ -291,24 +287,25 @@ def gradient_kernel(
     features = image_pointer(features, image, stride_image, ALIGNED)
     gradient = image_pointer(gradient, image, gradient_stride_image, ALIGNED)
     labels = image_pointer(labels, image, label_stride_image, False)
+    strides = (stride_channel, stride_y, stride_x)
+    gradient_strides = (gradient_stride_channel, gradient_stride_y, gradient_stride_x)
     own_class = load_classes(
-        labels, pixel, inside, width, label_stride_y, label_stride_x, ignore_index, NUM_CLASSES, FLAT, WIDE
-    )
+        labels=labels, pixel=pixel, inside=inside, width=width, stride_y=label_stride_y, stride_x=label_stride_x,
+        ignore_index=ignore_index, NUM_CLASSES=NUM_CLASSES, FLAT=FLAT, WIDE=WIDE,
+    )  # fmt: skip
     own_slope = tl.load(slope + own_class, mask=own_class >= 0, other=0.0)
     mask = tile_mask(inside, channel, CHANNELS, CHANNELS_LAST)
     x = load_tile(
-        features, pixel, inside, channel, width, stride_channel, stride_y, stride_x,
-        CHANNELS, CHANNELS_LAST, FLAT, ALIGNED, WIDE, ACCUMULATE,
+        features=features, pixel=pixel, inside=inside, channel=channel, width=width, strides=strides,
+        CHANNELS=CHANNELS, CHANNELS_LAST=CHANNELS_LAST, FLAT=FLAT, ALIGNED=ALIGNED, WIDE=WIDE,
+        ACCUMULATE=ACCUMULATE,
     )  # fmt: skip
     own_offset = load_row(offset, own_class, channel, CHANNELS, NUM_CLASSES, CHANNELS_LAST)
     if CHANNELS_LAST:
         result = own_slope[:, None] * x + own_offset
     else:
         result = own_slope[None, :] * x + own_offset
-    offsets = tile_offsets(
-        pixel, channel, width, gradient_stride_channel, gradient_stride_y, gradient_stride_x,
-        CHANNELS_LAST, FLAT, ALIGNED, WIDE,
-    )  # fmt: skip
+    offsets = tile_offsets(pixel, channel, width, gradient_strides, CHANNELS_LAST, FLAT, ALIGNED, WIDE)
     tl.store(gradient + offsets, round_to(result, gradient.dtype.element_ty, INTERPRET), mask=mask)
 
 
@@ -328,7 +325,7 @@ def normalized_gradient_kernel(
     CHANNELS_LAST: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
     NORM_FLOOR: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """`(offset[k] - (offset[k] . u) u) / |f|` with `u = f / |f|`, for one tile of pixels and all channels.
+    """Store `(offset[k] - (offset[k] . u) u) / |f|`, with `u = f / |f|`, for one tile of pixels and all channels.
 
     The first loop sums over the channels; the second finds the tile in cache.
     """
@@ -338,16 +335,20 @@ def normalized_gradient_kernel(
     features = image_pointer(features, image, stride_image, ALIGNED)
     gradient = image_pointer(gradient, image, gradient_stride_image, ALIGNED)
     labels = image_pointer(labels, image, label_stride_image, False)
+    strides = (stride_channel, stride_y, stride_x)
+    gradient_strides = (gradient_stride_channel, gradient_stride_y, gradient_stride_x)
     own_class = load_classes(
-        labels, pixel, inside, width, label_stride_y, label_stride_x, ignore_index, NUM_CLASSES, FLAT, WIDE
-    )
+        labels=labels, pixel=pixel, inside=inside, width=width, stride_y=label_stride_y, stride_x=label_stride_x,
+        ignore_index=ignore_index, NUM_CLASSES=NUM_CLASSES, FLAT=FLAT, WIDE=WIDE,
+    )  # fmt: skip
     squares = zeros_like_tile(BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST, ACCUMULATE)
     products = zeros_like_tile(BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST, ACCUMULATE)
     for start in range(0, CHANNELS, BLOCK_CHANNELS):
         channel = start + tl.arange(0, BLOCK_CHANNELS)
         x = load_tile(
-            features, pixel, inside, channel, width, stride_channel, stride_y, stride_x,
-            CHANNELS, CHANNELS_LAST, FLAT, ALIGNED, WIDE, ACCUMULATE,
+            features=features, pixel=pixel, inside=inside, channel=channel, width=width, strides=strides,
+            CHANNELS=CHANNELS, CHANNELS_LAST=CHANNELS_LAST, FLAT=FLAT, ALIGNED=ALIGNED, WIDE=WIDE,
+            ACCUMULATE=ACCUMULATE,
         )  # fmt: skip
         own_offset = load_row(offset, own_class, channel, CHANNELS, NUM_CLASSES, CHANNELS_LAST)
         squares += x * x
@@ -358,16 +359,14 @@ def normalized_gradient_kernel(
         channel = start + tl.arange(0, BLOCK_CHANNELS)
         mask = tile_mask(inside, channel, CHANNELS, CHANNELS_LAST)
         x = load_tile(
-            features, pixel, inside, channel, width, stride_channel, stride_y, stride_x,
-            CHANNELS, CHANNELS_LAST, FLAT, ALIGNED, WIDE, ACCUMULATE,
+            features=features, pixel=pixel, inside=inside, channel=channel, width=width, strides=strides,
+            CHANNELS=CHANNELS, CHANNELS_LAST=CHANNELS_LAST, FLAT=FLAT, ALIGNED=ALIGNED, WIDE=WIDE,
+            ACCUMULATE=ACCUMULATE,
         )  # fmt: skip
         own_offset = load_row(offset, own_class, channel, CHANNELS, NUM_CLASSES, CHANNELS_LAST)
         if CHANNELS_LAST:
             result = (own_offset - along[:, None] * x) * inverse[:, None]
         else:
             result = (own_offset - along[None, :] * x) * inverse[None, :]
-        offsets = tile_offsets(
-            pixel, channel, width, gradient_stride_channel, gradient_stride_y, gradient_stride_x,
-            CHANNELS_LAST, FLAT, ALIGNED, WIDE,
-        )  # fmt: skip
+        offsets = tile_offsets(pixel, channel, width, gradient_strides, CHANNELS_LAST, FLAT, ALIGNED, WIDE)
         tl.store(gradient + offsets, round_to(result, gradient.dtype.element_ty, INTERPRET), mask=mask)

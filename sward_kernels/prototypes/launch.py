@@ -8,47 +8,42 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from sward_kernels.prototypes.classes import class_indices, one_pixel_of_each_class, statistics_about
-from sward_kernels.prototypes.closed_form import NORM_FLOOR, Passes
+from sward_kernels.gpu.launching import (
+    INTERPRETED,
+    TRITON_TYPES,
+    accumulator,
+    device_guard,
+    needs_64_bits,
+    require_dtype,
+    require_gpu,
+)
+from sward_kernels.labels import class_indices
+from sward_kernels.prototypes.classes import one_pixel_of_each_class, statistics_about
+from sward_kernels.prototypes.closed_form import NORM_FLOOR
 from sward_kernels.prototypes.kernels import (
     gradient_kernel,
     normalized_gradient_kernel,
     statistics_kernel,
 )
-from sward_kernels.registration import register
-from sward_kernels.targets import Configuration, Target, family_of, prototype_tiles
+from sward_kernels.prototypes.passes import register_passes
+from sward_kernels.prototypes.tile_table import tiles_of
+from sward_kernels.resources import Configuration
+from sward_kernels.targets import Target, family_of
 
 MAX_CLASSES = 256
 MAX_CHANNELS = 2048
-INTERPRETED = not isinstance(statistics_kernel, triton.JITFunction)
-"""Whether kernels run in Triton's interpreter (on CPU tensors), decided when Triton was imported."""
-WIDE_FROM = 2**31
-"""Elements from which offsets inside one image need 64 bits."""
-
-_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
 def require_support(features: Tensor, num_classes: int) -> None:
-    """Refuse a call that the kernels do not serve.
-
-    Raises:
-        NotImplementedError: with the reason.
-    """
-    if features.device.type == "cpu" and not INTERPRETED:
-        raise NotImplementedError(
-            "implementation='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 before Triton is imported); "
-            "use 'eager' on the CPU."
-        )
-    if features.dtype not in _TYPES:
-        raise NotImplementedError(f"implementation='triton' does not take {features.dtype}; use 'eager'.")
+    """Raise NotImplementedError, with the reason, for a call that the kernels do not support."""
+    require_gpu(features)
+    require_dtype(features)
     if num_classes > MAX_CLASSES or features.shape[1] > MAX_CHANNELS:
         raise NotImplementedError(
-            f"implementation='triton' takes up to {MAX_CLASSES} classes and {MAX_CHANNELS} channels, not "
-            f"{num_classes} and {features.shape[1]}; use 'eager'."
+            f"implementation='triton' takes up to {MAX_CLASSES} classes and {MAX_CHANNELS} channels, got "
+            f"{num_classes} and {features.shape[1]}; use 'eager'"
         )
 
 
@@ -57,7 +52,7 @@ def require_support(features: Tensor, num_classes: int) -> None:
 
 @dataclass(frozen=True)
 class _Problem:
-    """Everything about a call that decides what is compiled. Sizes of batch and image, strides and labels are not."""
+    """Everything about a call that decides what is compiled: not sizes of batch and image, strides or labels."""
 
     channels: int
     num_classes: int
@@ -69,14 +64,10 @@ class _Problem:
     normalize: bool
     family: str
 
-    @property
-    def accumulate(self) -> Any:
-        return tl.float64 if self.dtype == torch.float64 else tl.float32
-
     def constants(self, kernel: str) -> tuple[dict[str, Any], int]:
-        """Constexpr arguments of the `"statistics"` or `"gradient"` kernel, and its warps."""
+        """Constexpr arguments and warps of the `"statistics"` or `"gradient"` kernel."""
         name = f"normalized_{kernel}" if self.normalize else kernel
-        tiles = prototype_tiles(name, self.num_classes, self.channels, self.dtype, self.flat, self.family)
+        tiles = tiles_of(name, self.num_classes, self.channels, self.dtype, self.flat, self.family)
         constants: dict[str, Any] = {
             "CHANNELS": self.channels,
             "NUM_CLASSES": self.num_classes,
@@ -86,7 +77,7 @@ class _Problem:
             "FLAT": self.flat,
             "ALIGNED": self.aligned,
             "WIDE": self.wide,
-            "ACCUMULATE": self.accumulate,
+            "ACCUMULATE": accumulator(self.dtype),
             "INTERPRET": INTERPRETED,
         }
         if kernel == "statistics":
@@ -104,7 +95,7 @@ class _Problem:
 def _problem(features: Tensor, labels: Tensor, num_classes: int, normalize: bool) -> _Problem:
     _, channels, height, width = features.shape
     stride_image, stride_channel, stride_y, stride_x = features.stride()
-    channels_last = stride_channel == 1 and channels > 1
+    channels_last = _is_channels_last(features)
     flat = stride_y == width * stride_x and labels.stride(1) == width * labels.stride(2) == width
     flat = flat and (channels_last or stride_x == 1)
     # 8 elements are 16 bytes of a 16-bit type: what a 128-bit load needs. The gradient is dense in the same layout.
@@ -112,10 +103,13 @@ def _problem(features: Tensor, labels: Tensor, num_classes: int, normalize: bool
         aligned = all(number % 8 == 0 for number in (stride_image, stride_y, stride_x, channels))
     else:
         aligned = flat and all(number % 8 == 0 for number in (stride_image, stride_channel, height * width))
-    reach = sum((size - 1) * abs(stride) for size, stride in zip(features.shape[1:], features.stride()[1:]))
-    wide = max(reach, features.shape[1:].numel()) >= WIDE_FROM
+    wide = needs_64_bits(features)
     family = family_of(features.device)
     return _Problem(channels, num_classes, features.dtype, channels_last, flat, aligned, wide, normalize, family)
+
+
+def _is_channels_last(features: Tensor) -> bool:
+    return features.stride(1) == 1 and features.shape[1] > 1
 
 
 def _strides(tensor: Tensor, prefix: str = "") -> dict[str, int]:
@@ -125,7 +119,7 @@ def _strides(tensor: Tensor, prefix: str = "") -> dict[str, int]:
 
 def _launch(kernel: Any, programs: int, arguments: dict[str, Any], num_warps: int) -> None:
     device = arguments["features"].device
-    with torch.cuda.device(device.index if device.type == "cuda" else -1):
+    with device_guard(device):
         kernel[(programs,)](**arguments, num_warps=num_warps, num_stages=1)
 
 
@@ -136,10 +130,10 @@ _INTEGERS = (
 
 
 def configurations(target: Target) -> Iterator[Configuration]:
-    """Every configuration the report compiles for a target.
+    """Every configuration that the report compiles for a target.
 
-    Other sizes run the same code with the same tiles. Slices are reported for one size; float64, which serves tests,
-    and images of over 2**31 elements are not.
+    Other sizes run the same code with the same tiles. Slices are reported for one size. Not reported are float64,
+    which is for tests, and images of over 2**31 elements.
     """
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for normalize in (False, True):
@@ -154,12 +148,12 @@ def configurations(target: Target) -> Iterator[Configuration]:
 
 
 REPORTED_SIZES = ((2, 256), (19, 96), (19, 576), (64, 576), (100, 576), (150, 2048))
-"""Classes and channels: one for each row of the table of tiles, from the students of the paper up to ADE20K."""
+"""Classes and channels: at least one pair per row of the tile table, from the paper's students up to ADE20K."""
 
 
 def _configuration(name: str, kernel: Any, problem: _Problem) -> Configuration:
     constants, num_warps = problem.constants(name)
-    element = f"*{_TYPES[problem.dtype]}"
+    element = f"*{TRITON_TYPES[problem.dtype]}"
     types = dict.fromkeys(("features", "gradient"), element) | {"labels": "*i64"}
     types |= dict.fromkeys(("shift", "sums", "squares", "slope", "offset"), "*fp32")
     types |= dict.fromkeys(_INTEGERS, "i32")
@@ -172,12 +166,12 @@ def _configuration(name: str, kernel: Any, problem: _Problem) -> Configuration:
         constants=constants,
         num_warps=num_warps,
         details={
-            "dtype": _TYPES[problem.dtype],
+            "dtype": TRITON_TYPES[problem.dtype],
             "dim": problem.channels,
             "layout": ("channels_last" if problem.channels_last else "nchw") + ("" if problem.flat else ", sliced"),
             "tile": f"{constants['BLOCK_PIXELS']}x{constants['BLOCK_CHANNELS']}{classes}",
         },
-        # Features read once, their gradient written once; an int64 label. What is read again comes from cache at best.
+        # Features are read once, their gradient written once, one int64 label read; further reads may hit the cache.
         ideal_bytes=problem.channels * problem.dtype.itemsize * (1 if name == "statistics" else 2) + 8,
         flops=problem.channels * _FLOPS[name](problem.num_classes, problem.normalize),
         unit="pixel",
@@ -188,7 +182,7 @@ _FLOPS = {
     "statistics": lambda num_classes, normalize: 4 * num_classes + 4 + 3 * normalize,
     "gradient": lambda num_classes, normalize: 7 if normalize else 2,
 }
-"""Of one feature."""
+"""Operations per feature."""
 
 
 # ------------------------------------------------------------------------------------------------------- the operators
@@ -223,12 +217,12 @@ def _statistics(
         **constants,
     }
     _launch(statistics_kernel, programs, arguments, num_warps)
-    # In float64 and in a fixed order: bitwise repeatable.
+    # The order of the sums is fixed: bitwise repeatable.
     return statistics_about(shift, classes, sums.sum(0, dtype=torch.float64), squares.sum(0, dtype=torch.float64))
 
 
 def _table(table: Tensor, problem: _Problem) -> Tensor:
-    """A table of classes `[K, C]` as the kernels read it: along the axis in which the features are contiguous."""
+    """A table `[K, C]` of classes, contiguous along the same axis as the features."""
     return table.contiguous() if problem.channels_last else table.T.contiguous()
 
 
@@ -244,7 +238,7 @@ def _gradient(
     constants, num_warps = problem.constants("gradient")
     tiles = math.ceil(height * width / constants["BLOCK_PIXELS"])
     channel_blocks = 1 if normalize else math.ceil(channels / constants["BLOCK_CHANNELS"])
-    gradient = _allocate_gradient(features, problem.channels_last)
+    gradient = _allocate_gradient(features)
     arguments = {
         "features": features,
         "labels": labels,
@@ -265,37 +259,10 @@ def _gradient(
     return gradient
 
 
-def _allocate_gradient(features: Tensor, channels_last: bool) -> Tensor:
+def _allocate_gradient(features: Tensor) -> Tensor:
     """Dense, in the memory format of the features, so that loads and stores are vectorised alike."""
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    memory_format = torch.channels_last if _is_channels_last(features) else torch.contiguous_format
     return torch.empty(features.shape, dtype=features.dtype, device=features.device, memory_format=memory_format)
 
 
-def _fake_statistics(
-    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    counts = features.new_empty(num_classes, dtype=torch.int64)
-    means = features.new_empty(num_classes, features.shape[1], dtype=torch.float64)
-    return counts, means, features.new_empty(num_classes, dtype=torch.float64)
-
-
-def _fake_gradient(
-    features: Tensor, labels: Tensor, slope: Tensor, offset: Tensor, ignore_index: int, normalize: bool
-) -> Tensor:
-    return _allocate_gradient(features, features.stride(1) == 1 and features.shape[1] > 1)
-
-
-passes = Passes(
-    register(
-        "prototype_statistics_triton(Tensor features, Tensor labels, int num_classes, int ignore_index, bool normalize)"
-        " -> (Tensor counts, Tensor means, Tensor scatter)",
-        _statistics,
-        _fake_statistics,
-    ),
-    register(
-        "prototype_gradient_triton(Tensor features, Tensor labels, Tensor slope, Tensor offset, int ignore_index,"
-        " bool normalize) -> Tensor",
-        _gradient,
-        _fake_gradient,
-    ),
-)
+passes = register_passes("triton", _statistics, _gradient, _allocate_gradient)

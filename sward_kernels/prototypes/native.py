@@ -1,4 +1,4 @@
-"""Prototype statistics and their gradient in C++ (native.cpp): fp32 features on a CPU, not normalised."""
+"""Prototype statistics and the gradient in C++ (`native.cpp`): fp32 features on a CPU, not normalised."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sward_kernels import cpp
-from sward_kernels.prototypes.classes import class_indices, one_pixel_of_each_class, statistics_about
-from sward_kernels.prototypes.closed_form import Passes
-from sward_kernels.prototypes.eager import fake_gradient, fake_statistics
-from sward_kernels.registration import register
+from sward_kernels.labels import class_indices
+from sward_kernels.prototypes.classes import one_pixel_of_each_class, statistics_about
+from sward_kernels.prototypes.passes import register_passes
 
 LIBRARY = cpp.Library("prototype_discrimination", Path(__file__).with_name("native.cpp"))
 LANES = 8  # of cpp/matrices.h
@@ -57,16 +56,16 @@ class _Gradient(ctypes.Structure):
 
 
 def serves(features: Tensor, normalize: bool) -> bool:
-    """Whether these passes are written for such features at all."""
+    """Whether these passes are written for such features."""
     return features.is_cpu and features.dtype == torch.float32 and not normalize
 
 
 def require_support(features: Tensor, normalize: bool) -> None:
-    """Raises NotImplementedError, with the reason, if the features cannot be served here."""
+    """Raise NotImplementedError, with the reason, if these passes cannot run on such features here."""
     if not serves(features, normalize):
         raise NotImplementedError(
             "implementation='native' of prototype_discrimination takes fp32 features on a CPU with normalize=False, "
-            f"not {features.dtype} on {features.device.type} with normalize={normalize}; use 'eager'."
+            f"got {features.dtype} on {features.device.type} with normalize={normalize}; use 'eager'"
         )
     LIBRARY.require()
 
@@ -85,7 +84,7 @@ def _rows_join(features: Tensor) -> bool:
 def statistics(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of the whole batch: sums about one pixel of each class."""
+    """Return the statistics of the batch: sums of differences from one pixel per class."""
     channels = features.shape[1]
     classes = class_indices(labels, num_classes, ignore_index)
     shift = one_pixel_of_each_class(features, classes, num_classes, features.dtype, normalize)
@@ -112,7 +111,7 @@ def statistics(
 def gradient(
     features: Tensor, labels: Tensor, slope: Tensor, offset: Tensor, ignore_index: int, normalize: bool
 ) -> Tensor:
-    """The features' gradient, where they are dense in their strides."""
+    """Return the gradient of the features, in their strides where they are dense."""
     classes = class_indices(labels, len(slope), ignore_index)
     slopes, by_class = F.pad(slope, (0, 1))[classes].contiguous(), F.pad(offset, (0, 0, 0, 1)).contiguous()
     by_channel, own = by_class.T.contiguous(), classes.int().contiguous()
@@ -131,17 +130,4 @@ def gradient(
     return result
 
 
-passes = Passes(
-    register(
-        "prototype_statistics_native(Tensor features, Tensor labels, int num_classes, int ignore_index, bool normalize)"
-        " -> (Tensor counts, Tensor means, Tensor scatter)",
-        statistics,
-        fake_statistics,
-    ),
-    register(
-        "prototype_gradient_native(Tensor features, Tensor labels, Tensor slope, Tensor offset, int ignore_index,"
-        " bool normalize) -> Tensor",
-        gradient,
-        fake_gradient,
-    ),
-)
+passes = register_passes("native", statistics, gradient)

@@ -1,4 +1,4 @@
-"""The equations of the prototype regularization in plain PyTorch: the specification the other paths are held to."""
+"""The equations of the prototype regularization in plain PyTorch: the specification of the other implementations."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def prototype_discrimination(
     classes: Tensor,
     num_classes: int,
     margin: float,
-    weights: tuple[float, float],
+    terms: tuple[float, float],
     normalize: bool,
     process_group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`(loss, separation, compactness, prototypes, counts)` by Eq. 16-19, differentiable by autograd.
 
-    `classes [B, H, W]` int64 holds each pixel's class, or `num_classes` for a pixel of no class; the rest is as in
-    `sward_kernels.prototype_discrimination`.
+    `classes [B, H, W]` int64 holds each pixel's class, or `num_classes` for a pixel of no class. The other arguments
+    are those of `sward_kernels.prototype_discrimination`.
     """
     pixels = features.permute(0, 2, 3, 1).flatten(0, 2)  # [N, C]
     pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
@@ -49,7 +49,7 @@ def prototype_discrimination(
     trace = (scatter / (counts - 1).clamp(min=1)).where(counts >= 2, 0)
     compactness = trace.sum() / present_count.clamp(min=1)
 
-    loss = weights[0] * separation + weights[1] * compactness  # Eq. 19
+    loss = terms[0] * separation + terms[1] * compactness  # Eq. 19
     return loss, separation, compactness, prototypes, counts.long()
 
 

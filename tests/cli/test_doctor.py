@@ -78,7 +78,7 @@ def test_the_command_prints_versions_and_threads(capsys: pytest.CaptureFixture[s
 )
 def test_where_the_doctor_says_native_native_runs_and_elsewhere_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     set_gpus(monkeypatch)
-    said = implementations(doctor.report())
+    said = implementations(doctor.describe_machine())
     assert tuple(said) == CPU
     assert said["MWAD, CPU tensors"] == "native (C++) in fp32; eager in windows above 16 x 16 and in other dtypes"
     assert said["PDR, CPU tensors"] == "native (C++) in fp32; eager for normalised features and in other dtypes"
@@ -107,30 +107,31 @@ def test_without_a_compiler_the_doctor_says_eager_and_why(tmp_path: Path) -> Non
 def test_gpus_are_listed_and_take_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     set_gpus(monkeypatch, "Card A", "Card B")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.machinery.ModuleSpec(name, None))
-    report = doctor.report()
+    report = doctor.describe_machine()
     assert "GPU 0: Card A\nGPU 1: Card B\n" in report
     assert "no GPU" not in report
-    assert implementations(report)["GPU tensors"].startswith("triton, and eager")
+    assert implementations(report)["GPU tensors"].startswith("triton; eager")
 
 
 def test_without_triton_gpus_take_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     set_gpus(monkeypatch, "Card A")
     remove_packages(monkeypatch, "triton")
-    assert implementations(doctor.report())["GPU tensors"] == "eager, because the package triton is not installed"
+    found = implementations(doctor.describe_machine())
+    assert found["GPU tensors"] == "eager; the package triton is not installed"
 
 
 def test_without_a_gpu_the_doctor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     set_gpus(monkeypatch)
-    report = doctor.report()
-    assert "\nno GPU that torch can use\n" in report
+    report = doctor.describe_machine()
+    assert "\nno GPU visible to torch\n" in report
     assert "GPU tensors" not in report
 
 
 def test_what_is_missing_is_named_with_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     remove_packages(monkeypatch, "timm", "matplotlib")
-    report, _, missing = doctor.report().partition("pip install 'sward[all]'")
+    report, _, missing = doctor.describe_machine().partition("pip install 'sward[all]'")
     assert {"timm", "matplotlib"} <= {line.split(":")[0].strip() for line in missing.splitlines()[1:]}
     assert "  timm: MobileNetV3 and DINOv2 networks" in missing.splitlines()
-    assert "not installed, and what needs them" in report
+    assert "optional packages that are not installed" in report
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.machinery.ModuleSpec(name, None))
-    assert "what needs them" not in doctor.report()
+    assert "what needs them" not in doctor.describe_machine()

@@ -11,7 +11,8 @@ from PIL import Image
 
 from sward import data, methods, presets
 from sward.cli.main import COMMANDS, main
-from sward.config import DistillationConfig, TeacherTrainingConfig, from_json, to_json
+from sward.config import DistillationConfig, SWARDConfig, TeacherTrainingConfig, from_json, to_json
+from sward.losses import RECIPES
 from tests.support.drawn_figures import DrawnFigure
 
 TINY = ["--dataset.image-size", "64", "64", "--batch", "2", "--iterations", "2"]
@@ -47,6 +48,43 @@ def test_train_evaluate_predict_in_a_row(tmp_path: Path, capsys: pytest.CaptureF
         assert tuple(image.getpalette()[:3]) == data.describe("scenes").palette[0]
     with Image.open(overlay) as image:
         assert image.size == (50, 37)
+
+
+@pytest.mark.parametrize("words", [["--recipe", "paper"], ["--recipe=paper"]])
+def test_a_recipe_sets_what_no_other_option_does(words: list[str]) -> None:
+    options = ["--teacher.untrained", *TINY, "--sward.context-reduction", "mean", *words]
+    assert main(["train", "demo", *options]) == 0
+    config = from_json(DistillationConfig, Path("runs/demo/sward-seed0/config.json").read_text())
+    assert config.recipe == "paper"
+    assert config.sward == SWARDConfig(
+        weights=(2.0, 1.0),
+        teacher_normalization="none",
+        teacher_projections="learned",
+        context_reduction="mean",
+        normalize=False,
+        embed_dim=32,
+        pdr_layer="encoder.2",
+    )
+    with pytest.raises(SystemExit):
+        main(["train", "demo", "--recipe", "best"])
+
+
+def test_presets_of_the_paper_follow_it_and_the_others_what_is_recommended() -> None:
+    for name in presets.names():
+        student = presets.get(name).student
+        paper = presets.get(name).description.startswith("Table")
+        assert student.recipe == ("paper" if paper else "recommended")
+        recipe = RECIPES[student.recipe]
+        assert all(getattr(student.sward, field) == value for field, value in recipe._asdict().items())
+
+
+def test_other_methods_train_on_standardised_features_too(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["train", "demo", *TINY, "--teacher.untrained", "--teacher.normalization", "standardize"]
+    assert main([*options, "--distillation", "cirkd"]) == 0
+    state = torch.load("runs/demo/cirkd-seed0/checkpoints/last.pt", weights_only=True)["distillation"]
+    assert state["standardization.0.count"] > 0
+    assert main([*options, "--distillation", "cwd"]) == 2
+    assert "'none' for the method 'cwd', got 'standardize'; it reads the teacher's logits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", [name for name in methods.METHODS if name != "sward"])
@@ -92,7 +130,10 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["trian", "demo"], "unknown command 'trian'; did you mean train"),
         (["train"], "name a preset first, such as 'sward train cityscapes-mbv3'"),
         (["train", "demmo"], "unknown preset 'demmo'; did you mean 'demo'?"),
-        (["train", "demo", *TINY], "no trained teacher at runs/demo/teacher; train it with 'sward train-teacher demo'"),
+        (
+            ["train", "demo", *TINY],
+            "there is no trained teacher at runs/demo/teacher; train it with 'sward train-teacher demo'",
+        ),
         (["train", "demo", "--distillation", "swardd"], "unknown distillation method 'swardd'; did you mean 'sward'"),
         (["train", "demo", "--distillation", "none", "--dataset.image-size", "50", "50"], "multiple"),
         (["train", "demo", "--distillation", "none", "--model", "unxt"], "did you mean unext"),
@@ -180,22 +221,20 @@ def test_an_output_that_cannot_be_written_is_named_before_any_work(
     assert main([*words, "--output", str(Path(folder) / name)]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith(f"sward {words[0]}: cannot write to {folder} (")
-    assert printed.endswith("): choose another --output\n")
+    assert printed.endswith("); choose another --output\n")
     assert Path("a-file").read_text() == "kept"
 
 
 def test_a_demo_cannot_go_to_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     Path("a-file").write_text("kept")
     assert main(["demo", "--output", "a-file"]) == 2
-    assert "cannot write to a-file/teacher (Not a directory): choose another --output" in capsys.readouterr().err
+    assert "cannot write to a-file/teacher (Not a directory); choose another --output" in capsys.readouterr().err
 
 
 def test_a_page_is_not_a_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("pages").mkdir()
     assert main(["report", str(run), "--output", "pages"]) == 2
-    assert (
-        "output is pages, which is a folder, and must be a file, such as pages/report.html" in capsys.readouterr().err
-    )
+    assert "output must be a file, got the folder pages; use pages/report.html" in capsys.readouterr().err
 
 
 def test_a_wrong_option_exits_with_2() -> None:
@@ -211,7 +250,7 @@ def test_a_checkpoint_of_another_model_is_refused(capsys: pytest.CaptureFixture[
     config["model"] = "resunetpp"
     (run / "config.json").write_text(json.dumps(config))
     assert main(["evaluate", str(run)]) == 2
-    assert "does not fit ResUNetPlusPlus, it was saved from another model" in capsys.readouterr().err
+    assert "does not fit ResUNetPlusPlus; it was saved from another model" in capsys.readouterr().err
 
 
 def test_the_module_runs_as_the_command() -> None:
@@ -241,6 +280,10 @@ def test_presets_hold_section_4_1() -> None:
         assert config.sward.pdr_weights == (1.0, 1.0)
         assert config.sward.margin == 1.3
         assert config.sward.shift == "stochastic"
+        assert config.sward.teacher_projections == "learned"
+        assert config.sward.teacher_normalization == "none"
+        assert config.sward.context_reduction == "sum"
+        assert config.sward.normalize is False
 
 
 def test_a_mask_with_a_value_that_is_no_class_is_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,4 +297,4 @@ def test_a_mask_with_a_value_that_is_no_class_is_named(capsys: pytest.CaptureFix
     assert main(["train", "demo", "--distillation", "none", *options, *TINY]) == 2
     printed = capsys.readouterr().err.strip().splitlines()[-1]
     assert "masks/train/" in printed
-    assert "holds the value 7, but labels must be 0 to 2" in printed
+    assert "must be 0 to 2, or 255 for pixels to ignore, got 7" in printed

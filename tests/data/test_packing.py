@@ -93,9 +93,11 @@ def test_an_interrupted_pack_is_not_used_and_goes_on(root: Path, tmp_path: Path)
         with pytest.raises(KeyboardInterrupt):
             pack(root, advance=advance)
         if (root / FOLDER / "index.json").exists():
-            with pytest.warns(UserWarning, match=r"is unfinished, so images are decoded; pack again with 'sward data"):
+            with pytest.warns(
+                UserWarning, match=r"is unfinished, decoding images instead; pack again with 'sward data"
+            ):
                 assert build(root).packed is None
-    with pytest.raises(ValueError, match=r"pack in .* is unfinished: pack again with"):
+    with pytest.raises(ValueError, match=r"pack in .* is unfinished; pack again with"):
         build(root, packed=str(root / FOLDER))
     assert pack(root).frames == 8
     assert_same_samples(build(root), build(root, packed="none"), epochs=1)
@@ -130,6 +132,17 @@ def test_killed_at_any_moment(root: Path, tmp_path: Path) -> None:
     assert unfinished > 8
 
 
+@pytest.mark.parametrize("leftover", ["00007.bin", "00007.bin.partial"])
+def test_leftovers_of_a_killed_pack_are_removed(root: Path, leftover: str) -> None:
+    """Also where the new pack has fewer shards, so that none takes its name."""
+    (root / FOLDER).mkdir()
+    (root / FOLDER / leftover).write_bytes(b"part of a frame")
+    pack(root)
+    shards = {shard.file for shard in Index.read(root / FOLDER).shards}
+    assert set(contents(root / FOLDER)) == {"index.json", "lock", *shards}
+    assert "00007.bin" not in shards
+
+
 def test_a_full_disk_keeps_what_was_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_index = Index.write
     written = 0
@@ -143,7 +156,7 @@ def test_a_full_disk_keeps_what_was_written(root: Path, monkeypatch: pytest.Monk
 
     with monkeypatch.context() as patch:
         patch.setattr(Index, "write", fail)
-        with pytest.raises(ValueError, match=r"the disk of .*sward-pack is full: make room and start again"):
+        with pytest.raises(ValueError, match=r"the disk of .*sward-pack is full; free some space and pack again"):
             pack(root)
     result = pack(root)
     assert result.frames == 8
@@ -187,17 +200,17 @@ def test_command_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"pack: {root / FOLDER}" in capsys.readouterr().out
     assert json.loads((root / FOLDER / "index.json").read_text())["complete"]
     assert main(arguments) == 0
-    assert "8 of them there before and sound" in capsys.readouterr().out
+    assert "8 of them reused" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["pack", "folder", "--root", "{root}"], "needs num_classes"),
+        (["pack", "folder", "--root", "{root}"], "num_classes must be 2 to 255"),
         (["pack", "scenes"], "scenes are generated"),
         (["pack", "cityscape"], "did you mean cityscapes"),
         (["pack", "camvid", "--root", "{root}/images/train"], "CamVid not found"),
-        (["list"], "unknown command 'data list'; did you mean 'data pack'?"),
+        (["list"], "unknown command 'data list'; did you mean 'data pack' or 'data check'?"),
         (
             ["pack", "folder", "--root", "{root}", "--num-classes", "3", "--output", "{root}/images/train/0.png"],
             "--output",

@@ -90,7 +90,7 @@ def test_lists_beside_the_images_come_first(clinicdb: Path, tmp_path: Path) -> N
 
 def test_split_by_list_files(tmp_path: Path, write: Write) -> None:
     write_pairs(tmp_path / "cvc_colondb", write, range(1, 8), (".tif", ".webp"))
-    for split, text in (("train", "1 2\n3"), ("val", "4"), ("test", "6\n")):
+    for split, text in (("train", "\ufeff1\n2 \n3"), ("val", "4"), ("test", "6\n")):
         (tmp_path / f"my_{split}.txt").write_text(text)
     expected = {"train": ["1", "2", "3"], "val": ["4"], "test": ["6"]}
     assert names(tmp_path, str(tmp_path / "my_{split}.txt"), "cvc_colondb") == expected
@@ -99,19 +99,33 @@ def test_split_by_list_files(tmp_path: Path, write: Write) -> None:
     assert names(tmp_path, str(tmp_path / "split.csv"), "cvc_colondb") == expected
 
 
+def test_split_tables_from_spreadsheets(tmp_path: Path, write: Write) -> None:
+    write_pairs(tmp_path / "cvc_colondb", write, range(1, 4))
+    write(tmp_path / "cvc_colondb/images/a b.png", np.zeros((6, 8, 3), np.uint8))
+    write(tmp_path / "cvc_colondb/masks/a b.png", np.zeros((6, 8), np.uint8))
+    path = tmp_path / "split.csv"
+    path.write_text("\ufeffframe_id; Split\n1; Train\na b;train\n2;VAL\n3;test\n", encoding="utf-8")
+    assert names(tmp_path, str(path), "cvc_colondb") == {"train": ["1", "a b"], "val": ["2"], "test": ["3"]}
+    path.write_text("frame_id,split\n1,train\n2,val\n1,test\n")
+    with pytest.raises(ValueError, match=r"frame '1' must be in one split, got train and test in the split list"):
+        names(tmp_path, str(path), "cvc_colondb")
+
+
 def test_list_files_that_do_not_fit(tmp_path: Path, write: Write) -> None:
     write_pairs(tmp_path / "cvc_colondb", write, range(1, 4))
 
     def build(split_by: str) -> None:
         data.build("cvc_colondb", "train", train=True, root=tmp_path, split_by=split_by)
 
-    with pytest.raises(FileNotFoundError, match=r"there is no file nowhere\.csv: give 'sequence', 'ratio' or the path"):
+    with pytest.raises(
+        FileNotFoundError, match=r"split_by must be 'sequence', 'ratio' or the path of a list, got 'nowhere\.csv'"
+    ):
         build("nowhere.csv")
     (tmp_path / "bare.txt").write_text("1\n2\n")
     with pytest.raises(ValueError, match=r"must be a CSV file with the columns frame_id and split, or .* \{split\}"):
         build(str(tmp_path / "bare.txt"))
     (tmp_path / "a_train.txt").write_text("1\n17\n")
-    with pytest.raises(ValueError, match=r"a_train.txt names frame '17', which is not among the images"):
+    with pytest.raises(ValueError, match=r"a_train.txt names frame '17', which does not exist"):
         build(str(tmp_path / "a_{split}.txt"))
     (tmp_path / "empty.csv").write_text("frame_id,split\n1,val\n")
     with pytest.raises(ValueError, match="names no frame for this split"):
@@ -131,14 +145,14 @@ def test_colondb_comes_in_two_sizes(tmp_path: Path, write: Write, images: int) -
 def test_incomplete_download(tmp_path: Path, write: Write) -> None:
     write_pairs(tmp_path / "cvc_clinicdb", write, range(1, 11))
     for split_by in ("sequence", "ratio"):
-        with pytest.raises(DatasetNotFoundError, match=r"incomplete: found 10 images of 612; .*https://"):
+        with pytest.raises(DatasetNotFoundError, match=r"incomplete: it must have 612 images, got 10; .*https://"):
             data.build("cvc_clinicdb", "train", train=True, root=tmp_path, split_by=split_by)
 
 
 def test_missing_folder_beside_the_images(tmp_path: Path) -> None:
     (tmp_path / "cvc_clinicdb/Original").mkdir(parents=True)
     with pytest.raises(
-        DatasetNotFoundError, match="incomplete: the folder 'Ground Truth' is missing beside 'Original'"
+        DatasetNotFoundError, match="incomplete: the folder 'Ground Truth' is missing next to 'Original'"
     ):
         data.build("cvc_clinicdb", "train", train=True, root=tmp_path)
 
@@ -146,18 +160,18 @@ def test_missing_folder_beside_the_images(tmp_path: Path) -> None:
 def test_image_without_mask(tmp_path: Path, write: Write) -> None:
     write_pairs(tmp_path, write, range(1, 4))
     (tmp_path / "masks/2.png").unlink()
-    with pytest.raises(ValueError, match=r"image .*images/2.png has no mask: .*masks holds no file named 2"):
+    with pytest.raises(ValueError, match=r"image .*images/2.png has no mask; .*masks holds no image file named 2"):
         data.build("cvc_clinicdb", "train", train=True, root=tmp_path)
 
 
 def test_frames_with_other_names_have_no_known_sequence(tmp_path: Path, write: Write) -> None:
     write_pairs(tmp_path / "cvc_colondb", write, range(1001, 1301))
-    with pytest.raises(ValueError, match=r"the sequence of frame '1001' .* is not known"):
+    with pytest.raises(ValueError, match=r"must be numbered 1 to 380 to split by sequence, got '1001'"):
         data.build("cvc_colondb", "train", train=True, root=tmp_path)
 
 
 def test_unknown_split(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cvc_colondb has the splits train, val, test, all, not 'dev'"):
+    with pytest.raises(ValueError, match="split must be train, val, test or all for cvc_colondb, got 'dev'"):
         data.build("cvc_colondb", "dev", train=True, root=tmp_path)
 
 

@@ -96,7 +96,7 @@ def test_drawing_never_loops_over_pixels(index: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "training"}, "scenes has the splits train, val, test, not 'training'"),
+        ({"split": "training"}, "split must be train, val or test for scenes, got 'training'"),
         ({"image_size": 16}, r"at least 32, got \(16, 16\)"),
         ({"count": 0}, "count must be at least 1, got 0"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),

@@ -73,6 +73,46 @@ def test_labels_follow_the_image(transform: TrainingTransform, size: tuple[int, 
         assert set(moved_labels.unique().tolist()) <= {0, 1, 2, 3, 255}
 
 
+@pytest.mark.parametrize("factor", [1.75, 2])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        street_training((64, 96)),
+        street_training((64, 96), resize_first=True),
+        polyp_training((64, 96)),
+        flip_training((64, 96)),
+    ],
+    ids=["crop", "resize and crop", "rotate", "flip"],
+)
+def test_the_same_draws_at_another_size_are_the_same_view(transform: TrainingTransform, factor: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 256, (1, 3, 8, 12), generator=generator).float()
+    image = torch.nn.functional.interpolate(coarse, size=(240, 360), mode="bicubic").clamp(0, 255)[0].to(torch.uint8)
+    labels = torch.zeros(240, 360, dtype=torch.uint8)
+    size = round(64 * factor), round(96 * factor)
+    larger = transform.at(size)
+    shapes, differences, others = set(), [], []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        view = transform(image, labels)[0]
+        torch.manual_seed(seed)
+        again = larger(image, labels)[0]
+        shapes.add(tuple(again.shape))
+        resized = torch.nn.functional.interpolate(again[None], size=(64, 96), mode="bilinear", antialias=True)[0]
+        # Fill of the crop, and the row beside it, may end a pixel earlier or later.
+        inside = (denormalise(view) > 8).all(0) & (denormalise(resized) > 8).all(0)
+        differences.append((view - resized).abs()[:, inside].mean())
+        others.append((view - resized.flip(-1)).abs()[:, inside].mean())
+    assert shapes == {(3, *size)}
+    assert max(differences) < 0.1
+    assert min(others) > 4 * max(differences)
+
+
+def test_a_transform_of_your_own_has_no_other_size() -> None:
+    with pytest.raises(ValueError, match=r"resized must be given .* got None for \(64, 64\)"):
+        TrainingTransform([]).at((64, 64))
+
+
 def test_crop_larger_than_the_scaled_image_is_filled_with_black_and_ignore() -> None:
     image, labels = torch.full((3, 32, 32), 255, dtype=torch.uint8), torch.ones(32, 32, dtype=torch.uint8)
     moved, moved_labels = TrainingTransform([ScaleCrop((64, 64), (1.0, 1.0))])(image, labels)

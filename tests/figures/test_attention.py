@@ -42,10 +42,20 @@ def test_mean_divergence_over_all_pixels_is_the_attention_term(pair: tuple[Net, 
         for row in range(0, 24, 4)
         for column in range(0, 40, 4)
     ]
-    teacher_map, student_map = teacher(image[None]), student(image[None])
-    qkv_teacher, qkv_student = loss.mwad.project(0, student_map, teacher_map)
-    expected = windowed_distillation(qkv_teacher, qkv_student, SIDE, implementation="reference").attention
+    student_map, teacher_map = student(image[None]), teacher(image[None])
+    qkv_student, qkv_teacher = loss.mwad.project(0, student_map, teacher_map)
+    expected = windowed_distillation(qkv_student, qkv_teacher, SIDE, implementation="reference").attention
     assert sum(divergences) / len(divergences) == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_teacher_may_look_at_a_larger_picture(pair: tuple[Net, Net, SWARDDistillation]) -> None:
+    image = torch.randn(3, 24, 40)
+    larger = image.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    same, other = (window_attention(*pair, image, (2, 2), seen)[0] for seen in (image, larger))
+    assert same.divergence == window_attention(*pair, image, (2, 2))[0].divergence
+    assert other.grid == (6, 10)
+    assert torch.equal(other.student, same.student)
+    assert not torch.equal(other.teacher, same.teacher)
 
 
 def test_attention_sums_to_one_inside_and_to_less_where_the_window_is_padded(

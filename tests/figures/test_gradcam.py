@@ -134,7 +134,7 @@ def test_figure_lays_each_heat_map_over_the_grey_image(
     panels = drawn.panels()
     assert [[axis.get_title() for axis in row] for row in panels] == [["image", "teacher", "SWARD"], [""] * 3]
     assert [row[0].get_ylabel() for row in panels] == ["scenes, wire", "polyps"]
-    assert [bar.get_ylabel() for bar in drawn.colour_bars()] == ["activation, share of the map's largest"]
+    assert [bar.get_ylabel() for bar in drawn.colour_bars()] == ["activation relative to the map's maximum"]
 
     # The image has mean 90. Over it lies inferno, with opacity 0.25 where the map is 0 and 0.85 where it is 1.
     colour, cold, hot = (120, 90, 60), (67.5, 67.5, 68.5), (227.7, 230.25, 152.9)

@@ -1,4 +1,4 @@
-"""Shipped kernels compile for real targets and spill nothing. Needs no GPU; compilations run in subprocesses."""
+"""Shipped kernels compile for real targets without spills. Needs no GPU; compilations run in subprocesses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 pytest.importorskip("triton")
 
 from sward_kernels import report
-from sward_kernels.targets import TARGETS, Configuration, windowed_distillation_tiles
+from sward_kernels.resources import Configuration
+from sward_kernels.targets import TARGETS
+from sward_kernels.windowed.tile_table import tiles_of
 
 KEYS = {
     "op", "pass", "target", "dtype", "window_size", "tokens", "dim", "num_warps", "registers", "spill_bytes",
@@ -34,7 +36,7 @@ def check(rows: list[report.Row]) -> None:
 
 
 def paper_default(shipped: Configuration) -> bool:
-    """The paper's window of 8 with D = 64, as a training step under autocast runs it."""
+    """Whether this is the paper's window of 8 with D = 64, as in a training step under autocast."""
     details = {"dtype": "bf16", "window_size": 8, "dim": 64, "layout": "channels_last"}
     return shipped.operation == "windowed_distillation" and details.items() <= shipped.details.items()
 
@@ -67,7 +69,7 @@ def test_both_passes_round_fp32_scores_alike(family: str, channels_last: bool) -
     for tokens in (25, 49, 64, 144, 1024):
         for dim in (8, 16, 24, 32, 64, 128, 256):
             forward, backward = (
-                windowed_distillation_tiles(family, direction, torch.float32, tokens, dim, channels_last).channels
+                tiles_of(family, direction, torch.float32, tokens, dim, channels_last).channels
                 for direction in ("forward", "backward")
             )
             assert forward == backward, (tokens, dim)

@@ -273,14 +273,14 @@ def test_equal_networks_have_no_minibatch_loss_and_positive_memory_losses() -> N
 
 def test_loss_is_the_weighted_sum_of_its_terms() -> None:
     inputs, weights = batch(), (0.5, 2.0, 3.0, 7.0)
-    output = build(weights=weights)(inputs)
+    output = build(terms=weights)(inputs)
     expected = sum(weight * term.item() for weight, term in zip(weights, output.terms.values()))
     assert list(output.terms) == ["kd", "minibatch", "pixel", "region"]
     assert output.loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_weight_of_zero_skips_the_term() -> None:
-    method = build(weights=(1.0, 1.0, 0.0, 0.0))
+    method = build(terms=(1.0, 1.0, 0.0, 0.0))
     before = banks(method)
     terms = method(batch()).terms
     assert terms["pixel"] == terms["region"] == 0
@@ -371,7 +371,7 @@ def test_wrong_labels_and_options_are_named() -> None:
     inputs = batch()
     inputs.labels[0, 0, 0] = 7
     inputs.labels[:] = inputs.labels.where(inputs.labels != 0, 7)
-    with pytest.raises(ValueError, match=r"labels must be 0\.\.1 or 255 \(ignore_index\), got 7"):
+    with pytest.raises(ValueError, match=r"labels must be classes in 0\.\.1 or ignore_index=255, got 7"):
         build()(inputs)
     with pytest.raises(ValueError, match="pixel_queue must be 'fixed' or 'official', got 'broken'"):
         build(pixel_queue="broken")

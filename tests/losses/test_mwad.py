@@ -1,13 +1,18 @@
 """MWADLoss against Eq. 1-15 written out, and its options."""
 
 import math
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sward.losses import MWADLoss
+from sward.alignment import ChannelProjection, project
+from sward.losses import PAPER, MWADLoss
+from sward_kernels import windowed_distillation
+
+LITERAL = {name: getattr(PAPER, name) for name in ("teacher_normalization", "teacher_projections", "context_reduction")}
 
 
 def maps(channels: list[int], sizes: list[tuple[int, int]], dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -40,7 +45,7 @@ def stage_by_hand(loss: MWADLoss, index: int, student: Tensor, teacher: Tensor, 
 
 def test_two_stages_equal_the_equations() -> None:
     loss = MWADLoss(
-        [4, 6], [5, 3], window_size=[4, 2], embed_dim=[8, 3], shift="none", weights=(0.5, 2.0, 1.5)
+        [4, 6], [5, 3], window_size=[4, 2], embed_dim=[8, 3], shift="none", terms=(0.5, 2.0, 1.5), **LITERAL
     ).double()
     student, teacher = maps([4, 6], [(8, 12), (8, 6)]), maps([5, 3], [(16, 8), (4, 6)])
     output = loss(student, teacher)
@@ -57,13 +62,13 @@ def test_merged_and_stacked_teacher_projections_agree() -> None:
         loss = MWADLoss([student_channels], [teacher_channels], embed_dim=8).double()
         teacher = torch.randn(1, teacher_channels, 16, 16, dtype=torch.float64)
         student = torch.randn(1, student_channels, 8, 8, dtype=torch.float64)
-        qkv_teacher, _ = loss.project(0, student, teacher)
+        _, qkv_teacher = loss.project(0, student, teacher)
         resized = F.interpolate(loss.phi[0](teacher), size=(8, 8), mode="bilinear", align_corners=False)
         torch.testing.assert_close(qkv_teacher, loss.theta_teacher[0](resized), rtol=0, atol=1e-12)
 
 
 def test_gradient_reaches_every_projection_and_the_student_but_not_the_teacher() -> None:
-    loss = MWADLoss([4], [5], window_size=4, embed_dim=8)
+    loss = MWADLoss([4], [5], window_size=4, embed_dim=8, teacher_projections="learned")
     student, teacher = torch.randn(1, 4, 8, 8, requires_grad=True), torch.randn(1, 5, 8, 8, requires_grad=True)
     loss([student], [teacher]).loss.backward()
     assert student.grad is not None
@@ -87,9 +92,11 @@ def test_frozen_teacher_projections_are_semi_orthogonal_and_stay() -> None:
 
 
 def test_context_mean_divides_the_sum_by_the_width() -> None:
-    summed = MWADLoss([4], [5], window_size=4, embed_dim=8, shift="none", weights=(0.0, 0.0, 1.0))
+    summed = MWADLoss(
+        [4], [5], window_size=4, embed_dim=8, shift="none", terms=(0.0, 0.0, 1.0), context_reduction="sum"
+    )
     averaged = MWADLoss(
-        [4], [5], window_size=4, embed_dim=8, shift="none", weights=(0.0, 0.0, 1.0), context_reduction="mean"
+        [4], [5], window_size=4, embed_dim=8, shift="none", terms=(0.0, 0.0, 1.0), context_reduction="mean"
     )
     averaged.load_state_dict(summed.state_dict())
     student, teacher = maps([4], [(8, 8)], torch.float32), maps([5], [(8, 8)], torch.float32)
@@ -132,6 +139,69 @@ def test_evaluation_mode_does_not_shift_and_draws_nothing() -> None:
     assert torch.equal(before, generator.get_state())
 
 
+def test_the_paper_s_recipe_is_its_equations_bit_for_bit() -> None:
+    """Parameters drawn in this order, and these operations on them; no buffers."""
+    torch.manual_seed(0)
+    loss = MWADLoss([4, 96], [5, 64], window_size=4, embed_dim=8, shift="deterministic", **LITERAL)
+    torch.manual_seed(0)
+    phi = [ChannelProjection(5, 4), ChannelProjection(64, 96)]
+    theta_teacher, theta_student = ([ChannelProjection(width, 24, bias=False) for width in (4, 96)] for _ in range(2))
+    student, teacher = maps([4, 96], [(8, 8), (4, 8)], torch.float32), maps([5, 64], [(8, 8), (8, 8)], torch.float32)
+    first = windowed_distillation(theta_student[0](student[0]), theta_teacher[0](phi[0](teacher[0])), 4, (2, 2)).loss
+    # The wide student merges the two convolutions of its teacher.
+    matrix = theta_teacher[1].weight.flatten(1)
+    small = F.interpolate(teacher[1], size=(4, 8), mode="bilinear", align_corners=False)
+    merged = project(small, matrix @ phi[1].weight.flatten(1), matrix @ phi[1].bias)
+    second = windowed_distillation(theta_student[1](student[1]), merged, 4, (2, 2)).loss
+    assert torch.equal(loss(student, teacher).loss, torch.stack([first, second]).mean())
+    assert not list(loss.buffers())
+    assert all(parameter.requires_grad for parameter in loss.parameters())
+
+
+def test_standardised_teachers_are_those_with_mean_0_and_variance_1() -> None:
+    loss = MWADLoss([4], [5], window_size=4, embed_dim=8, shift="none")
+    raw = MWADLoss([4], [5], window_size=4, embed_dim=8, shift="none", teacher_normalization="none")
+    raw.load_state_dict({name: value for name, value in loss.state_dict().items() if "standardization" not in name})
+    student, (teacher,) = maps([4], [(4, 4)], torch.float32), maps([5], [(8, 8)], torch.float32)
+    scales, offsets = torch.tensor([30.0, 1.0, 0.01, 5.0, 1.0]), torch.tensor([100.0, 0.0, 1.0, -3.0, 0.0])
+    teacher = teacher * scales[:, None, None] + offsets[:, None, None]
+    flat = teacher.transpose(0, 1).flatten(1)
+    by_hand = (flat - flat.mean(1, keepdim=True)) / flat.std(1, correction=0, keepdim=True)
+    by_hand = by_hand.unflatten(1, (2, 8, 8)).transpose(0, 1)
+    expected = raw(student, [by_hand]).loss
+    assert raw(student, [teacher]).loss > 1.1 * expected
+    torch.testing.assert_close(loss(student, [teacher]).loss, expected)
+    torch.testing.assert_close(loss.eval()(student, [teacher]).loss, expected)
+
+
+def test_diagnostics_see_standardised_maps_and_leave_the_statistics_alone() -> None:
+    loss = MWADLoss([4], [5], window_size=4, embed_dim=8)
+    student, teacher = maps([4], [(8, 8)], torch.float32), maps([5], [(8, 8)], torch.float32)
+    teacher[0][:, 0] += 1000.0
+    collapsed = loss.diagnostics(student, teacher)
+    loss(student, teacher)
+    before = {name: value.clone() for name, value in loss.state_dict().items()}
+    healthy = loss.diagnostics(student, teacher)
+    assert all(torch.equal(before[name], value) for name, value in loss.state_dict().items())
+    assert healthy["stage0/teacher/value_cosine"] < 0.7 < collapsed["stage0/teacher/value_cosine"]
+    loss.eval()(student, [each + 1 for each in teacher])
+    assert all(torch.equal(before[name], value) for name, value in loss.state_dict().items())
+
+
+def test_a_stage_of_padding_is_warned_of_once() -> None:
+    loss = MWADLoss([4, 4, 4], [5, 5, 5], window_size=[4, 8, 8], embed_dim=8)
+    sizes = [(4, 4), (4, 8), (4, 4)]
+    student, teacher = maps([4] * 3, sizes, torch.float32), maps([5] * 3, sizes, torch.float32)
+    sentence = "75% of the tokens of MWAD's stage 2 are padding: its aligned grid is 4x4 and its windows 8x8"
+    with pytest.warns(UserWarning, match=f"^{sentence}; use smaller windows there") as caught:
+        loss(student, teacher)
+    # The second stage is half padding, which is not most of it.
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(student, teacher)
+
+
 FLOATING = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -141,7 +211,7 @@ FLOATING = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 def test_features_of_any_dtype_are_projected_in_that_of_the_parameters(
     width: int, student_dtype: torch.dtype, teacher_dtype: torch.dtype
 ) -> None:
-    loss = MWADLoss([width], [64], window_size=4, embed_dim=8, shift="none")
+    loss = MWADLoss([width], [64], window_size=4, embed_dim=8, shift="none", **LITERAL)
     student, teacher = maps([width], [(8, 8)], student_dtype), maps([64], [(8, 8)], teacher_dtype)
     leaves = [student[0].requires_grad_(), student[0].detach().float().requires_grad_()]
     actual, expected = loss(leaves[:1], teacher).loss, loss(leaves[1:], [teacher[0].float()]).loss
@@ -177,14 +247,27 @@ def test_a_half_precision_teacher_compiles_without_a_graph_break() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(student_channels=[4], teacher_channels=[4, 5]), "same number of stages, at least one; got 1 and 2"),
-        (dict(student_channels=[], teacher_channels=[]), "at least one; got 0 and 0"),
+        (dict(student_channels=[4], teacher_channels=[4, 5]), "same number of stages, at least one, got 1 and 2"),
+        (dict(student_channels=[], teacher_channels=[]), "at least one, got 0 and 0"),
         (dict(student_channels=[4], teacher_channels=[4], shift="random"), "shift must be one of 'stochastic'"),
-        (dict(student_channels=[4], teacher_channels=[4], window_size=[8, 8]), "window_size must be one number or one"),
+        (
+            dict(student_channels=[4], teacher_channels=[4], window_size=[8, 8]),
+            "window_size must be one number or one per",
+        ),
         (dict(student_channels=[4], teacher_channels=[4], window_size=0), "window_size must be at least 1, got 0"),
         (dict(student_channels=[4], teacher_channels=[4], teacher_projections="fixed"), "teacher_projections must be"),
-        (dict(student_channels=[4], teacher_channels=[4], weights=(1, 1)), r"weights=\(1, 1\) must be three finite"),
-        (dict(student_channels=[4], teacher_channels=[4], implementation="cuda"), "implementation='cuda' is not known"),
+        (
+            dict(student_channels=[4], teacher_channels=[4], teacher_normalization="whiten"),
+            "teacher_normalization must be one of 'none', 'standardize', got 'whiten'",
+        ),
+        (
+            dict(student_channels=[4], teacher_channels=[4], terms=(1, 1)),
+            r"terms must be three .*, got \(1, 1\)",
+        ),
+        (
+            dict(student_channels=[4], teacher_channels=[4], implementation="cuda"),
+            "must be one of .*, got 'cuda'",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_sentence(arguments: dict, message: str) -> None:
@@ -196,5 +279,5 @@ def test_wrong_features_are_refused_in_one_sentence() -> None:
     loss = MWADLoss([4], [5])
     with pytest.raises(ValueError, match=r"student_features\[0\] must be \[B, 4, H, W\].*got shape \(1, 3, 8, 8\)"):
         loss([torch.zeros(1, 3, 8, 8)], [torch.zeros(1, 5, 8, 8)])
-    with pytest.raises(ValueError, match="teacher_features must hold 1 maps, one a stage, got 2"):
+    with pytest.raises(ValueError, match="teacher_features must hold 1 maps, one per stage, got 2"):
         loss([torch.zeros(1, 4, 8, 8)], [torch.zeros(1, 5, 8, 8)] * 2)

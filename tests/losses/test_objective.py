@@ -1,13 +1,16 @@
 """Eq. 20, the task loss, and SWARD under the protocol of all methods."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sward.losses import (
+    PAPER,
     DistillationInputs,
     MWADLoss,
     PDRLoss,
@@ -47,7 +50,8 @@ def test_pdr_may_look_at_another_map() -> None:
     mwad, pdr = parts()
     logits, labels, student, teacher = batch()
     other = torch.randn(2, 9, 4, 4)
-    output = SWARDLoss(SegmentationCrossEntropy(), mwad, pdr)(logits, labels, student, teacher, other)
+    loss = SWARDLoss(SegmentationCrossEntropy(), mwad, pdr, weights=(1.0, 1.0, 0.1))
+    output = loss(logits, labels, student, teacher, other)
     torch.testing.assert_close(output.pdr, pdr(other, labels).loss)
 
 
@@ -62,21 +66,23 @@ def test_a_zero_weight_skips_the_part() -> None:
 def test_protocol_form_is_the_objective_without_its_task() -> None:
     mwad, pdr = parts()
     logits, labels, student, teacher = batch()
-    method = SWARDDistillation(mwad, pdr, student_taps=["a", "b"], teacher_taps=["x", "y"], pdr_tap="deep")
+    method = SWARDDistillation(
+        mwad, pdr, student_taps=["a", "b"], teacher_taps=["x", "y"], pdr_tap="deep", weights=PAPER.weights
+    )
     assert method.student_taps == ("a", "b", "deep")
     inputs = DistillationInputs(
         {"a": student[0], "b": student[1], "deep": student[1], "logits": logits},
         {"x": teacher[0], "y": teacher[1]},
         labels,
     )
-    whole = SWARDLoss(SegmentationCrossEntropy(), mwad, pdr)(logits, labels, student, teacher)
+    whole = SWARDLoss(SegmentationCrossEntropy(), mwad, pdr, weights=(1.0, 2.0, 1.0))(logits, labels, student, teacher)
     torch.testing.assert_close(method(inputs).loss, whole.loss - F.cross_entropy(logits, labels))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_weighted_terms_add_up_to_the_loss(reduction: str) -> None:
     mwad, pdr = parts()
-    mwad.weights, pdr.weights, mwad.context_reduction = (0.5, 2.0, 3.0), (0.3, 0.7), reduction
+    mwad.terms, pdr.terms, mwad.context_reduction = (0.5, 2.0, 3.0), (0.3, 0.7), reduction
     _, labels, student, teacher = batch()
     method = SWARDDistillation(mwad, pdr, student_taps=["a", "b"], teacher_taps=["x", "y"], weights=(0.2, 5.0))
     output = method(DistillationInputs(dict(zip("ab", student)), dict(zip("xy", teacher)), labels))
@@ -84,12 +90,108 @@ def test_weighted_terms_add_up_to_the_loss(reduction: str) -> None:
     torch.testing.assert_close(output.weighted["context"], 0.2 * 3.0 * output.terms["context"])
 
 
-def test_without_weight_mwad_neither_learns_nor_reports() -> None:
+def test_without_weight_mwad_reports_nothing() -> None:
     mwad, pdr = parts()
     _, labels, student, teacher = batch()
     method = SWARDDistillation(mwad, pdr, student_taps=["a", "b"], teacher_taps=["x", "y"], weights=(0.0, 1.0))
-    assert not any(parameter.requires_grad for parameter in method.parameters())
     assert method.diagnostics(DistillationInputs(dict(zip("ab", student)), dict(zip("xy", teacher)), labels)) == {}
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 2.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0)])
+def test_parts_of_weight_zero_stay_in_the_graph(weights: tuple[float, float, float]) -> None:
+    mwad, pdr = parts()
+    logits, labels, student, teacher = batch()
+    logits.data[0, 0, 0, 0] = float("inf") if not weights[0] else 1.0  # a part that is not computed cannot be NaN
+    output = SWARDLoss(SegmentationCrossEntropy(), mwad, pdr, weights=weights)(logits, labels, student, teacher)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    trained = [parameter for parameter in mwad.parameters() if parameter.requires_grad]
+    for weight, tensors in zip(weights, ([logits], [*trained, student[0]], [])):
+        for tensor in tensors:
+            assert tensor.grad is not None
+            assert tensor.grad.any() == bool(weight)
+
+
+def test_a_weight_that_is_ramped_up_from_zero_trains_the_projections() -> None:
+    mwad, pdr = parts()
+    logits, labels, student, teacher = batch()
+    objective = SWARDLoss(SegmentationCrossEntropy(), mwad, pdr, weights=(1.0, 0.0, 1.0))
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    before = [parameter.detach().clone() for parameter in trained]
+    for beta, moves in ((0.0, False), (2.0, True)):
+        objective.weights = (1.0, beta, 1.0)
+        optimizer.zero_grad()
+        objective(logits, labels, student, teacher).loss.backward()
+        optimizer.step()
+        assert all(torch.equal(one, other) != moves for one, other in zip(before, trained))
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, -1.0, 1.0), (1.0, float("nan"), 1.0), (1.0, float("inf"), 1.0)])
+def test_weights_that_eq_20_does_not_have_are_refused(weights: tuple[float, ...]) -> None:
+    message = re.escape(f"weights must be 3 finite numbers of at least 0, for alpha, beta, gamma, got {weights}")
+    with pytest.raises(ValueError, match=message):
+        SWARDLoss(SegmentationCrossEntropy(), *parts(), weights=weights)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"weights must be 2 finite numbers of at least 0, for beta, gamma, got \(2, -1\)"
+    ):
+        SWARDDistillation(*parts(), student_taps=["a", "b"], teacher_taps=["x", "y"], weights=(2, -1))
+
+
+DISTRIBUTED = """
+import sys
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from sward.losses import MWADLoss, PDRLoss, SegmentationCrossEntropy, SWARDLoss
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+torch.manual_seed(0)
+
+
+class Student(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)
+        self.only_for_distillation = nn.Conv2d(4, 4, 1)
+        mwad = MWADLoss([4], [5], window_size=4, embed_dim=8, teacher_projections="learned")
+        self.loss = SWARDLoss(SegmentationCrossEntropy(), mwad, PDRLoss(3))
+
+    def forward(self, images, labels, teacher):
+        features = self.trunk(images)
+        return self.loss(self.head(features), labels, [self.only_for_distillation(features)], teacher).loss
+
+
+student = Student()
+wrapped = DistributedDataParallel(student)
+optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+# Two steps each: DDP complains of parameters that the step before left without a gradient.
+for weights in ((1.0, 0.0, 0.0), (1.0, 0.0, 0.5), (0.0, 2.0, 0.0), (1.0, 2.0, 1.0)):
+    student.loss.weights = weights
+    before = student.loss.mwad.theta_student[0].weight.detach().clone()
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = wrapped(torch.randn(2, 3, 8, 8), torch.randint(3, (2, 8, 8)), [torch.randn(2, 5, 8, 8)])
+        loss.backward()
+        optimizer.step()
+    assert torch.equal(before, student.loss.mwad.theta_student[0].weight) == (weights[1] == 0)
+torch.distributed.destroy_process_group()
+print("trained")
+"""
+
+
+def test_a_weight_of_zero_trains_under_ddp_and_can_be_ramped_up(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DISTRIBUTED]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        output, errors = process.communicate(timeout=120)
+        assert output.strip() == "trained", errors[-2000:]
 
 
 def test_cross_entropy_leaves_ignored_pixels_out_of_the_mean() -> None:
@@ -122,7 +224,7 @@ def test_all_ignored_costs_nothing(classes: int) -> None:
 def test_cross_entropy_refuses_a_label_that_is_no_class(channels: int) -> None:
     logits, labels = torch.randn(2, channels, 4, 4), torch.full((2, 4, 4), 255)
     labels[1, 2, 3] = 7
-    message = r"labels hold 7, which is neither a class in 0\.\.1 nor ignore_index=255"
+    message = r"labels must be classes in 0\.\.1 or ignore_index=255, got 7"
     for loss in (SegmentationCrossEntropy(), torch.compile(SegmentationCrossEntropy(), backend="aot_eager")):
         with pytest.raises(ValueError, match=message):
             loss(logits, labels)
@@ -167,15 +269,29 @@ def test_cross_entropy_compiles_without_a_graph_break(channels: int) -> None:
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_logits_of_other_classes_than_pdr_are_refused(channels: int) -> None:
     _, labels, student, teacher = batch()
+    loss = SWARDLoss(SegmentationCrossEntropy(), *parts(), weights=(1.0, 2.0, 1.0))
     with pytest.raises(ValueError, match=rf"the logits \(2, {channels}, 16, 16\), .*got PDRLoss\(num_classes=3\)"):
-        SWARDLoss(SegmentationCrossEntropy(), *parts())(torch.randn(2, channels, 16, 16), labels, student, teacher)
+        loss(torch.randn(2, channels, 16, 16), labels, student, teacher)
 
 
 def test_one_logit_goes_with_two_prototypes() -> None:
     _, labels, student, teacher = batch()
     mwad, _ = parts()
-    loss = SWARDLoss(SegmentationCrossEntropy(), mwad, PDRLoss(2))
+    loss = SWARDLoss(SegmentationCrossEntropy(), mwad, PDRLoss(2), weights=(1.0, 1.0, 0.1))
     assert loss(torch.randn(2, 1, 16, 16), labels.clamp(max=1), student, teacher).loss.isfinite()
+
+
+def test_the_recommended_recipe_needs_no_pdr_and_every_learnable_parameter_gets_a_gradient() -> None:
+    logits, labels, student, teacher = batch()
+    mwad, _ = parts()
+    loss = SWARDLoss(SegmentationCrossEntropy(), mwad)
+    output = loss(logits, labels, student, teacher)
+    torch.testing.assert_close(output.loss, F.cross_entropy(logits, labels) + mwad(student, teacher).loss)
+    assert output.pdr == output.terms["separation"] == 0
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in loss.parameters() if parameter.requires_grad)
+    with pytest.raises(ValueError, match="pdr must be a PDRLoss where its weight gamma is not 0, got None"):
+        SWARDLoss(SegmentationCrossEntropy(), mwad, weights=(1.0, 2.0, 1.0))
 
 
 def test_importing_the_losses_is_light() -> None:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sward.losses.cirkd import CIRKDLoss
 from sward.losses.protocol import LOGITS, DistillationInputs, DistillationLoss
+from sward.losses.standardized import StandardizedTeacher
 from tests.support.peers import PEERS, batch
 
 GRIDS = [(8, 8), (7, 9), (16, 8)]
@@ -51,6 +52,26 @@ def check(method: DistillationLoss, inputs: DistillationInputs) -> Tensor:
         assert gradient.any()
     assert all(maps.grad is None for maps in inputs.teacher.values())
     return output.loss.detach()
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if uses_features(build(name))])
+def test_any_method_can_read_standardised_features(name: str) -> None:
+    inputs = batch()
+    teacher = inputs.teacher["t"]
+    scaled = teacher * torch.tensor([30.0, 1.0, 0.01, 5.0, 1.0])[:, None, None] + 2
+    by_hand = (teacher - teacher.mean((0, 2, 3), keepdim=True)) / teacher.std((0, 2, 3), correction=0, keepdim=True)
+    method = StandardizedTeacher(build(name), [5])
+    assert (method.student_taps, method.teacher_taps) == (method.method.student_taps, method.method.teacher_taps)
+    expected = build(name)(inputs._replace(teacher={**inputs.teacher, "t": by_hand})).loss
+    loss = check(method, inputs._replace(teacher={**inputs.teacher, "t": scaled}))
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_method_on_logits_has_nothing_to_standardise() -> None:
+    with pytest.raises(ValueError, match=r"one number per teacher map of KDLoss, at least one; got 0 for \[\]"):
+        StandardizedTeacher(build("kd"), [])
+    with pytest.raises(ValueError, match=r"got 2 for \['t'\]"):
+        StandardizedTeacher(build("fitnet"), [5, 5])
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -222,7 +243,7 @@ def train(name: str, wrap: Any, part: slice) -> dict[str, Any]:
     toy = Toy(build(name))
     if isinstance(toy.method, CIRKDLoss):
         # Batch statistics and pairs of images are those of a process; the memory is everyone's.
-        toy.method.weights = (1.0, 0.0, 1.0, 1.0)
+        toy.method.terms = (1.0, 0.0, 1.0, 1.0)
         toy.method.projector[1].eval()
     module = wrap(toy)
     optimizer = torch.optim.SGD(toy.parameters(), lr=0.05)

@@ -72,7 +72,7 @@ def test_mwad_reports_every_stage_and_side_and_draws_nothing() -> None:
     assert set(health) == {
         f"stage{stage}/{side}/{name}"
         for stage in (0, 1)
-        for side in ("teacher", "student")
+        for side in ("student", "teacher")
         for name in ("value_rank", "value_cosine", "attention_entropy")
     }
     assert not any(value.requires_grad for value in health.values())

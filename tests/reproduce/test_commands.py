@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from sward.cli.main import main
+from sward.reproduce.tables import escape_latex
+from tests.support.drawn_figures import DrawnFigure
 from tests.support.real_data import real_data_root
 
 pytestmark = pytest.mark.slow
@@ -25,6 +27,16 @@ FIGURES = {
     "figure4": ["figure4-small"],
     "attention": ["attention-clinicdb-small"],
 }
+PANELS = {
+    "figure1": [["image", "teacher", "baseline", "SWARD"], [""] * 4],
+    "figure3": [["image", "ground truth", "teacher", "baseline", "FreeKD", "SWARD"], [""] * 6, [""] * 6],
+    "figure4": [
+        ["(a) student alone", "(b) teacher", "silhouette"],
+        ["(c) student with MWAD", "(d) student with MWAD + PDR", "Fisher ratio"],
+    ],
+    "attention": [["window and query", "teacher", "student"], *[[""] * 3] * 3],
+}
+"""Titles of the panels, row by row."""
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +58,16 @@ def test_table(what: str, output: Path) -> None:
     assert len(lines) > 3
     counts = lines[0].split(",").index("runs")
     assert {line.split(",")[counts] for line in lines[1:] if '"' not in line} == {"1"}
-    assert (output / f"{TABLES[what]}.md").stat().st_size > 500
-    assert (output / f"{TABLES[what]}.tex").stat().st_size > 500
+    cells = [line.split(",")[0] for line in lines[1:] if '"' not in line]
+    markdown = (output / f"{TABLES[what]}.md").read_text(encoding="utf-8")
+    latex = (output / f"{TABLES[what]}.tex").read_text(encoding="utf-8")
+    assert all(f"| {cell} |" in markdown and f"{escape_latex(cell)} &" in latex for cell in cells)
 
 
 @pytest.mark.parametrize("what", FIGURES)
-def test_figure(what: str, output: Path) -> None:
+def test_figure(what: str, output: Path, drawn_figures: list[DrawnFigure]) -> None:
     assert run(what, output) == 0
-    for name in FIGURES[what]:
-        for suffix in ("png", "svg"):
-            assert (output / f"{name}.{suffix}").stat().st_size > 5000
+    assert [drawn.path for drawn in drawn_figures] == [output / f"{name}.png" for name in FIGURES[what]]
+    for drawn in drawn_figures:
+        assert [[axis.get_title() for axis in row] for row in drawn.panels()] == PANELS[what]
+        drawn.assert_svg_beside()

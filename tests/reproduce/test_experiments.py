@@ -19,7 +19,7 @@ TABLES = [
     *(
         make(preset)
         for make in (methods, questions)
-        for preset in ("clinicdb-small", "camvid-small", "cityscapes-mbv3")
+        for preset in ("clinicdb-small", "colondb-small", "camvid-small", "cityscapes-mbv3")
     ),
 ]
 
@@ -72,7 +72,7 @@ def test_table_3_switches_the_terms_on_one_after_the_other() -> None:
 
 def test_table_4_changes_the_shift_alone() -> None:
     study = Study(Options("table4"))
-    configs = [study.config(row.runs[0], 0) for row in experiments.table4("paper").rows]
+    configs = [study.config(row.runs[0], 0) for row in experiments.table4("paper").rows[1:]]
     assert [config.sward.shift for config in configs] == ["none", "deterministic", "stochastic"]
     for config in configs:
         config.sward.shift, config.output = "none", Path()
@@ -87,17 +87,29 @@ def test_methods_are_those_of_sward_train() -> None:
 def test_questions_change_one_thing_each_from_the_preset() -> None:
     base = presets.get("clinicdb-small").student.sward
     study = Study(Options("questions"))
-    runs = [row.runs[0] for row in questions("clinicdb-small").rows[2:]]
-    for run in runs[:-1]:
-        assert len(run.overrides) == 1
-        assert study.config(run, 0).sward != base
-    literal = study.config(runs[-1], 0).sward
-    assert literal == presets.get("clinicdb-unext").student.sward
+    runs = {row.title: row.runs[0] for row in questions("clinicdb-small").rows[2:]}
+    changed = {title: study.config(run, 0) for title, run in runs.items()}
+    literal = changed.pop("SWARD as the paper sets it")
+    assert (literal.recipe, literal.sward) == ("paper", presets.get("clinicdb-unext").student.sward)
+    for title, config in changed.items():
+        # How PDR's features are scaled matters only where PDR has a weight.
+        fields = 2 if title == "PDR on features as they are" else 1
+        assert sum(getattr(config.sward, name) != value for name, value in vars(base).items()) == fields, title
+
+
+def test_a_preset_without_pdr_adds_it_and_one_with_it_leaves_it_out() -> None:
+    study = Study(Options("table3"))
+    for preset, beta, gamma in (("colondb-small", 1.0, 0.1), ("colondb-resunetpp", 2.0, 1.0)):
+        assert study.config(experiments.mwad(preset), 0).sward.weights == (beta, 0.0)
+        assert study.config(experiments.with_pdr(preset), 0).sward.weights == (beta, gamma)
+        assert [run.name for run in (experiments.mwad(preset), experiments.with_pdr(preset))].count("sward") == 1
+    rows = experiments.table3("small").rows[2:]
+    assert len({row.runs[0].name for row in rows}) == len(rows)
 
 
 def test_scores_on_validation_images_are_of_the_last_weights() -> None:
     (camvid,) = experiments.table1("small").tests
-    clinic, unseen = experiments.table2("small").tests
+    clinic, _, unseen = experiments.table2("small").tests
     student, teacher = experiments.method("camvid-small", "sward"), teacher_of("camvid-small")
     assert [test.checkpoint(student) for test in (camvid, clinic, unseen)] == ["last", "best", "best"]
     assert camvid.checkpoint(teacher) == "best"

@@ -150,9 +150,9 @@ def test_the_printed_command_trains_the_same_configuration(capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--iterations", "2", "--epochs", "2"], "give --iterations or --epochs, not both"),
+        (["--iterations", "2", "--epochs", "2"], "only one of iterations and epochs may be set, got 2 and 2"),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
-        (["--only", "swrd"], "only: there is no run 'swrd' here; there are at, cirkd"),
+        (["--only", "swrd"], "only must name runs of methods, got 'swrd'; they are at, cirkd"),
         (["--preset", "clinicdb-small", "--data", "nowhere"], "there is no pretrained trunk at checkpoints/vit_small"),
         (["--preset", "clinicdb-small", "--data", "nowhere", "--untrained-trunk"], "CVC-ClinicDB not found"),
     ],
@@ -165,7 +165,7 @@ def test_mistakes_end_in_one_sentence(words: list[str], sentence: str, capsys: p
 
 def test_a_preset_is_refused_where_the_paper_sets_the_pairs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "table3", "--preset", "demo", "--output", "out", "--dry-run"]) == 2
-    assert "preset: table3 has its own pairs; methods shows every method on demo" in capsys.readouterr().err
+    assert "preset must be None for table3, got 'demo'; use methods instead" in capsys.readouterr().err
 
 
 def test_differences_name_the_field_and_leave_out_where_a_run_works() -> None:

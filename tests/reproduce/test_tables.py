@@ -6,23 +6,29 @@ import csv
 import io
 import statistics
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
 
-from sward.reproduce.experiments import table2
-from sward.reproduce.tables import (
+from sward.evaluation import Evaluation
+from sward.reproduce import paired
+from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, methods, table2
+from sward.reproduce.options import Options
+from sward.reproduce.paired import Difference, paired_bootstrap, paired_t
+from sward.reproduce.rendering import (
     Column,
+    Comparison,
     FilledTable,
     Mean,
-    average,
     comma_separated,
     escape_latex,
     latex,
     markdown,
-    model_costs,
-    signs_of_collapse,
     write,
 )
+from sward.reproduce.study import Cost, Study
+from sward.reproduce.tables import average, fill, model_costs, signs_of_collapse
 
 TABLE = FilledTable(
     "50 % of A & B",
@@ -76,10 +82,136 @@ def test_latex_escapes_everything_that_means_something() -> None:
     assert {line.replace("\\&", "").count("&") for line in body.splitlines()[1:] if line} == {3}
 
 
+COMPARED = FilledTable(
+    "",
+    (Column("method"), Column("mDice"), Column("mDice - alone (95 %)")),
+    (
+        ("alone", Mean(50.0, 1.0, 2), None),
+        (
+            "+ SWARD",
+            Mean(60.0, 1.0, 2),
+            Comparison(Difference(10.0, -1.5, 21.5, 2), Difference(10.0, 4.0, 16.0, 2)),
+        ),
+        ("+ CWD", Mean(59.0, 1.0, 2), Comparison(Difference(9.0, 8.0, 10.0, 2), None)),
+    ),
+    (),
+    frozenset({(1, 1)}),
+)
+
+
+def test_a_difference_is_written_with_its_interval_and_what_is_bold_as_such() -> None:
+    assert "| + SWARD | **60.00 ± 1.00** | +10.00 (-1.50 to +21.50) |" in markdown(COMPARED)
+    assert "+ SWARD & \\textbf{60.00 $\\pm$ 1.00} & +10.00 (-1.50 to +21.50) \\\\" in latex(COMPARED)
+    assert markdown(COMPARED).count("**") == 4  # and the caption's
+    alone, sward, cwd = csv.DictReader(io.StringIO(comma_separated(COMPARED)))
+    names = [f"mDice - alone (95 %) {part}" for part in ("mean", "low", "high", "n", "bootstrap low", "bootstrap high")]
+    assert list(alone) == ["method", "mDice mean", "mDice std", "mDice n", *names]
+    assert [sward[name] for name in names] == ["10.0", "-1.5", "21.5", "2", "4.0", "16.0"]
+    assert [cwd[name] for name in names] == ["9.0", "8.0", "10.0", "2", "", ""]
+    assert {alone[name] for name in names} == {""}
+
+
+def test_paired_t_by_hand() -> None:
+    found = paired_t([12.0, 15.0, 18.0])
+    assert found is not None
+    assert (found.mean, found.count) == (15.0, 3)
+    # s = 3, so the standard error is sqrt(3); Student's t for 2 degrees of freedom is 4.303.
+    assert (found.low, found.high) == pytest.approx((15 - 4.303 * 3**0.5, 15 + 4.303 * 3**0.5))
+    assert found.is_gain
+    assert not paired_t([-1.0, 15.0, 18.0]).is_gain
+    assert paired_t([12.0]) is None
+    assert paired_t([]) is None
+
+
+def test_quantiles_are_those_of_student_s_t() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    assert list(paired.STUDENT_T) == pytest.approx(stats.t.ppf(0.975, range(1, 31)).tolist(), abs=6e-4)
+    # More seeds than the table has: not narrower than it should be.
+    wide = paired_t([0.0, 1.0] * 40)
+    assert wide.high - wide.mean == pytest.approx(2.042 * statistics.stdev([0.0, 1.0] * 40) / 80**0.5)
+
+
+def test_the_bootstrap_covers_seeds_and_images() -> None:
+    generator = np.random.default_rng(0)
+    images = generator.normal(5.0, 10.0, size=400)
+    # All seeds alike: what is left is the standard error over images, 10 / sqrt(400).
+    found = paired_bootstrap([images, images, images])
+    assert found.mean == pytest.approx(images.mean())
+    half = 1.96 * images.std() / 20
+    assert (found.low, found.high) == pytest.approx((images.mean() - half, images.mean() + half), abs=0.1)
+    # Seeds that differ widen it; with two, all of the first or all of the second are a quarter of the resamples each.
+    spread = paired_bootstrap([images - 50, images + 50])
+    assert spread.low < found.mean - 48
+    assert spread.high > found.mean + 48
+    assert paired_bootstrap([images]) is None
+
+
+def test_the_bootstrap_leaves_out_images_without_a_score() -> None:
+    found = paired_bootstrap([[1.0, np.nan, 3.0], [1.0, np.nan, 3.0]])
+    assert found.mean == 2.0
+    assert (found.low, found.high) == (1.0, 3.0)
+
+
+class Scored(Study):
+    """A study whose runs are finished, with the Dice of three seeds each."""
+
+    DICE: ClassVar[dict[str, list[float]]] = {
+        TEACHER: [0.9],
+        "none": [0.50, 0.40, 0.45],
+        "sward": [0.60, 0.51, 0.54],  # +10, +11, +9: 10 +- 4.303 / sqrt(3)
+        "cwd": [0.70, 0.30, 0.66],  # the best on average on the second test, but not surely better
+    }
+
+    def cost(self, run: Run, seed: int) -> Cost | None:
+        return Cost(steps=1, seconds=1.0, peak_memory=None) if run.name in self.DICE else None
+
+    def evaluation(self, run: Run, seed: int, test: EvaluationSet) -> Evaluation | None:
+        if run.name not in self.DICE:
+            return None
+        dice = self.DICE[run.name][seed] + (0.1 if run.name == "cwd" and test.dataset else 0.0)
+        per_image = {"dice": [dice - 0.1, dice + 0.1], "iou": [0.0, 0.0]}
+        return Evaluation(2, 0.5, 0.5, {}, dice, 0.0, dice, None if test.dataset else per_image)
+
+
+def test_only_a_winner_whose_interval_is_above_zero_is_bold(monkeypatch: pytest.MonkeyPatch) -> None:
+    filled = fill(methods("clinicdb-small"), Scored(Options("methods", seeds=3)))
+    headers = [column.header for column in filled.columns]
+    own, unseen = headers.index("CVC-ClinicDB mDice"), headers.index("CVC-ColonDB, unseen mDice")
+    rows = {row[0]: (index, row) for index, row in enumerate(filled.rows)}
+    index, row = rows["+ SWARD"]
+    compared = row[headers.index("CVC-ClinicDB mDice - alone (95 %)")]
+    assert compared.by_seed.mean == pytest.approx(10.0)
+    assert compared.by_seed.low == pytest.approx(10 - 4.303 / 3**0.5, abs=1e-3)
+    assert compared.by_image.mean == pytest.approx(10.0)
+    # Two images with equal differences: the bootstrap's spread is that of the seeds.
+    assert compared.by_image.low == pytest.approx(9.0, abs=0.4)
+    assert row[headers.index("CVC-ColonDB, unseen mDice - alone (95 %)")].by_image is None
+    assert rows["teacher"][1][headers.index("CVC-ClinicDB mDice - alone (95 %)")] is None
+    assert rows["student alone"][1][headers.index("CVC-ClinicDB mDice - alone (95 %)")] is None
+    # On the first test CWD's 55.3 is the highest mean, on the second its 65.3; neither interval is above zero.
+    assert rows["+ CWD"][1][own].mean > row[own].mean
+    assert rows["+ CWD"][1][unseen].mean > row[unseen].mean
+    assert filled.bold == frozenset()
+    monkeypatch.setitem(Scored.DICE, "cwd", [0.1, 0.1, 0.1])
+    again = fill(methods("clinicdb-small"), Scored(Options("methods", seeds=3)))
+    assert again.bold == {(index, own), (index, unseen)}
+    assert any(note.startswith("Minus alone") for note in filled.notes)
+
+
+def test_one_seed_has_no_column_of_differences() -> None:
+    filled = fill(methods("clinicdb-small"), Scored(Options("methods", seeds=1)))
+    assert not any("alone" in column.header for column in filled.columns)
+    assert not filled.bold
+
+
 def test_write_leaves_three_files(tmp_path: Path) -> None:
     paths = write(TABLE, tmp_path / "new" / "table1-small")
     assert [path.name for path in paths] == ["table1-small.md", "table1-small.csv", "table1-small.tex"]
-    assert all(path.stat().st_size for path in paths)
+    assert [path.read_text(encoding="utf-8") for path in paths] == [
+        markdown(TABLE),
+        comma_separated(TABLE),
+        latex(TABLE),
+    ]
 
 
 def test_costs_follow_the_paper_s_counting_rule() -> None:

@@ -1,4 +1,4 @@
-"""Inputs of windowed distillation in every memory layout, and what an implementation makes of them."""
+"""Inputs of windowed distillation in every memory layout, and the results of an implementation for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from sward_kernels.windows import Shift
 from tests.support.error_budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
 
 WEIGHTS = (0.7, 1.3, 0.4)
-TERMS = ("loss", "attention", "value", "context")
+"""Weights of the attention, value and context terms."""
+
+SCALARS = ("loss", "attention", "value", "context")
 
 
 def _sliced_channels_last(maps: Tensor) -> Tensor:
@@ -48,50 +50,57 @@ def maps_like(
     scale: float = 1.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """A teacher and a student map with normal values."""
+    """A student and a teacher map with normal values."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(2, *shape, generator=generator, dtype=torch.float64) * scale
     teacher, student = (LAYOUTS[layout](one.to(dtype)) for one in values)
-    return teacher, student
+    return student, teacher
 
 
 class Outcome(NamedTuple):
     result: WindowedDistillation
-    gradient_teacher: Tensor
     gradient_student: Tensor
+    gradient_teacher: Tensor
 
 
 def run(
-    teacher: Tensor,
     student: Tensor,
+    teacher: Tensor,
     window_size: int,
     shift: Shift = (0, 0),
     *,
-    weights: tuple[float, float, float] = WEIGHTS,
+    terms: tuple[float, float, float] = WEIGHTS,
     implementation: str = "eager",
     upstream: float = 1.0,
 ) -> Outcome:
-    """Forward and backward with respect to both maps."""
-    teacher, student = teacher.detach().requires_grad_(), student.detach().requires_grad_()
-    result = windowed_distillation(teacher, student, window_size, shift, weights=weights, implementation=implementation)
-    gradient_teacher, gradient_student = torch.autograd.grad(result.loss * upstream, (teacher, student))
+    """Run forward and backward with respect to both maps."""
+    student, teacher = student.detach().requires_grad_(), teacher.detach().requires_grad_()
+    result = windowed_distillation(
+        qkv_student=student,
+        qkv_teacher=teacher,
+        window_size=window_size,
+        shift=shift,
+        terms=terms,
+        implementation=implementation,
+    )
+    gradient_student, gradient_teacher = torch.autograd.grad(result.loss * upstream, (student, teacher))
     detached = WindowedDistillation(*(value.detach() for value in result))
-    return Outcome(detached, gradient_teacher, gradient_student)
+    return Outcome(detached, gradient_student, gradient_teacher)
 
 
 def assert_outcome_within_budget(actual: Outcome, reference: Outcome, oracle: Outcome) -> None:
-    """Every term and gradient is as near to float64 as the reference in that dtype is, times the factors."""
-    for name in TERMS:
+    """Every scalar and gradient is as near to float64 as the reference in that dtype is, times the factors."""
+    for name in SCALARS:
         value, plain, exact = (getattr(outcome.result, name) for outcome in (actual, reference, oracle))
         assert_within_budget(value, plain, exact, FORWARD_FACTOR, name)
-    for name in ("gradient_teacher", "gradient_student"):
+    for name in ("gradient_student", "gradient_teacher"):
         value, plain, exact = (getattr(outcome, name) for outcome in (actual, reference, oracle))
         assert_within_budget(value, plain, exact, GRADIENT_FACTOR, name)
 
 
 def assert_same(actual: Outcome, expected: Outcome, tolerance: float = 1e-10) -> None:
-    """Terms and gradients agree to `tolerance`, relative to the largest value of each."""
-    names = (*TERMS, "gradient_teacher", "gradient_student")
+    """Scalars and gradients agree to `tolerance`, relative to the largest value of each."""
+    names = (*SCALARS, "gradient_student", "gradient_teacher")
     pairs = zip(names, (*actual.result, *actual[1:]), (*expected.result, *expected[1:]))
     for name, one, other in pairs:
         assert torch.isfinite(one).all(), f"{name} is not finite"

@@ -23,7 +23,7 @@ def _cirkd(student_channels: int, teacher_channels: int, num_classes: int) -> Di
         teacher_channels,
         num_classes,
         **TAPS,
-        weights=(1.0, 1.0, 0.5, 0.5),
+        terms=(1.0, 1.0, 0.5, 0.5),
         pixel_queue_size=200,
         region_queue_size=20,
         pixel_keys=60,

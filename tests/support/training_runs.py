@@ -11,8 +11,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sward import data, methods
@@ -40,7 +42,8 @@ def small(output: Path, **changes: Any) -> DistillationConfig:
         iterations=4,
         log_every=1,
         teacher=TeacherConfig(name="hiera_demo", untrained=True),
-        sward=SWARDConfig(window_size=(4,), embed_dim=8),
+        # PDR too, which the recommended recipe leaves out.
+        sward=SWARDConfig(weights=(1.0, 0.1), window_size=(4,), embed_dim=8),
         output=output,
     )
     for name, value in changes.items():
@@ -49,7 +52,7 @@ def small(output: Path, **changes: Any) -> DistillationConfig:
 
 
 def small_cirkd(
-    pair: methods.DistillationPair, weights: tuple[float, float, float, float] = (1.0, 1.0, 0.1, 0.1)
+    pair: methods.DistillationPair, terms: tuple[float, float, float, float] = (1.0, 1.0, 0.1, 0.1)
 ) -> DistillationLoss:
     """`cirkd` as `sward.methods` builds it, with a memory that a CPU fills and reads in no time."""
     with pytest.MonkeyPatch.context() as patch:
@@ -58,7 +61,7 @@ def small_cirkd(
             "CIRKDLoss",
             functools.partial(
                 CIRKDLoss,
-                weights=weights,
+                terms=terms,
                 pixel_queue_size=128,
                 region_queue_size=8,
                 pixel_keys=64,
@@ -67,6 +70,14 @@ def small_cirkd(
             ),
         )
         return _full_cirkd(pair)
+
+
+def write_images(folder: Path, count: int = 5) -> None:
+    """Write random photos without masks."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (48, 56, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
 def use_few_images(patch: pytest.MonkeyPatch) -> None:

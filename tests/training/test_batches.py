@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sward import data
-from sward.training import EpochSampler, batches
+from sward.training.batches import EpochSampler, batches
 
 pytestmark = pytest.mark.usefixtures("few_images")
 

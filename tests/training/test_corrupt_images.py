@@ -35,7 +35,7 @@ def train(root: Path, *options: str) -> int:
 def test_stop_names_the_file(root: Path, workers: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(root, "--dataset.workers", workers) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith(f"sward train: cannot read {root}/images/train/1.png as an image: it is damaged")
+    assert lines[-1].startswith(f"sward train: cannot read {root}/images/train/1.png: the file is damaged")
     assert not any("Traceback" in line for line in lines)
 
 
@@ -48,7 +48,7 @@ def test_skip_trains_on(root: Path) -> None:
 def test_missing_mask(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "masks/train/2.png").unlink()
     assert train(root) == 2
-    assert f"image {root}/images/train/2.png has no mask: " in capsys.readouterr().err
+    assert f"image {root}/images/train/2.png has no mask; " in capsys.readouterr().err
     shutil.rmtree(root / "masks")
     assert train(root) == 2
-    assert "the folder 'masks/train' is missing beside 'images/train'" in capsys.readouterr().err
+    assert "the folder 'masks/train' is missing next to 'images/train'" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from sward import data
 from sward.cli.main import main
-from sward.losses import SegmentationCrossEntropy
+from sward.losses import MWADLoss, SegmentationCrossEntropy
 from sward.runs import train_student
 from sward.training.observation import (
+    CollapseWatch,
     LossWatch,
     NonFiniteLossError,
     StepOutput,
@@ -36,8 +38,9 @@ def test_a_log_line_holds_raw_and_weighted_terms_health_and_cost(tmp_path: Path)
         weighted = line["weighted"]
         assert set(weighted) == {"task", "attention", "value", "context", "separation", "compactness"}
         assert sum(weighted.values()) == pytest.approx(line["loss"], rel=1e-5)
-        assert weighted["attention"] == pytest.approx(2 * line["attention"], rel=1e-5)
-        assert weighted["separation"] == pytest.approx(line["separation"], rel=1e-5)
+        beta, gamma = config.sward.weights
+        assert weighted["attention"] == pytest.approx(beta * line["attention"], rel=1e-5)
+        assert weighted["separation"] == pytest.approx(gamma * line["separation"], rel=1e-5)
         assert {f"stage{stage}/student/value_rank" for stage in range(4)} <= set(line["diagnostics"])
         assert line["gradient_norm"] > 0
         assert line["lr"] > 0 or line["step"] == 4
@@ -51,6 +54,52 @@ def test_how_often_a_run_is_logged_changes_nothing(tmp_path: Path) -> None:
         train_student(small(tmp_path / str(every), log_every=every))
     often, seldom = (checkpoint(tmp_path / name)["model"] for name in ("1", "4"))
     assert all(torch.equal(often[key], seldom[key]) for key in often)
+
+
+HEALTHY = {"value_rank": 12.0, "value_cosine": 0.97, "attention_entropy": 0.998}
+
+
+@pytest.mark.parametrize(
+    ("sign", "collapsed"), [("value_rank", 1.2), ("value_cosine", 0.995), ("attention_entropy", 0.99995)]
+)
+def test_a_collapse_that_lasts_is_warned_of_once_with_its_cure(sign: str, collapsed: float) -> None:
+    watch = CollapseWatch()
+
+    def look(side: str = "teacher", **changes: float) -> None:
+        watch.look({f"stage0/student/{name}": value for name, value in HEALTHY.items()})
+        watch.look({f"stage2/{side}/{name}": value for name, value in {**HEALTHY, **changes}.items()})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(watch.WINDOW - 1):
+            look(**{sign: collapsed})
+        look()
+        for _ in range(watch.WINDOW - 1):
+            look(**{sign: collapsed})
+        for _ in range(watch.WINDOW):
+            look("student", **{sign: collapsed})
+    with pytest.warns(
+        UserWarning, match=r"projections of stage2 have collapsed: .* --sward.teacher-projections frozen"
+    ):
+        look(**{sign: collapsed})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2 * watch.WINDOW):
+            look(**{sign: collapsed})
+
+
+def test_a_run_whose_projections_collapse_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CollapseWatch, "WINDOW", 3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*have collapsed")
+        train_student(small(tmp_path / "healthy"))
+
+    def forgetful(self: MWADLoss, *features: object) -> dict[str, Tensor]:
+        return {"stage1/teacher/value_rank": torch.tensor(1.0)}
+
+    monkeypatch.setattr(MWADLoss, "diagnostics", forgetful)
+    with pytest.warns(UserWarning, match="projections of stage1 have collapsed: effective rank of the values 1 "):
+        train_student(small(tmp_path / "collapsed"))
 
 
 class PoisonedAt(SegmentationCrossEntropy):

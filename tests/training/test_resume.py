@@ -20,7 +20,7 @@ from sward.cli.main import main
 from sward.config import DatasetConfig, DistillationConfig, OptimizerConfig, TeacherConfig
 from sward.runs import train_student
 from sward.training.run_folder import RunFolder
-from tests.support.training_runs import assert_equal_runs, checkpoint, records, small, start
+from tests.support.training_runs import assert_equal_runs, checkpoint, records, small, start, write_images
 
 pytestmark = pytest.mark.usefixtures("few_images")
 
@@ -45,7 +45,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
     def make(method: str, steps: int = STEPS) -> Path:
         folder = tmp_path_factory.mktemp("whole") / method
         process = start(small(folder, distillation=method, iterations=steps, evaluate_every=1))
-        process.join(300)
+        process.join()
         assert process.exitcode == 0
         return folder
 
@@ -62,13 +62,13 @@ def train_in_two_parts(make: Callable[..., DistillationConfig], step: int) -> No
     parted = start(make())
     wait_for_step(parted, run, step)
     parted.terminate()
-    parted.join(60)
+    parted.join()
     assert parted.exitcode == 128 + signal.SIGTERM
     stopped = checkpoint(run)["step"]
     assert step <= stopped < STEPS
     assert records(run)[-1]["step"] == stopped
     again = start(make(resume=True))
-    again.join(120)
+    again.join()
     assert again.exitcode == 0
 
 
@@ -84,18 +84,36 @@ def test_a_run_stopped_by_sigterm_ends_bit_for_bit_as_an_uninterrupted_one(
 def test_a_run_on_cached_teacher_features_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path: Path) -> None:
     def settings(name: str, **changes: Any) -> DistillationConfig:
         dataset = DatasetConfig(name="scenes", image_size=(64, 64), views=2)
-        teacher = TeacherConfig(name="hiera_demo", untrained=True, cache=tmp_path / f"{name}-features")
+        teacher = TeacherConfig(untrained=True, image_size=(96, 96), cache=tmp_path / f"{name}-features")
         return small(tmp_path / name, iterations=STEPS, dataset=dataset, teacher=teacher, **changes)
 
     whole = start(settings("whole"))
     train_in_two_parts(functools.partial(settings, "parted"), 3)
-    whole.join(120)
+    whole.join()
     assert whole.exitcode == 0
     assert_equal_runs(tmp_path / "whole", tmp_path / "parted")
+    assert checkpoint(tmp_path / "parted")["distillation"]["mwad.standardization.0.count"] == STEPS * 4 * 24 * 24
     features = [
         sorted(path.name for path in (tmp_path / f"{name}-features").glob("*/*")) for name in ("whole", "parted")
     ]
     assert features[0] == features[1] != []
+
+
+def test_a_run_with_unlabelled_images_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 7)
+
+    def settings(name: str, **changes: Any) -> DistillationConfig:
+        dataset = DatasetConfig(name="scenes", image_size=(64, 64), views=2)
+        teacher = TeacherConfig(untrained=True, cache=tmp_path / f"{name}-features")
+        # Three of seven images: an epoch of theirs ends between two steps of the run.
+        extra = dict(unlabelled=(tmp_path / "images",), unlabelled_batch=3)
+        return small(tmp_path / name, iterations=STEPS, dataset=dataset, teacher=teacher, **extra, **changes)
+
+    whole = start(settings("whole"))
+    train_in_two_parts(functools.partial(settings, "parted"), 3)
+    whole.join()
+    assert whole.exitcode == 0
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parted")
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -145,7 +163,7 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_never_killed(
         process.join()
         assert process.exitcode == -signal.SIGKILL, "the run was over before it could be killed often enough"
     last = start(small(tmp_path / "killed", **options, resume=True))
-    last.join(300)
+    last.join()
     assert last.exitcode == 0
     assert_equal_runs(uninterrupted("sward", steps), tmp_path / "killed")
 

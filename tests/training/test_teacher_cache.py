@@ -1,16 +1,19 @@
 """Teacher features on disk: the same training with and without, and never the features of another image or teacher."""
 
 import errno
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sward.config import DatasetConfig, DistillationConfig, SWARDConfig, TeacherConfig
+from sward import data
+from sward.config import DatasetConfig, DistillationConfig, MaskTrainingConfig, SWARDConfig, TeacherConfig
 from sward.losses import LOGITS
-from sward.runs import train_student
+from sward.runs import train_masks, train_student
 from sward.runs.load import build_split
 from sward.training import FrozenTeacher
 from sward.training.teacher_cache import TeacherCache
@@ -21,7 +24,7 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stage = nn.Conv2d(3, 5, 3, stride=2)
+        self.stage = nn.Conv2d(3, 5, 3, stride=2, padding=1)
         self.head = nn.Conv2d(5, 2, 1)
         self.seen = 0
 
@@ -38,13 +41,13 @@ def cache(folder: Path, network: nn.Module, layers: tuple[str, ...] = LAYERS) ->
 
 
 def test_the_teacher_runs_once_for_each_image(tmp_path: Path) -> None:
-    network, images = Network(), torch.randn(4, 3, 17, 23)
+    network, images = Network(), torch.randn(4, 3, 32, 48)
     kept = cache(tmp_path, network)
     first = kept(images[:3])
     assert network.seen == 3
     again = kept(images[[2, 0, 3]])
     assert network.seen == 4
-    assert (kept.hits, kept.misses) == (2, 4)
+    assert (kept.files.hits, kept.files.misses) == (2, 4)
     direct = FrozenTeacher(network, LAYERS)(images)
     for layer in LAYERS:
         assert torch.equal(first[layer][[2, 0]], again[layer][:2])
@@ -56,7 +59,7 @@ def test_the_teacher_runs_once_for_each_image(tmp_path: Path) -> None:
 
 
 def test_an_entry_does_not_depend_on_its_batch(tmp_path: Path) -> None:
-    network, images = Network(), torch.randn(8, 3, 33, 33)
+    network, images = Network(), torch.randn(8, 3, 32, 32)
     whole = cache(tmp_path / "a", network)(images)
     single = [cache(tmp_path / "b", network)(image[None]) for image in images]
     for layer in LAYERS:
@@ -64,7 +67,7 @@ def test_an_entry_does_not_depend_on_its_batch(tmp_path: Path) -> None:
 
 
 def test_another_image_layer_weight_or_setting_is_another_entry(tmp_path: Path) -> None:
-    network, images = Network(), torch.randn(1, 3, 17, 23)
+    network, images = Network(), torch.randn(1, 3, 32, 48)
     cache(tmp_path, network)(images)
     for other in (images.nextafter(images + 1), images.flip(-1), images.double().float() * 2):
         seen = network.seen
@@ -84,7 +87,7 @@ def test_another_image_layer_weight_or_setting_is_another_entry(tmp_path: Path) 
 
 @pytest.mark.parametrize("damage", ["cut short", "a bit", "empty", "checksum alone"])
 def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
-    network, images = Network(), torch.randn(1, 3, 17, 23)
+    network, images = Network(), torch.randn(1, 3, 32, 48)
     whole = cache(tmp_path, network)(images)
     (path,) = tmp_path.glob("*/*.features")
     content = bytearray(path.read_bytes())
@@ -100,7 +103,7 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
 
 
 def test_a_full_disk_leaves_the_training_going(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network, images = Network(), torch.randn(3, 3, 17, 23)
+    network, images = Network(), torch.randn(3, 3, 32, 48)
     kept = cache(tmp_path, network)
 
     def full(self: Path, target: Path) -> None:
@@ -141,6 +144,15 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
+def distinct_views(config: DistillationConfig) -> int:
+    dataset, views = build_split(config, "train", train=True), set()
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        views |= {dataset[index].image.numpy().tobytes() for index in range(len(dataset))}
+    assert 18 < len(views) <= 36
+    return len(views)
+
+
 @pytest.mark.usefixtures("few_images")
 def test_a_run_is_the_same_from_an_empty_and_from_a_full_cache_and_close_to_one_without(tmp_path: Path) -> None:
     empty, full, without = (
@@ -154,12 +166,7 @@ def test_a_run_is_the_same_from_an_empty_and_from_a_full_cache_and_close_to_one_
     for one, other in zip(losses(empty), losses(without), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
     # One file per distinct image of the two views (a flip may come out the same twice); nothing else was written.
-    dataset, views = build_split(small(tmp_path, "empty"), "train", train=True), set()
-    for epoch in range(2):
-        dataset.set_epoch(epoch)
-        views |= {dataset[index].image.numpy().tobytes() for index in range(len(dataset))}
-    assert 18 < len(views) <= 36
-    assert len(list((tmp_path / "cache").glob("*/*"))) == len(views)
+    assert len(list((tmp_path / "cache").glob("*/*"))) == distinct_views(small(tmp_path, "empty"))
 
 
 def test_training_without_fixed_views_is_refused(tmp_path: Path) -> None:
@@ -169,3 +176,69 @@ def test_training_without_fixed_views_is_refused(tmp_path: Path) -> None:
     ):
         train_student(config)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.usefixtures("few_images")
+def test_the_teacher_may_see_more_pixels_than_the_student(tmp_path: Path) -> None:
+    def larger(cached: bool = True) -> TeacherConfig:
+        return TeacherConfig(untrained=True, image_size=(96, 96), cache=tmp_path / "cache" if cached else None)
+
+    empty, full, without = (
+        train_student(small(tmp_path, name, teacher=larger(name != "without"))).run
+        for name in ("empty", "full", "without")
+    )
+    found = weights(full)
+    assert all(torch.equal(value, found[key]) for key, value in weights(empty).items())
+    for one, other in zip(losses(empty), losses(without), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+    entries = list((tmp_path / "cache").glob("*/*"))
+    assert len(entries) == distinct_views(small(tmp_path, "empty"))
+    maps = torch.load(io.BytesIO(entries[0].read_bytes()[4:]), weights_only=True)
+    # The trunk's finest map is its stem's.
+    assert maps["1"].shape == (40, 24, 24)
+    # What it sees there is more: the run is another one.
+    train_student(small(tmp_path, "same size"))
+    assert losses(tmp_path / "same size") != losses(empty)
+
+
+def test_what_the_student_sees_does_not_depend_on_the_teacher() -> None:
+    alone, distilled = (
+        data.build("scenes", "train", train=True, image_size=64, views=2, teacher_size=size)
+        for size in (None, (96, 96))
+    )
+    for index in range(4):
+        mine, theirs = alone[index], distilled[index]
+        assert torch.equal(mine.image, theirs.image)
+        assert torch.equal(mine.labels, theirs.labels)
+        assert isinstance(theirs, data.TeacherSample)
+        assert theirs.teacher_image.shape == (3, 96, 96)
+    assert isinstance(alone[0], data.Sample)
+    with pytest.raises(ValueError, match=r"teacher_size must be None where train is False, got \(96, 96\)"):
+        data.build("scenes", "val", train=False, image_size=64, teacher_size=(96, 96))
+
+
+def test_a_teacher_with_another_aspect_ratio_is_refused(tmp_path: Path) -> None:
+    config = small(tmp_path, "run", teacher=TeacherConfig(untrained=True, image_size=(96, 128)))
+    with pytest.raises(ValueError, match=r"the aspect ratio of dataset.image_size, 64x64, got 96x128"):
+        train_student(config)
+
+
+@pytest.mark.usefixtures("few_images")
+def test_masks_are_learned_on_what_the_teacher_will_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def learn(
+        masks: nn.Module, teacher: nn.Module, tap: str, stream: Iterator[data.Batch], *rest: object, **more: object
+    ) -> None:
+        seen.append(next(stream).images.shape)
+
+    monkeypatch.setattr("sward.runs.train.learn_masks", learn)
+    config = MaskTrainingConfig(
+        dataset=DatasetConfig(name="scenes", image_size=(64, 64)),
+        teacher=TeacherConfig(untrained=True, image_size=(96, 96)),
+        batch=2,
+        output=tmp_path / "tokens.pt",
+    )
+    train_masks(config)
+    assert seen == [(2, 3, 96, 96)]
+    assert config.dataset.image_size == (64, 64)

@@ -1,0 +1,134 @@
+"""The public function of CIRKD's mini-batch relation: checks its arguments and dispatches to an implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sward_kernels.fallback import cannot_load, require_known, warn_once
+from sward_kernels.registration import register
+from sward_kernels.relation import eager, reference
+
+IMPLEMENTATIONS = ("auto", "reference", "eager", "triton")
+
+
+def relational_kl(
+    student: Tensor, teacher: Tensor, temperature: float = 0.1, *, implementation: str = "auto"
+) -> Tensor:
+    """Compare how two networks relate the pixels of every ordered pair of images in a batch.
+
+    With `u` the pixel vectors scaled to length one, for images i and j (i = j included) and a pixel p of image i::
+
+        loss = (1/B^2) sum_ij (1/P) sum_p KL( softmax_q(u_t[i,p].u_t[j,q] / temperature)
+                                           || softmax_q(u_s[i,p].u_s[j,q] / temperature) )
+
+    Each softmax runs over the pixels q of one image. Source: CIRKD (Yang et al., CVPR 2022), equation of the
+    mini-batch pixel-to-pixel distillation, as in version 1 of the official code.
+
+    Args:
+        student: `[B, P, C_s]`, floating, any strides. Its vectors need not be normalised.
+        teacher: `[B, P, C_t]`, floating, same device; `C_t` may differ from `C_s`. Its vectors need not be normalised
+            either. No gradient reaches it.
+        temperature: divides every cosine similarity; positive. Default 0.1.
+        implementation: `"reference"` (plain autograd, holds the `[B, B, P, P]` maps), `"eager"` (row tiles,
+            closed-form gradient, any device), `"triton"` (online softmax, backward by recomputation) or `"auto"`
+            (default): triton on GPU tensors, eager elsewhere; where triton cannot run, eager with a warning.
+
+    Returns:
+        A scalar, fp32 (float64 for a float64 student), with gradient to `student`. 16-bit inputs are computed in fp32,
+        also under autocast: a temperature of 0.1 multiplies their rounding errors by ten.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit, a temperature that is not positive, or an unknown
+            implementation.
+        NotImplementedError: if triton is named explicitly and cannot run this call.
+    """
+    check_implementation(implementation)
+    _check(student, teacher, temperature)
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    with torch.autocast(student.device.type, enabled=False):
+        student_units = F.normalize(student.to(dtype), dim=-1)
+        teacher_units = F.normalize(teacher.detach().to(dtype), dim=-1)
+        if implementation == "auto":
+            implementation = "triton" if student.is_cuda else "eager"  # ROCm tensors are "cuda" tensors too
+            if implementation == "triton":
+                try:
+                    return _triton()(student_units, teacher_units, temperature)
+                except NotImplementedError as reason:
+                    warn_once(f"relational_kl runs eager instead of triton: {reason}")
+                    implementation = "eager"
+        if implementation == "triton":
+            return _triton()(student_units, teacher_units, temperature)
+        if implementation == "reference":
+            return reference.relational_kl(student_units, teacher_units, temperature)
+        wants_gradient = torch.is_grad_enabled() and student_units.requires_grad
+        loss: Tensor = _GradientInForward.apply(student_units, teacher_units, temperature, wants_gradient)
+        return loss
+
+
+def check_implementation(implementation: str) -> None:
+    """Raise ValueError for an implementation that `relational_kl` does not have."""
+    require_known(implementation, IMPLEMENTATIONS)
+
+
+def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
+    for name, tensor in (("student", student), ("teacher", teacher)):
+        if tensor.dim() != 3 or 0 in tensor.shape:
+            raise ValueError(f"{name} must be a non-empty [B, P, C] tensor, got shape {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must have a floating dtype, got {tensor.dtype}")
+    if student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(
+            "student and teacher must have the same images and pixels [B, P], got "
+            f"{tuple(student.shape[:2])} and {tuple(teacher.shape[:2])}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(f"student and teacher must be on the same device, got {student.device} and {teacher.device}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def _fake(
+    student_units: Tensor, teacher_units: Tensor, temperature: float, wants_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    gradient = torch.empty_like(student_units) if wants_gradient else student_units.new_empty(0)
+    return student_units.new_empty(()), gradient
+
+
+_eager = register(
+    "relational_kl_eager(Tensor student_units, Tensor teacher_units, float temperature, bool wants_gradient)"
+    " -> (Tensor, Tensor)",
+    eager.relational_kl,
+    _fake,
+)
+
+
+class _GradientInForward(torch.autograd.Function):
+    """The eager operator computes the gradient in the forward pass; backward only scales it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_units: Tensor, teacher_units: Tensor, temperature: float, wants_gradient: bool
+    ) -> Tensor:
+        loss, gradient = _eager(student_units, teacher_units, temperature, wants_gradient)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None, None
+
+
+def _triton() -> Callable[[Tensor, Tensor, float], Tensor]:
+    try:
+        from sward_kernels.relation import launch
+    except ImportError as error:
+        raise cannot_load("relational_kl", error) from error
+    return launch.relational_kl

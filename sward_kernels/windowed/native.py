@@ -1,0 +1,92 @@
+"""Windowed distillation with closed-form gradients in C++ (`native.cpp`): fp32 on a CPU, window by window in cache."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sward_kernels import cpp
+from sward_kernels.registration import register
+from sward_kernels.windowed.gradient_in_forward import SCHEMA, Terms, allocate_gradients, fake
+from sward_kernels.windowed.reference import COSINE_EPSILON
+from sward_kernels.windows import WindowGrid
+
+LIBRARY = cpp.Library("windowed_distillation", Path(__file__).with_name("native.cpp"))
+
+LARGEST_FAST_WINDOW = 16
+"""Window side up to which this is faster than `eager`; the matrices of larger windows do not fit in cache."""
+
+
+class _Arguments(ctypes.Structure):
+    """`Arguments` of native.cpp."""
+
+    _fields_ = (
+        ("batch", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("side", ctypes.c_int64),
+        ("window_rows", ctypes.c_int64),
+        ("window_columns", ctypes.c_int64),
+        ("maps", ctypes.c_void_p * 4),
+        ("strides", ctypes.c_int64 * 4 * 4),
+        ("rows", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("term_weights", ctypes.c_float * 3),
+        ("epsilon", ctypes.c_float),
+        ("values", ctypes.c_void_p),
+    )
+
+
+def serves(qkv: Tensor) -> bool:
+    """Whether this operator is written for such maps."""
+    return qkv.is_cpu and qkv.dtype == torch.float32
+
+
+def require_support(qkv: Tensor) -> None:
+    """Raise NotImplementedError, with the reason, if this operator cannot run on such maps here."""
+    if not serves(qkv):
+        raise NotImplementedError(
+            f"implementation='native' of windowed_distillation takes fp32 maps on a CPU, got {qkv.dtype} on "
+            f"{qkv.device.type}; use 'eager'"
+        )
+    LIBRARY.require()
+
+
+def _run(
+    qkv_student: Tensor,
+    qkv_teacher: Tensor,
+    window_size: int,
+    offsets: list[int],
+    shift: Tensor | None,
+    terms: Terms,
+    wants_student_gradient: bool,
+    wants_teacher_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator; arguments and results as in `gradient_in_forward.SCHEMA`."""
+    batch, channels, height, width = qkv_student.shape
+    grid = WindowGrid(height, width, window_size)
+    if shift is not None:
+        offsets = shift.tolist()
+    rows = qkv_student.new_full((grid.padded_height,), -1, dtype=torch.int64)
+    columns = qkv_student.new_full((grid.padded_width,), -1, dtype=torch.int64)
+    rows[:height], columns[:width] = grid.source_rows(offsets), grid.source_columns(offsets)
+    gradients = allocate_gradients(qkv_student, qkv_teacher, wants_student_gradient, wants_teacher_gradient)
+    values = qkv_student.new_empty(batch * grid.windows, 3)
+
+    arguments = _Arguments(batch, channels // 3, window_size, grid.window_rows, grid.window_columns)
+    for index, maps in enumerate((qkv_student, qkv_teacher, *gradients)):
+        if maps.numel():
+            arguments.maps[index], arguments.strides[index] = maps.data_ptr(), maps.stride()
+    arguments.rows, arguments.columns, arguments.values = rows.data_ptr(), columns.data_ptr(), values.data_ptr()
+    arguments.term_weights, arguments.epsilon = tuple(terms), COSINE_EPSILON
+
+    if LIBRARY.functions.distil(ctypes.byref(arguments), torch.get_num_threads()):
+        raise MemoryError("windowed_distillation has no memory left for one window per thread")
+    # Windows are added in their own order, whatever the number of threads.
+    means = values.sum(0, dtype=torch.float64) / (batch * height * width)
+    return means.float(), *gradients
+
+
+native = register("windowed_distillation_native" + SCHEMA, _run, fake)

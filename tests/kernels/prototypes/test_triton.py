@@ -1,0 +1,381 @@
+"""The Triton kernels of the prototype regularization: in Triton's interpreter without a GPU, else on the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import tests.support.interpreter  # noqa: F401  (makes it fast)
+from sward_kernels import labels as labels_module
+from sward_kernels import prototype_discrimination
+from sward_kernels.gpu import launching
+from sward_kernels.prototypes import launch
+from tests.support.error_budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
+from tests.support.prototype_cases import by_loops, close_clusters, run
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("poison_empty_tensors")
+
+
+def case(*sizes: int, layout: str = "nchw", **options: object) -> tuple[Tensor, Tensor]:
+    features, labels = close_clusters(*sizes, **options)
+    values = features.detach().to(DEVICE)
+    if layout == "channels_last":
+        values = values.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        batch, channels, height, width = values.shape
+        wide = values.new_full((batch, channels + 3, height + 2, width + 5), torch.nan)
+        wide[:, 2:-1, 1:-1, 3:-2] = values
+        values = wide[:, 2:-1, 1:-1, 3:-2]
+    elif layout == "transposed":
+        values = values.transpose(2, 3).contiguous().transpose(2, 3)
+    elif layout == "expanded":
+        values = values[:1].expand(values.shape)
+    return values.requires_grad_(), labels.to(DEVICE)
+
+
+def assert_equals_reference(features: Tensor, labels: Tensor, num_classes: int, **options: object) -> None:
+    """Compare the kernels with the reference, both in float64."""
+    expected, expected_gradient = run("reference", features, labels, num_classes, **options)
+    result, gradient = run("triton", features, labels, num_classes, **options)
+    torch.testing.assert_close(result, expected, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    ("num_classes", "channels"), [(1, 8), (2, 24), (19, 96), (19, 576), (150, 256), (256, 24), (2, 2048)]
+)
+def test_sizes(num_classes: int, channels: int, normalize: bool) -> None:
+    features, labels = case(1, channels, 9, 8, num_classes)
+    assert_equals_reference(features, labels, num_classes, normalize=normalize, upstream=-1.7, terms=(0.6, 2.0))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "transposed", "expanded"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_layouts(layout: str, normalize: bool) -> None:
+    features, labels = case(2, 40, 8, 10, 4, layout=layout)
+    assert_equals_reference(features, labels, 4, normalize=normalize)
+    _, gradient = run("triton", features, labels, 4, normalize=normalize)
+    if layout == "channels_last":
+        assert gradient.stride() == features.stride()
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 35), st.integers(1, 12), st.integers(1, 12)),
+    num_classes=st.integers(1, 70),
+    ignored=st.sampled_from([0.0, 0.4, 1.0]),
+    ignore_index=st.sampled_from([255, 0, -1]),
+    normalize=st.booleans(),
+    layout=st.sampled_from(["nchw", "channels_last", "sliced"]),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=15, deadline=None)
+def test_equals_loops_over_classes(
+    sizes: tuple[int, int, int, int],
+    num_classes: int,
+    ignored: float,
+    ignore_index: int,
+    normalize: bool,
+    layout: str,
+    seed: int,
+) -> None:
+    features, labels = case(*sizes, num_classes, layout=layout, ignored=ignored, ignore_index=ignore_index, seed=seed)
+    options = {"ignore_index": ignore_index, "normalize": normalize}
+    expected = by_loops(features.cpu(), labels.cpu(), num_classes, **options)
+    result, gradient = run("triton", features, labels, num_classes, **options)
+    assert result.separation.item() == pytest.approx(expected.separation, abs=1e-12)
+    assert result.compactness.item() == pytest.approx(expected.compactness, abs=1e-12)
+    torch.testing.assert_close(result.prototypes.cpu(), torch.from_numpy(expected.prototypes), atol=1e-12, rtol=0)
+    assert result.counts.tolist() == expected.counts.tolist()
+    outside = (labels == ignore_index)[:, None].expand_as(gradient)
+    assert (gradient[outside] == 0).all()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_many_tiles_and_chunks(normalize: bool) -> None:
+    """More pixels than one program takes, a last tile that is not full, and more channels than one block."""
+    problem = launch._Problem(40, 19, torch.float64, False, True, False, False, normalize, "interpreter")
+    constants, _ = problem.constants("statistics")
+    assert constants["TILES"] > 1
+    assert constants["BLOCK_PIXELS"] * constants["TILES"] < 27 * 31
+    assert constants["BLOCK_CHANNELS"] < 40
+    features, labels = case(1, 40, 27, 31, 19)
+    assert_equals_reference(features, labels, 19, normalize=normalize)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_error_budget(dtype: torch.dtype, layout: str, normalize: bool) -> None:
+    features, labels = case(2, 48, 12, 12, 11, dtype=dtype, layout=layout)
+    double = features.detach().double().requires_grad_()
+    oracle, oracle_gradient = run("reference", double, labels, 11, normalize=normalize)
+    reference, reference_gradient = run("reference", features, labels, 11, normalize=normalize)
+    result, gradient = run("triton", features, labels, 11, normalize=normalize)
+    assert gradient.dtype == dtype
+    for name in ("loss", "separation", "compactness", "prototypes"):
+        fields = (getattr(outcome, name).detach() for outcome in (result, reference, oracle))
+        assert_within_budget(*fields, FORWARD_FACTOR, name)
+    assert_within_budget(gradient, reference_gradient, oracle_gradient, GRADIENT_FACTOR, "gradient")
+
+
+def test_large_mean_small_spread() -> None:
+    generator = torch.Generator().manual_seed(1)
+    features = (1000 + torch.randn(2, 32, 32, 32, generator=generator)).to(DEVICE).requires_grad_()
+    labels = torch.randint(5, (2, 32, 32), generator=generator).to(DEVICE)
+    expected, expected_gradient = run("reference", features.detach().double().requires_grad_(), labels, 5, margin=40.0)
+    result, gradient = run("triton", features, labels, 5, margin=40.0)
+    assert result.compactness.item() == pytest.approx(expected.compactness.item(), rel=1e-4)
+    assert result.separation.item() == pytest.approx(expected.separation.item(), rel=1e-4)
+    assert (gradient - expected_gradient).abs().max() < 1e-4 * expected_gradient.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16])
+def test_label_dtypes(dtype: torch.dtype) -> None:
+    features, labels = case(2, 8, 6, 5, 7, ignore_index=100)
+    expected, expected_gradient = run("reference", features, labels, 7, ignore_index=100)
+    result, gradient = run("triton", features, labels.to(dtype), 7, ignore_index=100)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+def test_degenerate_batches() -> None:
+    features, labels = case(1, 3, 2, 2, 2)
+    same = torch.ones_like(features).requires_grad_()
+    result, gradient = run("triton", same, torch.tensor([[[0, 1], [1, 2]]], device=DEVICE), 3)
+    assert result.separation.item() == pytest.approx(1.3)
+    assert (gradient == 0).all()
+    result, gradient = run("triton", features, torch.full_like(labels, 255), 2)
+    assert result.loss.item() == 0
+    assert (gradient == 0).all()
+    result, gradient = run("triton", features[:, :, :1, :1], labels[:, :1, :1] * 0, 2)
+    assert result.loss.item() == 0
+    zero = torch.zeros_like(features).requires_grad_()
+    _, gradient = run("triton", zero, labels * 0, 2, normalize=True)
+    assert (gradient == 0).all()
+
+
+def test_label_outside_the_classes() -> None:
+    features, labels = case(1, 3, 4, 4, 4, ignored=0.0)
+    wrong = labels.clone()
+    wrong[0, 1, 2] = 2**32  # would be class 0 if narrowed to 32 bits
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match=r"labels must be classes in .*, got 4294967296"):
+            prototype_discrimination(features, wrong, 4, implementation="triton")
+    else:
+        ignored = labels.clone()
+        ignored[0, 1, 2] = 255
+        expected, expected_gradient = run("triton", features, ignored, 4)
+        result, gradient = run("triton", features, wrong, 4)
+        assert torch.equal(result.loss, expected.loss)
+        assert torch.equal(gradient, expected_gradient)
+
+
+def test_kernels_ignore_what_the_launcher_did_not_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU labels are not checked; the kernels themselves must ignore those that are out of range."""
+    monkeypatch.setattr(labels_module, "require_classes", lambda *_: None)
+    features, labels = case(1, 3, 4, 4, 4, ignored=0.0)
+    ignored, wrong = labels.clone(), labels.clone()
+    ignored[0, 1] = 255
+    wrong[0, 1] = torch.tensor([-1, 4, 2**32, -(2**32)], device=DEVICE)
+    expected, expected_gradient = run("triton", features, ignored, 4)
+    result, gradient = run("triton", features, wrong, 4)
+    assert torch.equal(result.loss, expected.loss)
+    assert torch.equal(gradient, expected_gradient)
+
+
+def test_gradcheck() -> None:
+    features, labels = case(1, 3, 3, 3, 3)
+    for normalize in (False, True):
+        assert torch.autograd.gradcheck(
+            lambda x, n=normalize: prototype_discrimination(x, labels, 3, normalize=n, implementation="triton").loss,
+            (features,),
+        )
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_repeats_bit_for_bit(normalize: bool) -> None:
+    features, labels = case(2, 16, 12, 12, 19, dtype=torch.float32)
+    first, first_gradient = run("triton", features, labels, 19, normalize=normalize)
+    for _ in range(3):
+        result, gradient = run("triton", features, labels, 19, normalize=normalize)
+        assert all(torch.equal(*pair) for pair in zip(result, first))
+        assert torch.equal(gradient, first_gradient)
+
+
+def test_64_bit_offsets_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for layout in ("nchw", "channels_last", "sliced"):
+        features, labels = case(1, 8, 6, 6, 3, dtype=torch.float32, layout=layout)
+        for normalize in (False, True):
+            monkeypatch.setattr(launching, "WIDE_FROM", 2**31)
+            expected, expected_gradient = run("triton", features, labels, 3, normalize=normalize)
+            monkeypatch.setattr(launching, "WIDE_FROM", 0)
+            result, gradient = run("triton", features, labels, 3, normalize=normalize)
+            assert torch.equal(result.loss, expected.loss)
+            assert torch.equal(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_opcheck(layout: str) -> None:
+    features, labels = case(1, 6, 4, 5, 4, dtype=torch.float32, layout=layout)
+    features = features.detach()
+    for normalize in (False, True):
+        torch.library.opcheck(launch.passes.statistics, (features, labels, 4, 255, normalize))
+        slope, offset = torch.rand(4, device=DEVICE), torch.rand(4, 6, device=DEVICE)
+        torch.library.opcheck(launch.passes.gradient, (features, labels, slope, offset, 255, normalize))
+
+
+def test_compiles_into_one_graph_and_under_autocast() -> None:
+    features, labels = case(2, 6, 8, 5, 4)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            return prototype_discrimination(x * 2, y, 4, implementation="triton").loss + 1
+
+    expected, expected_gradient = run("reference", (features.detach() * 2).requires_grad_(), labels, 4)
+    loss = step(features, labels)
+    (gradient,) = torch.autograd.grad(loss, features)
+    torch.testing.assert_close(loss, expected.loss + 1)
+    torch.testing.assert_close(gradient, expected_gradient * 2)
+
+
+def test_sizes_not_served() -> None:
+    labels = torch.zeros(1, 1, 1, dtype=torch.int64, device=DEVICE)
+    for channels, num_classes in ((2049, 2), (8, 257)):
+        features = torch.zeros(1, channels, 1, 1, device=DEVICE)
+        with pytest.raises(NotImplementedError, match="takes up to 256 classes and 2048 channels"):
+            prototype_discrimination(features, labels, num_classes, implementation="triton")
+
+
+# ------------------------------------------------------------------------------------- what the kernels load and store
+
+
+class Traffic:
+    """Record the elements of each tensor that interpreted kernels load and store, without masked lanes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.runtime.interpreter import interpreter_builder
+
+        self.loads: list[tuple[int, int]] = []
+        self.stores: list[tuple[int, int]] = []
+        for name, log in (("create_masked_load", self.loads), ("create_masked_store", self.stores)):
+            monkeypatch.setattr(interpreter_builder, name, self._counted(getattr(interpreter_builder, name), log, name))
+
+    @staticmethod
+    def _counted(original: Callable, log: list[tuple[int, int]], name: str) -> Callable:
+        mask_position = 1 if name == "create_masked_load" else 2
+
+        def counted(*arguments: object) -> object:
+            pointers, mask = arguments[0].data, arguments[mask_position].data
+            log.extend(zip(*torch.tensor(pointers[mask].astype("int64")).unique(return_counts=True)))
+            return original(*arguments)
+
+        return counted
+
+    @staticmethod
+    def of(log: list[tuple[int, int]], tensor: Tensor) -> tuple[int, int]:
+        """How many elements of `tensor` were loaded or stored, and how many times in total."""
+        begin = tensor.data_ptr()
+        end = begin + tensor.untyped_storage().nbytes()
+        mine = [(int(address), int(times)) for address, times in log if begin <= int(address) < end]
+        return len({address for address, _ in mine}), sum(times for _, times in mine)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("num_classes", [2, 19, 64, 150, 256])
+def test_features_and_gradient_move_once(monkeypatch: pytest.MonkeyPatch, layout: str, num_classes: int) -> None:
+    features, labels = case(2, 40, 10, 7, num_classes, dtype=torch.float32, layout=layout)
+    values = features.detach()
+    traffic = Traffic(monkeypatch)
+    launch.passes.statistics(values, labels, num_classes, 255, False)
+    assert traffic.of(traffic.loads, values) == (values.numel(), values.numel())
+    assert traffic.of(traffic.stores, values) == (0, 0)
+
+    traffic.loads.clear()
+    traffic.stores.clear()
+    slope, offset = torch.rand(num_classes), torch.rand(num_classes, 40)
+    gradient = launch.passes.gradient(values, labels, slope, offset, 255, False)
+    assert traffic.of(traffic.loads, values) == (values.numel(), values.numel())
+    assert traffic.of(traffic.stores, gradient) == (values.numel(), values.numel())
+    assert not gradient.isnan().any()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_normalized_features_are_read_twice_by_one_program(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    """Features are read once for the lengths and once for the sums; besides, only tables of classes are stored."""
+    features, labels = case(2, 40, 20, 14, 19, dtype=torch.float32, layout=layout)
+    values = features.detach()
+    constants, _ = launch._problem(values, labels, 19, True).constants("statistics")
+    chunk = constants["BLOCK_PIXELS"] * constants["TILES"]
+    programs = []
+    monkeypatch.setattr(launch, "_launch", recorded(launch._launch, programs))
+    traffic = Traffic(monkeypatch)
+    launch.passes.statistics(values, labels, 19, 255, True)
+    assert programs == [2 * -(-20 * 14 // chunk)]  # each with a chunk of pixels to itself
+    assert traffic.of(traffic.loads, values) == (values.numel(), 2 * values.numel())
+    assert len(traffic.stores) == programs[0] * 19 * (40 + 2)  # sums, and squares of two blocks of channels
+
+    traffic.loads.clear()
+    traffic.stores.clear()
+    gradient = launch.passes.gradient(values, labels, torch.rand(19), torch.rand(19, 40), 255, True)
+    assert traffic.of(traffic.loads, values) == (values.numel(), 2 * values.numel())
+    assert traffic.of(traffic.stores, gradient) == (values.numel(), values.numel())
+
+
+def test_programs_for_every_multiprocessor() -> None:
+    """Normalised statistics of sixteen maps of 32 x 64: with many channels per program, few pixels must suffice."""
+    for num_classes, channels in launch.REPORTED_SIZES:
+        problem = launch._Problem(channels, num_classes, torch.bfloat16, True, True, True, False, True, "hopper")
+        constants, _ = problem.constants("statistics")
+        chunks = -(-32 * 64 // (constants["BLOCK_PIXELS"] * constants["TILES"]))
+        blocks = -(-channels // constants["BLOCK_CHANNELS"])
+        assert 16 * chunks * -(-blocks // constants["OWN_BLOCKS"]) >= 128
+
+
+def recorded(launcher: Callable, programs: list[int]) -> Callable:
+    def launched(kernel: object, count: int, *others: object) -> None:
+        programs.append(count)
+        launcher(kernel, count, *others)
+
+    return launched
+
+
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param("sm_80", marks=pytest.mark.slow), pytest.param("sm_89", marks=pytest.mark.slow), "sm_90", "gfx942"],
+)
+def test_kernels_compile_within_the_limits_of_a_target(target: str) -> None:
+    """The widest features and all class tables, one dtype: `python -m sward_kernels.report` compiles every one."""
+    from sward_kernels.report import report
+
+    rows = report(
+        [target],
+        lambda shipped: (
+            shipped.operation == "prototypes"
+            and shipped.details["dtype"] == "bf16"
+            and shipped.details["layout"] == "channels_last"
+            and shipped.constants["CHANNELS"] == 576
+        ),
+    )
+    assert {row["pass"] for row in rows} == {
+        f"{direction} K={num_classes}{normalize}"
+        for direction in ("statistics", "gradient")
+        for num_classes in (19, 64, 100)
+        for normalize in ("", " normalize")
+    }
+    for row in rows:
+        assert row["spill_bytes"] == row["stack_bytes"] == 0, row
+        assert row["shared_bytes"] <= row["shared_limit"], row
+        assert row["vector_loads"] >= 1, row

@@ -1,0 +1,70 @@
+"""The figures of `sward reproduce` on generated scenes: which networks and images they show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sward import data, presets
+from sward.cli.main import main
+from sward.figures.predictions import colour_labels
+from tests.support.drawn_figures import DrawnFigure
+
+pytestmark = pytest.mark.usefixtures("few_images")
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all figures: they share their runs, as a user's do."""
+    return tmp_path_factory.mktemp("study")
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "titles"),
+    [
+        ("figure1", "figure1-demo", [["image", "teacher", "baseline", "SWARD"]]),
+        (
+            "figure3",
+            "figure3-scenes-demo",
+            [["image", "ground truth", "teacher", "baseline", "FreeKD", "SWARD"], [""] * 6, [""] * 6],
+        ),
+        (
+            "figure4",
+            "figure4-demo",
+            [
+                ["(a) student alone", "(b) teacher", "silhouette"],
+                ["(c) student with MWAD", "(d) student with MWAD + PDR", "Fisher ratio"],
+            ],
+        ),
+        ("attention", "attention-demo", [["window and query", "teacher", "student"], *[[""] * 3] * 3]),
+    ],
+)
+def test_panels(
+    what: str,
+    name: str,
+    titles: list[list[str]],
+    output: Path,
+    drawn_figures: list[DrawnFigure],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sward.reproduce.figures.FEATURE_PIXELS", 5)  # t-SNE of many points takes long
+    words = ["--preset", "demo", "--seeds", "1", "--iterations", "2", "--output", str(output)]
+    assert main(["reproduce", what, *words]) == 0
+    (drawn,) = drawn_figures
+    assert drawn.path == output / f"{name}.png"
+    assert [[axis.get_title() for axis in row] for row in drawn.panels()] == titles
+    drawn.assert_svg_beside()
+    if what == "figure1":
+        assert drawn.panels()[0][0].get_ylabel() == "scenes, stripes"
+    if what == "figure3":
+        dataset = data.build("scenes", "val", image_size=presets.get("demo").student.dataset.image_size, train=False)
+        for row, index in zip(drawn.panels(), (0, 1, 2)):
+            image, labels, _ = dataset.read(index)
+            np.testing.assert_array_equal(row[0].get_images()[0].get_array(), image.permute(1, 2, 0))
+            np.testing.assert_array_equal(row[1].get_images()[0].get_array(), colour_labels(labels, dataset.info))
+    if what == "figure4":
+        measured = json.loads((output / "figure4-demo.json").read_text())
+        assert list(measured) == ["student alone", "teacher", "student with MWAD", "student with MWAD + PDR"]
