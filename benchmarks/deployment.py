@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,10 +68,12 @@ def _model(name: str, arguments: argparse.Namespace, folder: Path) -> list[tuple
         sessions = {"onnx": onnx_session(plain, threads), "onnx int8": onnx_session(quantised, threads)}
         for size in arguments.sizes:
             image = _photo_of(size, size)
-            variants: dict[str, Callable[[], object]] = {"eager": lambda image=image: eager(image)}
-            variants["compiled"] = lambda image=image: compiled(image)
+            variants: dict[str, Callable[[], object]] = {
+                "eager": partial(eager, image),
+                "compiled": partial(compiled, image),
+            }
             for variant, session in sessions.items():
-                variants[variant] = lambda image=image, session=session: session.run(None, {"images": image.numpy()})
+                variants[variant] = partial(session.run, None, {"images": image.numpy()})
             with torch.no_grad():
                 expected = eager(image)
                 torch.testing.assert_close(compiled(image), expected, atol=1e-4, rtol=0)

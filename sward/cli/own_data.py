@@ -21,7 +21,7 @@ SHORT = {
     "--group-by": "--dataset.group-by",
 }
 """Short option -> the option of `DatasetConfig` that it stands for."""
-LISTS = ("--classes", "--mask-values", "--ignore-values")
+LISTS = ("--classes", "--mask-values", "--ignore-values", "--class-weights")
 """Options that take a list separated by commas."""
 
 

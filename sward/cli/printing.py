@@ -27,7 +27,10 @@ def print_evaluation(evaluation: Any, title: str) -> None:
             ("IoU, mean over images", evaluation.iou),
             ("Dice, pooled", evaluation.pooled_dice),
         ]
+    else:
+        summary.append(("Dice, mean over classes", evaluation.mean_dice))
     rows = summary + [(f"IoU {name}", value) for name, value in evaluation.class_iou.items()]
+    rows += [(f"Dice {name}", value) for name, value in evaluation.class_dice.items()]
     print_table(title, ("score", "%"), [(name, f"{100 * value:.2f}") for name, value in rows])
 
 

@@ -37,6 +37,15 @@ class LabelCounts:
         per_class = self.pixels[:, :-1].sum(0)
         return (per_class / max(per_class.sum(), 1)).tolist()
 
+    def summary(self, classes: Sequence[str]) -> dict[str, int]:
+        """Return the number of masks and the pixels of each class by name."""
+        pixels = self.pixels.sum(0).tolist()
+        return {
+            "masks": len(self.pixels),
+            **{f"pixels of {name}": count for name, count in zip(classes, pixels)},
+            "ignored pixels": pixels[-1],
+        }
+
     @property
     def only_background(self) -> int:
         """Number of masks that hold class 0 and nothing else but ignored pixels."""

@@ -12,6 +12,7 @@ from sward.data.files import PairedFiles
 from sward.data.images import read_image
 from sward.data.layouts import list_tree
 from sward.data.sample import Batch, DatasetNotFoundError, Pair, SegmentationDataset, sample_seed
+from sward.data.transforms import TrainingTransform
 
 
 class UnlabelledImages(PairedFiles):
@@ -20,20 +21,24 @@ class UnlabelledImages(PairedFiles):
     Args:
         folders: the folders.
         like: the training set that they are mixed with; they get its classes, transforms, views and reading options.
+        image_size: `(height, width)` of the samples.
         seed: seed of the run; order and augmentation draw from streams of their own.
 
     Raises:
         DatasetNotFoundError: a folder does not exist or holds no image.
     """
 
-    def __init__(self, folders: Sequence[Path], like: SegmentationDataset, seed: int) -> None:
+    def __init__(
+        self, folders: Sequence[Path], like: SegmentationDataset, image_size: tuple[int, int], seed: int
+    ) -> None:
         pairs = []
         for folder in folders:
             images = list_tree(folder) if folder.is_dir() else {}
             if not images:
                 raise DatasetNotFoundError(f"unlabelled must name folders of images, got {folder}, which holds none")
             pairs += [Pair(f"{folder.name}/{name}", image, image) for name, image in images.items()]
-        super().__init__(like.info, folders[0], pairs, like.transform, stream_seed(seed))
+        assert isinstance(like.transform, TrainingTransform)
+        super().__init__(like.info, folders[0], pairs, like.transform.at(image_size), stream_seed(seed))
         self.views, self.teacher_transform = like.views, like.teacher_transform
         if isinstance(like, PairedFiles):
             self.image_range = like.image_range

@@ -45,7 +45,7 @@ class SegmentationCrossEntropy(nn.Module):
         self.process_group = process_group
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        _check_logits_and_labels(logits, labels)
+        check_logits_and_labels(logits, labels)
         logits, num_classes = full_precision(logits), _num_classes(logits)
         classes = class_indices_op(labels, num_classes, self.ignore_index)
         valid = classes != num_classes
@@ -62,7 +62,8 @@ def _num_classes(logits: Tensor) -> int:
     return max(2, logits.shape[1])
 
 
-def _check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
+def check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
+    """Raise a ValueError unless labels are integers `[B, H, W]` on the grid of logits `[B, K, H, W]`."""
     if logits.dim() != 4:
         raise ValueError(f"logits must be [B, K, H, W], got shape {tuple(logits.shape)}")
     if labels.dim() != 3:

@@ -45,6 +45,7 @@ class RunFolder:
         self.dataset = path / "dataset.json"
         self.metrics = path / "metrics.jsonl"
         self.split = path / "split.csv"
+        self.labels = path / "labels.json"
         self.last = path / "checkpoints" / "last.pt"
         self.previous = path / "checkpoints" / "previous.pt"
         self.best = path / "checkpoints" / "best.pt"
@@ -89,6 +90,25 @@ class RunFolder:
             )
         if assigned and distributed.is_main():
             _write_text(self.split, text.rstrip("\n"))
+
+    def keep_labels(self, labels: Mapping[str, Mapping[str, int]]) -> None:
+        """Write the number of images and the pixels per class of each split; call it after `start`.
+
+        Raises:
+            ValueError: if they differ from those that the run began with: its scores would mix two data sets.
+        """
+        if self.holds_checkpoint() and self.labels.exists():
+            before = json.loads(self.labels.read_text(encoding="utf-8"))
+            for split, now in labels.items():
+                for name, count in now.items():
+                    then = before.get(split, {}).get(name, count)
+                    if then != count:
+                        raise ValueError(
+                            f"the data must be that with which the run in {self.path} began, {then} {name} in {split}, "
+                            f"got {count}; choose another --output"
+                        )
+        if labels and distributed.is_main():
+            _write_text(self.labels, json.dumps(labels, indent=2))
 
     def _check_same(self, config: TrainingConfig) -> None:
         if not (config.resume or distributed.restarted()):

@@ -14,11 +14,12 @@ DISC = (np.hypot(*(np.indices((40, 48)) - 20)) < 12).astype(np.uint8)
 
 
 def test_short_options_stand_for_those_of_the_configuration() -> None:
-    words = "own --data x,y --classes a,b c --mask-values=#000000,#ffffff --split=80/10/10 --group-by a,b --batch 4"
+    words = "own --data x,y --classes a,b c --mask-values=#000000,#ffffff --split=80/10/10 --group-by a,b"
+    words += " --class-weights 1,5 --batch 4"
     assert expand(words.split()) == [
         *["own", "--dataset.root", "x,y", "--dataset.classes", "a", "b", "c"],
         *["--dataset.mask-values", "#000000", "#ffffff", "--dataset.split-by=80/10/10"],
-        *["--dataset.group-by", "a,b", "--batch", "4"],
+        *["--dataset.group-by", "a,b", "--class-weights", "1", "5", "--batch", "4"],
     ]
 
 
@@ -61,6 +62,23 @@ def test_from_jpeg_masks_without_splits_to_scores_and_predictions(
     assert main(["predict", str(run), str(polyps / "images/0.jpg")]) == 0
     assert train(polyps, run, *options, "--resume", "--epochs", "2") == 2
     assert "the frames must be those in" in capsys.readouterr().err
+    for kind in ("images", "masks"):
+        (polyps / kind / "new.jpg").unlink()
+    assert "1,train" in split
+    Image.fromarray(255 * DISC[::-1] * DISC).save(polyps / "masks/1.jpg")
+    assert train(polyps, run, *options, "--resume", "--epochs", "2") == 2
+    assert "the data must be that with which the run in" in capsys.readouterr().err
+
+
+def test_a_run_finds_its_data_from_any_folder(
+    polyps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--classes", "background,polyp", "--mask-values", "0,255", "--split", "80/10/10"]
+    assert train(Path("polyps"), tmp_path / "run", *options) == 0, capsys.readouterr().err
+    monkeypatch.chdir("/")
+    assert RunFolder(tmp_path / "run").read()[0].dataset.root == polyps
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
 
 
 @pytest.mark.parametrize(
@@ -82,3 +100,12 @@ def test_wrong_inputs_are_one_sentence_before_a_run_folder_exists(
     assert message in error
     assert "\n" not in error
     assert not (tmp_path / "run").exists()
+
+
+def test_task_losses_on_the_command_line(polyps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--classes", "background,polyp", "--mask-values", "0,255", "--split", "80/10/10"]
+    task = ["--task", "ce+dice", "--class-weights", "auto", "--label-smoothing", "0.1", "--metric", "mean_dice"]
+    assert train(polyps, tmp_path / "run", *options, *task) == 0, capsys.readouterr().err
+    assert "best mean_dice on validation" in capsys.readouterr().out
+    (first, *_) = RunFolder(tmp_path / "run").records()
+    assert first["task"] > 0

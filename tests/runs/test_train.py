@@ -70,7 +70,7 @@ def test_mistakes_are_found_before_any_work(tmp_path: Path) -> None:
         (dict(model="unet"), "did you mean unext"),
         (
             dict(metric="dice"),
-            "metric must be 'mean_iou' unless the data set has two classes, got 'dice' with 5 classes",
+            "metric must be 'mean_iou' or 'mean_dice' unless the data set has two classes, got 'dice' with 5 classes",
         ),
         (dict(device="tpu9"), "device must be a torch device such as 'cpu' or 'cuda', got 'tpu9'"),
     ):
