@@ -75,7 +75,6 @@ def test_a_teacher_needs_a_fixed_size(tmp_path: Path) -> None:
         write_network(Pixelwise(), metadata("hiera_demo"), tmp_path / "teacher.onnx")
 
 
-@pytest.mark.slow  # torch.export takes minutes for Hiera
 def test_hiera_with_a_fixed_size(tmp_path: Path) -> None:
     network = randomised("hiera_demo")
     write_network(network, metadata("hiera_demo", fixed_size=(100, 130)), tmp_path / "teacher.onnx")
