@@ -79,6 +79,21 @@ def test_every_method_gives_the_student_a_gradient(method: str, tmp_path: Any) -
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+@pytest.mark.parametrize("method", ["fitnet", "cirkd", "cwd", "freekd", "maskd"])
+def test_maps_of_64_bits_are_compared_in_the_dtype_of_what_the_method_learns(method: str, tmp_path: Any) -> None:
+    student, teacher = Net(4), Net(8)
+    tap = "logits" if method == "maskd" else "encoder.3"
+    masks = ReceptiveTokens(3) if method == "maskd" else FrequencyPrompts.preset("released", 32)
+    save_masks(tmp_path / "masks.pt", masks, teacher, tap)
+    made = Distiller(student, teacher, num_classes=3, method=method, image_size=(64, 64), masks=tmp_path / "masks.pt")
+    made.student.double()
+    made.teacher.double()
+    images, labels = batch()
+    made(images.double(), labels).backward()
+    assert student.encoder[0][0].weight.grad.dtype == torch.float64
+    assert student.encoder[0][0].weight.grad.abs().sum() > 0
+
+
 def test_the_teacher_is_no_part_of_the_module_but_follows_its_device_and_stays_in_eval_mode() -> None:
     made = distiller()
     learned = {id(parameter) for parameter in made.parameters()}
