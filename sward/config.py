@@ -137,7 +137,11 @@ class TeacherConfig:
     untrained: bool = False
     """Distil the teacher `name` with random weights instead, to try shapes and speed without a checkpoint."""
     name: str = "hiera_demo"
-    """Name of the teacher for `untrained`, as in `sward.models.build`."""
+    """Name of the teacher for `untrained` and `weights`, as in `sward.models.build`."""
+    options: dict[str, int | str] = field(default_factory=dict)
+    """Options of its builder, on the command line as `--teacher.options KEY=VALUE ...`."""
+    weights: Path | None = None
+    """Checkpoint of the whole network `name`, instead of the run of `sward train-teacher`."""
     image_size: tuple[int, int] | None = None
     """Height and width of the images that the teacher sees: the student's views (same crop, flips and colours), sampled
     at this size, with the same aspect ratio. None uses `dataset.image_size`."""
@@ -192,7 +196,13 @@ class TrainingConfig:
     preset: str = "demo"
     """The preset that the run is based on."""
     model: str = "unext"
-    """Name of the network to train, as in `sward.models.build`."""
+    """The network to train; a name that `sward.models.build` knows: registered, or as `smp:Unet`, `timm:NAME`,
+    `torchvision:NAME`, `transformers:FOLDER` or `package.module:function`."""
+    model_options: dict[str, int | str] = field(default_factory=dict)
+    """Options of the network's builder, on the command line as `--model-options KEY=VALUE ...`."""
+    model_weights: str | None = None
+    """Initial weights: a checkpoint file of the whole network, `"imagenet"` (smp, torchvision and timm encoders), or
+    `"none"` or None for random ones. A frozen trunk is refused random weights unless this is `"random"`."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     """Images and labels."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -281,7 +291,7 @@ class DistillationConfig(TrainingConfig):
     """A student's run, alone (`distillation="none"`) or with a teacher."""
 
     distillation: str = "sward"
-    """The method: `"none"`, or a name in `sward.runs.methods.METHODS`."""
+    """The method: `"none"`, or a name in `sward.methods.METHODS`."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The frozen network."""
     recipe: RecipeName = "recommended"
@@ -356,8 +366,6 @@ class DistillationConfig(TrainingConfig):
 class TeacherTrainingConfig(TrainingConfig):
     """A teacher's run."""
 
-    options: dict[str, int | str] = field(default_factory=dict)
-    """Options of the network's builder, such as `backend` of the Hiera trunks."""
     trunk_checkpoint: Path | None = None
     """Pretrained weights of the trunk: a SAM 2.1, MedSAM2, timm or DINOv2 checkpoint."""
     train_trunk: bool = False
@@ -425,6 +433,8 @@ def from_json(kind: type[Config], text: str) -> Config:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"the configuration is not valid JSON: {error}") from error
+    if kind is TeacherTrainingConfig and "options" in values:
+        values["model_options"] = values.pop("options")  # The name in configurations of early versions.
     return _build(kind, values)
 
 
@@ -445,6 +455,8 @@ def _build(kind: Any, value: Any) -> Any:
                 f"{kind.__name__} has no field {sorted(unknown)[0]!r}; it was written by another version of sward"
             )
         return kind(**{name: _build(hints[name], item) for name, item in value.items()})
+    if kind is float and isinstance(value, str):
+        return float(value)  # YAML reads 1e-3 as a string.
     return Path(value) if kind is Path else value
 
 
@@ -458,6 +470,9 @@ def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "
     for name in sorted({*stored, *wanted}):
         old, new = stored.get(name), wanted.get(name)
         if prefix + name in UNCOMPARED:
+            continue
+        if name in ("student_layers", "teacher_layers") and not old:
+            # Chosen when the run starts.
             continue
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{prefix}{name}.")

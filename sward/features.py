@@ -13,17 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sward.layouts import (
-    Format,
-    Layout,
-    any_layout,
-    check_choice,
-    describe,
-    layouts,
-    same_layout,
-    select,
-    whole_patches,
-)
+from sward.layouts import Format, Layout, check_choice, describe, layouts, resolve, select, whole_patches
 
 
 class FeatureTaps:
@@ -191,7 +181,7 @@ class FeatureTaps:
     def _candidates(self, layer: str, output: Tensor, images: tuple[int, ...]) -> list[Layout]:
         prefix_tokens = self._prefix_tokens
         if prefix_tokens == "auto" and output.dim() == 3:
-            own = _own_prefix_tokens(self._network[0], layer)
+            own = own_prefix_tokens(self._network[0], layer)
             if own is not None:
                 found = layouts(output, images, self._format, own)
                 if found:
@@ -215,18 +205,12 @@ class FeatureTaps:
         second = (1, first[1], 2 * first[2], 2 * first[3])
         outputs = self._outputs_at(second, images)
         for layer in doubtful:
-            small, found = caught[layer], self._candidates(layer, caught[layer], first)
-            if outputs is not None and small.shape[0] == first[0]:
-                sizes = ((first[2], first[3]), (second[2], second[3]))
-                large = outputs[layer]
-                by_axes = small.dim() == 4 and large.dim() == 4 and self._format == "auto"
-                ways = any_layout(small) if by_axes else found
-                others = any_layout(large) if by_axes else self._candidates(layer, large, second)
-                found = [
-                    way for way in ways if any(same_layout((way, small), (other, large), sizes) for other in others)
-                ]
+            larger = None if outputs is None else (outputs[layer], second)
+            own = own_prefix_tokens(self._network[0], layer) if self._prefix_tokens == "auto" else None
+            prefix_tokens = self._prefix_tokens if own is None else own
+            found = resolve(caught[layer], first, larger, self._format, prefix_tokens)
             if len(found) != 1:
-                raise ValueError(_unreadable(layer, small, first, found))
+                raise ValueError(_unreadable(layer, caught[layer], first, found))
             self._known[layer] = found[0]
 
     def _outputs_at(self, shape: tuple[int, ...], images: Tensor) -> dict[str, Tensor] | None:
@@ -371,7 +355,7 @@ def _rebuilt(network: nn.Module, layers: tuple[str, ...], options: dict[str, Any
     return taps.open() if opened else taps
 
 
-def _own_prefix_tokens(network: nn.Module, layer: str) -> int | None:
+def own_prefix_tokens(network: nn.Module, layer: str) -> int | None:
     """Return the number of class and register tokens that the network around a layer states; None if it does not."""
     parts = layer.split(".")
     for depth in range(len(parts), -1, -1):

@@ -139,6 +139,33 @@ def any_layout(output: Tensor) -> list[Layout]:
     return [Layout("nchw", (second, third)), Layout("nhwc", (first, second))]
 
 
+def resolve(
+    output: Tensor,
+    images: tuple[int, ...],
+    larger: tuple[Tensor, tuple[int, ...]] | None,
+    format: Format = "auto",
+    prefix_tokens: int | Literal["auto"] = "auto",
+) -> list[Layout]:
+    """Return the ways to read `output` that also hold for larger images; one if there is no doubt.
+
+    Args:
+        output: of a layer, for images of the shape `images`.
+        images: `(B, 3, H, W)`.
+        larger: the output of the layer for images of another shape, and that shape; None if the network takes one size.
+        format: as in `sward.features.FeatureTaps`.
+        prefix_tokens: as there.
+    """
+    found = layouts(output, images, format, prefix_tokens)
+    if larger is None or output.shape[0] != images[0]:
+        return found
+    other, second = larger
+    by_axes = output.dim() == other.dim() == 4 and format == "auto"
+    ways = any_layout(output) if by_axes else found
+    others = any_layout(other) if by_axes else layouts(other, second, format, prefix_tokens)
+    sizes = ((images[-2], images[-1]), (second[-2], second[-1]))
+    return [way for way in ways if any(same_layout((way, output), (each, other), sizes) for each in others)]
+
+
 def _strides(cells: int, length: int) -> tuple[float, float]:
     """Return the bounds of the strides that can turn `length` pixels into `cells` cells."""
     return length / (cells + 1), length / (cells - 1) if cells > 1 else float("inf")
@@ -166,3 +193,15 @@ def describe(output: Any) -> str:
 
 def _kind(value: Any) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def logits_of(output: Any, network: str) -> Tensor:
+    """Return the logits `[B, K, h, w]` in what a segmentation network returned: a tensor, tuple or dictionary.
+
+    Raises:
+        ValueError: if there are none; `network` names it in the message.
+    """
+    logits = select(output, 0, f"the {network}")
+    if logits.dim() != 4:
+        raise ValueError(f"the {network} must return logits [B, K, H, W], got {describe(logits)}")
+    return logits

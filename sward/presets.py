@@ -175,7 +175,7 @@ def _small(
             ),
             TeacherTrainingConfig(
                 model="vit_small_dinov2",
-                options={"token_stride": token_stride},
+                model_options={"token_stride": token_stride},
                 dataset=dataclasses.replace(dataset, image_size=teacher_size),
                 optimizer=OptimizerConfig(lr=5e-4, schedule=schedule),
                 batch=batch,

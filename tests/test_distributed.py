@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sward import data, distributed, models, runs
+from sward import data, distributed, methods, models, runs
 from sward.alignment import Standardization
 from sward.config import (
     DatasetConfig,
@@ -26,7 +26,7 @@ from sward.config import (
 )
 from sward.data import EvaluationTransform, SegmentationDataset
 from sward.evaluation import evaluate
-from sward.runs import methods, train_masks, train_student, train_teacher
+from sward.runs import train_masks, train_student, train_teacher
 from sward.training import FrozenTeacher
 from tests.support.training_runs import (
     SERVER,

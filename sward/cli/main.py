@@ -8,7 +8,6 @@ an error, run `python -X dev -m sward COMMAND ...`.
 from __future__ import annotations
 
 import difflib
-import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -115,8 +114,16 @@ class Export:
     """Split of the run's data set to prove it on."""
     root: Path | None = None
     """Folder that holds the data set; the run's own by default."""
-    tolerance: float = 1e-4
-    """Largest accepted difference in mIoU and Dice, as a fraction of 1."""
+    tolerance: float | None = None
+    """Largest accepted difference in mIoU and Dice, as a fraction; 1e-4 by default, 1e-3 for fp16, 1e-2 for int8."""
+    fp16: bool = False
+    """Write an ONNX file in half precision."""
+    int8: bool = False
+    """Write an ONNX file quantised to int8 per channel, calibrated on training images."""
+    calibrate: int = 64
+    """Training images that set the ranges of int8."""
+    force: bool = False
+    """Keep a file that fails the proof."""
     overwrite: bool = False
     """Replace an existing file."""
 
@@ -244,13 +251,6 @@ def _parse(kind: Any, command: str, words: list[str], default: Any = None) -> An
     return tyro.cli(kind, prog=f"sward {command}", args=words, **options)
 
 
-def _value_of(option: str, words: list[str]) -> str | None:
-    """The last value that `words` give an option, as `--option value` or `--option=value`."""
-    given = [after for word, after in itertools.pairwise(words) if word == option]
-    given += [word.removeprefix(f"{option}=") for word in words if word.startswith(f"{option}=")]
-    return given[-1] if given else None
-
-
 def _preset(command: str, words: list[str]) -> tuple[str, list[str]]:
     """Split the name of the preset from the options after it."""
     from sward import presets
@@ -261,8 +261,24 @@ def _preset(command: str, words: list[str]) -> tuple[str, list[str]]:
         raise ValueError(
             f"name a preset first, such as 'sward {command} {presets.names()[0]}'; 'sward --help' lists all presets"
         )
-    presets.get(words[0])
-    return words[0], words[1:]
+    if not (_is_file(words[0]) and command in ("train", "train-teacher")):
+        presets.get(words[0])
+    return words[0], ["--help" if word == "--help-all" else word for word in words[1:]]
+
+
+def _is_file(word: str) -> bool:
+    from sward.cli.starting import SUFFIXES
+
+    return word.endswith(SUFFIXES)
+
+
+def _wants_short_help(command: str, words: list[str]) -> bool:
+    if not {"-h", "--help"} & set(words):
+        return False
+    from sward.cli.help import short_help
+
+    print(short_help(command))
+    return True
 
 
 @_command("demo", "train teacher, baseline and SWARD on generated scenes and print one table")
@@ -292,15 +308,19 @@ def _demo(words: list[str]) -> None:
 @_command("train", "train a student, alone or with a teacher")
 def _train(words: list[str]) -> None:
     from sward import presets
+    from sward.cli.starting import apply_words, read_config, value_of
     from sward.config import DistillationConfig
     from sward.losses.recipes import RECIPES
 
+    if _wants_short_help("train", words):
+        return
     name, rest = _preset("train", expand(words))
-    default = presets.get(name).student
+    default = read_config(DistillationConfig, Path(name)) if _is_file(name) else presets.get(name).student
     # Before the other options are read: they change single fields of it.
     for recipe in RECIPES:
-        if _value_of("--recipe", rest) == recipe:
+        if value_of("--recipe", rest) == recipe:
             default.use_recipe(recipe)
+    rest = apply_words(default, rest)
     config = _parse(DistillationConfig, f"train {name}", rest, default)
     from sward.runs import train_student
 
@@ -310,10 +330,15 @@ def _train(words: list[str]) -> None:
 @_command("train-teacher", "train the teacher that a preset distils")
 def _train_teacher(words: list[str]) -> None:
     from sward import presets
+    from sward.cli.starting import apply_words, read_config
     from sward.config import TeacherTrainingConfig
 
+    if _wants_short_help("train-teacher", words):
+        return
     name, rest = _preset("train-teacher", expand(words))
-    config = _parse(TeacherTrainingConfig, f"train-teacher {name}", rest, presets.get(name).teacher)
+    default = read_config(TeacherTrainingConfig, Path(name)) if _is_file(name) else presets.get(name).teacher
+    rest = apply_words(default, rest)
+    config = _parse(TeacherTrainingConfig, f"train-teacher {name}", rest, default)
     from sward.runs import train_teacher
 
     printing.print_result(train_teacher(config), config.metric)
@@ -327,7 +352,9 @@ def _train_masks(words: list[str]) -> None:
     name, rest = _preset("train-masks", expand(words))
     student = presets.get(name).student
     default = MaskTrainingConfig(preset=name, dataset=student.dataset, teacher=student.teacher, batch=student.batch)
-    config = _parse(MaskTrainingConfig, f"train-masks {name}", rest, default)
+    from sward.cli.starting import apply_words
+
+    config = _parse(MaskTrainingConfig, f"train-masks {name}", apply_words(default, rest), default)
     from sward.runs import train_masks
 
     print(f"written: {train_masks(config)}")
@@ -383,6 +410,46 @@ def _data(words: list[str]) -> None:
     print(f"pack: {result.folder}")
 
 
+@_command("init", "print the configuration of a preset as YAML, for 'sward train CONFIG.yaml'")
+def _init(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: sward init PRESET [--teacher] > CONFIG.yaml")
+        return
+    from sward import presets
+    from sward.cli.starting import write_config
+
+    preset = presets.get(words[0])
+    if words[1:] not in ([], ["--teacher"]):
+        raise ValueError(f"init must be followed by a preset and maybe --teacher, got {' '.join(words)}")
+    print(write_config(preset.teacher if words[1:] else preset.student), end="")
+
+
+@_command("list", "list models, methods, datasets or presets")
+def _list(words: list[str]) -> None:
+    from sward import data, methods, models, presets
+    from sward.models.sources import FORMS
+
+    listed = {
+        "models": [*models.names(), *FORMS],
+        "methods": ["none", *methods.METHODS],
+        "datasets": data.names(),
+        "presets": presets.names(),
+    }
+    if words in (["-h"], ["--help"]):
+        print(f"usage: sward list {'|'.join(listed)}")
+        return
+    if len(words) != 1 or words[0] not in listed:
+        raise ValueError(f"list must be followed by one of {', '.join(listed)}, got {' '.join(words) or 'nothing'}")
+    print("\n".join(listed[words[0]]))
+
+
+@_command("layers", "list the layers of a network that can be distilled")
+def _layers(words: list[str]) -> None:
+    from sward.cli.layers import Layers, show
+
+    show(_parse(Layers, "layers", words))
+
+
 @_command("evaluate", "score a run on a split of its data set or of another one")
 def _evaluate(words: list[str]) -> None:
     options = _parse(Evaluate, "evaluate", words)
@@ -433,6 +500,8 @@ def _export(words: list[str]) -> None:
     options = _parse(Export, "export", words)
     from sward.deploy.proof import export_run
 
+    if options.fp16 and options.int8:
+        raise ValueError("fp16 must be off with --int8, got both")
     printing.print_export(
         export_run(
             options.run,
@@ -445,6 +514,9 @@ def _export(words: list[str]) -> None:
             split=options.split,
             root=options.root,
             tolerance=options.tolerance,
+            precision="int8" if options.int8 else "fp16" if options.fp16 else "fp32",
+            calibrate=options.calibrate,
+            force=options.force,
             overwrite=options.overwrite,
         )
     )

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from sward import atomic
-from sward.data import read_image
 from sward.deploy.images import find_images, output_names, pixel_limit
 from sward.deploy.predictor import Checkpoint, Predictor, load
 from sward.figures.predictions import overlay
@@ -90,7 +89,7 @@ def _predict(
 ) -> Iterator[Path]:
     from PIL import Image
 
-    image = read_image(path)
+    image = predictor.read(path)
     size = (image.shape[-2], image.shape[-1])
     labels = np.empty(size, np.uint8)
     shown = np.empty((*size, 3), np.uint8)

@@ -16,7 +16,7 @@ import torch
 import torch.fx.experimental._config as symbolic_shapes
 from torch import nn
 
-from sward import atomic
+from sward import atomic, models
 from sward.deploy.metadata import Metadata
 from sward.deploy.network import DeployedNetwork
 from sward.models.inputs import SIZE_MULTIPLE
@@ -39,10 +39,16 @@ def write_network(network: nn.Module, metadata: Metadata, path: Path) -> Metadat
         The metadata that the file holds.
 
     Raises:
-        ValueError: if the suffix is another one, or the network cannot be exported with free height and width.
+        ValueError: if the suffix is another one, or the network is a teacher and height and width are free.
         ModuleNotFoundError: if `onnx` or `onnxscript` is not installed.
     """
     check_path(path)
+    if metadata.fixed_size is None and models.describe(metadata.model).role == "teacher":
+        # torch.export takes minutes to find this out.
+        raise ValueError(
+            f"network {metadata.model} must be exported with a fixed size, got free height and width; "
+            "its windows depend on the size of the image: use --size HEIGHT WIDTH"
+        )
     metadata = replace(metadata, opset=OPSET if path.suffix == ".onnx" else None)
     if path.suffix == ".onnx":
         require_onnx()
@@ -94,17 +100,9 @@ def _traced(network: DeployedNetwork, metadata: Metadata) -> torch.export.Export
     if metadata.fixed_size is None:
         free[2] = torch.export.Dim("height", min=1, max=2**16)
         free[3] = torch.export.Dim("width", min=1, max=2**16)
-    try:
-        # Without the patch, torch decides memory layouts by comparing sizes and then refuses the sizes it excluded.
-        with symbolic_shapes.patch(backed_size_oblivious=True), _quiet():  # type: ignore[attr-defined]
-            return torch.export.export(network, (images,), dynamic_shapes=({**free},))
-    except torch._dynamo.exc.UserError as error:
-        if metadata.fixed_size is not None:
-            raise
-        raise ValueError(
-            f"network {metadata.model} must be exported with a fixed size, got free height and width; "
-            "its windows depend on the size of the image: use --size HEIGHT WIDTH"
-        ) from error
+    # Without the patch, torch decides memory layouts by comparing sizes and then refuses the sizes it excluded.
+    with symbolic_shapes.patch(backed_size_oblivious=True), _quiet():  # type: ignore[attr-defined]
+        return torch.export.export(network, (images,), dynamic_shapes=(free,))
 
 
 def _name_sizes(model: Any) -> None:

@@ -28,6 +28,8 @@ class Metadata:
     """Colours by class."""
     image_size: tuple[int, int] | None
     """Height and width at which it was evaluated: resize images to it. None: images keep their size."""
+    image_range: tuple[float, float] | None = None
+    """Values that become 0 and 255 in images with more than 8 bits per channel; None: such images are refused."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean of the normalisation, for RGB of 0 to 1. Part of the graph unless `input` is `"normalised"`."""
     std: tuple[float, float, float] = IMAGENET_STD
@@ -64,7 +66,7 @@ class Metadata:
         if missing:
             raise ValueError(f"{path} must be written by 'sward export', got a file without sward.{missing[0]}")
         values = {field.name: json.loads(stored[f"sward.{field.name}"]) for field in fields(cls)}
-        for name in ("classes", "image_size", "mean", "std", "fixed_size"):
+        for name in ("classes", "image_size", "image_range", "mean", "std", "fixed_size"):
             values[name] = None if values[name] is None else tuple(values[name])
         values["palette"] = tuple(tuple(colour) for colour in values["palette"])
         return cls(**values)

@@ -79,7 +79,7 @@ class Predictor:
             ValueError: if the tile or overlap is wrong, or the file holds `argmax` and a tile is given.
         """
         self.check_tile(tile, overlap)
-        bands = [self.to_labels(outputs).to(torch.uint8) for _, outputs in self.bands(as_pixels(image), tile, overlap)]
+        bands = [self.to_labels(outputs).to(torch.uint8) for _, outputs in self.bands(self.read(image), tile, overlap)]
         return torch.cat(bands).numpy()
 
     def probabilities(
@@ -92,7 +92,7 @@ class Predictor:
         """
         self.check_tile(tile, overlap)
         self.check_probabilities()
-        bands = [self.to_probabilities(outputs) for _, outputs in self.bands(as_pixels(image), tile, overlap)]
+        bands = [self.to_probabilities(outputs) for _, outputs in self.bands(self.read(image), tile, overlap)]
         return torch.cat(bands, dim=1).numpy()
 
     def bands(self, pixels: Tensor, tile: tuple[int, int] | None, overlap: int | None) -> Iterator[tuple[int, Tensor]]:
@@ -127,6 +127,10 @@ class Predictor:
         """Raise ValueError if this file does not return what probabilities are computed from."""
         if self.metadata.output == "argmax":
             raise ValueError(f"output of {self.path} must be logits or probabilities, got argmax; export it again")
+
+    def read(self, image: Image) -> Tensor:
+        """Return an image as uint8 `[3, H, W]`, files as the run read them."""
+        return as_pixels(image, self.metadata.image_range)
 
     def resized(self, pixels: Tensor) -> Tensor:
         """Resize uint8 `[3, H, W]` to the size at which the network was evaluated."""
@@ -172,6 +176,7 @@ def load(path: str | Path, *, checkpoint: Checkpoint = "best", device: str | Non
         info.classes,
         info.palette,
         evaluation_size(config),
+        config.dataset.image_range,
         source=str((weights if isinstance(weights, Path) else folder / "checkpoints" / f"{weights}.pt").resolve()),
     )
     target = choose_device(device)
@@ -200,14 +205,14 @@ def find_run(path: Path, checkpoint: Checkpoint = "best") -> tuple[Path, Checkpo
     return folder, path
 
 
-def as_pixels(image: Image) -> Tensor:
-    """Return an image as uint8 `[3, H, W]`.
+def as_pixels(image: Image, image_range: tuple[float, float] | None = None) -> Tensor:
+    """Return an image as uint8 `[3, H, W]`; files with more than 8 bits per channel are scaled from `image_range`.
 
     Raises:
         ValueError: if a tensor is not uint8 `[3, H, W]`, or an array not uint8 `[H, W, 3]`.
     """
     if isinstance(image, (str, Path)):
-        return read_image(image)
+        return read_image(image, image_range)
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(f"image must be a uint8 tensor [3, H, W], got {image.dtype} {list(image.shape)}")

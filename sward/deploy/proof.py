@@ -17,17 +17,19 @@ from torch import Tensor, nn
 from sward import atomic
 from sward.config import TrainingConfig
 from sward.data import DatasetInfo, denormalise
+from sward.data.transforms import resize_image
 from sward.deploy import export
 from sward.deploy.metadata import Metadata, evaluation_size
 from sward.deploy.network import DeployedNetwork, Input, Output
+from sward.deploy.precision import CALIBRATION_IMAGES, Precision, check_precision, convert
 from sward.deploy.predictor import Checkpoint, Predictor, as_input, find_run, labels_at, load
 from sward.metrics import ConfusionMatrix, PerImageOverlap
 from sward.runs.load import build_split, load_run
 from sward.training.progress import Progress
 from sward.training.run_folder import make_folder
 
-TOLERANCE = 1e-4
-"""Largest difference in mIoU or Dice, as a fraction of 1, that the proof of an fp32 file accepts."""
+TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-3, "int8": 1e-2}
+"""Largest difference in mIoU and in Dice, as a fraction of 1, that the proof accepts."""
 
 TIMED_RUNS = 10
 TIMED_SECONDS = 5.0
@@ -115,7 +117,10 @@ def export_run(
     check: int | None = None,
     split: str = "val",
     root: Path | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
+    precision: Precision = "fp32",
+    calibrate: int = CALIBRATION_IMAGES,
+    force: bool = False,
     overwrite: bool = False,
 ) -> Exported:
     """Write the network of a run to `path`, then compare the file with PyTorch and write `PATH.json`.
@@ -130,16 +135,23 @@ def export_run(
         check: images to compare on; None takes the whole split, 0 skips the proof.
         split: split of the run's data set to compare on.
         root: folder that holds the data set; None uses that of the run.
-        tolerance: largest accepted difference in mIoU and Dice, as a fraction of 1.
+        tolerance: largest accepted difference in mIoU and Dice, as a fraction of 1; None takes that of `TOLERANCES`.
+        precision: number format of an ONNX file.
+        calibrate: training images that set the ranges of int8.
+        force: keep the file if the proof fails.
         overwrite: replace an existing file.
 
     Raises:
         ValueError: if an argument is wrong, the file exists, or the network cannot be exported.
-        ProofError: if the proof fails; the file is removed.
+        ProofError: if the proof fails and `force` is not set; the file is removed.
         FileNotFoundError: if the run or its data set does not exist.
         ModuleNotFoundError: if a package for ONNX is not installed.
     """
+    tolerance = TOLERANCES[precision] if tolerance is None else tolerance
     check_arguments(path, check, tolerance, overwrite)
+    check_precision(precision, path)
+    if calibrate < 1:
+        raise ValueError(f"calibrate must be at least 1, got {calibrate}")
     folder, weights = find_run(run, checkpoint)
     config, info, network = load_run(folder, weights)
     metadata = Metadata(
@@ -148,6 +160,7 @@ def export_run(
         info.classes,
         info.palette,
         evaluation_size(config),
+        config.dataset.image_range,
         input=input,
         output=output,
         fixed_size=size,
@@ -155,13 +168,17 @@ def export_run(
     )
     config.dataset.root = root or config.dataset.root
     # Before the export, which takes longer: a data set that is not there is found out at once.
-    images = None if check == 0 else validation_images(config, split, check)
+    images = None if check == 0 else evaluation_images(config, split, check)
+    examples = evaluation_images(config, "train", calibrate).samples() if precision == "int8" else iter(())
     make_folder(path.parent)
     metadata = export.write_network(network, metadata, path)
+    if precision != "fp32":
+        resized = (image if size is None else resize_image(image, size) for image, _ in examples)
+        metadata = convert(path, metadata, precision, resized)
     proof = None
     if images is not None:
         proof = prove(network, load(path), images, info, split=split, tolerance=tolerance)
-    return finish(Exported(path, metadata, proof))
+    return finish(Exported(path, metadata, proof), force=force)
 
 
 def check_arguments(path: Path, check: int | None, tolerance: float, overwrite: bool) -> None:
@@ -175,14 +192,14 @@ def check_arguments(path: Path, check: int | None, tolerance: float, overwrite: 
         raise ValueError(f"output must not exist yet, got {path}; replace it with --overwrite")
 
 
-def finish(exported: Exported, *, force: bool = False) -> Exported:
+def finish(exported: Exported, *, force: bool) -> Exported:
     """Write the JSON file; on a failed proof remove the exported file and raise ProofError unless `force`."""
     proof = exported.proof
     record = {"metadata": asdict(exported.metadata), "proof": None if proof is None else asdict(proof)}
     atomic.write(exported.proof_path, (json.dumps(record, indent=2) + "\n").encode())
     if proof is not None and proof.failure is not None and not force:
         exported.path.unlink()
-        raise ProofError(f"{proof.failure} on {proof.images} images; the numbers are in {exported.proof_path}")
+        raise ProofError(f"{proof.failure}; see {exported.proof_path}, or keep the file with --force")
     return exported
 
 
@@ -196,7 +213,7 @@ class LabelledImages:
     """Number of images."""
 
 
-def validation_images(config: TrainingConfig, split: str, count: int | None) -> LabelledImages:
+def evaluation_images(config: TrainingConfig, split: str, count: int | None) -> LabelledImages:
     """Return the first `count` images of a split, prepared as for evaluation.
 
     Raises:

@@ -49,6 +49,10 @@ class TapComparison(DistillationLoss):
             _caught(inputs.teacher, tap, channels, "teacher").detach()
             for tap, channels in zip(self.teacher_taps, self._teacher_channels)
         ]
+        dtype = next((each.dtype for each in (*self.parameters(), *self.buffers()) if each.is_floating_point()), None)
+        if dtype in (torch.float32, torch.float64):
+            # A method that learns something computes in the dtype of what it learns; the gradient keeps the map's own.
+            student, teacher = [each.to(dtype) for each in student], [each.to(dtype) for each in teacher]
         with torch.autocast(student[0].device.type, enabled=False):
             return self.compare(student, teacher, inputs.labels)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sward import distributed, models
+from sward import distributed, layers, methods, models
 from sward.config import DistillationConfig, MaskTrainingConfig, TeacherTrainingConfig, TrainingConfig, masks_path
 from sward.data import SegmentationDataset
 from sward.data.check import LabelCounts, check_splits
@@ -17,8 +17,16 @@ from sward.data.unlabelled import UnlabelledImages
 from sward.losses import DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
 from sward.losses.task import TaskLoss, median_frequency_weights
 from sward.models.teachers import Teacher
-from sward.runs import methods
-from sward.runs.load import build_datasets, build_split, choose_device, load_teacher, student_run, teacher_run
+from sward.runs.load import (
+    build_datasets,
+    build_network,
+    build_split,
+    choose_device,
+    distillation_pair,
+    load_teacher,
+    student_run,
+    teacher_run,
+)
 from sward.training.batches import batches
 from sward.training.loop import TrainingResult, fit
 from sward.training.progress import Progress
@@ -37,7 +45,7 @@ def train_student(config: DistillationConfig) -> TrainingResult:
     """
     config.check()
     _make_root_absolute(config)
-    models.describe(config.model)
+    models.check_name(config.model)
     if config.distillation != "none":
         methods.check_name(config.distillation)
     device = choose_device(config.device)
@@ -53,13 +61,14 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
     info = train_set.info
     # Build the student first, so that a seed gives it the same weights with and without distillation.
     torch.manual_seed(config.seed)
-    student = _placed(models.build(config.model, info.num_classes), config, device)
+    student = _placed(build_network(config, info.num_classes), config, device)
     loss = None
     teacher: FrozenTeacher | TeacherCache | None = None
     if config.distillation != "none":
         name, network = load_teacher(config.teacher, config.preset, info)
         network = _placed(network, config, device)
-        pair = methods.DistillationPair(config, student, name, network, info)
+        pair = distillation_pair(config, student, name, network, info)
+        config = _with_layers(config, pair)
         loss = methods.build(config.distillation, pair).to(device)
         teacher = FrozenTeacher(
             network,
@@ -88,6 +97,19 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
     return _fit(student, loss, task, counts, config, train_set, validation_set, run, teacher, unlabelled)
 
 
+def _with_layers(config: DistillationConfig, pair: methods.DistillationPair) -> DistillationConfig:
+    """Print the layers that MWAD will compare, and return the configuration with them."""
+    if config.distillation != "sward":
+        return config
+    student, teacher = pair.student_layers.stages, pair.teacher_layers.stages
+    if distributed.is_main():
+        for side, names in (("student", student), ("teacher", teacher)):
+            print(f"{side} layers: {' '.join(names)}")
+    return dataclasses.replace(
+        config, sward=dataclasses.replace(config.sward, student_layers=student, teacher_layers=teacher)
+    )
+
+
 def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
     """Train a teacher: the head on a frozen trunk, or the whole network (`sward train-teacher`).
 
@@ -96,7 +118,7 @@ def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
     """
     config.check()
     _make_root_absolute(config)
-    models.describe(config.model)
+    models.check_name(config.model)
     device = choose_device(config.device)
     with distributed.joined(device):
         return _train_teacher(config, device)
@@ -108,13 +130,18 @@ def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> Train
     counts, task = _check_data(config, train_set, validation_set)
     distributed.share_of(config.batch)
     torch.manual_seed(config.seed)
-    network = models.build(config.model, train_set.info.num_classes, **config.options)
+    network = build_network(config, train_set.info.num_classes)
     if config.trunk_checkpoint is not None:
         models.load_trunk_checkpoint(network, config.trunk_checkpoint)
     if not config.train_trunk:
         if not isinstance(network, Teacher):
             raise ValueError(
                 f"train_trunk must be True for model {config.model!r}, got False; it has no trunk to freeze"
+            )
+        if config.trunk_checkpoint is None and config.model_weights in (None, "none"):
+            raise ValueError(
+                "trunk_checkpoint must name the weights of a frozen trunk, got None; train the trunk too with "
+                "--train-trunk, or keep random features with --model-weights random"
             )
         network.freeze_trunk()
     network = _placed(network, config, device)
@@ -224,8 +251,9 @@ def train_masks(config: MaskTrainingConfig) -> Path:
     name, teacher = load_teacher(config.teacher, config.preset, dataset.info)
     teacher.to(device)
     torch.manual_seed(config.seed)
-    masks = methods.new_masks(config.method, name, teacher, config.dataset.image_size).to(device)
-    tap = methods.mask_tap(config.method, name)
+    choice = layers.default_layers(name, teacher, config.dataset.image_size)
+    masks = methods.new_masks(config.method, teacher, choice, config.dataset.image_size).to(device)
+    tap = methods.mask_tap(config.method, choice)
     stream = batches(dataset, config.batch, seed=config.seed, workers=config.dataset.workers)
     path = config.output or masks_path(config.preset, config.method)
     make_folder(path.parent)

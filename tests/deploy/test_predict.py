@@ -1,5 +1,6 @@
 """`sward predict` on files, with a run of a small network."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -114,3 +115,24 @@ def test_images_of_the_wrong_kind_are_refused(network: Pixelwise) -> None:
         predictor.predict(np.zeros((4, 4, 3)))
     with pytest.raises(ValueError, match=r"image must be a uint8 tensor \[3, H, W\]"):
         predictor.predict(torch.zeros(4, 4, 3, dtype=torch.uint8))
+
+
+def test_photos_of_phones_and_microscopes_are_read_as_in_training(network: Pixelwise, tmp_path: Path) -> None:
+    upright = Image.open("photo.png")
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by a quarter
+    turned.save("phone.png", exif=exif)
+    predictor = sward.load("run")
+    assert (predictor.predict("phone.png") == predictor.predict("photo.png")).all()
+
+    grey = pixels_of("photo.png")[:, :, 0]
+    Image.fromarray(grey.astype(np.uint16) * 257).save("wide.png")
+    with pytest.raises(ValueError, match=r"must have 8 bits per channel"):
+        predictor.predict("wide.png")
+    config = Path("run/config.json")
+    stored = json.loads(config.read_text())
+    stored["dataset"]["image_range"] = [0, 65535]
+    config.write_text(json.dumps(stored))
+    found = sward.load("run").predict("wide.png")
+    assert (found == predictor.predict(np.repeat(grey[:, :, None], 3, axis=2))).all()

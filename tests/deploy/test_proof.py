@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -12,7 +13,7 @@ from onnx import numpy_helper
 import sward
 from sward.cli.main import main
 from sward.deploy import proof
-from sward.deploy.proof import export_run
+from sward.deploy.proof import ProofError, export_run
 from tests.support.deployable import Pixelwise, make_run, register
 
 pytestmark = pytest.mark.usefixtures("few_images")
@@ -128,3 +129,45 @@ def test_load_takes_a_run_a_checkpoint_and_a_file(run: Path, tmp_path: Path) -> 
     moved.write_bytes((run / "checkpoints" / "best.pt").read_bytes())
     with pytest.raises(ValueError, match="checkpoint must lie in RUN/checkpoints"):
         sward.load(moved)
+
+
+def test_int8_is_quantised_per_channel_and_keeps_the_score(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "student.onnx"
+    exported = export_run(run, path, precision="int8", calibrate=2, tolerance=0.05)
+    assert sward.load(path).metadata == exported.metadata
+    assert (exported.metadata.precision, exported.metadata.opset) == ("int8", 18)
+    model = onnx.load(path)
+    tensors = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
+    weights = [each for name, each in tensors.items() if each.dtype == np.int8 and each.ndim == 4]
+    assert [each.shape for each in weights] == [(5, 3, 3, 3)]
+    scales = [each for name, each in tensors.items() if name.endswith("_scale") and each.shape == (5,)]
+    assert scales
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in model.graph.node}
+    found = exported.proof
+    assert found is not None
+    # Different from fp32 (255 steps over logits of about -20 to 20), but hardly at all in the classes.
+    assert found.largest_difference > 0.01
+    assert 0 < found.differing_pixels < 0.05
+    # Images of any size, still.
+    assert sward.load(path).forward(torch.zeros(2, 3, 33, 70, dtype=torch.uint8)).shape == (2, 5, 33, 70)
+
+
+def test_fp16_keeps_the_types_of_input_and_output(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "student.onnx"
+    exported = export_run(run, path, precision="fp16", check=2)
+    assert exported.metadata.precision == "fp16"
+    weights = [each for each in onnx.load(path).graph.initializer if each.name.endswith("classifier.weight")]
+    assert [each.data_type for each in weights] == [onnx.TensorProto.FLOAT16]
+    assert sward.load(path).forward(torch.zeros(1, 3, 40, 40, dtype=torch.uint8)).dtype == torch.float32
+    found = exported.proof
+    assert found is not None
+    assert 1e-5 < found.largest_difference < 0.05
+
+
+def test_a_file_that_loses_too_much_is_kept_by_force_alone(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "student.onnx"
+    options = {"precision": "int8", "calibrate": 1, "tolerance": 0.0}
+    with pytest.raises(ProofError, match=r"mIoU of the file must be within 0 points.*keep the file with --force"):
+        export_run(run, path, **options)
+    assert not path.exists()
+    assert export_run(run, path, force=True, **options).path.exists()

@@ -17,10 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sward import data
+from sward import data, methods
 from sward.config import DatasetConfig, DistillationConfig, OptimizerConfig, SWARDConfig, TeacherConfig
 from sward.losses import CIRKDLoss, DistillationLoss
-from sward.runs import methods
 from tests.support.executed_lines import killed_at_line
 
 SPLITS = {"train": 18, "val": 4}
@@ -55,7 +54,7 @@ def small(output: Path, **changes: Any) -> DistillationConfig:
 def small_cirkd(
     pair: methods.DistillationPair, terms: tuple[float, float, float, float] = (1.0, 1.0, 0.1, 0.1)
 ) -> DistillationLoss:
-    """`cirkd` as `sward.runs.methods` builds it, with a memory that a CPU fills and reads in no time."""
+    """`cirkd` as `sward.methods` builds it, with a memory that a CPU fills and reads in no time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             methods,
