@@ -471,8 +471,8 @@ def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "
         old, new = stored.get(name), wanted.get(name)
         if prefix + name in UNCOMPARED:
             continue
-        if name in ("student_layers", "teacher_layers") and not old:
-            # Chosen when the run starts.
+        if name in ("student_layers", "teacher_layers") and not (old and new):
+            # Empty means chosen when the run starts; a run that starts compares the chosen ones.
             continue
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{prefix}{name}.")

@@ -142,7 +142,7 @@ def test_dictionaries_and_teacher_images_of_another_size() -> None:
 def test_importing_the_package_or_its_losses_does_not_import_the_distiller() -> None:
     code = "import sys, sward, sward.losses; print('sward.distiller' in sys.modules, 'sward.training' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False"] * 2
-    assert {"Distiller", "DistillerOutput"} == set(sward.__all__)
+    assert {"Distiller", "DistillerOutput", "load"} == set(sward.__all__)
 
 
 SAME = Net(4)

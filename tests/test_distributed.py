@@ -270,9 +270,11 @@ def test_sync_batch_norm_converts_student_and_loss(monkeypatch: pytest.MonkeyPat
 def test_a_method_without_mwad_leaves_no_parameter_without_gradient(tmp_path: Path) -> None:
     config = small(tmp_path / "run", iterations=1, sward=SWARDConfig(weights=(0.0, 1.0)))
     train_student(config)
-    assert len(checkpoint(config.output)["optimizer"]["param_groups"][0]["params"]) == len(
-        list(models.build("unext", 5).parameters())
-    )
+    optimizer = checkpoint(config.output)["optimizer"]
+    # The student's parameters and MWAD's four projections, which a weight raised later would train.
+    assert len(optimizer["param_groups"][0]["params"]) == len(list(models.build("unext", 5).parameters())) + 4
+    # Only parameters with a gradient have an optimiser state.
+    assert len(optimizer["state"]) == len(optimizer["param_groups"][0]["params"])
 
 
 DYING = """

@@ -67,7 +67,8 @@ def write_network(network: nn.Module, metadata: Metadata, path: Path) -> Metadat
             dynamo=True,
             opset_version=OPSET,
             input_names=["images"],
-            output_names=[metadata.output],
+            # Not "argmax": that is the name of the graph's own node.
+            output_names=["classes" if metadata.output == "argmax" else metadata.output],
             verbose=False,
         )
     model = onnx_program.model_proto

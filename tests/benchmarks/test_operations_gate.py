@@ -32,10 +32,12 @@ def test_a_wrong_result_fails_and_is_not_timed(tmp_path: Path) -> None:
         *("--benchmark-only", "--benchmark-min-rounds=1", "--benchmark-max-time=0.01"),
         f"--benchmark-json={tmp_path / 'timed.json'}",
     ]
+    # pytest-benchmark times nothing in a worker of pytest-xdist, which this test may run in.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     run = subprocess.run(
         command,
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": search_path},
+        env=environment | {"PYTHONPATH": search_path},
         capture_output=True,
         text=True,
         check=False,

@@ -64,6 +64,8 @@ def test_a_recipe_sets_what_no_other_option_does(words: list[str]) -> None:
         normalize=False,
         embed_dim=32,
         pdr_layer="encoder.2",
+        student_layers=("encoder.1", "encoder.2", "encoder.3", "encoder.4"),
+        teacher_layers=("levels.0", "levels.1", "levels.2", "levels.3"),
     )
     with pytest.raises(SystemExit):
         main(["train", "demo", "--recipe", "best"])
@@ -137,7 +139,10 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "demo", "--distillation", "swardd"], "unknown distillation method 'swardd'; did you mean 'sward'"),
         (["train", "demo", "--distillation", "none", "--dataset.image-size", "50", "50"], "multiple"),
         (["train", "demo", "--distillation", "none", "--model", "unxt"], "did you mean unext"),
-        (["train", "demo", "--distillation", "none", "--epochs", "3"], "exactly one of iterations and epochs"),
+        (
+            ["train", "demo", "--distillation", "none", "--iterations", "2", "--epochs", "3"],
+            "exactly one of iterations and epochs",
+        ),
         (["train", "clinicdb-unext", "--dataset.root", "nowhere"], "nowhere"),
         (["evaluate", "nowhere"], "nowhere is not a run folder"),
         (["predict", "nowhere", "image.png"], "nowhere is not a run folder"),

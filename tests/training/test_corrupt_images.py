@@ -51,4 +51,4 @@ def test_missing_mask(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"image {root}/images/train/2.png has no mask; " in capsys.readouterr().err
     shutil.rmtree(root / "masks")
     assert train(root) == 2
-    assert "the folder 'masks/train' is missing next to 'images/train'" in capsys.readouterr().err
+    assert f"looked for images and masks in {root}" in capsys.readouterr().err
