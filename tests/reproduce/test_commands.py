@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sward.cli.main import main
-from sward.reproduce.tables import escape_latex
+from sward.reproduce.rendering import escape_latex
 from tests.support.drawn_figures import DrawnFigure
 from tests.support.real_data import real_data_root
 
