@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from harness import Session, peak_extra_bytes
-from sward import data, models, presets
+from sward import data, methods, models, presets
 from sward.config import DistillationConfig
 from sward.losses import LOGITS, DistillationInputs, DistillationLoss, SegmentationCrossEntropy, SWARDDistillation
-from sward.runs import methods
+from sward.runs.load import distillation_pair
 from sward.training import FrozenTeacher, TrainingStep
 from sward.training.teacher_cache import TeacherCache
 
@@ -120,7 +120,7 @@ def measure(shape: Shape, method: str, device: torch.device, rounds: int) -> dic
     torch.manual_seed(0)
     student: nn.Module = models.build(config.model, info.num_classes).to(device)
     network = models.build(config.teacher.name, info.num_classes).to(device)
-    pair = methods.DistillationPair(config, student, config.teacher.name, network, info)
+    pair = distillation_pair(config, student, config.teacher.name, network, info)
     loss = methods.build(method, pair).to(device)
     teacher = FrozenTeacher(network, loss.teacher_taps)
     task = SegmentationCrossEntropy(info.ignore_index)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from sward.data.files import OnCorrupt
+from sward.data.folder import FolderOptions
 from sward.losses.mwad import ShiftStrategy
 from sward.losses.recipes import (
     RECIPES,
@@ -20,6 +21,7 @@ from sward.losses.recipes import (
     TeacherNormalization,
     TeacherProjections,
 )
+from sward.losses.task import TaskName
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """`fp32` computes everything in float32; the others use autocast and keep weights and optimiser in float32."""
@@ -63,15 +65,49 @@ class DatasetConfig:
     image_size: tuple[int, int] = (128, 128)
     """Height and width in pixels of the training images."""
     split_by: str | None = None
-    """For polyps `"sequence"`, `"ratio"` or the path of a list file; None uses the data set's own split."""
+    """For polyps `"sequence"`, `"ratio"` or the path of a list file; for a `folder` without splits, shares of train,
+    val and test such as `80/10/10` or the path of a list (short: `--split`). None uses the data set's own split."""
     num_classes: int | None = None
-    """Number of classes of a `folder` of images and masks; the other data sets define their own."""
+    """Number of classes of a `folder` whose classes have no names; the other data sets define their own."""
+    classes: tuple[str, ...] = ()
+    """For a `folder`, the names of the classes (short: `--classes background,polyp`)."""
+    mask_values: tuple[str, ...] = ()
+    """For a `folder`, the value of each class in the mask files, numbers or `#rrggbb` (short: `--mask-values 0,255`);
+    empty means 0, 1, 2, ..., and 255 for pixels to ignore."""
+    ignore_values: tuple[str, ...] = ()
+    """For a `folder` with `mask_values`, the values of pixels to ignore (short: `--ignore-values`)."""
+    images: str | None = None
+    """For a `folder`, the pattern of its image folder, such as `frames/{split}`; None finds the usual layouts."""
+    masks: str | None = None
+    """For a `folder`, the pattern of its masks, such as `masks/{split}/{name}_mask.png` (short: `--masks`)."""
+    split_seed: int = 0
+    """For a `folder`, the seed of a split that is drawn."""
+    group_by: str | None = None
+    """For a `folder` whose split is drawn, keep groups of frames together: a regular expression that finds the group
+    in a frame's name, or a CSV file with the columns `frame_id` and `group` (short: `--group-by`)."""
+    image_range: tuple[float, float] | None = None
+    """Values that become black and white in images with more than 8 bits per channel; None refuses such images."""
     workers: int = 0
     """Loader processes; 0 loads in the training process. Results do not depend on it."""
     packed: str = "auto"
     """Pack to read: `"auto"` (the one in the data set's folder, if any), `"none"` (decode the files) or a path."""
     views: int | None = None
     """Fixed augmented views per image, one per epoch in turn; None draws new ones each epoch."""
+
+    @property
+    def folder_options(self) -> FolderOptions | None:
+        """The options of a `folder`; None for other data sets."""
+        if self.name != "folder":
+            return None
+        return FolderOptions(
+            self.classes,
+            self.mask_values,
+            self.ignore_values,
+            self.images,
+            self.masks,
+            self.split_seed,
+            self.group_by,
+        )
 
 
 @dataclass
@@ -101,7 +137,11 @@ class TeacherConfig:
     untrained: bool = False
     """Distil the teacher `name` with random weights instead, to try shapes and speed without a checkpoint."""
     name: str = "hiera_demo"
-    """Name of the teacher for `untrained`, as in `sward.models.build`."""
+    """Name of the teacher for `untrained` and `weights`, as in `sward.models.build`."""
+    options: dict[str, int | str] = field(default_factory=dict)
+    """Options of its builder, on the command line as `--teacher.options KEY=VALUE ...`."""
+    weights: Path | None = None
+    """Checkpoint of the whole network `name`, instead of the run of `sward train-teacher`."""
     image_size: tuple[int, int] | None = None
     """Height and width of the images that the teacher sees: the student's views (same crop, flips and colours), sampled
     at this size, with the same aspect ratio. None uses `dataset.image_size`."""
@@ -156,7 +196,13 @@ class TrainingConfig:
     preset: str = "demo"
     """The preset that the run is based on."""
     model: str = "unext"
-    """Name of the network to train, as in `sward.models.build`."""
+    """The network to train; a name that `sward.models.build` knows: registered, or as `smp:Unet`, `timm:NAME`,
+    `torchvision:NAME`, `transformers:FOLDER` or `package.module:function`."""
+    model_options: dict[str, int | str] = field(default_factory=dict)
+    """Options of the network's builder, on the command line as `--model-options KEY=VALUE ...`."""
+    model_weights: str | None = None
+    """Initial weights: a checkpoint file of the whole network, `"imagenet"` (smp, torchvision and timm encoders), or
+    `"none"` or None for random ones. A frozen trunk is refused random weights unless this is `"random"`."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     """Images and labels."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -169,8 +215,16 @@ class TrainingConfig:
     """Passes over the training set."""
     seed: int = 0
     """Seed of weights, sampling, augmentation and window shifts; each draws from its own stream."""
-    metric: Literal["mean_iou", "dice"] = "mean_iou"
-    """Score that selects the best checkpoint: mean IoU over classes, or the foreground's Dice averaged over images."""
+    task: TaskName = "ce"
+    """Task loss: cross-entropy, soft Dice, their sum or focal loss; see `sward.losses.task`."""
+    class_weights: tuple[str, ...] = ()
+    """Weights of the classes in `ce` and `focal`: one number per class, or `auto` for the median share of pixels over
+    the share of the class in the training masks."""
+    label_smoothing: float = 0.0
+    """Share of the target that cross-entropy spreads over all classes."""
+    metric: Literal["mean_iou", "mean_dice", "dice"] = "mean_iou"
+    """Score that selects the best checkpoint: mean IoU or Dice over classes, or with two classes the foreground's Dice
+    averaged over images."""
     evaluate_every: int | None = None
     """Epochs between validations; None validates only at the end."""
     batch_norm_images: int | None = None
@@ -237,7 +291,7 @@ class DistillationConfig(TrainingConfig):
     """A student's run, alone (`distillation="none"`) or with a teacher."""
 
     distillation: str = "sward"
-    """The method: `"none"`, or a name in `sward.runs.methods.METHODS`."""
+    """The method: `"none"`, or a name in `sward.methods.METHODS`."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The frozen network."""
     recipe: RecipeName = "recommended"
@@ -245,6 +299,16 @@ class DistillationConfig(TrainingConfig):
     On the command line, options for single fields of `sward` override it."""
     sward: SWARDConfig = field(default_factory=SWARDConfig)
     """Settings of `"sward"`."""
+    unlabelled: tuple[Path, ...] = ()
+    """Folders of images without masks. The teacher is distilled on them too; the task loss, PDR and all terms that need
+    labels see the labelled images only."""
+    unlabelled_batch: int | None = None
+    """Unlabelled images per step, over all processes, beside `batch` labelled ones; None takes as many as `batch`."""
+
+    @property
+    def unlabelled_per_step(self) -> int:
+        """Number of unlabelled images per step, 0 without `unlabelled`."""
+        return (self.unlabelled_batch or self.batch) if self.unlabelled else 0
 
     @property
     def teacher_image_size(self) -> tuple[int, int]:
@@ -265,6 +329,14 @@ class DistillationConfig(TrainingConfig):
     def check(self) -> None:
         """Validate the fields; a teacher cache also needs fixed views, since it can only reuse repeated images."""
         super().check()
+        if self.unlabelled and self.distillation == "none":
+            raise ValueError(
+                "unlabelled must be empty where distillation is 'none', since nothing would learn from them"
+            )
+        if self.unlabelled_batch is not None and (self.unlabelled_batch < 1 or not self.unlabelled):
+            raise ValueError(
+                f"unlabelled_batch must be at least 1 with unlabelled and None without, got {self.unlabelled_batch}"
+            )
         (height, width), (tall, wide) = self.dataset.image_size, self.teacher_image_size
         if tall * width != wide * height:
             raise ValueError(
@@ -294,8 +366,6 @@ class DistillationConfig(TrainingConfig):
 class TeacherTrainingConfig(TrainingConfig):
     """A teacher's run."""
 
-    options: dict[str, int | str] = field(default_factory=dict)
-    """Options of the network's builder, such as `backend` of the Hiera trunks."""
     trunk_checkpoint: Path | None = None
     """Pretrained weights of the trunk: a SAM 2.1, MedSAM2, timm or DINOv2 checkpoint."""
     train_trunk: bool = False
@@ -363,6 +433,8 @@ def from_json(kind: type[Config], text: str) -> Config:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"the configuration is not valid JSON: {error}") from error
+    if kind is TeacherTrainingConfig and "options" in values:
+        values["model_options"] = values.pop("options")  # The name in configurations of early versions.
     return _build(kind, values)
 
 
@@ -383,6 +455,8 @@ def _build(kind: Any, value: Any) -> Any:
                 f"{kind.__name__} has no field {sorted(unknown)[0]!r}; it was written by another version of sward"
             )
         return kind(**{name: _build(hints[name], item) for name, item in value.items()})
+    if kind is float and isinstance(value, str):
+        return float(value)  # YAML reads 1e-3 as a string.
     return Path(value) if kind is Path else value
 
 
@@ -396,6 +470,9 @@ def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "
     for name in sorted({*stored, *wanted}):
         old, new = stored.get(name), wanted.get(name)
         if prefix + name in UNCOMPARED:
+            continue
+        if name in ("student_layers", "teacher_layers") and not old:
+            # Chosen when the run starts.
             continue
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{prefix}{name}.")

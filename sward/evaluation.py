@@ -40,6 +40,10 @@ class Evaluation:
     per_image: dict[str, list[float]] | None = field(default=None, repr=False)
     """`"dice"` and `"iou"` of the foreground per image, in the order of the data set; None unless there are two
     classes."""
+    mean_dice: float = math.nan
+    """Dice per class over all pixels, mean over classes."""
+    class_dice: dict[str, float] = field(default_factory=dict)
+    """Dice of each class by name, over all pixels; nan for a class that occurs in neither labels nor predictions."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return all scores but `per_image` as JSON values; nan becomes None, since JSON has no nan."""
@@ -55,7 +59,12 @@ class Evaluation:
     @classmethod
     def from_dict(cls, scores: Mapping[str, Any]) -> Evaluation:
         """Inverse of `to_dict`: None becomes nan. Ignores other entries, such as those that `evaluate_run` adds."""
-        found = {each.name: scores[each.name] for each in fields(cls) if each.name != "per_image"}
+        newer = ("per_image", "mean_dice", "class_dice")
+        found = {each.name: scores[each.name] for each in fields(cls) if each.name not in newer}
+        found["mean_dice"] = math.nan if scores.get("mean_dice") is None else scores["mean_dice"]
+        found["class_dice"] = {
+            name: math.nan if dice is None else dice for name, dice in scores.get("class_dice", {}).items()
+        }
         if scores.get("per_image") is not None:
             found["per_image"] = {
                 name: [math.nan if value is None else value for value in values]
@@ -76,7 +85,9 @@ class Evaluation:
         """
         value = getattr(self, metric)
         if value is None:
-            raise ValueError(f"metric must be 'mean_iou' unless the data set has two classes, got {metric!r}")
+            raise ValueError(
+                f"metric must be 'mean_iou' or 'mean_dice' unless the data set has two classes, got {metric!r}"
+            )
         return -math.inf if math.isnan(value) else value
 
 
@@ -153,6 +164,8 @@ def evaluate(
         mean_iou=matrix.mean_iou(),
         mean_accuracy=matrix.mean_accuracy(),
         class_iou=dict(zip(info.classes, matrix.iou().tolist())),
+        mean_dice=matrix.mean_dice(),
+        class_dice=dict(zip(info.classes, matrix.dice().tolist())),
         dice=None if overlap is None else overlap.mean_dice(),
         iou=None if overlap is None else overlap.mean_iou(),
         pooled_dice=None if overlap is None else overlap.pooled_dice(),

@@ -105,11 +105,12 @@ class ConfusionMatrix:
 class PerImageOverlap:
     """Dice and IoU of one foreground class, image by image.
 
-    An image where the foreground is in neither labels nor prediction scores nan and is left out of the mean. An image
-    with a prediction but no labelled foreground, or the reverse, scores 0.
+    An image where the foreground is in neither labels nor prediction scores 1: the network is right that nothing is
+    there. An image with a prediction but no labelled foreground, or the reverse, scores 0. An image whose pixels are
+    all ignored scores nan and is left out of the mean.
 
-    `counts` is int64 `[N, 3]`, one row per image in the order of the updates: intersection, predicted pixels,
-    labelled pixels. Rows gathered from several processes may be concatenated.
+    `counts` is int64 `[N, 4]`, one row per image in the order of the updates: intersection, predicted foreground,
+    labelled foreground, all pixels that are not ignored. Rows gathered from several processes may be concatenated.
 
     Args:
         foreground: the class to score.
@@ -121,7 +122,7 @@ class PerImageOverlap:
             raise ValueError(f"foreground must differ from ignore_index, got {foreground} for both")
         self.foreground = foreground
         self.ignore_index = ignore_index
-        self.counts = torch.zeros(0, 3, dtype=torch.int64)
+        self.counts = torch.zeros(0, 4, dtype=torch.int64)
 
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor) -> None:
@@ -133,9 +134,10 @@ class PerImageOverlap:
         _check_pair(predictions, labels)
         if labels.ndim == 2:
             predictions, labels = predictions[None], labels[None]
-        predicted = (predictions == self.foreground) & (labels != self.ignore_index)
+        counted = labels != self.ignore_index
+        predicted = (predictions == self.foreground) & counted
         labelled = labels == self.foreground
-        rows = [region.flatten(1).sum(1) for region in (predicted & labelled, predicted, labelled)]
+        rows = [region.flatten(1).sum(1) for region in (predicted & labelled, predicted, labelled, counted)]
         self.counts = torch.cat([self.counts, torch.stack(rows, dim=1).cpu()])
 
     def merge(self, other: PerImageOverlap) -> None:
@@ -156,11 +158,11 @@ class PerImageOverlap:
         return _iou(self.counts.double())
 
     def mean_dice(self) -> float:
-        """Return the mDice: the mean over images, nan if no image has foreground."""
+        """Return the mDice: the mean over images, nan if every pixel is ignored."""
         return self.dice().nanmean().item()
 
     def mean_iou(self) -> float:
-        """Return the mIoU of the foreground: the mean over images, nan if no image has foreground."""
+        """Return the mIoU of the foreground: the mean over images, nan if every pixel is ignored."""
         return self.iou().nanmean().item()
 
     def pooled_dice(self) -> float:
@@ -173,13 +175,18 @@ class PerImageOverlap:
 
 
 def _dice(counts: Tensor) -> Tensor:
-    hits, predicted, labelled = counts.unbind(-1)
-    return 2 * hits / (predicted + labelled)
+    hits, predicted, labelled, counted = counts.unbind(-1)
+    return _share(2 * hits, predicted + labelled, counted)
 
 
 def _iou(counts: Tensor) -> Tensor:
-    hits, predicted, labelled = counts.unbind(-1)
-    return hits / (predicted + labelled - hits)
+    hits, predicted, labelled, counted = counts.unbind(-1)
+    return _share(hits, predicted + labelled - hits, counted)
+
+
+def _share(part: Tensor, whole: Tensor, counted: Tensor) -> Tensor:
+    """Return `part / whole`: 1 where nothing is predicted or labelled, nan where no pixel counts."""
+    return (part / whole).where(whole > 0, 1.0).where(counted > 0, torch.nan)
 
 
 def _check_pair(predictions: Tensor, labels: Tensor) -> None:

@@ -175,7 +175,7 @@ def _small(
             ),
             TeacherTrainingConfig(
                 model="vit_small_dinov2",
-                options={"token_stride": token_stride},
+                model_options={"token_stride": token_stride},
                 dataset=dataclasses.replace(dataset, image_size=teacher_size),
                 optimizer=OptimizerConfig(lr=5e-4, schedule=schedule),
                 batch=batch,
@@ -211,6 +211,18 @@ _PRESETS: dict[str, Callable[[], Preset]] = {
     "colondb-resunetpp": _polyps("cvc_colondb", "resunetpp", "ResUNet++"),
     "colondb-unext": _polyps("cvc_colondb", "unext", "UNeXt"),
     "demo": _demo,
+    "own": _small(
+        "your own folder of images and masks, ViT-S/14 to UNeXt (docs/own_data.md)",
+        "unext",
+        DatasetConfig(name="folder", image_size=(128, 128)),
+        batch=8,
+        epochs=60,
+        teacher_size=(224, 224),
+        token_stride=14,
+        teacher_epochs=45,
+        schedule="cosine",
+        metric="mean_iou",
+    ),
     "clinicdb-small": _small_polyps("cvc_clinicdb", "CVC-ClinicDB", "sequence"),
     "colondb-small": _small_polyps("cvc_colondb", "CVC-ColonDB", "ratio"),
     "camvid-small": _small(

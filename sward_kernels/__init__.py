@@ -1,4 +1,4 @@
-"""Losses of knowledge distillation as tensor operations: they know no network, no data set and no trainer."""
+"""Knowledge-distillation losses as tensor operations, independent of network, data set and trainer."""
 
 from sward_kernels.prototypes import PrototypeDiscrimination, prototype_discrimination
 from sward_kernels.relation import relational_kl

@@ -1,7 +1,7 @@
-"""How this package's operations become PyTorch operators: schema, implementation and shape function, in one call.
+"""Registration of this package's operations as PyTorch operators: schema, implementation and shape function.
 
-The operators are private and not differentiable. Each public function wraps its own in an `autograd.Function`, which
-is what autograd, `torch.compile`, autocast and `opcheck` see.
+The operators are private and not differentiable. Each public function wraps its operators in an `autograd.Function`,
+which is what autograd, `torch.compile` and autocast see.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
-    """Register one operator for every device and return it, ready to call.
+    """Register one operator for all devices and return it, ready to call.
 
     Args:
         schema: `name(Tensor x, ...) -> ...` in PyTorch's schema language, without a namespace.
         implementation: runs the operator on real tensors of any device; must not return an alias of an input.
-        fake: same signature; allocates the outputs with the right shapes, strides and dtypes, and reads nothing.
+        fake: same signature; allocates outputs of the right shapes, strides and dtypes without reading data.
     """
     name = _library.define(schema)
     torch.library.impl(f"sward_kernels::{name}", "CompositeExplicitAutograd", implementation, lib=_library)
@@ -32,9 +32,9 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
 
 
 def constant_in_graphs(function: Function) -> Function:
-    """Lets a graph of `torch.compile` call the function while it is made, and keep its answer without looking inside.
+    """Mark a function that `torch.compile` calls while tracing, and whose result it treats as a constant.
 
-    As `torch.compiler.assume_constant_result`, which would import Dynamo where it decorates.
+    Does what `torch.compiler.assume_constant_result` does, without importing Dynamo.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -1,9 +1,8 @@
-"""`python -m sward_kernels.report`: what every shipped Triton kernel needs of every target, without a GPU.
+"""`python -m sward_kernels.report`: resources of every shipped Triton kernel on every target, without a GPU.
 
-Each configuration is compiled ahead of time in a subprocess (Triton decides once a process whether it interprets), and
-its registers, spills, stack and shared memory are read from the compiler's output. Times are bounds from the data
-sheet's bandwidth, not measurements. Rows are kept in Triton's cache, so a report that was cut short goes on where it
-was.
+Each configuration is compiled ahead of time in a subprocess (Triton decides once per process whether it interprets),
+and its registers, spills, stack and shared memory are read from the compiler's output. Times are bounds from the data
+sheet's bandwidth, not measurements. Rows are stored in Triton's cache, so an interrupted report resumes.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ OPERATIONS = {
     "prototypes": "prototypes.launch",
     "relational_kl": "relation.launch",
 }
-"""Operation -> the module under `sward_kernels` whose `configurations(target)` yields what ships."""
+"""Operation -> the module of `sward_kernels` whose `configurations(target)` yields the shipped configurations."""
 
 SECONDS_PER_CONFIGURATION = 600
 
@@ -38,14 +37,14 @@ COLUMNS = (
     "registers", "spill_bytes", "stack_bytes", "shared_bytes", "shared_limit", "occupancy", "tensor_core_instructions",
     "vector_loads", "loads", "compile_seconds", "ideal_bytes", "flops", "unit", "bound_nanoseconds",
 )  # fmt: skip
-"""Keys of one row. `occupancy` is resident warps over the most possible; `spill_bytes` and `stack_bytes` count a
+"""Keys of one row. `occupancy` is resident warps divided by the most possible; `spill_bytes` and `stack_bytes` are per
 thread; `vector_loads` are the 128-bit ones among `loads`; `compile_seconds` is processor time; `ideal_bytes` and
-`flops` count a `unit`; `bound_nanoseconds` is `ideal_bytes` over the data sheet's bandwidth of the whole device: a
-bound and not a measurement."""
+`flops` are per `unit`; `bound_nanoseconds` is `ideal_bytes` divided by the data sheet's bandwidth of the whole device,
+a bound and not a measurement."""
 
 
 def configurations(operation: str, target: str) -> list[Configuration]:
-    """What ships of one operation for one target."""
+    """Return the shipped configurations of one operation for one target."""
     module = importlib.import_module(f"sward_kernels.{OPERATIONS[operation]}")
     return list(module.configurations(TARGETS[target]))
 
@@ -53,15 +52,15 @@ def configurations(operation: str, target: str) -> list[Configuration]:
 def report(
     targets: Sequence[str], select: Callable[[Configuration], bool] = lambda _: True, progress: bool = False
 ) -> list[Row]:
-    """One row per configuration and target, compiled by as many processes as there are CPUs.
+    """Compile the shipped configurations in one process per CPU, and return one row per configuration and target.
 
     Args:
         targets: names of `TARGETS`.
         select: which configurations to compile; all by default.
-        progress: whether to count the rows on stderr.
+        progress: whether to print the count of compiled rows to stderr.
 
     Raises:
-        RuntimeError: if a configuration does not compile, with the compiler's last lines.
+        RuntimeError: if a configuration does not compile, with the last line of the compiler's output.
     """
     processes = os.cpu_count() or 1
     wanted = {
@@ -72,7 +71,7 @@ def report(
         for operation in OPERATIONS
     }
     total = sum(map(len, wanted.values()))
-    # Few, so that little time goes to starting them; some for each process, so that all end at about the same time.
+    # Long jobs waste little time on starting processes; several per process let all end at about the same time.
     length = max(8, total // (4 * processes))
     jobs = [
         (*which, indices[first : first + length])
@@ -144,10 +143,10 @@ def _row(configuration: Configuration, target: Target) -> Row:
 
 
 def occupancy(target: Target, num_warps: int, registers: int, shared_bytes: int) -> float:
-    """Resident warps of a multiprocessor over the most it can hold, as registers and shared memory allow."""
+    """Return the resident warps of a multiprocessor, limited by registers and shared memory, over its maximum."""
     granularity = target.register_granularity
     registers = (max(registers, 1) + granularity - 1) // granularity * granularity
-    reserved = 1024 if target.backend == "cuda" else 0  # the driver's share of shared memory, a program
+    reserved = 1024 if target.backend == "cuda" else 0  # the driver's share of shared memory per program
     programs = min(
         target.max_programs,
         target.max_warps // num_warps,
@@ -161,7 +160,7 @@ def occupancy(target: Target, num_warps: int, registers: int, shared_bytes: int)
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """One row per operation, type, layout and target: what the worst of its configurations needs."""
+    """Return one row per operation, type, layout and target, with the worst of its configurations."""
     keys = ("op", "dtype", "precision", "layout", "target")
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:

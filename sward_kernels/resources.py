@@ -1,6 +1,6 @@
-"""What a GPU needs to run one compiled kernel: registers, spills, stack, shared memory, instructions. No GPU needed.
+"""Resources of one compiled kernel: registers, spills, stack, shared memory, instructions. Needs no GPU.
 
-Needs `triton.compiler.ASTSource` as Triton 3.8 has it, and a process in which Triton compiles (no TRITON_INTERPRET).
+Relies on `triton.compiler.ASTSource` as in Triton 3.8, and on a process in which Triton compiles (no TRITON_INTERPRET).
 """
 
 from __future__ import annotations
@@ -22,40 +22,38 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Configuration:
-    """One kernel as it ships: everything that decides what Triton compiles.
-
-    Attributes:
-        operation, direction: e.g. `"windowed_distillation"`, `"backward"`; the report's `op` and `pass`.
-        kernel: the `@triton.jit` function.
-        types: Triton's type of every argument that is not a constexpr, e.g. `{"teacher": "*bf16", "height": "i32"}`.
-            Pointers are taken to be aligned to 16 bytes, as PyTorch allocates them.
-        constants: the constexpr arguments.
-        num_warps: warps of one program.
-        maxnreg: Triton's option of that name, the most registers of a thread; None leaves them to the assembler.
-        details: columns for the report: `dtype`, `window_size`, `tokens`, `dim`, and what else tells rows apart.
-        ideal_bytes, flops: device-memory traffic no implementation can avoid, and arithmetic done, a `unit`.
-        unit: what those two are counted for, e.g. `"window"`.
-    """
+    """One shipped kernel: everything that decides what Triton compiles."""
 
     operation: str
+    """The report's `op`, e.g. `"windowed_distillation"`."""
     direction: str
+    """The report's `pass`, e.g. `"backward"`."""
     kernel: Any
+    """The `@triton.jit` function."""
     types: dict[str, str]
+    """Triton's type of every argument that is not a constexpr, e.g. `{"student": "*bf16", "height": "i32"}`. Pointers
+    are assumed to be aligned to 16 bytes, as PyTorch allocates them."""
     constants: dict[str, Any]
+    """The constexpr arguments."""
     num_warps: int
+    """Warps per program."""
     maxnreg: int | None = None
+    """Triton's option of that name, the most registers per thread; None leaves the choice to the assembler."""
     details: dict[str, Any] = field(default_factory=dict)
+    """Columns of the report that identify the row: `dtype`, `window_size`, `tokens`, `dim` and others."""
     ideal_bytes: int = 0
+    """Device-memory traffic per `unit` that no implementation can avoid."""
     flops: int = 0
+    """Arithmetic operations per `unit`."""
     unit: str = "window"
+    """What `ideal_bytes` and `flops` are counted for."""
 
 
 def resources_of(configuration: Configuration, target: Target) -> Row:
-    """The columns of the report that only the compiler knows.
+    """Return the columns of the report that come from the compiler.
 
-    A row once found is kept beside Triton's own cache (`TRITON_CACHE_DIR`) under everything that decides it, so that a
-    report that was cut short goes on where it was, and `compile_seconds` stays that of the compilation. It is processor
-    time.
+    Rows are stored in Triton's cache (`TRITON_CACHE_DIR`) under a hash of everything that decides them. An interrupted
+    report therefore resumes, and `compile_seconds`, which is processor time, remains that of the compilation.
     """
     import triton
 
@@ -66,7 +64,7 @@ def resources_of(configuration: Configuration, target: Target) -> Row:
     if kept.exists():
         row: Row = json.loads(kept.read_text(encoding="utf-8"))
         return row
-    began = sum(os.times()[:4])  # of this process and the assembler's: a busy machine does not change it
+    began = sum(os.times()[:4])  # processor time of this process and the assembler: independent of the machine's load
     compiled = triton.compile(source, target=backend, options=options)
     seconds = sum(os.times()[:4]) - began
     row = _nvidia_resources(compiled) if target.backend == "cuda" else _amd_resources(compiled)
@@ -79,7 +77,7 @@ def resources_of(configuration: Configuration, target: Target) -> Row:
 
 
 def _source(configuration: Configuration, target: Target) -> tuple[Any, Any, dict[str, int]]:
-    """What a launch on the target would have Triton compile."""
+    """What Triton would compile for a launch on the target."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -114,7 +112,7 @@ def _nvidia_resources(compiled: Any) -> Row:
         stack = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
         registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
         spill = 0
-        if stack:  # without a stack nothing is spilled; with one, the assembler says how much of it is
+        if stack:  # spills need a stack, but a stack need not be spills: ask the assembler
             source = Path(folder) / "kernel.ptx"
             source.write_text(ptx)
             architecture = re.search(r"\.target ([^\s,]+)", ptx)[1]  # type: ignore[index]

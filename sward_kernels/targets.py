@@ -10,35 +10,34 @@ import torch
 
 @dataclass(frozen=True)
 class Target:
-    """What the report checks a compiled kernel against.
-
-    Attributes:
-        name: as on the report's command line.
-        device: the device whose limits and bandwidth these are.
-        backend, arch, warp_size: Triton's name for the target.
-        family: key of the launch tables.
-        shared_limit: bytes of shared memory one program may use.
-        shared_per_multiprocessor: bytes of shared memory of a multiprocessor (AMD: compute unit).
-        registers: 32-bit registers of a multiprocessor.
-        register_granularity: registers are given to a warp in multiples of this many a thread.
-        max_warps: resident warps of a multiprocessor.
-        max_programs: resident programs of a multiprocessor.
-        bandwidth: device memory, bytes a second, from the data sheet.
-    """
+    """A device and its limits, against which the report checks a compiled kernel."""
 
     name: str
+    """Name on the report's command line."""
     device: str
+    """The device that the limits and the bandwidth belong to."""
     backend: str
+    """Triton's backend, `"cuda"` or `"hip"`."""
     arch: int | str
+    """Triton's name of the architecture."""
     warp_size: int
+    """Threads per warp."""
     family: str
+    """Key of the tile tables."""
     shared_limit: int
+    """Bytes of shared memory that one program may use."""
     shared_per_multiprocessor: int
+    """Bytes of shared memory per multiprocessor (AMD: compute unit)."""
     registers: int
+    """32-bit registers per multiprocessor."""
     register_granularity: int
+    """Registers per thread are allocated in multiples of this."""
     max_warps: int
+    """Resident warps per multiprocessor."""
     max_programs: int
+    """Resident programs per multiprocessor."""
     bandwidth: float
+    """Device-memory bandwidth in bytes per second, from the data sheet."""
 
 
 TARGETS = {
@@ -47,7 +46,7 @@ TARGETS = {
         Target("sm_80", "A100 SXM 80GB", "cuda", 80, 32, "ampere", 166912, 167936, 65536, 8, 64, 32, 2.039e12),
         Target("sm_89", "L40S", "cuda", 89, 32, "ada", 101376, 102400, 65536, 8, 48, 24, 0.864e12),
         Target("sm_90", "H100 SXM", "cuda", 90, 32, "hopper", 232448, 233472, 65536, 8, 64, 32, 3.35e12),
-        # A compute unit: four SIMDs of 512 64-lane registers (vector and accumulation registers share one file).
+        # A compute unit has four SIMDs of 512 64-lane registers; vector and accumulation registers share one file.
         Target("gfx942", "MI300X", "hip", "gfx942", 64, "cdna", 65536, 65536, 131072, 8, 32, 32, 5.3e12),
     )
 }
@@ -55,7 +54,7 @@ TARGETS = {
 
 @functools.cache
 def family_of(device: torch.device) -> str:
-    """The launch-table family of a device; on the CPU kernels run interpreted."""
+    """Return the tile-table family of a device; `"interpreter"` for a CPU."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:

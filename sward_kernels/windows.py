@@ -1,4 +1,4 @@
-"""Windows on a shifted grid (Eq. 4-7): the index arithmetic every implementation shares, said once."""
+"""Windows on a shifted grid (Eq. 4-7): the index arithmetic that all implementations share."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ Shift = Sequence[int] | Tensor
 class WindowGrid:
     """How a map of `height x width` pixels is cut into windows of `window_size x window_size` tokens.
 
-    The map is rolled by `(-dy, -dx)` on its own grid and then padded with zeros on the right and at the bottom to
-    a multiple of the window side (roll, then pad). So token `(r, c)` of the padded grid reads source pixel
-    `((r + dy) mod height, (c + dx) mod width)` where `r < height and c < width`, and is padding elsewhere: which
-    tokens are padding does not depend on the shift. Windows are numbered row by row, and so are the tokens of one.
-
-    Args:
-        height, width: size of the map in pixels, at least 1. A map may be smaller than a window.
-        window_size: window side `M`, at least 1.
+    The map is first rolled by `(-dy, -dx)` and then padded with zeros on the right and at the bottom to a multiple of
+    the window side. So token `(r, c)` of the padded grid reads source pixel `((r + dy) mod height, (c + dx) mod width)`
+    if `r < height and c < width`, and is padding otherwise: which tokens are padding does not depend on the shift.
+    Windows are numbered row by row, and so are the tokens inside a window.
     """
 
     height: int
+    """Height of the map in pixels, at least 1. A map may be smaller than a window."""
     width: int
+    """Width of the map in pixels, at least 1."""
     window_size: int
+    """Window side `M`, at least 1."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of one window, `T = M * M`."""
+        """Tokens per window, `T = M * M`."""
         return self.window_size * self.window_size
 
     @property
@@ -49,7 +48,7 @@ class WindowGrid:
 
     @property
     def windows(self) -> int:
-        """Windows of one image."""
+        """Windows per image."""
         return self.window_rows * self.window_columns
 
     @property
@@ -60,34 +59,30 @@ class WindowGrid:
     def padded_width(self) -> int:
         return self.window_columns * self.window_size
 
-    @property
-    def has_padding(self) -> bool:
-        return self.padded_height != self.height or self.padded_width != self.width
-
     def source_rows(self, shift: Shift, device: torch.device | None = None) -> Tensor:
-        """The source row each row of the rolled, not yet padded grid reads: `(r + dy) mod height`, int64 `[height]`."""
+        """The source row of each row of the rolled grid, `(r + dy) mod height`: int64 `[height]`."""
         return (torch.arange(self.height, device=device) + shift[0]) % self.height
 
     def source_columns(self, shift: Shift, device: torch.device | None = None) -> Tensor:
-        """The source column each column of the rolled, not yet padded grid reads, int64 `[width]`."""
+        """The source column of each column of the rolled grid, `(c + dx) mod width`: int64 `[width]`."""
         return (torch.arange(self.width, device=device) + shift[1]) % self.width
 
     def row_runs(self, start: int, stop: int, shift: Sequence[int]) -> list[Run]:
-        """Rows `start..stop` of the rolled, padded grid as contiguous runs of source rows, padding left out."""
+        """Rows `start..stop` of the rolled, padded grid as contiguous runs of source rows, without padding."""
         return _runs(start, min(stop, self.height), shift[0], self.height)
 
     def column_runs(self, start: int, stop: int, shift: Sequence[int]) -> list[Run]:
-        """Columns `start..stop` of the rolled, padded grid as contiguous runs of source columns, padding left out."""
+        """Columns `start..stop` of the rolled, padded grid as contiguous runs of source columns, without padding."""
         return _runs(start, min(stop, self.width), shift[1], self.width)
 
     def real_tokens(self, device: torch.device | None = None) -> Tensor:
-        """Which tokens are pixels and not padding: bool `[windows, T]`."""
+        """Mask of the tokens that are pixels and not padding: bool `[windows, T]`."""
         real = torch.ones(1, self.height, self.width, dtype=torch.bool, device=device)
         return split_windows(self.pad(real), self.window_size)[:, 0]
 
     def roll(self, maps: Tensor, shift: Shift) -> Tensor:
         """Roll `[B, C, height, width]` by `(-dy, -dx)` (Eq. 5)."""
-        if isinstance(shift, Tensor):  # read on the device: torch.roll would need its values on the host
+        if isinstance(shift, Tensor):  # torch.roll would need its values on the host
             rows, columns = self.source_rows(shift, maps.device), self.source_columns(shift, maps.device)
             return maps.index_select(2, rows).index_select(3, columns)
         return torch.roll(maps, (-shift[0], -shift[1]), (2, 3))
@@ -102,10 +97,12 @@ class WindowGrid:
 
 
 class Run(NamedTuple):
-    """Neighbours on the rolled grid that are neighbours on the map too: `target` (from `start`) reads `source`."""
+    """Neighbours on the rolled grid that are neighbours on the map, too."""
 
     target: slice
+    """Positions on the rolled grid, counted from `start`."""
     source: slice
+    """Positions on the map."""
 
 
 def _runs(start: int, stop: int, offset: int, size: int) -> list[Run]:

@@ -5,11 +5,15 @@ test imports it: interpreted on a machine without a GPU, compiled on one with a 
 """
 
 import os
+import tempfile
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# What data checks keep must not reach the user's cache folder.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sward-tests-")
 
 import pytest
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sward import data, distributed, models, runs
+from sward import data, distributed, methods, models, runs
 from sward.alignment import Standardization
 from sward.config import (
     DatasetConfig,
@@ -26,9 +26,18 @@ from sward.config import (
 )
 from sward.data import EvaluationTransform, SegmentationDataset
 from sward.evaluation import evaluate
-from sward.runs import methods, train_masks, train_student, train_teacher
+from sward.runs import train_masks, train_student, train_teacher
 from sward.training import FrozenTeacher
-from tests.support.training_runs import SERVER, SPLITS, checkpoint, records, small, small_cirkd, use_few_images
+from tests.support.training_runs import (
+    SERVER,
+    SPLITS,
+    checkpoint,
+    records,
+    small,
+    small_cirkd,
+    use_few_images,
+    write_images,
+)
 
 TOLERANCE = 1e-9
 """Of weights after five steps, in float64: AdamW's first steps move every weight by the learning rate, 1e-3, whatever
@@ -39,6 +48,8 @@ CASES = {name: name for name in methods.METHODS} | {
     "none": "none",
     "sward, one shift a process": "sward",
     "sward as the paper has it": "sward",
+    "sward and unlabelled images": "sward",
+    "kd and unlabelled images": "kd",
 }
 
 
@@ -54,6 +65,8 @@ def case(folder: Path, name: str, output: Path) -> DistillationConfig:
     )
     if "paper" in name:
         config.use_recipe("paper")
+    if "unlabelled" in name:
+        config.unlabelled, config.unlabelled_batch = (folder / "images",), 2
     return config
 
 
@@ -144,6 +157,7 @@ def one_of_two(rank: int, folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher, masks for the methods that need them, and every case trained by one process and by two."""
     folder = tmp_path_factory.mktemp("distributed")
+    write_images(folder / "images")
     with pytest.MonkeyPatch.context() as patch:
         use_few_images(patch)
         train_teacher(

@@ -80,7 +80,9 @@ def test_dice_needs_two_classes() -> None:
     result = evaluate(Zeros(), TwoImages(classes=3))
     assert result.dice is None
     assert math.isnan(result.class_iou["c"])
-    with pytest.raises(ValueError, match="metric must be 'mean_iou' unless the data set has two classes, got 'dice'"):
+    with pytest.raises(
+        ValueError, match="metric must be 'mean_iou' or 'mean_dice' unless the data set has two classes, got 'dice'"
+    ):
         result.score("dice")
 
 
@@ -92,3 +94,20 @@ def test_undefined_scores_come_back_from_json(classes: int, iou: float | None) -
     assert json.loads(text)["class_iou"]["b"] is None
     # repr: nan is not equal to itself.
     assert repr(Evaluation.from_dict(json.loads(text))) == repr(scores)
+
+
+def test_dice_of_each_class_follows_from_its_iou() -> None:
+    class Ramp(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.arange(48.0).view(1, 3, 4, 4).sin().expand(len(images), -1, -1, -1)
+
+    result = evaluate(Ramp(), TwoImages(classes=3))
+    for name, iou in result.class_iou.items():
+        assert result.class_dice[name] == pytest.approx(2 * iou / (1 + iou), nan_ok=True)
+    defined = [dice for dice in result.class_dice.values() if not math.isnan(dice)]
+    assert result.mean_dice == result.score("mean_dice") == pytest.approx(sum(defined) / len(defined))
+    old = {name: value for name, value in result.to_dict().items() if "dice" not in name} | {
+        "dice": None,
+        "pooled_dice": None,
+    }
+    assert math.isnan(Evaluation.from_dict(old).mean_dice)

@@ -86,16 +86,26 @@ def test_agrees_with_torchmetrics_on_per_image_dice_and_iou() -> None:
     assert overlap.mean_iou() == pytest.approx(iou.compute().item(), abs=1e-6)
 
 
+def test_images_without_foreground_reward_predicting_none() -> None:
+    empty = torch.zeros(4, 2, 2, dtype=torch.long)
+    overlap = PerImageOverlap()
+    overlap.update(torch.stack([*empty[:3], empty[0] + 1]), empty)
+    assert overlap.mean_dice() == 0.75
+    assert PerImageOverlap().pooled_dice() != 1
+    overlap.update(empty[0], torch.full((2, 2), 255))
+    assert overlap.mean_dice() == 0.75
+
+
 def test_per_image_overlap_counted_by_hand() -> None:
     labels = torch.tensor([[[1, 1, 0, 255]], [[0, 0, 0, 0]], [[0, 0, 0, 0]], [[1, 1, 1, 1]]])
     predictions = torch.tensor([[[1, 0, 1, 1]], [[0, 0, 0, 0]], [[1, 0, 0, 0]], [[1, 1, 1, 1]]])
     overlap = PerImageOverlap()
     overlap.update(predictions, labels)
-    assert overlap.counts.tolist() == [[1, 2, 2], [0, 0, 0], [0, 1, 0], [4, 4, 4]]
-    assert overlap.dice().tolist() == pytest.approx([0.5, math.nan, 0, 1], nan_ok=True)
-    assert overlap.iou().tolist() == pytest.approx([1 / 3, math.nan, 0, 1], nan_ok=True)
-    assert overlap.mean_dice() == pytest.approx(0.5)
-    assert overlap.mean_iou() == pytest.approx((1 / 3 + 0 + 1) / 3)
+    assert overlap.counts.tolist() == [[1, 2, 2, 3], [0, 0, 0, 4], [0, 1, 0, 4], [4, 4, 4, 4]]
+    assert overlap.dice().tolist() == pytest.approx([0.5, 1, 0, 1])
+    assert overlap.iou().tolist() == pytest.approx([1 / 3, 1, 0, 1])
+    assert overlap.mean_dice() == pytest.approx(2.5 / 4)
+    assert overlap.mean_iou() == pytest.approx((1 / 3 + 1 + 0 + 1) / 4)
     assert overlap.pooled_dice() == pytest.approx(10 / 13)
     assert overlap.pooled_iou() == pytest.approx(5 / 8)
 

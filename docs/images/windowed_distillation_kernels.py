@@ -65,7 +65,7 @@ def forward(axes: Axes) -> None:
     box(axes, 8.7, 2.7, 2.9, 1.2, "value\n" + r"$1 - \cos(V_s, V_t)$", CHIP)
     for x in (3.9, 6.8, 10.1):
         arrow(axes, x, 2.7, x, 1.3)
-    box(axes, 0.4, 0.2, 2.6, 1.1, "2 floats a token,\nif a gradient follows", WRITTEN)
+    box(axes, 0.4, 0.2, 2.6, 1.1, "2 floats per token,\nif a gradient follows", WRITTEN)
     box(axes, 3.4, 0.2, 8.2, 1.1, "4 sums a program, added up in a fixed order", WRITTEN)
 
 

@@ -8,7 +8,6 @@ an error, run `python -X dev -m sward COMMAND ...`.
 from __future__ import annotations
 
 import difflib
-import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sward.cli import printing
+from sward.cli.own_data import expand
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {}
 """Command name -> function that runs it and its line in the list of commands; `_command` adds the entries."""
@@ -65,16 +65,67 @@ class Evaluate:
 class Predict:
     """Write NAME-mask.png (class indices, in colour) and NAME-overlay.png for each image, at the image's size."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder."""
+    source: Annotated[Path, tyro.conf.Positional]
+    """Run folder, checkpoint or exported file."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files."""
+    """Image files, folders of images, or patterns such as 'a/**/*.jpg'."""
     output: Path | None = None
-    """Where to write; RUN/predictions by default."""
+    """Where to write; a folder named predictions in the run folder or beside the file by default."""
     checkpoint: Literal["best", "last"] = "best"
-    """Which weights to use."""
+    """Which weights of a run folder."""
     device: str | None = None
-    """Device to run on; the GPU if there is one."""
+    """Where to run; the GPU where there is one."""
+    tile: tuple[int, int] | None = None
+    """Height and width of tiles at the image's own resolution; by default the image is resized for the network."""
+    overlap: int | None = None
+    """Pixels that neighbouring tiles share; a quarter of the tile by default."""
+    as_labels: tuple[int, ...] | None = None
+    """Write grey masks with these values by class; without values 0 and 255 for two classes, else class indices."""
+    probabilities: Literal["npy", "png"] | None = None
+    """Also write probabilities: NAME-probabilities.npy, or one 16-bit PNG per class."""
+    allow_large: bool = False
+    """Read images that Pillow takes for decompression bombs."""
+    overwrite: bool = False
+    """Replace existing files."""
+
+
+@dataclass
+class Export:
+    """Write a trained network as ONNX or torch.export file, and prove that it predicts what PyTorch predicts.
+
+    The file takes RGB images of any size: normalisation, padding and cropping are part of it.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder, or a checkpoint in it."""
+    output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
+    """File to write; .onnx or .pt2."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which weights of a run folder."""
+    input: Literal["uint8", "float", "normalised"] = "uint8"
+    """What the images hold: RGB of 0 to 255, RGB of 0 to 1, or floats that are already normalised."""
+    returns: Literal["logits", "probabilities", "argmax"] = "logits"
+    """What the file returns."""
+    size: tuple[int, int] | None = None
+    """Height and width to limit the file to; free by default."""
+    check: int | None = None
+    """Images to prove it on; the whole split by default, 0 skips the proof."""
+    split: str = "val"
+    """Split of the run's data set to prove it on."""
+    root: Path | None = None
+    """Folder that holds the data set; the run's own by default."""
+    tolerance: float | None = None
+    """Largest accepted difference in mIoU and Dice, as a fraction; 1e-4 by default, 1e-3 for fp16, 1e-2 for int8."""
+    fp16: bool = False
+    """Write an ONNX file in half precision."""
+    int8: bool = False
+    """Write an ONNX file quantised to int8 per channel, calibrated on training images."""
+    calibrate: int = 64
+    """Training images that set the ranges of int8."""
+    force: bool = False
+    """Keep a file that fails the proof."""
+    overwrite: bool = False
+    """Replace an existing file."""
 
 
 @dataclass
@@ -119,6 +170,14 @@ class DataPack:
     """For polyps: path of a list of the frames to pack; all by default."""
     num_classes: int | None = None
     """For a folder of images and masks: number of classes in its masks."""
+    classes: tuple[str, ...] = ()
+    """For a folder: names of its classes."""
+    mask_values: tuple[str, ...] = ()
+    """For a folder: value of each class in the masks."""
+    ignore_values: tuple[str, ...] = ()
+    """For a folder: values of pixels to ignore."""
+    image_range: tuple[float, float] | None = None
+    """Values that become black and white in images with more than 8 bits per channel."""
     on_corrupt: Literal["stop", "skip"] = "stop"
     """What to do if an image or mask cannot be read: stop, or skip it with a warning."""
     workers: int | None = None
@@ -192,13 +251,6 @@ def _parse(kind: Any, command: str, words: list[str], default: Any = None) -> An
     return tyro.cli(kind, prog=f"sward {command}", args=words, **options)
 
 
-def _value_of(option: str, words: list[str]) -> str | None:
-    """The last value that `words` give an option, as `--option value` or `--option=value`."""
-    given = [after for word, after in itertools.pairwise(words) if word == option]
-    given += [word.removeprefix(f"{option}=") for word in words if word.startswith(f"{option}=")]
-    return given[-1] if given else None
-
-
 def _preset(command: str, words: list[str]) -> tuple[str, list[str]]:
     """Split the name of the preset from the options after it."""
     from sward import presets
@@ -209,8 +261,24 @@ def _preset(command: str, words: list[str]) -> tuple[str, list[str]]:
         raise ValueError(
             f"name a preset first, such as 'sward {command} {presets.names()[0]}'; 'sward --help' lists all presets"
         )
-    presets.get(words[0])
-    return words[0], words[1:]
+    if not (_is_file(words[0]) and command in ("train", "train-teacher")):
+        presets.get(words[0])
+    return words[0], ["--help" if word == "--help-all" else word for word in words[1:]]
+
+
+def _is_file(word: str) -> bool:
+    from sward.cli.starting import SUFFIXES
+
+    return word.endswith(SUFFIXES)
+
+
+def _wants_short_help(command: str, words: list[str]) -> bool:
+    if not {"-h", "--help"} & set(words):
+        return False
+    from sward.cli.help import short_help
+
+    print(short_help(command))
+    return True
 
 
 @_command("demo", "train teacher, baseline and SWARD on generated scenes and print one table")
@@ -240,15 +308,19 @@ def _demo(words: list[str]) -> None:
 @_command("train", "train a student, alone or with a teacher")
 def _train(words: list[str]) -> None:
     from sward import presets
+    from sward.cli.starting import apply_words, read_config, value_of
     from sward.config import DistillationConfig
     from sward.losses.recipes import RECIPES
 
-    name, rest = _preset("train", words)
-    default = presets.get(name).student
+    if _wants_short_help("train", words):
+        return
+    name, rest = _preset("train", expand(words))
+    default = read_config(DistillationConfig, Path(name)) if _is_file(name) else presets.get(name).student
     # Before the other options are read: they change single fields of it.
     for recipe in RECIPES:
-        if _value_of("--recipe", rest) == recipe:
+        if value_of("--recipe", rest) == recipe:
             default.use_recipe(recipe)
+    rest = apply_words(default, rest)
     config = _parse(DistillationConfig, f"train {name}", rest, default)
     from sward.runs import train_student
 
@@ -258,10 +330,15 @@ def _train(words: list[str]) -> None:
 @_command("train-teacher", "train the teacher that a preset distils")
 def _train_teacher(words: list[str]) -> None:
     from sward import presets
+    from sward.cli.starting import apply_words, read_config
     from sward.config import TeacherTrainingConfig
 
-    name, rest = _preset("train-teacher", words)
-    config = _parse(TeacherTrainingConfig, f"train-teacher {name}", rest, presets.get(name).teacher)
+    if _wants_short_help("train-teacher", words):
+        return
+    name, rest = _preset("train-teacher", expand(words))
+    default = read_config(TeacherTrainingConfig, Path(name)) if _is_file(name) else presets.get(name).teacher
+    rest = apply_words(default, rest)
+    config = _parse(TeacherTrainingConfig, f"train-teacher {name}", rest, default)
     from sward.runs import train_teacher
 
     printing.print_result(train_teacher(config), config.metric)
@@ -272,36 +349,54 @@ def _train_masks(words: list[str]) -> None:
     from sward import presets
     from sward.config import MaskTrainingConfig
 
-    name, rest = _preset("train-masks", words)
+    name, rest = _preset("train-masks", expand(words))
     student = presets.get(name).student
     default = MaskTrainingConfig(preset=name, dataset=student.dataset, teacher=student.teacher, batch=student.batch)
-    config = _parse(MaskTrainingConfig, f"train-masks {name}", rest, default)
+    from sward.cli.starting import apply_words
+
+    config = _parse(MaskTrainingConfig, f"train-masks {name}", apply_words(default, rest), default)
     from sward.runs import train_masks
 
     print(f"written: {train_masks(config)}")
 
 
-@_command("data", "data pack: decode a data set once, so that training does not wait for decoding")
+@_command("data", "data check: look at your own folder; data pack: decode a data set once")
 def _data(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
         from sward import data
 
         print(
-            "usage: sward data pack NAME [--root FOLDER] [--output FOLDER] ...\n\n"
+            "usage: sward data pack NAME [--root FOLDER] [--output FOLDER] ...\n"
+            "       sward data check FOLDER\n\n"
+            "  check  look at a folder of your own and print the command to train on it\n"
             "  pack   decode every image and mask once into memory-mapped files (sward data pack --help)\n\n"
             f"data sets: {', '.join(name for name in data.names() if name != 'scenes')}"
         )
         return
+    if words[0] == "check":
+        from sward.cli.own_data import DataCheck, print_check
+
+        print_check(_parse(DataCheck, "data check", words[1:]))
+        return
     if words[0] != "pack":
-        raise ValueError(f"unknown command 'data {words[0]}'; did you mean 'data pack'?")
+        raise ValueError(f"unknown command 'data {words[0]}'; did you mean 'data pack' or 'data check'?")
     options = _parse(DataPack, "data pack", words[1:])
     from sward import data
+    from sward.data.check import check_classes
+    from sward.data.folder import FolderOptions
     from sward.data.packing import pack
     from sward.training.progress import Progress
 
     datasets = data.build_for_packing(
-        options.name, root=options.root, split_by=options.split_by, num_classes=options.num_classes
+        options.name,
+        root=options.root,
+        split_by=options.split_by,
+        num_classes=options.num_classes,
+        image_range=options.image_range,
+        folder_options=FolderOptions(options.classes, options.mask_values, options.ignore_values),
     )
+    if options.name == "folder":
+        check_classes(datasets, skip_corrupt=options.on_corrupt == "skip")
     frames = len({pair.image for dataset in datasets for pair in dataset.pairs})
     with Progress(f"pack {options.name}", frames) as progress:
 
@@ -313,6 +408,46 @@ def _data(words: list[str]) -> None:
     left_out = f", {result.corrupt} skipped" if result.corrupt else ""
     print(f"{result.frames} frames, {result.bytes / 1e9:.2f} GB, {result.kept} of them reused{left_out}")
     print(f"pack: {result.folder}")
+
+
+@_command("init", "print the configuration of a preset as YAML, for 'sward train CONFIG.yaml'")
+def _init(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: sward init PRESET [--teacher] > CONFIG.yaml")
+        return
+    from sward import presets
+    from sward.cli.starting import write_config
+
+    preset = presets.get(words[0])
+    if words[1:] not in ([], ["--teacher"]):
+        raise ValueError(f"init must be followed by a preset and maybe --teacher, got {' '.join(words)}")
+    print(write_config(preset.teacher if words[1:] else preset.student), end="")
+
+
+@_command("list", "list models, methods, datasets or presets")
+def _list(words: list[str]) -> None:
+    from sward import data, methods, models, presets
+    from sward.models.sources import FORMS
+
+    listed = {
+        "models": [*models.names(), *FORMS],
+        "methods": ["none", *methods.METHODS],
+        "datasets": data.names(),
+        "presets": presets.names(),
+    }
+    if words in (["-h"], ["--help"]):
+        print(f"usage: sward list {'|'.join(listed)}")
+        return
+    if len(words) != 1 or words[0] not in listed:
+        raise ValueError(f"list must be followed by one of {', '.join(listed)}, got {' '.join(words) or 'nothing'}")
+    print("\n".join(listed[words[0]]))
+
+
+@_command("layers", "list the layers of a network that can be distilled")
+def _layers(words: list[str]) -> None:
+    from sward.cli.layers import Layers, show
+
+    show(_parse(Layers, "layers", words))
 
 
 @_command("evaluate", "score a run on a split of its data set or of another one")
@@ -345,9 +480,46 @@ def _predict(words: list[str]) -> None:
     from sward.cli.predict import predict_images
 
     for path in predict_images(
-        options.run, options.images, options.output, checkpoint=options.checkpoint, device=options.device
+        options.source,
+        options.images,
+        options.output,
+        checkpoint=options.checkpoint,
+        device=options.device,
+        tile=options.tile,
+        overlap=options.overlap,
+        as_labels=options.as_labels,
+        probabilities=options.probabilities,
+        allow_large=options.allow_large,
+        overwrite=options.overwrite,
     ):
         print(path)
+
+
+@_command("export", "write a trained network as ONNX or .pt2, and prove it against PyTorch")
+def _export(words: list[str]) -> None:
+    options = _parse(Export, "export", words)
+    from sward.deploy.proof import export_run
+
+    if options.fp16 and options.int8:
+        raise ValueError("fp16 must be off with --int8, got both")
+    printing.print_export(
+        export_run(
+            options.run,
+            options.output,
+            checkpoint=options.checkpoint,
+            input=options.input,
+            output=options.returns,
+            size=options.size,
+            check=options.check,
+            split=options.split,
+            root=options.root,
+            tolerance=options.tolerance,
+            precision="int8" if options.int8 else "fp16" if options.fp16 else "fp32",
+            calibrate=options.calibrate,
+            force=options.force,
+            overwrite=options.overwrite,
+        )
+    )
 
 
 @_command("reproduce", "run the experiments of a table or figure of the paper and create it")

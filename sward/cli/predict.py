@@ -2,65 +2,152 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from sward.data import EvaluationTransform
-from sward.data.files import read_image
-from sward.evaluation import predicted_labels
+from sward import atomic
+from sward.deploy.images import find_images, output_names, pixel_limit
+from sward.deploy.predictor import Checkpoint, Predictor, load
 from sward.figures.predictions import overlay
-from sward.runs import load_run
-from sward.runs.load import choose_device
+from sward.training.progress import Progress
 from sward.training.run_folder import make_folder
 
+Probabilities = Literal["npy", "png"]
+"""`"npy"`: float32 `[K, H, W]`; `"png"`: one 16-bit grey PNG per class, 65535 for a probability of 1."""
 
-@torch.no_grad()
+
 def predict_images(
-    run: Path,
-    images: Sequence[Path],
+    source: Path,
+    paths: Sequence[Path],
     output: Path | None = None,
     *,
-    checkpoint: Literal["best", "last"] = "best",
+    checkpoint: Checkpoint = "best",
     device: str | None = None,
+    tile: tuple[int, int] | None = None,
+    overlap: int | None = None,
+    as_labels: tuple[int, ...] | None = None,
+    probabilities: Probabilities | None = None,
+    allow_large: bool = False,
+    overwrite: bool = False,
 ) -> Iterator[Path]:
-    """Write `NAME-mask.png` and `NAME-overlay.png` for every image and yield their paths.
+    """Write `NAME-mask.png` and `NAME-overlay.png` per image and yield their paths.
 
     The mask is a palette PNG: its pixel values are class indices, and viewers show the data set's colours.
 
     Args:
-        run: run folder.
-        images: image files that Pillow can read; predictions have the size of the image.
-        output: folder to write to, created if necessary. Default: `predictions` in the run folder.
-        checkpoint: which weights of the run to use.
-        device: device to run on; None uses the GPU if there is one.
+        source: run folder, checkpoint or exported file.
+        paths: files that Pillow reads, of any size; folders; glob patterns. Predictions have the size of the image.
+        output: folder to write into, created if absent. Default: `predictions` in the run folder or beside the file.
+        checkpoint: which weights of a run folder.
+        device: where to run; None uses the GPU if there is one.
+        tile: predict in tiles of this height and width at the image's own resolution; None resizes the image to the
+            size at which the network was evaluated.
+        overlap: pixels that neighbouring tiles share; None takes a quarter of the tile.
+        as_labels: write grey masks with these values by class; empty takes 0 and 255 for two classes, else indices.
+        probabilities: also write the probability of every class, in this form.
+        allow_large: read images that Pillow takes for decompression bombs.
+        overwrite: replace existing files.
 
     Raises:
-        FileNotFoundError: if the run or an image does not exist; nothing is written then.
-        ValueError: if the folder is not writable (checked first) or an image cannot be read.
+        FileNotFoundError: if the source or an image does not exist, before anything is written.
+        ValueError: if an argument is wrong, a file exists or the folder is not writable, before any work; or if an
+            image cannot be read.
     """
+    predictor = load(source, checkpoint=checkpoint, device=device)
+    predictor.check_tile(tile, overlap)
+    values = None if as_labels is None else _label_values(as_labels, len(predictor.classes))
+    if probabilities is not None:
+        predictor.check_probabilities()
+    folder = output or (source if source.is_dir() else source.parent) / "predictions"
+    images, others = find_images(paths, leave_out=folder)
+    if others:
+        print(f"{others} files that are not images were left out", file=sys.stderr)
+    targets = [folder / name for name in output_names(images)]
+    _check_free(images, [_files(name, predictor, probabilities) for name in targets], overwrite)
+    make_folder(folder)
+    with pixel_limit(images, allow_large=allow_large), Progress("predict", len(images)) as progress:
+        for path, name in zip(images, targets):
+            name.parent.mkdir(parents=True, exist_ok=True)
+            yield from _predict(predictor, path, name, tile, overlap, values, probabilities)
+            progress.advance()
+
+
+def _predict(
+    predictor: Predictor,
+    path: Path,
+    name: Path,
+    tile: tuple[int, int] | None,
+    overlap: int | None,
+    values: tuple[int, ...] | None,
+    probabilities: Probabilities | None,
+) -> Iterator[Path]:
     from PIL import Image
 
-    config, info, network = load_run(run, checkpoint)
-    missing = [path for path in images if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(f"there is no image at {missing[0]}")
-    target = choose_device(device)
-    network.to(target)
-    folder = output or run / "predictions"
-    make_folder(folder)
-    transform = EvaluationTransform(config.dataset.image_size)
-    for path in images:
-        image = read_image(path)
-        size = (image.shape[-2], image.shape[-1])
-        normalised, _ = transform(image, torch.zeros(size, dtype=torch.uint8))
-        labels = predicted_labels(network(normalised[None].to(target)), size)[0].cpu()
-        mask = Image.fromarray(labels.numpy().astype(np.uint8), mode="P")
-        mask.putpalette([channel for colour in info.palette for channel in colour])
-        mask.save(folder / f"{path.stem}-mask.png")
-        yield folder / f"{path.stem}-mask.png"
-        Image.fromarray(overlay(image, labels, info)).save(folder / f"{path.stem}-overlay.png")
-        yield folder / f"{path.stem}-overlay.png"
+    image = predictor.read(path)
+    size = (image.shape[-2], image.shape[-1])
+    labels = np.empty(size, np.uint8)
+    shown = np.empty((*size, 3), np.uint8)
+    chances = np.empty((len(predictor.classes), *size), np.float32 if probabilities == "npy" else np.uint16)
+    for top, outputs in predictor.bands(image, tile, overlap):
+        found = predictor.to_labels(outputs)
+        rows = slice(top, top + len(found))
+        labels[rows] = found.to(torch.uint8).numpy()
+        shown[rows] = overlay(image[:, rows], found, predictor.info)
+        if probabilities is not None:
+            chances[:, rows] = _stored(predictor.to_probabilities(outputs), probabilities)
+    files = _files(name, predictor, probabilities)
+    if values is None:
+        mask = Image.fromarray(labels, mode="P")
+        mask.putpalette([channel for colour in predictor.info.palette for channel in colour])
+    else:
+        mask = Image.fromarray(np.array(values, np.uint8)[labels])
+    pictures = [mask, Image.fromarray(shown)]
+    if probabilities == "png":
+        pictures += [Image.fromarray(each) for each in chances]
+    for file, picture in zip(files, pictures):
+        with atomic.replacing(file, durable=False) as stream:
+            picture.save(stream, format="PNG")
+        yield file
+    if probabilities == "npy":
+        with atomic.replacing(files[-1], durable=False) as stream:
+            np.save(stream, chances)
+        yield files[-1]
+
+
+def _stored(chances: Tensor, form: Probabilities) -> Any:
+    return chances.numpy() if form == "npy" else (chances * 65535).round().numpy().astype(np.uint16)
+
+
+def _files(name: Path, predictor: Predictor, probabilities: Probabilities | None) -> list[Path]:
+    ends = ["mask.png", "overlay.png"]
+    if probabilities == "npy":
+        ends.append("probabilities.npy")
+    if probabilities == "png":
+        ends += [f"probability-{index}.png" for index in range(len(predictor.classes))]
+    return [name.with_name(f"{name.name}-{end}") for end in ends]
+
+
+def _check_free(images: Sequence[Path], files: Sequence[Sequence[Path]], overwrite: bool) -> None:
+    read = {image.resolve() for image in images}
+    written: set[Path] = set()
+    for each in (file for group in files for file in group):
+        if each.resolve() in read or each in written:
+            raise ValueError(f"output must not hold the images themselves, got {each}; choose another --output")
+        written.add(each)
+        if each.exists() and not overwrite:
+            raise ValueError(f"{each} must not exist yet; use --overwrite or another --output")
+
+
+def _label_values(values: tuple[int, ...], classes: int) -> tuple[int, ...]:
+    if not values:
+        return (0, 255) if classes == 2 else tuple(range(classes))
+    if len(values) != classes or len(set(values)) < classes or not all(0 <= value <= 255 for value in values):
+        given = " ".join(map(str, values))
+        raise ValueError(f"as_labels must be {classes} different values from 0 to 255, one per class, got {given}")
+    return values

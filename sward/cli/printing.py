@@ -27,8 +27,41 @@ def print_evaluation(evaluation: Any, title: str) -> None:
             ("IoU, mean over images", evaluation.iou),
             ("Dice, pooled", evaluation.pooled_dice),
         ]
+    else:
+        summary.append(("Dice, mean over classes", evaluation.mean_dice))
     rows = summary + [(f"IoU {name}", value) for name, value in evaluation.class_iou.items()]
+    rows += [(f"Dice {name}", value) for name, value in evaluation.class_dice.items()]
     print_table(title, ("score", "%"), [(name, f"{100 * value:.2f}") for name, value in rows])
+
+
+def print_export(exported: Any) -> None:
+    """Print the contract and the proof of a `sward.deploy.proof.Exported`."""
+    metadata, proof = exported.metadata, exported.proof
+    form = "torch.export program" if metadata.opset is None else f"ONNX, opset {metadata.opset}"
+    size = "any size" if metadata.fixed_size is None else "{} x {} pixels".format(*metadata.fixed_size)
+    print(f"{metadata.model}, {form}, {metadata.precision}: {metadata.input} RGB of {size} -> {metadata.output}")
+    if proof is None:
+        print("not compared with PyTorch")
+    else:
+        rows = [
+            ("mIoU (%)", _percent(proof.mean_iou), _percent(proof.mean_iou_pytorch)),
+            ("median latency (ms)", f"{proof.milliseconds:.1f}", f"{proof.milliseconds_pytorch:.1f}"),
+        ]
+        if proof.dice_pytorch is not None:
+            rows.insert(1, ("Dice, mean over images (%)", _percent(proof.dice), _percent(proof.dice_pytorch)))
+        height, width = proof.image_size
+        print_table(
+            f"{proof.images} images of {proof.split}; latency at {height} x {width}, {proof.threads} threads",
+            ("", "file", "PyTorch"),
+            rows,
+        )
+        print(f"largest difference of {metadata.output}: {proof.largest_difference:.2g}")
+        print(f"pixels of another class: {100 * proof.differing_pixels:.4f} %")
+    print(f"written: {exported.path} ({exported.path.stat().st_size / 1e6:.2f} MB)\nwritten: {exported.proof_path}")
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -18,7 +18,7 @@ from sward.evaluation import predict_sample
 from sward.figures.curves import training_curves
 from sward.figures.predictions import prediction_grid
 from sward.runs import load_run
-from sward.runs.load import build_split
+from sward.runs.load import build_split, stored_split
 from sward.training.run_folder import RunFolder, make_folder
 
 IMAGES = 4
@@ -102,6 +102,7 @@ def write_report(paths: Sequence[Path], output: Path | None = None, *, root: Pat
 def _read(path: Path, title: str) -> ReportedRun:
     folder = RunFolder(path)
     config, info = folder.read()
+    config.dataset.split_by = stored_split(path) or config.dataset.split_by
     evaluations = {
         file.stem.removeprefix("evaluation-"): json.loads(file.read_text(encoding="utf-8"))
         for file in sorted(path.glob("evaluation-*.json"))

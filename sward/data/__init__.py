@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sward.data import camvid, cityscapes, folder, polyps, scenes
-from sward.data.files import CorruptFileError, OnCorrupt, PairedFiles, read_image
+from sward.data.files import OnCorrupt, PairedFiles
+from sward.data.folder import FolderOptions
+from sward.data.images import CorruptFileError, read_image
 from sward.data.sample import (
     IGNORE_INDEX,
     Batch,
@@ -50,6 +52,7 @@ __all__ = [
     "DatasetNotFoundError",
     "EvaluationBatch",
     "EvaluationTransform",
+    "FolderOptions",
     "OnCorrupt",
     "Sample",
     "SegmentationDataset",
@@ -85,18 +88,20 @@ def names() -> tuple[str, ...]:
     return tuple(_IMAGE_SIZES)
 
 
-def describe(name: str, *, num_classes: int | None = None) -> DatasetInfo:
+def describe(name: str, *, num_classes: int | None = None, folder_options: FolderOptions | None = None) -> DatasetInfo:
     """Return classes, colours and ignore_index of a data set, without reading from disk.
 
     Args:
-        num_classes: required for `folder` (2 to 255); for other data sets None or their number of classes.
+        num_classes: for `folder` (2 to 255) where `folder_options` names no classes; for other data sets None or their
+            number of classes.
+        folder_options: classes and mask values of `folder`.
 
     Raises:
         ValueError: unknown name (near matches are listed), or a `num_classes` that does not fit.
     """
     _check_name(name)
     if name == "folder":
-        return folder.describe(num_classes)
+        return folder.describe(num_classes, folder_options)
     info = _INFO[name]
     if num_classes not in (None, info.num_classes):
         raise ValueError(f"num_classes must be {info.num_classes} for {name}, got {num_classes}")
@@ -124,6 +129,8 @@ def build(
     on_corrupt: OnCorrupt = "stop",
     views: int | None = None,
     teacher_size: Sequence[int] | None = None,
+    image_range: tuple[float, float] | None = None,
+    folder_options: FolderOptions | None = None,
 ) -> SegmentationDataset:
     """Build a data set.
 
@@ -137,8 +144,9 @@ def build(
         image_size: one number or `(height, width)` of the network's input; None for `default_image_size(name)`. For
             Cityscapes it is the size of the training crop; evaluation is always at full resolution.
         seed: seed of the augmentation. It does not change which frames or scenes a split contains.
-        split_by: `cvc_clinicdb` and `cvc_colondb` only; None for `"sequence"`. See `polyps.Polyps`.
-        num_classes: `folder` only, where it is required.
+        split_by: `cvc_clinicdb` and `cvc_colondb`: None for `"sequence"`, see `polyps.Polyps`. `folder`: shares such as
+            `"80/10/10"` or the path of a list, where the folder has no splits of its own.
+        num_classes: `folder` only; its number of classes, if `folder_options` names none.
         count: number of images, `scenes` only.
         packed: `"auto"` reads the pack in the data set's folder if there is one (`sward.data.packed`), `"none"` decodes
             the files, a path names a pack in another place. The samples are bit-identical.
@@ -147,17 +155,18 @@ def build(
         views: fixed augmented views per image, for a cache of teacher features; None draws new ones each epoch.
         teacher_size: `(height, width)` of a second sampling of every training view, for a teacher that sees more pixels
             than the student; samples are then `TeacherSample`s. None returns `Sample`s.
+        image_range: the values that become black and white in images with more than 8 bits per channel; None refuses
+            such images.
+        folder_options: `folder` only: its classes, mask values, layout and how its split is drawn.
 
     Raises:
         DatasetNotFoundError: the data set is missing or incomplete.
         ValueError: unknown name or split, an argument that this data set does not support, or a stale pack.
     """
-    info = describe(name, num_classes=num_classes)
+    info = describe(name, num_classes=num_classes, folder_options=folder_options)
     size = parse_size(default_image_size(name) if image_size is None else image_size)
-    if split_by is not None and name not in ("cvc_clinicdb", "cvc_colondb"):
-        raise ValueError(
-            f"split_by must be None for {name}, got {split_by!r}; only cvc_clinicdb and cvc_colondb can be split"
-        )
+    if split_by is not None and name not in ("cvc_clinicdb", "cvc_colondb", "folder"):
+        raise ValueError(f"split_by must be None for {name}, got {split_by!r}; only polyps and folder can be split")
     if count is not None and name != "scenes":
         raise ValueError(f"count must be None for {name}, got {count}; only scenes are generated")
     if views is not None and (views < 1 or not train):
@@ -172,8 +181,11 @@ def build(
             raise ValueError(f"packed must be 'auto' or 'none' for scenes, got {packed!r}; they are generated")
         dataset = scenes.Scenes(split, size, train=train, seed=seed, count=count)
     else:
-        dataset = _from_files(info, _root(root), split, size, split_by=split_by, train=train, seed=seed)
+        dataset = _from_files(
+            info, _root(root), split, size, split_by=split_by, train=train, seed=seed, options=folder_options
+        )
         dataset.set_on_corrupt(on_corrupt)
+        dataset.image_range = _checked(image_range)
         dataset.use_pack(packed)
     dataset.views = views
     if teacher_size is not None:
@@ -184,7 +196,13 @@ def build(
 
 
 def build_for_packing(
-    name: str, *, root: str | Path | None = None, split_by: str | None = None, num_classes: int | None = None
+    name: str,
+    *,
+    root: str | Path | None = None,
+    split_by: str | None = None,
+    num_classes: int | None = None,
+    image_range: tuple[float, float] | None = None,
+    folder_options: FolderOptions | None = None,
 ) -> list[PairedFiles]:
     """Build every split of a data set for `sward.data.packing.pack`; arguments as in `build`.
 
@@ -195,21 +213,27 @@ def build_for_packing(
         DatasetNotFoundError: the data set is missing or incomplete, or has no split.
         ValueError: unknown name, or `scenes`, which has no files.
     """
-    info = describe(name, num_classes=num_classes)
+    info = describe(name, num_classes=num_classes, folder_options=folder_options)
     where = _root(root)
     size = default_image_size(name)
     if name == "scenes":
         raise ValueError("name must be a data set of files, got 'scenes'; scenes are generated and need no pack")
-    if name in ("cvc_clinicdb", "cvc_colondb"):
-        # Any rule that assigns every frame to a split works here.
-        by = split_by or "ratio"
-        return [_from_files(info, where, split, size, split_by=by, train=False) for split in polyps.SPLITS]
-    if split_by is not None:
+    if split_by is not None and name not in ("cvc_clinicdb", "cvc_colondb"):
         raise ValueError(
             f"split_by must be None for {name}, got {split_by!r}; only cvc_clinicdb and cvc_colondb can be split"
         )
-    module = {"cityscapes": cityscapes, "camvid": camvid, "folder": folder}[name]
-    return [_from_files(info, where, split, size, train=False) for split in module.splits(where)]
+    if name in ("cvc_clinicdb", "cvc_colondb"):
+        # Any rule that assigns every frame to a split works here.
+        by: str | None = split_by or "ratio"
+        splits: Sequence[str] = polyps.SPLITS
+    elif name == "folder":
+        by, splits = None, folder.splits(where, folder_options)
+    else:
+        by, splits = None, {"cityscapes": cityscapes, "camvid": camvid}[name].splits(where)
+    made = [_from_files(info, where, split, size, split_by=by, train=False, options=folder_options) for split in splits]
+    for dataset in made:
+        dataset.image_range = _checked(image_range)
+    return made
 
 
 def _from_files(
@@ -221,15 +245,24 @@ def _from_files(
     train: bool,
     split_by: str | None = None,
     seed: int = 0,
+    options: FolderOptions | None = None,
 ) -> PairedFiles:
     if info.name == "cityscapes":
         return cityscapes.Cityscapes(where, split, size, train=train, seed=seed)
     if info.name == "camvid":
         return camvid.CamVid(where, split, size, train=train, seed=seed)
     if info.name == "folder":
-        return folder.ImageFolder(where, split, size, info=info, train=train, seed=seed)
+        return folder.ImageFolder(
+            where, split, size, info=info, train=train, split_by=split_by, seed=seed, options=options
+        )
     release = polyps.CLINICDB if info.name == "cvc_clinicdb" else polyps.COLONDB
     return polyps.Polyps(release, where, split, size, split_by=split_by or "sequence", train=train, seed=seed)
+
+
+def _checked(image_range: tuple[float, float] | None) -> tuple[float, float] | None:
+    if image_range is not None and not image_range[0] < image_range[1]:
+        raise ValueError(f"image_range must be (lowest, highest), got {image_range}")
+    return image_range
 
 
 def _root(root: str | Path | None) -> Path:

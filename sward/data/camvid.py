@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sward.data.files import PairedFiles, indices, locate, pair_by_name
+from sward.data.files import PairedFiles, locate, pair_by_name
+from sward.data.masks import indices
 from sward.data.sample import IGNORE_INDEX, DatasetInfo, DatasetNotFoundError
 from sward.data.transforms import EvaluationTransform, street_training
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sward.data.files import PairedFiles, indices, locate
+from sward.data.files import PairedFiles, locate
+from sward.data.masks import indices
 from sward.data.sample import IGNORE_INDEX, DatasetInfo, DatasetNotFoundError, Pair
 from sward.data.transforms import EvaluationTransform, street_training
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import struct
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,24 +13,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sward.data.images import SUFFIXES, CorruptFileError, check_file, open_image, read_image
+from sward.data.masks import indices, list_values
 from sward.data.packed import PackedFrames, find_pack
 from sward.data.sample import DatasetInfo, DatasetNotFoundError, Pair, SegmentationDataset, Transform
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-
-
-# Errors that Pillow raises, depending on the format and on the kind of damage.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+SYSTEM_FILES = ("Thumbs.db", "desktop.ini")
+UNREADABLE = (
+    ".npy",
+    ".npz",
+    ".dcm",
+    ".nii",
+    ".gz",
+    ".heic",
+    ".psd",
+    ".svg",
+    ".raw",
+    ".dng",
+    ".cr2",
+    ".nef",
+    ".czi",
+    ".svs",
+)
+"""Suffixes of files that hold pictures which are not read; they are named in a warning."""
 
 OnCorrupt = Literal["stop", "skip"]
 """What to do if an image or a mask cannot be read."""
-
-
-class CorruptFileError(ValueError):
-    """An image or mask file is damaged or not an image. The message names the file."""
 
 
 class PairedFiles(SegmentationDataset):
@@ -49,6 +60,7 @@ class PairedFiles(SegmentationDataset):
         self.folder = folder
         self.pairs = list(pairs)
         self.on_corrupt: OnCorrupt = "stop"
+        self.image_range: tuple[float, float] | None = None
         self.packed: PackedFrames | None = None
         # Shared memory, so that only one loader process warns about a file.
         self._warned = torch.zeros(len(self.pairs), dtype=torch.bool).share_memory_()
@@ -56,9 +68,16 @@ class PairedFiles(SegmentationDataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    @property
+    def decoding(self) -> str:
+        """What decides the pixels and labels read from a file, besides the file: a pack holds it."""
+        return "" if self.image_range is None else f"image_range {self.image_range[0]:g} {self.image_range[1]:g}"
+
     def use_pack(self, where: str) -> None:
         """Select the pack to read from: `"auto"`, `"none"` or a path; see `sward.data.packed.find_pack`."""
-        self.packed = find_pack(where, self.info.name, self.info.num_classes, self.folder, self.pairs)
+        self.packed = find_pack(
+            where, self.info.name, self.info.num_classes, self.folder, self.pairs, decoding=self.decoding
+        )
 
     def set_on_corrupt(self, on_corrupt: OnCorrupt) -> None:
         """Set what `read` does with damaged files: `"skip"` warns once per file and reads the next frame.
@@ -91,14 +110,23 @@ class PairedFiles(SegmentationDataset):
 
     def read_files(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """Decode an image and its mask; see `read`."""
-        image = read_image(pair.image)
-        labels = self.decode(_open(pair.mask), pair.mask)
-        if labels.shape != image.shape[1:]:
-            raise ValueError(
-                f"mask {pair.mask} must have the size of its image {pair.image}, {image.shape[2]} x {image.shape[1]} "
-                f"pixels, got {labels.shape[1]} x {labels.shape[0]}"
-            )
+        image = read_image(pair.image, self.image_range)
+        labels = self.read_mask(pair)
+        self.check_size(pair, (labels.shape[0], labels.shape[1]), (image.shape[1], image.shape[2]))
         return image, torch.from_numpy(labels)
+
+    def read_mask(self, pair: Pair) -> NDArray[np.uint8]:
+        """Decode a mask alone; see `decode`."""
+        return self.decode(open_image(pair.mask), pair.mask)
+
+    def check_size(self, pair: Pair, mask: tuple[int, int], image: tuple[int, int]) -> None:
+        """Raise a ValueError if a mask `(height, width)` does not have the size of its image."""
+        if mask != image:
+            turned = "; the image is turned by its EXIF orientation, the mask is not" if mask == image[::-1] else ""
+            raise ValueError(
+                f"mask {pair.mask} must have the size of its image {pair.image}, {image[1]} x {image[0]} pixels, "
+                f"got {mask[1]} x {mask[0]}{turned}"
+            )
 
     def decode(self, mask: Image, path: Path) -> NDArray[np.uint8]:
         """Return class indices and ignore_index, uint8 `[H, W]`; here the mask file must contain these values."""
@@ -107,62 +135,46 @@ class PairedFiles(SegmentationDataset):
         if wrong.any():
             raise ValueError(
                 f"labels of mask {path} must be 0 to {self.info.num_classes - 1}, or {self.info.ignore_index} for "
-                f"pixels to ignore, got {values[wrong][0]}"
+                f"pixels to ignore, got {list_values(values[wrong])}"
             )
         return values.astype(np.uint8)
 
 
-def read_image(path: str | Path) -> Tensor:
-    """Read an image file as `[3, H, W]` uint8 RGB.
+def list_images(folder: Path, *, below: bool = False) -> dict[str, Path]:
+    """Map names without suffix to the image files in a folder (not its sub-folders), in natural order (2 before 10).
+
+    Names are in composed Unicode (NFC), since macOS stores decomposed names. Hidden files are skipped. Other files and
+    sub-folders that may hold images are skipped with one warning that names them.
+
+    Args:
+        below: do not warn of sub-folders, since the caller lists them itself.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        CorruptFileError: the file is damaged or not an image.
+        ValueError: two images have one name, or a folder or broken link is named like an image.
     """
-    return torch.from_numpy(np.array(_open(Path(path)).convert("RGB"))).permute(2, 0, 1)
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Read `(height, width)` from the header of an image file; `(0, 0)` if that fails."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except _DAMAGE:
-        return 0, 0
-
-
-def indices(mask: Image, path: Path) -> NDArray[np.integer]:
-    """Return the values of a single-channel mask (8-bit or 16-bit grey, or palette).
-
-    Raises:
-        ValueError: the mask has colour channels.
-    """
-    values = np.asarray(mask)
-    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
-        raise ValueError(
-            f"mask {path} must have one channel of class indices (8-bit grey or palette), got the mode {mask.mode}"
-        )
-    return values
-
-
-def list_images(folder: Path) -> dict[str, Path]:
-    """Map names without suffix to the image files in a folder (not its sub-folders), in natural order (2 before 10)."""
     found: dict[str, Path] = {}
+    skipped = []
     for path in sorted(folder.iterdir(), key=lambda path: natural_order(path.name)):
-        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+        if path.name.startswith(".") or path.name in SYSTEM_FILES:
             continue
-        if path.stem in found:
+        if path.suffix.lower() not in SUFFIXES:
+            if path.suffix.lower() in UNREADABLE or (path.is_dir() and not below):
+                skipped.append(path.name)
+            continue
+        check_file(path)
+        name = unicodedata.normalize("NFC", path.stem)
+        if name in found:
             raise ValueError(
-                f"names in {folder} must be unique, got {found[path.stem].name} and {path.name}; remove one of them"
+                f"names in {folder} must be unique, got {found[name].name} and {path.name}; remove one of them"
             )
-        found[path.stem] = path
+        found[name] = path
+    if skipped:
+        warnings.warn(f"skipped in {folder}: {shortened(skipped)}", stacklevel=2)
     return found
 
 
 def pair_by_name(images: Path, masks: Path) -> list[Pair]:
-    """Pair the images of one folder with the masks of the same name in another; masks without an image are ignored.
+    """Pair the images of one folder with the masks of the same name in another; warns of masks without an image.
 
     Raises:
         ValueError: an image has no mask.
@@ -171,9 +183,18 @@ def pair_by_name(images: Path, masks: Path) -> list[Pair]:
     pairs = []
     for name, image in list_images(images).items():
         if name not in available:
-            raise ValueError(f"image {image} has no mask; {masks} holds no image file named {name}")
-        pairs.append(Pair(name, image, available[name]))
+            near = [path.name for other, path in available.items() if name.lower() in other.lower()][:3]
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"image {image} has no mask; {masks} holds no image file named {name}{hint}")
+        pairs.append(Pair(name, image, available.pop(name)))
+    if available:
+        warnings.warn(f"masks without an image in {masks}: {shortened(list(available))}", stacklevel=2)
     return pairs
+
+
+def shortened(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -219,16 +240,3 @@ def locate(title: str, root: Path, folders: Sequence[str], layouts: Sequence[Seq
         f"{', '.join(str(candidate) for candidate in candidates)}; {source}, "
         "or set the root or the environment variable SWARD_DATA to its folder"
     )
-
-
-def _open(path: Path) -> Image:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image file {path}") from None
-    except _DAMAGE as error:
-        raise CorruptFileError(f"cannot read {path}: the file is damaged or not an image ({error})") from error
-    return image

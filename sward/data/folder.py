@@ -2,36 +2,81 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sward.data.files import PairedFiles, locate, pair_by_name
-from sward.data.sample import IGNORE_INDEX, DatasetInfo, DatasetNotFoundError, voc_palette
+import numpy as np
+from numpy.typing import NDArray
+
+from sward.data.files import PairedFiles
+from sward.data.layouts import SOURCE, SPLITS, Layout, find_layout, table_pairs
+from sward.data.lists import draw_splits, is_ratio, listed
+from sward.data.masks import MaskValues, parse_values
+from sward.data.sample import IGNORE_INDEX, DatasetInfo, DatasetNotFoundError, Pair, voc_palette
 from sward.data.transforms import EvaluationTransform, street_training
 
-SOURCE = (
-    "a folder data set has the folders images/train, masks/train, images/val and masks/val, with a mask of the same "
-    "name for every image"
-)
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """What a folder does not say about itself."""
+
+    classes: Sequence[str] = ()
+    """Names of the classes; empty names them by number."""
+    mask_values: Sequence[str] = ()
+    """Value of each class in the mask files, as numbers or `#rrggbb`; empty takes 0, 1, 2, ... and 255 to ignore."""
+    ignore_values: Sequence[str] = ()
+    """Values of pixels to ignore."""
+    images: str | None = None
+    """Pattern of the folder of images; see `sward.data.layouts`. None finds the usual layouts."""
+    masks: str | None = None
+    """Pattern of a mask."""
+    split_seed: int = 0
+    """Seed of a split that is drawn."""
+    group_by: str | None = None
+    """Frames with the same group are never in two splits: a regular expression that finds the group in the name of a
+    frame, or a CSV file with the columns `frame_id` and `group`."""
+
+    @property
+    def values(self) -> MaskValues | None:
+        """The values of the mask files, None for class indices."""
+        values, ignore = parse_values(self.mask_values), parse_values(self.ignore_values)
+        if not values:
+            if ignore:
+                raise ValueError(f"mask_values must be given with ignore_values {', '.join(ignore)}, got none")
+            return None
+        return MaskValues(values, ignore)
 
 
 class ImageFolder(PairedFiles):
-    """Your own images: `images/{split}/NAME.*` with `masks/{split}/NAME.*`.
+    """Your own images with masks of the same name; `sward.data.layouts` lists the layouts.
 
-    A mask has one channel (8-bit grey, 16-bit grey or palette) of class indices 0 to `num_classes - 1`, and 255 for
-    pixels to ignore. Training: random scale 0.5 to 2 relative to `image_size`, crop of `image_size`,
-    horizontal flip. Evaluation: image resized to `image_size`, labels unchanged.
+    A mask has one channel (grey or palette) of class indices 0 to `num_classes - 1`, and 255 for pixels to ignore, or
+    the values or colours that `options.mask_values` names. Training: random scale 0.5 to 2 relative to `image_size`,
+    crop of `image_size`, horizontal flip. Evaluation: image resized to `image_size`, labels unchanged.
 
     Args:
-        root: folder with `images` and `masks`.
-        split: name of the sub-folders, usually `train`, `val` or `test`.
+        root: the folder, or a CSV file with the columns `image` and `mask`, and perhaps `split`.
+        split: `train`, `val` or `test`, another sub-folder, or `all` for every frame of a folder without splits.
         image_size: `(height, width)`.
         info: from `describe`.
+        split_by: for a folder without splits: shares of train, val and test such as `"80/10/10"`, or the path of a
+            list; see `sward.data.lists`.
         train: use the training transform instead of the evaluation transform.
         seed: seed of the augmentation.
+        options: what the folder does not say about itself.
+
+    Attributes:
+        assignment: frame -> split where the split is drawn or listed, else empty.
 
     Raises:
         DatasetNotFoundError: a sub-folder is missing or contains no image.
-        ValueError: an image has no mask.
+        ValueError: an image has no mask, or the split is missing or contradicts the folder.
     """
 
     def __init__(
@@ -42,39 +87,122 @@ class ImageFolder(PairedFiles):
         *,
         info: DatasetInfo,
         train: bool,
+        split_by: str | None = None,
         seed: int = 0,
+        options: FolderOptions | None = None,
     ) -> None:
-        folder = locate("the folder data set", root, (), ((f"images/{split}", f"masks/{split}"),), SOURCE)
-        pairs = pair_by_name(folder / "images" / split, folder / "masks" / split)
+        options = options or FolderOptions()
+        self.assignment: dict[str, str] = {}
+        folder = root.parent if root.is_file() else root
+        if root.is_file():
+            pairs, self.assignment = table_pairs(root)
+        else:
+            layout = find_layout(root, options.images, options.masks)
+            pairs = _of_layout(layout, split, split_by)
+        if root.is_file() or not layout.has_splits:
+            pairs, self.assignment = _assigned(pairs, self.assignment, split, split_by, options)
         if not pairs:
-            raise DatasetNotFoundError(
-                f"the folder data set in {folder} is empty: images/{split} holds no image; {SOURCE}"
-            )
+            raise DatasetNotFoundError(f"the folder data set in {root} has no frame in the split {split}; {SOURCE}")
         transform = street_training(image_size, resize_first=True) if train else EvaluationTransform(image_size)
         super().__init__(info, folder, pairs, transform, seed)
+        self.values = options.values
+
+    @property
+    def decoding(self) -> str:
+        """What decides the labels read from a file; see `PairedFiles.decoding`."""
+        values = "" if self.values is None else f"mask_values {','.join(self.values.classes)}"
+        ignored = f"ignore_values {','.join(self.values.ignore)}" if self.values and self.values.ignore else ""
+        return " ".join(part for part in (super().decoding, values, ignored) if part)
+
+    def decode(self, mask: Image, path: Path) -> NDArray[np.uint8]:
+        """Return class indices and 255 for ignored pixels."""
+        return super().decode(mask, path) if self.values is None else self.values.decode(mask, path)
 
 
-def splits(root: Path) -> list[str]:
-    """Return the existing splits: sub-folders that `images` and `masks` have in common.
+def _of_layout(layout: Layout, split: str, split_by: str | None) -> list[Pair]:
+    if not layout.has_splits:
+        return layout.pairs()
+    if split_by is not None:
+        raise ValueError(
+            f"split_by must be None for a folder with the splits {', '.join(layout.splits())}, got {split_by!r}"
+        )
+    return layout.pairs(split)
+
+
+def _assigned(
+    pairs: list[Pair], listed_splits: dict[str, str], split: str, split_by: str | None, options: FolderOptions
+) -> tuple[list[Pair], dict[str, str]]:
+    """Return the frames of a split and frame -> split."""
+    if split == "all":
+        return pairs, {}
+    if split not in SPLITS:
+        raise ValueError(f"split must be train, val, test or all for a folder without splits, got {split!r}")
+    names = [pair.name for pair in pairs]
+    if split_by is None and not listed_splits:
+        raise ValueError("split_by must be set for a folder without train and val, got None; pass --split 80/10/10")
+    if split_by is not None and is_ratio(split_by):
+        listed_splits = draw_splits(names, split_by, seed=options.split_seed, group_by=options.group_by)
+    elif split_by is not None:
+        listed_splits = {}
+        for each in SPLITS:
+            for name in _if_listed(split_by, each):
+                if listed_splits.setdefault(name, each) != each:
+                    raise ValueError(
+                        f"frame {name!r} must be in one split, got {listed_splits[name]} and {each} in {split_by}"
+                    )
+        unknown = next((name for name in listed_splits if name not in set(names)), None)
+        if unknown is not None:
+            near = difflib.get_close_matches(unknown, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"the split list {split_by} names frame {unknown!r}, which does not exist{hint}")
+    return [pair for pair in pairs if listed_splits.get(pair.name) == split], listed_splits
+
+
+def _if_listed(split_by: str, split: str) -> list[str]:
+    # A folder of lists need not have one for testing.
+    if "{split}" in split_by and split == "test" and not Path(split_by.replace("{split}", split)).is_file():
+        return []
+    return listed(split_by, split)[0]
+
+
+def splits(root: Path, options: FolderOptions | None = None) -> list[str]:
+    """Return the existing splits; `all` for a folder or table without splits.
 
     Raises:
         DatasetNotFoundError: there are none.
     """
-    folder = locate("the folder data set", root, (), (("images", "masks"),), SOURCE)
-    images, masks = ({path.name for path in (folder / kind).iterdir() if path.is_dir()} for kind in ("images", "masks"))
-    if not images & masks:
-        raise DatasetNotFoundError(f"the folder data set in {folder} is empty: it has no split; {SOURCE}")
-    return sorted(images & masks)
+    if root.is_file():
+        return ["all"]
+    options = options or FolderOptions()
+    layout = find_layout(root, options.images, options.masks)
+    return layout.splits() if layout.has_splits else ["all"]
 
 
-def describe(num_classes: int | None) -> DatasetInfo:
-    """Return the info of a folder with `num_classes` classes (2 to 255), named by number, in Pascal VOC's colours.
+def describe(num_classes: int | None, options: FolderOptions | None = None) -> DatasetInfo:
+    """Return classes and colours of a folder.
+
+    Names are `options.classes`, else "class 0" and so on. Colours are `options.mask_values` or Pascal VOC's.
 
     Raises:
-        ValueError: `num_classes` is missing or out of range.
+        ValueError: the number of classes is missing, out of range (2 to 255) or contradictory.
     """
-    if num_classes is None:
+    options = options or FolderOptions()
+    values, names = options.values, parse_values(options.classes)
+    counts = {
+        "num_classes": num_classes,
+        "classes": len(names) or None,
+        "mask_values": None if values is None else len(values.classes),
+    }
+    given = {name: count for name, count in counts.items() if count is not None}
+    if not given:
         raise ValueError(f"num_classes must be 2 to {IGNORE_INDEX} for the data set 'folder', got None")
-    if not 2 <= num_classes <= IGNORE_INDEX:
-        raise ValueError(f"num_classes must be 2 to {IGNORE_INDEX}, got {num_classes}")
-    return DatasetInfo("folder", tuple(f"class {label}" for label in range(num_classes)), voc_palette(num_classes))
+    if len(set(given.values())) > 1:
+        said = ", ".join(f"{count} by {name}" for name, count in given.items())
+        raise ValueError(f"num_classes, classes and mask_values must agree on the number of classes, got {said}")
+    count = next(iter(given.values()))
+    if not 2 <= count <= IGNORE_INDEX:
+        raise ValueError(f"num_classes must be 2 to {IGNORE_INDEX}, got {count}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"classes must differ from each other, got {', '.join(names)}")
+    palette = values.palette if values is not None and values.are_colours else voc_palette(count)
+    return DatasetInfo("folder", names or tuple(f"class {label}" for label in range(count)), palette)

@@ -32,7 +32,7 @@ from sward.data.sample import Pair
 
 FOLDER = "sward-pack"
 INDEX = "index.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class Source(NamedTuple):
@@ -83,6 +83,8 @@ class Index:
     """Name of the data set."""
     num_classes: int
     """Number of classes that its labels were validated against."""
+    decoding: str = ""
+    """How its images and masks were decoded; see `PairedFiles.decoding`."""
     shards: list[Shard] = field(default_factory=list)
     """The files of the pack."""
     complete: bool = False
@@ -195,7 +197,9 @@ class PackedFrames:
         return {**self.__dict__, "_maps": {}}
 
 
-def find_pack(where: str, dataset: str, num_classes: int, source: Path, pairs: Sequence[Pair]) -> PackedFrames | None:
+def find_pack(
+    where: str, dataset: str, num_classes: int, source: Path, pairs: Sequence[Pair], *, decoding: str = ""
+) -> PackedFrames | None:
     """Find the pack of a data set; return None if its files are to be decoded.
 
     Args:
@@ -204,6 +208,7 @@ def find_pack(where: str, dataset: str, num_classes: int, source: Path, pairs: S
         num_classes: number of classes of the data set.
         source: folder of the data set.
         pairs: the frames that will be read.
+        decoding: how images and masks are decoded; see `PairedFiles.decoding`.
 
     Raises:
         FileNotFoundError: `where` is a path without a pack.
@@ -225,6 +230,12 @@ def find_pack(where: str, dataset: str, num_classes: int, source: Path, pairs: S
         raise ValueError(
             f"the pack in {folder} must be of {dataset} with {num_classes} classes, got {index.dataset} with "
             f"{index.num_classes}; write another pack with --output"
+        )
+    if index.decoding != decoding:
+        raise ValueError(
+            f"the pack in {folder} must be decoded with {decoding or 'no options'}, got "
+            f"{index.decoding or 'no options'}; pack again with the options of the run, or decode the files with "
+            "--dataset.packed none"
         )
     if not index.complete:
         if where != "auto":

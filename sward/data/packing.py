@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sward import atomic
-from sward.data.files import CorruptFileError, OnCorrupt, PairedFiles, image_size
+from sward.data.files import OnCorrupt, PairedFiles
+from sward.data.images import CorruptFileError, image_size
 from sward.data.packed import FOLDER, Frame, Index, Shard, Source, map_file
 from sward.data.sample import Pair
 
@@ -109,7 +110,7 @@ def _pack(
         return PackResult(folder, kept, kept, 0, sum(shard.size for shard in sound))
 
     _check_space(folder, missing)
-    index = Index(first.info.name, first.info.num_classes, sound)
+    index = Index(first.info.name, first.info.num_classes, first.decoding, sound)
     index.write(folder)
     listed = {shard.file for shard in sound}
     for stray in folder.glob("*.bin"):
@@ -203,12 +204,13 @@ def _decode(dataset: PairedFiles, pair: Pair, source: Path) -> _Decoded:
 
 def _index_before(folder: Path, dataset: PairedFiles) -> Index:
     """Return the existing index if it is readable and of this data set, else an empty one."""
-    empty = Index(dataset.info.name, dataset.info.num_classes)
+    empty = Index(dataset.info.name, dataset.info.num_classes, dataset.decoding)
     try:
         index = Index.read(folder)
     except (FileNotFoundError, ValueError):
         return empty
-    return index if (index.dataset, index.num_classes) == (empty.dataset, empty.num_classes) else empty
+    same = (index.dataset, index.num_classes, index.decoding) == (empty.dataset, empty.num_classes, empty.decoding)
+    return index if same else empty
 
 
 def _is_sound(

@@ -14,7 +14,6 @@ There are three ways to split:
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sward.data.files import PairedFiles, locate, pair_by_name
+from sward.data.lists import listed
+from sward.data.masks import black_and_white
 from sward.data.sample import DatasetInfo, DatasetNotFoundError, Pair
 from sward.data.transforms import EvaluationTransform, polyp_training
 
@@ -118,14 +119,15 @@ class Polyps(PairedFiles):
         super().__init__(release.info, folder, pairs, transform, seed)
 
     def decode(self, mask: Image, path: Path) -> NDArray[np.uint8]:
-        return (np.asarray(mask.convert("L")) > MASK_THRESHOLD).astype(np.uint8)
+        """Return 1 where the mask is above 127."""
+        return black_and_white(mask, path, self.info.classes, MASK_THRESHOLD)
 
 
 def _select(release: Release, folder: Path, frames: dict[str, Pair], split: str, split_by: str) -> list[Pair]:
     if split == ALL:
         return list(frames.values())
     if split_by not in ("sequence", "ratio"):
-        return _pick(frames, *_listed(split_by, split))
+        return _pick(frames, *listed(split_by, split))
     if len(frames) not in release.frames:
         raise DatasetNotFoundError(
             f"{release.title} in {folder} is incomplete: it must have {' or '.join(map(str, release.frames))} images, "
@@ -135,10 +137,10 @@ def _select(release: Release, folder: Path, frames: dict[str, Pair], split: str,
         return [frames[name] for name in _draw(frames)[split]]
     shipped = folder / "lists" / "seq_{split}.txt"
     if Path(str(shipped).format(split=split)).is_file():
-        return _pick(frames, *_listed(str(shipped), split))
+        return _pick(frames, *listed(str(shipped), split))
     table = Path(__file__).parent / "splits" / f"{release.info.name}.csv"
-    wanted = set(_listed(str(table), split)[0])
-    known = {name for other in SPLITS for name in _listed(str(table), other)[0]}
+    wanted = set(listed(str(table), split)[0])
+    known = {name for other in SPLITS for name in listed(str(table), other)[0]}
     unknown = next((name for name in frames if name not in known), None)
     if unknown is not None:
         raise ValueError(
@@ -146,25 +148,6 @@ def _select(release: Release, folder: Path, frames: dict[str, Pair], split: str,
             f"{unknown!r} in {folder}; use split_by='ratio' or a list"
         )
     return [pair for name, pair in frames.items() if name in wanted]
-
-
-def _listed(split_by: str, split: str) -> tuple[list[str], Path]:
-    """Read the frame names of a split from a list, in the order of the list; also return the file."""
-    path = Path(split_by.replace("{split}", split))
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"split_by must be 'sequence', 'ratio' or the path of a list, got {split_by!r}; there is no file {path}"
-        )
-    if "{split}" in split_by:
-        return path.read_text(encoding="utf-8").split(), path
-    with path.open(newline="", encoding="utf-8") as lines:
-        table = csv.DictReader(lines)
-        if not {"frame_id", "split"} <= set(table.fieldnames or ()):
-            raise ValueError(
-                f"the split list {path} must be a CSV file with the columns frame_id and split, or its path must "
-                "contain the placeholder {split}"
-            )
-        return [row["frame_id"] for row in table if row["split"] == split], path
 
 
 def _pick(frames: dict[str, Pair], wanted: list[str], source: Path) -> list[Pair]:

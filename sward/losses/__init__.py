@@ -1,4 +1,4 @@
-"""The losses of SWARD and of its peers, ready for any PyTorch trainer."""
+"""The losses of SWARD and of other distillation methods, for any PyTorch trainer."""
 
 from sward.losses.cirkd import CIRKDLoss
 from sward.losses.classic import AttentionTransferLoss, CWDLoss, FitNetLoss, KDLoss, PairwiseLoss
@@ -11,6 +11,7 @@ from sward.losses.pdr import PDRLoss, PDROutput
 from sward.losses.protocol import LOGITS, DistillationInputs, DistillationLoss, DistillationOutput
 from sward.losses.recipes import PAPER, RECIPES, RECOMMENDED, Recipe
 from sward.losses.standardized import StandardizedTeacher
+from sward.losses.task import TaskLoss
 
 __all__ = [
     "LOGITS",
@@ -40,6 +41,7 @@ __all__ = [
     "SWARDOutput",
     "SegmentationCrossEntropy",
     "StandardizedTeacher",
+    "TaskLoss",
     "learn_masks",
     "load_masks",
     "save_masks",

@@ -21,59 +21,59 @@ from sward_kernels import relational_kl
 from sward_kernels.labels import class_indices
 from sward_kernels.relation.api import check_implementation
 
-# Scores of this many elements (64 MiB in float32) exist at once in the memory terms.
+# Elements of the scores (64 MiB in float32) that exist at once in the memory terms.
 _CHUNK_ELEMENTS = 2**24
 # Removes a key from a softmax; finite, so that 0 * (difference of two such scores) is 0 and not NaN.
 _REMOVED = -1e9
 
 
 class CIRKDLoss(TapComparison):
-    """Per-pixel KD, the relation of pixels across the images of a batch, and their relation to a memory of the past.
+    """Per-pixel KD, relations of pixels across the images of a batch, and relations to a memory of earlier batches.
 
         loss = w_kd KD + w_batch minibatch + w_pixel pixel + w_region region
 
-    KD runs on the logits without temperature and without a mask for ignored pixels. The other three run on the maps
+    KD compares the logits, without temperature and without a mask for ignored pixels. The other three compare the maps
     that enter the classifiers. `minibatch` is `sward_kernels.relational_kl` over the images of this process. `pixel`
     and `region` compare, for every labelled pixel, the softmax over its similarities to stored teacher vectors: up to
     16 pixels of each class and image, and each class's mean in each image. For them the student's map goes through a
     learned projector (1x1 conv, BN, ReLU, 1x1 conv; `torch.nn.SyncBatchNorm.convert_sync_batchnorm` gives the official
     form on several GPUs).
 
-    The memory lives outside parameters and buffers, is part of the state dict, and is the same on every rank: all
-    draws come from `seed` and the step, and what enters it is gathered from all ranks, which must hold equally many
-    images each. It grows only in training mode.
+    The memory is neither parameter nor buffer, but part of the state dict. It is the same on every rank: all random
+    draws depend on `seed` and the step, and its new rows are gathered from all ranks, which must have equally many
+    images. It is updated in training mode only.
 
     Args:
         student_channels: channels of the student's map.
         teacher_channels: channels of the teacher's map.
         num_classes: `K`, at least 2; a one-logit binary task has 2.
         student_tap: the student's layer that enters its classifier.
-        teacher_tap: the teacher's.
+        teacher_tap: the teacher's layer that enters its classifier.
         terms: weights of KD, minibatch, pixel and region. Default 1, 1, 0.1, 0.1 (Cityscapes); VOC uses 0.01 for the
             last two. A term of weight 0 is not computed.
         temperature: divides similarities. Default 0.1.
         distribution_temperature: divides them again in pixel and region, whose KL is multiplied by its square.
             Default 1.
-        pixel_queue: "fixed" (default) or "official", which repeats four slips of the official code: the pixels
-            stored for a class come from the top of the image whatever their class; a full queue overwrites its newest
-            rows; rows never written, random at first, serve as keys; a pixel of the map has the label at its upper
-            left corner and not at its centre.
-        pixel_queue_size: stored pixels of a class. Default 20000. A bank takes `4 K size C_t` bytes.
-        region_queue_size: stored means of a class. Default 2000.
-        pixel_keys: keys of a step; each class gives `pixel_keys // K + 1`. Default 4096.
+        pixel_queue: `"fixed"` (default) or `"official"`, which repeats four mistakes of the official code: the pixels
+            stored for a class are taken from the top of the image whatever their class; a full queue overwrites its
+            newest rows; rows that were never written, and are random, are used as keys; a pixel of the map has the
+            label at its upper left corner and not at its centre.
+        pixel_queue_size: stored pixels per class. Default 20000. A bank takes `4 K size C_t` bytes.
+        region_queue_size: stored means per class. Default 2000.
+        pixel_keys: keys per step, `pixel_keys // K + 1` of each class. Default 4096.
         region_keys: the same for means. Default 1024.
-        max_pixels: both maps are average-pooled by the least factor that leaves at most so many pixels an image; the
-            cost of `minibatch` grows with its square. Default 2048 (a 512x1024 image at stride 16); None for never,
-            as in the official code.
+        max_pixels: both maps are average-pooled by the smallest factor that leaves at most this many pixels per image;
+            the cost of `minibatch` grows with its square. Default 2048 (a 512x1024 image at stride 16); None for no
+            pooling, as in the official code.
         ignore_index: label of pixels without a class. Default 255.
-        seed: of the first random rows, of what is stored and of the keys drawn.
+        seed: seeds the initial random rows and the draws of stored pixels and keys.
         process_group: ranks that share the memory. Default: all, if `torch.distributed` is initialised.
-        implementation: handed to `sward_kernels.relational_kl`.
+        implementation: passed to `sward_kernels.relational_kl`.
 
     Raises:
         ValueError: for an unknown `pixel_queue` or `implementation`, or fewer than 2 classes; when called, on the CPU,
-            for a label outside `0..K-1` that is not `ignore_index` (on a GPU it is ignored, since looking would stall
-            the device).
+            for a label outside `0..K-1` that is not `ignore_index` (on a GPU it is ignored, since a check would
+            stall the device).
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class CIRKDLoss(TapComparison):
         self.seed = seed
         self.process_group = process_group
         self.implementation = implementation
-        # Without a memory term the projector would get no gradient, which DDP takes for a mistake.
+        # Without a memory term the projector would get no gradient, for which DDP raises an error.
         self.projector: nn.Module = nn.Identity()
         if any(terms[2:]):
             self.projector = nn.Sequential(
@@ -134,7 +134,7 @@ class CIRKDLoss(TapComparison):
         self._step = 0
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The memory, for the state dict."""
+        """Return the memory, for the state dict."""
         return {
             "step": self._step,
             "pixel_queue": self.pixel_queue.state(),
@@ -142,7 +142,7 @@ class CIRKDLoss(TapComparison):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restores the memory from a state dict."""
+        """Restore the memory from a state dict."""
         self._step = state["step"]
         self.pixel_queue.load(state["pixel_queue"])
         self.region_queue.load(state["region_queue"])
@@ -192,7 +192,7 @@ class CIRKDLoss(TapComparison):
             queue.to(teacher.device)
         if self.training:
             self._remember(teacher_units, classes)
-        # The step seeds the draw, so that a resumed run goes on as it would have and all ranks draw alike.
+        # The step seeds the draw, so that a resumed run continues identically and all ranks draw the same keys.
         generator = torch.Generator().manual_seed(_mixed(self.seed, self._step, 1))
         labelled = classes != self.num_classes
         row_weights = labelled / mean_count(labelled, self._processes())
@@ -222,7 +222,7 @@ class CIRKDLoss(TapComparison):
         rank = 0 if processes is None else dist.get_rank(processes)
         images, pixels = classes.shape
         self._step += 1
-        # Drawn for the whole global batch: one process and several then store the same pixels.
+        # Drawn for the global batch, so that one process and several store the same pixels.
         generator = torch.Generator().manual_seed(_mixed(self.seed, self._step, 0))
         scores = torch.rand(ranks * images, pixels, generator=generator)[rank * images : (rank + 1) * images]
         rows = pick_rows(teacher_units, classes, self.num_classes, scores.to(classes.device), official=self.official)
@@ -244,14 +244,15 @@ def memory_relation(
     temperature: float = 0.1,
     distribution_temperature: float = 1.0,
 ) -> Tensor:
-    """`T'^2 sum_v w_v KL( softmax_k(t_v.q_k / (T T')) || softmax_k(s_v.q_k / (T T')) )`, a bounded number of rows at a
-    time: their scores are recomputed in backward, never kept.
+    """Return `T'^2 sum_v w_v KL( softmax_k(t_v.q_k / (T T')) || softmax_k(s_v.q_k / (T T')) )`.
+
+    A bounded number of rows is computed at a time, and their scores are recomputed in backward, not stored.
 
     Args:
         student_units: `[V, C]` projected student vectors of length one.
         teacher_units: `[V, C]` teacher vectors of length one.
         keys: `[N, C]` stored vectors.
-        usable: `[N]` bool, False for keys to leave out.
+        usable: `[N]` bool, False for keys that are left out.
         row_weights: `[V]`, 1/V' for each of V' labelled pixels and 0 for the others.
         temperature: `T`.
         distribution_temperature: `T'`.
@@ -282,5 +283,5 @@ def _gathered(part: Tensor, ranks: int, group: ProcessGroup | None) -> Tensor:
 
 
 def _mixed(seed: int, step: int, purpose: int) -> int:
-    # Distinct for every (step, purpose) of a run, and far apart between runs with neighbouring seeds.
+    # Distinct for every (step, purpose) of a run, and far apart for runs with neighbouring seeds.
     return (seed * 1_000_003 + step * 2 + purpose) % 2**63

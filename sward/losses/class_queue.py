@@ -1,4 +1,4 @@
-"""CIRKD's memory: one ring buffer of unit vectors for each class, filled from the teacher."""
+"""CIRKD's memory: one ring buffer of unit vectors per class, filled from the teacher."""
 
 from __future__ import annotations
 
@@ -9,35 +9,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PIXELS_PER_CLASS = 16
-"""Most pixels of one class of one image that enter the pixel queue at a step (CIRKD's code)."""
+"""Most pixels per class and image that enter the pixel queue in one step (CIRKD's code)."""
 
 
 class ClassRows(NamedTuple):
-    """Vectors picked from a batch, by image and class.
-
-    Attributes:
-        pixels: `[B, K, 16, C]`, of which the first `pixel_counts` count.
-        pixel_counts: `[B, K]` int64, at most 16.
-        regions: `[B, K, 1, C]`, the unit mean of the class's pixels.
-        region_counts: `[B, K]` int64, 1 where the class is in the image.
-    """
+    """Vectors picked from a batch, by image and class."""
 
     pixels: Tensor
+    """`[B, K, 16, C]`, of which the first `pixel_counts` are valid."""
     pixel_counts: Tensor
+    """`[B, K]` int64, at most 16."""
     regions: Tensor
+    """`[B, K, 1, C]`, the mean of the class's pixels, scaled to length one."""
     region_counts: Tensor
+    """`[B, K]` int64, 1 where the class is in the image."""
 
 
 def pick_rows(units: Tensor, classes: Tensor, num_classes: int, scores: Tensor, *, official: bool) -> ClassRows:
-    """Picks up to 16 random pixels, and the mean, of every class in every image; without a loop or a host sync.
+    """Pick up to 16 random pixels, and the mean, of every class in every image, without a loop or a host sync.
 
     Args:
         units: `[B, C, P]` vectors of length one.
-        classes: `[B, P]` int64; `num_classes` stands for "none".
+        classes: `[B, P]` int64; `num_classes` stands for no class.
         num_classes: `K`.
-        scores: `[B, P]`, random; the pixels of lowest score are picked.
-        official: pick, as CIRKD's code does by mistake, from the first `n_k` pixels of the image instead of the
-            `n_k` pixels of class k.
+        scores: `[B, P]`, random; the pixels with the lowest scores are picked.
+        official: pick from the first `n_k` pixels of the image instead of the `n_k` pixels of class k, a mistake of
+            CIRKD's code.
     """
     members = F.one_hot(classes, num_classes + 1)[..., :num_classes].mT
     counts = members.sum(dim=-1)
@@ -45,7 +42,7 @@ def pick_rows(units: Tensor, classes: Tensor, num_classes: int, scores: Tensor, 
     if official:
         members = torch.arange(pixels, device=units.device) < counts.unsqueeze(-1)
     wanted = min(PIXELS_PER_CLASS, pixels)
-    # Non-members sort behind every member; which of them fill the unused places does not matter.
+    # Non-members are sorted behind all members; it does not matter which of them fill the unused places.
     picked = scores.unsqueeze(1).masked_fill(members == 0, 2.0).topk(wanted, dim=-1, largest=False).indices
     rows = units.mT.gather(1, picked.flatten(1)[..., None].expand(-1, -1, units.shape[1]))
     rows = rows.unflatten(1, picked.shape[1:])
@@ -59,18 +56,19 @@ def pick_rows(units: Tensor, classes: Tensor, num_classes: int, scores: Tensor, 
 
 
 class ClassQueue:
-    """A ring buffer of `size` unit vectors for each class; deliberately neither module nor buffer.
+    """A ring buffer of `size` unit vectors per class; deliberately neither a module nor a buffer.
 
-    DDP broadcasts every buffer of a module from rank 0 at every forward pass: hundreds of megabytes here. The banks
-    are updated identically on all ranks instead, and saved through their owner's extra state.
+    DDP broadcasts every buffer of a module from rank 0 in every forward pass: hundreds of megabytes here. Instead, the
+    banks are updated identically on all ranks, and saved as extra state of the loss.
 
     Args:
         num_classes: `K`.
-        size: slots of a class.
+        size: slots per class.
         channels: length of a vector.
-        generator: draws the random unit vectors that fill the slots at first.
-        official: wrap as CIRKD's code does (rows that do not fit overwrite the last slots, then the pointer is 0) and
-            draw from slots never filled too. Otherwise the oldest rows are replaced and only filled slots are drawn.
+        generator: draws the random unit vectors that initialise the slots.
+        official: wrap around as CIRKD's code does (rows that do not fit overwrite the last slots, then the pointer is
+            0) and also draw from slots that were never filled. Otherwise the oldest rows are replaced and only filled
+            slots are drawn.
     """
 
     def __init__(
@@ -79,7 +77,7 @@ class ClassQueue:
         self.size = size
         self.official = official
         rows = F.normalize(torch.randn(num_classes, size, channels, generator=generator), dim=-1)
-        # One spare row at the end takes what has no place, so that no index depends on the data's shape.
+        # Rows without a place are written to a spare row at the end, so that no shape depends on the data.
         self._storage = torch.cat((rows.flatten(0, 1), rows.new_zeros(1, channels)))
         self.pointer = torch.zeros(num_classes, dtype=torch.int64)
         self.filled = torch.zeros(num_classes, dtype=torch.int64)
@@ -90,19 +88,19 @@ class ClassQueue:
         return self._storage[:-1].unflatten(0, (len(self.pointer), self.size))
 
     def to(self, device: torch.device) -> None:
-        """Moves the bank, if it is elsewhere."""
+        """Move the bank to `device` if it is not there."""
         if self._storage.device != device:
             self._storage = self._storage.to(device)
             self.pointer = self.pointer.to(device)
             self.filled = self.filled.to(device)
 
     def enqueue(self, rows: Tensor, counts: Tensor) -> None:
-        """Adds the first `counts[n, k]` of `rows[n, k]`, image by image.
+        """Add the first `counts[n, k]` of `rows[n, k]`, image by image.
 
         Shapes: rows `[N, K, M, C]`, counts `[N, K]`.
 
         Raises:
-            ValueError: if the queue is too small to take all of them at once.
+            ValueError: if the queue is too small for all of them at once.
         """
         if rows.shape[0] * rows.shape[2] > self.size:
             raise ValueError(
@@ -124,14 +122,14 @@ class ClassQueue:
         self.filled = torch.full_like(self.filled, self.size)
 
     def draw(self, order: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws the same number of keys from every class, classes stacked.
+        """Draw the same number of keys from every class, one class after another.
 
         Args:
-            order: `[n]` int64, distinct slots in `0..size-1`; where a class is only partly filled they are spread
-                over the filled part.
+            order: `[n]` int64, distinct slots in `0..size-1`; if a class is only partly filled, they are mapped to the
+                filled part.
 
         Returns:
-            keys `[K n, C]` and whether each may be used, `[K n]` bool (a class never seen has none to offer).
+            Keys `[K n, C]`, and whether each is usable, `[K n]` bool (not for a class that was never seen).
         """
         slots = (order * self.filled.unsqueeze(1)) // self.size if not self.official else order
         slots = slots.expand(len(self.pointer), -1)
@@ -140,14 +138,14 @@ class ClassQueue:
         return keys, usable.expand_as(slots).flatten()
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint needs."""
+        """Return the state for a checkpoint."""
         return {"rows": self.rows.clone(), "pointer": self.pointer, "filled": self.filled}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state` returned.
+        """Restore what `state` returned.
 
         Raises:
-            ValueError: if it belongs to a bank of another shape.
+            ValueError: if the shape of the bank differs.
         """
         if state["rows"].shape != self.rows.shape:
             raise ValueError(

@@ -1,7 +1,7 @@
 """The classic baselines: per-pixel KD, channel-wise KD, attention transfer, FitNets and pairwise relations.
 
-Each is one term with one weight. Papers and repositories often add a second one (CIRKD's scripts add per-pixel KD to
-most); build it by adding a `KDLoss`, so that a table says what was used.
+Each is one term with one weight. Papers and repositories often add a second term (CIRKD's scripts add per-pixel KD to
+most); add a `KDLoss` for that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sward.losses.protocol import LOGITS, DistillationOutput
 
 
 def pixel_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """`T^2 KL(softmax(teacher / T) || softmax(student / T))` of each pixel.
+    """Return `T^2 KL(softmax(teacher / T) || softmax(student / T))` per pixel.
 
     Shapes: logits `[B, K, H, W]`, both on one grid -> `[B, H, W]`.
     """
@@ -36,10 +36,10 @@ class KDLoss(TapComparison):
 
     Args:
         temperature: `T`. Default 1, as in CIRKD's code.
-        weight: Default 1. (TorchDistiller and SKD average over classes too and leave out `T^2`: their weight of 10
-            is a weight of `10 / K` here.)
-        ignore_index: pixels with this label are left out; None keeps every pixel, as CIRKD's code does. Default 255.
-        process_group: processes over whose valid pixels the mean runs. Default: this process alone.
+        weight: Default 1. (TorchDistiller and SKD also average over classes and omit `T^2`: their weight of 10 is a
+            weight of `10 / K` here.)
+        ignore_index: pixels with this label are left out; None keeps all pixels, as CIRKD's code does. Default 255.
+        process_group: processes whose valid pixels the mean is over. Default: this process alone.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class CWDLoss(TapComparison):
 
 
 class AttentionTransferLoss(TapComparison):
-    """Attention transfer (Zagoruyko & Komodakis, ICLR 2017): where a layer's activation energy lies.
+    """Attention transfer (Zagoruyko & Komodakis, ICLR 2017): the spatial distribution of a layer's activation energy.
 
     A map's attention is `a(p) = mean_c f_c(p)^2`, scaled to length one over the pixels of an image; channel counts
     need not match.
@@ -126,8 +126,8 @@ class AttentionTransferLoss(TapComparison):
     Args:
         student_tap: layer of the student.
         teacher_tap: layer of the teacher.
-        mode: "code" (default): mean over images and pixels of `(a_s - a_t)^2`, as every public implementation
-            has it. "paper": mean over images of the length `|a_s - a_t|`, as the paper writes it.
+        mode: `"code"` (default): mean over images and pixels of `(a_s - a_t)^2`, as in every public implementation.
+            `"paper"`: mean over images of the length `|a_s - a_t|`, as in the paper.
         weight: Default 10000 for "code", whose mean over pixels is tiny (CIRKD's code), 500 for "paper" (beta / 2
             with the paper's beta = 1000).
     """
@@ -159,16 +159,16 @@ def _attention(features: Tensor) -> Tensor:
 
 
 class FitNetLoss(TapComparison):
-    """FitNets (Romero et al., ICLR 2015): the student's features, projected, should equal the teacher's.
+    """FitNets (Romero et al., ICLR 2015): the student's projected features should equal the teacher's.
 
-    `weight * mean (phi(f_s) - f_t)^2`, with `phi` a learned 1x1 convolution with bias, also where channels agree.
+    `weight * mean (phi(f_s) - f_t)^2`, with `phi` a learned 1x1 convolution with bias, also for equal channel counts.
 
     Args:
         student_channels: channels of the student's map.
         teacher_channels: channels of the teacher's map.
         student_tap: layer of the student.
         teacher_tap: layer of the teacher.
-        weight: Default 10 (CIRKD's code). What it means depends on the scale of the teacher's features.
+        weight: Default 10 (CIRKD's code). A good value depends on the scale of the teacher's features.
     """
 
     def __init__(
@@ -198,8 +198,8 @@ class PairwiseLoss(TapComparison):
     Args:
         student_tap: layer of the student.
         teacher_tap: layer of the teacher.
-        pool: side and stride of the max-pooling, borders kept. Default 2 (CIRKD's code; the original pools to 2x2
-            nodes an image).
+        pool: side and stride of the max-pooling, borders included. Default 2 (CIRKD's code; the original pools to 2x2
+            nodes per image).
         weight: Default 10 (CIRKD's code).
     """
 
@@ -212,7 +212,7 @@ class PairwiseLoss(TapComparison):
         student_map, teacher_map = resize_to_common(student[0], teacher[0])
         student_units = self._pooled_units(student_map)
         teacher_units = self._pooled_units(teacher_map)
-        # |S^T S - T^T T|^2 = |S S^T|^2 - 2 |S T^T|^2 + |T T^T|^2: C x C products in place of the P x P maps.
+        # |S^T S - T^T T|^2 = |S S^T|^2 - 2 |S T^T|^2 + |T T^T|^2: products of C x C instead of maps of P x P.
         squared = (
             _squared_gram(student_units, student_units)
             - 2.0 * _squared_gram(student_units, teacher_units)

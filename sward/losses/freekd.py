@@ -1,8 +1,8 @@
 """FreeKD: distillation with semantic frequency prompts (Zhang et al., CVPR 2024).
 
-Prompts are learned once on the frozen teacher (`sward.losses.masks`), then `FreeKDLoss` distils wavelet bands under the
-masks that they draw. The authors released no segmentation code, no prompt training and no position weight; neither
-preset can be checked against an official segmentation run.
+Prompts are learned once on the frozen teacher (`sward.losses.masks`). `FreeKDLoss` then distils wavelet bands under the
+masks that they give. The authors released no segmentation code, no prompt training and no position weight, so neither
+preset can be compared with an official segmentation run.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ Preset = Literal["released", "paper"]
 
 
 class FrequencyPrompts(nn.Module):
-    """The learned prompts: one set for the low band and one for each level of the Haar transform.
+    """The learned prompts: one set for the low band and one per level of the Haar transform.
 
     The masks of a band are `sigmoid(<prompt_n, band[:, p]>)`. A level's three orientations share the masks of their
     sum, as in the released code.
 
     Args:
         channels: channels of the teacher's map.
-        tokens: prompts of each set. Default 2 (the paper); the released configuration uses 6.
+        tokens: prompts per set. Default 2 (the paper); the released configuration uses 6.
         levels: octaves of the transform. Default 3.
-        diversity: loss that keeps the prompts of a set apart while they are learned: "jaccard" (default, the paper:
-            mean over all pairs, the constant self-pairs included) or "dice" (released: MasKD's, without them).
+        diversity: loss that keeps the prompts of a set apart during learning: `"jaccard"` (default, the paper: mean
+            over all pairs, including the constant self-pairs) or `"dice"` (released: MasKD's, without self-pairs).
 
     Raises:
         ValueError: for counts that are not positive or an unknown diversity.
@@ -57,7 +57,7 @@ class FrequencyPrompts(nn.Module):
 
     @classmethod
     def preset(cls, name: Preset, channels: int) -> FrequencyPrompts:
-        """Untrained prompts for `FreeKDLoss.preset(name, ...)`: "released" 6 with Dice, "paper" 2 with Jaccard.
+        """Return untrained prompts for `FreeKDLoss.preset`: `"released"` has 6 with Dice, `"paper"` 2 with Jaccard.
 
         Raises:
             ValueError: if `name` is neither.
@@ -68,7 +68,7 @@ class FrequencyPrompts(nn.Module):
         return cls(channels, tokens=2, diversity="jaccard")
 
     def forward(self, bands: HaarBands) -> list[Tensor]:
-        """The masks `[B, N, h, w]` of the low band, then of each level, finest first."""
+        """Return the masks `[B, N, h, w]` of the low band, then of each level, finest first."""
         low = torch.einsum("nc,bchw->bnhw", self.low, bands.low).sigmoid()
         return [
             low,
@@ -79,8 +79,10 @@ class FrequencyPrompts(nn.Module):
         ]
 
     def reconstruct(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """What the teacher sees while prompts are learned: all bands under the sum of their masks, put together
-        again; and the diversity loss, summed over the sets."""
+        """Return the map that replaces the teacher's during learning, and the diversity loss summed over the sets.
+
+        The map is the inverse transform of all bands, each multiplied by the sum of its masks.
+        """
         bands = haar_transform(features, self.levels)
         low_masks, *detail_masks = self(bands)
         masked = HaarBands(
@@ -93,7 +95,7 @@ class FrequencyPrompts(nn.Module):
 
 
 def mask_jaccard(masks: Tensor) -> Tensor:
-    """Mean soft Jaccard index of all pairs of masks, self-pairs included, and over the batch.
+    """Return the mean soft Jaccard index over the batch and all pairs of masks, self-pairs included.
 
     `<M_i, M_j> / (|M_i|^2 + |M_j|^2 - <M_i, M_j>)`, which is Dice / (2 - Dice). Shapes: `[B, N, H, W]` -> scalar.
     """
@@ -104,27 +106,27 @@ def mask_jaccard(masks: Tensor) -> Tensor:
 
 
 class FreeKDLoss(TapComparison):
-    """Distils wavelet bands of the projected student under the frozen prompts' masks of the teacher's bands.
+    """Distil wavelet bands of the projected student under the masks of the frozen prompts on the teacher's bands.
 
         bands "high":  sum over levels of      mean |mask * (D_l(phi(s)) - D_l(t))|
         bands "all":   the same, plus the low band's mean |mask * (LL(phi(s)) - LL(t))|
 
-    the means running over images, prompts, channels, orientations and positions. `phi` is a learned 1x1 convolution.
-    Bilinear resizing removes high bands, so the smaller of the two grids is used: what both networks resolve.
+    The means are over images, prompts, channels, orientations and positions. `phi` is a learned 1x1 convolution.
+    Bilinear resizing removes high bands, so the smaller of the two grids is used, which both networks resolve.
 
     Args:
         prompts: learned on this teacher and layer, see `sward.losses.masks`.
         student_channels: channels of the student's map.
         student_tap: layer of the student.
         teacher_tap: layer of the teacher; the one the prompts were learned on.
-        bands: "high" (default) or "all". "high" is blind to a constant offset of a channel.
+        bands: `"high"` (default) or `"all"`. `"high"` does not see a constant offset of a channel.
         position_weight: weight every channel by how much the other channels of its map correlate with it, teacher's
-            times student's, scaled to mean one and detached. Our reading of the paper's omega, whose network and
-            deeper layer are not published: experimental. Default no.
-        mse_weight: weight of an added plain `mean (phi(s) - t)^2` on the same maps. Default 0.
+            times student's, scaled to mean one and detached. Experimental: our interpretation of the paper's omega,
+            whose network and deeper layer are not published. Default False.
+        mse_weight: weight of an additional `mean (phi(s) - t)^2` on the same maps. Default 0.
         weight: weight of the band loss. Default 1.
 
-    `FreeKDLoss.preset("released", ...)` and `("paper", ...)` give the two published forms.
+    `FreeKDLoss.preset("released", ...)` and `("paper", ...)` build the two published forms.
     """
 
     def __init__(
@@ -159,11 +161,11 @@ class FreeKDLoss(TapComparison):
         student_tap: str,
         teacher_tap: str,
     ) -> FreeKDLoss:
-        """One of the two published forms; `FrequencyPrompts.preset` builds prompts to match.
+        """Build one of the two published forms; `FrequencyPrompts.preset` builds prompts to match.
 
         Args:
-            name: "released" (high bands, plus 5 times the plain squared error, which carries most of the signal) or
-                "paper" (all bands, position weight, nothing else; the paper's weight mu is not published, 1 here).
+            name: `"released"` (high bands, plus 5 times the squared error, which carries most of the signal) or
+                `"paper"` (all bands, position weight, nothing else; the paper's weight mu is not published, 1 here).
             prompts: as for the class.
             student_channels: as for the class.
             student_tap: as for the class.

@@ -1,4 +1,4 @@
-"""Means over the pixels of all processes, for losses whose pixels do not all count."""
+"""Means over the valid pixels of all processes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch.distributed import ProcessGroup
 
 
 def mean_count(valid: Tensor, process_group: ProcessGroup | None) -> Tensor:
-    """How many pixels count on the average process; what a process divides its sum by.
+    """Return the mean number of valid pixels per process, by which a process divides its sum.
 
-    `sum / mean_count` is the mean over this process's pixels if it is alone. Where there are several, its average over
-    them is the mean over all their pixels, however unevenly the labelled ones are spread; and averaging is what
-    `DistributedDataParallel` does with the gradients. One number travels.
+    For a single process, `sum / mean_count` is the mean over its valid pixels. For several, the average over processes
+    of `sum / mean_count` is the mean over all valid pixels, however unevenly they are distributed; and averaging is
+    what `DistributedDataParallel` does with the gradients. The all-reduce transfers one number.
 
     Args:
-        valid: bool, any shape: which pixels count.
-        process_group: the processes whose batches make up the global batch; None for this one alone.
+        valid: bool, any shape: which pixels are valid.
+        process_group: the processes whose batches make up the global batch; None for this process alone.
 
     Returns:
         A scalar that is never 0, so that a batch without a valid pixel gives 0 and not NaN.

@@ -1,7 +1,7 @@
 """MasKD: masked distillation with receptive tokens (Huang et al., ICLR 2023).
 
-Tokens are learned once on the frozen teacher (`sward.losses.masks`), then `MasKDLoss` distils with the masks that they
-draw on the teacher's maps.
+Tokens are learned once on the frozen teacher (`sward.losses.masks`). `MasKDLoss` then distils with the masks that they
+give on the teacher's maps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ReceptiveTokens(nn.Module):
     Args:
         channels: channels of the teacher's map; for logits the number of classes (2 for a one-logit head).
         tokens: number of masks. Default 8, the official segmentation setting; detection uses 6.
-        weighted: learn a weight for every image and mask, as the official detection variant does. Default no.
+        weighted: learn a weight per image and mask, as the official detection variant does. Default False.
 
     Raises:
         ValueError: if `channels` or `tokens` is not positive.
@@ -44,18 +44,19 @@ class ReceptiveTokens(nn.Module):
         self.weighting: nn.Module | None = _MaskWeighting(channels, tokens) if weighted else None
 
     def forward(self, features: Tensor) -> Tensor:
-        """Masks `[B, N, H, W]` in (0, 1) of `[B, C, H, W]` features."""
+        """Return masks `[B, N, H, W]` in (0, 1) for `[B, C, H, W]` features."""
         return torch.einsum("nc,bchw->bnhw", self.tokens, features).sigmoid()
 
     def weights(self, features: Tensor) -> Tensor:
-        """The weight `[B, N]` of every mask: learned and summing to 1 over the masks, or 1 each."""
+        """Return the weights `[B, N]` of the masks: learned and summing to 1 per image, or all 1."""
         if self.weighting is None:
             return features.new_ones(features.shape[0], self.tokens.shape[0])
         weights: Tensor = self.weighting(features)
         return weights
 
     def reconstruct(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """What the teacher sees while tokens are learned: `sum_n w_n features * mask_n`, and the diversity loss."""
+        """Return the map that replaces the teacher's during learning, `sum_n w_n features * mask_n`, and the diversity
+        loss."""
         masks = self(features)
         gain = torch.einsum("bn,bnhw->bhw", self.weights(features), masks)
         return features * gain.unsqueeze(1), mask_overlap(masks)
@@ -80,7 +81,7 @@ class _MaskWeighting(nn.Sequential):
 
 
 def mask_overlap(masks: Tensor) -> Tensor:
-    """The diversity loss of MasKD: mean soft Dice of all ordered pairs of different masks, and over the batch.
+    """Return the diversity loss of MasKD: the mean soft Dice over the batch and all ordered pairs of different masks.
 
     Shapes: masks `[B, N, H, W]` -> scalar; 0 where there is only one mask.
     """
@@ -96,26 +97,27 @@ def mask_overlap(masks: Tensor) -> Tensor:
 
 
 class MasKDLoss(TapComparison):
-    """Distils each learned mask's region by its own squared error, with the masks of the teacher's map.
+    """Distil with one squared error per learned mask, with the masks of the teacher's map.
 
     With masks `M_n`, mask weights `w_n` and the aligned maps `s` and `t`:
 
         level "logits":    1/2 mean_{b,n,c} sum_p M_n(p)^2 (s_c(p) - t_c(p))^2 / (sum_p M_n(p) + 1e-5)
         level "features":  mean_b sum_n w_n mean_c sum_p M_n(p)^2 (s_c(p) - t_c(p))^2 / sum_p M_n(p)
 
-    which are the official segmentation and detection code (the mask is squared but its sum is not: it is no weighted
-    mean). The tokens are frozen here. Without a `[B, N, C, H, W]` tensor: both are one weight per pixel.
+    These are the formulas of the official segmentation and detection code (the mask is squared but its sum is not, so
+    this is not a weighted mean). The tokens are frozen. Both reduce to one weight per pixel, so that no tensor of
+    `[B, N, C, H, W]` exists.
 
     Args:
         masks: tokens learned on this teacher and layer, see `sward.losses.masks`.
         student_channels: channels of the student's map; not needed for logits.
-        level: "logits" (default; nothing is learned) or "features" (the student's map goes through a learned 1x1
+        level: `"logits"` (default; nothing is learned) or `"features"` (the student's map goes through a learned 1x1
             convolution with bias).
-        student_tap: layer of the student for "features".
-        teacher_tap: layer of the teacher for "features"; the one the tokens were learned on.
-        student_masks_after: for "features", the number of training steps after which the mask becomes the product of
-            the teacher's and the (detached) student's masks, drawn with the same tokens. Default 1000, the official
-            default; its step counter is a buffer and survives a restart.
+        student_tap: layer of the student for `"features"`.
+        teacher_tap: layer of the teacher for `"features"`; the one the tokens were learned on.
+        student_masks_after: for `"features"`, the number of training steps after which the mask becomes the product of
+            the teacher's and the (detached) student's masks, from the same tokens. Default 1000, the official default;
+            its step counter is a buffer and part of the checkpoint.
         weight: Default 1. The official detection configuration uses 7.
 
     Raises:
@@ -173,7 +175,7 @@ class MasKDLoss(TapComparison):
 
     def _features_weights(self, student: Tensor, teacher: Tensor) -> Tensor:
         masks = self.masks(teacher)
-        # A choice by tensor, not by number: reading the counter would stall a GPU at every step.
+        # torch.where, since reading the counter on the host would stall a GPU in every step.
         masks = masks * torch.where(self._step >= self.student_masks_after, self.masks(student), 1.0)
         if self.training:
             self._step += 1

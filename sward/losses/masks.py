@@ -1,4 +1,4 @@
-"""Learning MasKD's tokens and FreeKD's prompts on a frozen teacher, and keeping them with the teacher they belong to.
+"""Learn MasKD's tokens and FreeKD's prompts on a frozen teacher, and save and load them.
 
 masks = ReceptiveTokens(channels=256, tokens=6, weighted=True)
 learn_masks(masks, teacher, "decoder", loader, task_loss, steps=2000)
@@ -45,13 +45,13 @@ def mask_learning_loss(
     task_loss: TaskLoss,
     diversity_weight: float = 1.0,
 ) -> DistillationOutput:
-    """The loss that teaches tokens or prompts: the teacher's task loss with its map at `tap` replaced by the masked
-    one, plus the diversity of the masks.
+    """Return the loss for learning tokens or prompts: the teacher's task loss with masked features, plus diversity.
 
-    The teacher must be in eval mode with its parameters frozen, as `learn_masks` sees to.
+    The teacher's map at `tap` is replaced by the masked map. The teacher must be in eval mode with its parameters
+    frozen, which `learn_masks` ensures.
 
     Args:
-        masks: what is learned.
+        masks: the tokens or prompts to learn.
         teacher: `images [B, 3, H, W] -> logits [B, K, H, W]`.
         tap: the teacher's layer, or `"logits"`.
         images: one batch.
@@ -60,7 +60,7 @@ def mask_learning_loss(
         diversity_weight: Default 1, in both papers.
 
     Raises:
-        ValueError: if the teacher has no such layer, or its map has other channels than `masks`.
+        ValueError: if the teacher has no such layer, or its map and `masks` differ in channels.
     """
     diversity: list[Tensor] = []
 
@@ -103,25 +103,25 @@ def learn_masks(
     steps: int,
     on_step: Callable[[int, dict[str, Tensor]], None] | None = None,
 ) -> None:
-    """Learns `masks` in place, in one process, on the device where they are.
+    """Learn `masks` in place, in one process, on the device where they are.
 
-    The teacher stays in eval mode and frozen while it runs, whatever it was before and is again afterwards: neither
-    its weights nor its batch-norm statistics change. (The official MasKD code leaves it in train mode.)
+    The teacher is in eval mode and frozen during learning, and has its previous state afterwards: neither its weights
+    nor its batch-norm statistics change. (The official MasKD code leaves it in train mode.)
 
     Optimiser, from the official code: at `"logits"` SGD 0.1 with momentum 0.9, decaying as a polynomial of power 0.9;
     at a layer Adam 0.01, decaying as a cosine to 1e-6. Weight decay 1e-3 in both. FreeKD published none.
 
     Args:
-        masks: what is learned.
+        masks: the tokens or prompts to learn.
         teacher: as for `mask_learning_loss`, on the same device.
         tap: the teacher's layer, or `"logits"`.
-        batches: yields `(images, labels, ...)`; gone through again until `steps` is reached.
+        batches: yields `(images, labels, ...)`; iterated again until `steps` is reached.
         task_loss: `(logits, labels) -> scalar`.
-        steps: optimiser steps. The papers take 10000 at the logits, 2000 at a layer.
+        steps: optimiser steps. The papers use 10000 at the logits and 2000 at a layer.
         on_step: called after every step with its number, from 1, and the terms of the loss.
 
     Raises:
-        ValueError: if `batches` yields nothing, or as `mask_learning_loss` does.
+        ValueError: if `batches` is empty, or for what `mask_learning_loss` rejects.
     """
     optimizer, scheduler = _recipe(masks, tap, steps)
     device = next(masks.parameters()).device
@@ -137,7 +137,7 @@ def learn_masks(
 
 
 def save_masks(path: str | Path, masks: TeacherMasks, teacher: nn.Module, tap: str) -> None:
-    """Writes learned masks with the tap and the fingerprint of the teacher they belong to."""
+    """Save learned masks with the tap and the fingerprint of their teacher."""
     torch.save(
         {
             "kind": masks.kind,
@@ -151,15 +151,15 @@ def save_masks(path: str | Path, masks: TeacherMasks, teacher: nn.Module, tap: s
 
 
 def load_masks(path: str | Path, teacher: nn.Module, tap: str) -> TeacherMasks:
-    """Reads what `save_masks` wrote, on the CPU.
+    """Load what `save_masks` wrote, on the CPU.
 
     Args:
         path: the file.
-        teacher: the teacher they shall be used with.
+        teacher: the teacher to use them with.
         tap: its layer, or `"logits"`.
 
     Raises:
-        ValueError: if the file holds no masks, or they were learned on another teacher, other weights or another tap.
+        ValueError: if the file contains no masks, or masks that were learned on another teacher, weights or tap.
     """
     content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or content.get("kind") not in _KINDS:
@@ -176,7 +176,7 @@ def load_masks(path: str | Path, teacher: nn.Module, tap: str) -> TeacherMasks:
 
 
 def teacher_fingerprint(teacher: nn.Module) -> str:
-    """SHA-256 of a network's parameters and buffers: names, dtypes, shapes and bytes, in order of name."""
+    """Return the SHA-256 of a network's parameters and buffers: names, dtypes, shapes and bytes, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(teacher.state_dict().items()):
         if isinstance(tensor, Tensor):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,21 +21,21 @@ from sward_kernels.labels import class_indices_op
 
 
 class SegmentationCrossEntropy(nn.Module):
-    """The task loss: mean cross-entropy over labelled pixels; binary cross-entropy where there is one logit.
+    """The task loss: mean cross-entropy over labelled pixels, or binary cross-entropy for a single logit.
 
     Args:
         ignore_index: label that is left out of the mean. Default 255.
-        process_group: processes over whose labelled pixels the mean runs: averaged over them, as
-            `DistributedDataParallel` does, the gradients are those of the global batch. Default: this process alone.
+        process_group: processes whose labelled pixels the mean is over: with gradients averaged over processes, as
+            `DistributedDataParallel` does, they are those of the global batch. Default: this process alone.
 
     Shapes:
         logits: `[B, K, H, W]`, or `[B, 1, H, W]` for a binary task with labels 0 and 1, computed in float32 at least;
         labels: `[B, H, W]` integers.
-        Where no pixel is labelled the loss is 0 with zero gradient, where plain cross-entropy gives NaN.
+        If no pixel is labelled, the loss is 0 with zero gradient; plain cross-entropy would give NaN.
 
     Raises:
         ValueError: (when called) for logits or labels of other shapes or labels of another dtype; on the CPU, for a
-            label that is neither a class nor `ignore_index` (on a GPU it is ignored, since looking would stall the
+            label that is neither a class nor `ignore_index` (on a GPU it is ignored, since a check would stall the
             device).
     """
 
@@ -44,7 +45,7 @@ class SegmentationCrossEntropy(nn.Module):
         self.process_group = process_group
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        _check_logits_and_labels(logits, labels)
+        check_logits_and_labels(logits, labels)
         logits, num_classes = full_precision(logits), _num_classes(logits)
         classes = class_indices_op(labels, num_classes, self.ignore_index)
         valid = classes != num_classes
@@ -61,7 +62,8 @@ def _num_classes(logits: Tensor) -> int:
     return max(2, logits.shape[1])
 
 
-def _check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
+def check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
+    """Raise a ValueError unless labels are integers `[B, H, W]` on the grid of logits `[B, K, H, W]`."""
     if logits.dim() != 4:
         raise ValueError(f"logits must be [B, K, H, W], got shape {tuple(logits.shape)}")
     if labels.dim() != 3:
@@ -77,21 +79,18 @@ def _check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
 
 
 class SWARDOutput(NamedTuple):
-    """Result of `SWARDLoss`.
-
-    Attributes:
-        loss: scalar with gradient, the weighted sum of Eq. 20.
-        task: unweighted, detached task loss.
-        mwad: unweighted, detached MWAD loss.
-        pdr: unweighted, detached PDR loss.
-        terms: every term behind the three, name -> detached fp32 scalar, unweighted.
-    """
+    """Result of `SWARDLoss`."""
 
     loss: Tensor
+    """Scalar with gradient, the weighted sum of Eq. 20."""
     task: Tensor
+    """Task loss, unweighted and detached."""
     mwad: Tensor
+    """MWAD loss, unweighted and detached."""
     pdr: Tensor
+    """PDR loss, unweighted and detached."""
     terms: dict[str, Tensor]
+    """Name -> detached fp32 scalar, unweighted: the three losses and the terms of MWAD and PDR."""
 
 
 class SWARDLoss(nn.Module):
@@ -102,10 +101,12 @@ class SWARDLoss(nn.Module):
         mwad: windowed distillation between student and teacher.
         pdr: prototype regularization of the student; needed only where gamma is not 0.
         weights: alpha, beta, gamma. Default 1, 1, 0, the recommended recipe; the paper has 1, 2, 1 (section 4.1). A
-            weight of 0 skips the part.
+            part of weight 0 is not computed; its inputs and parameters get gradient 0. The attribute `weights` may be
+            changed between steps, for example to ramp a weight up.
 
     Raises:
-        ValueError: if gamma is not 0 and `pdr` is missing.
+        ValueError: for `weights` that are not three finite numbers of at least 0, or if gamma is not 0 and `pdr` is
+            missing.
     """
 
     def __init__(
@@ -116,8 +117,8 @@ class SWARDLoss(nn.Module):
         weights: tuple[float, float, float] = (1.0, *RECOMMENDED.weights),
     ) -> None:
         super().__init__()
-        if weights[2] and pdr is None:
-            raise ValueError(f"pdr must be a PDRLoss where its weight gamma is not 0, got None with weights {weights}")
+        _check_weights(weights, ("alpha", "beta", "gamma"))
+        _require_pdr(pdr, weights[-1])
         self.task = task
         self.mwad = mwad
         self.pdr = pdr
@@ -131,17 +132,18 @@ class SWARDLoss(nn.Module):
         teacher_features: Sequence[Tensor],
         pdr_features: Tensor | None = None,
     ) -> SWARDOutput:
-        """Evaluates Eq. 20 for one batch.
+        """Evaluate Eq. 20 for one batch.
 
         Args:
             logits: the student's `[B, K, H, W]`.
-            labels: `[B, H, W]` integers at the logits' resolution.
+            labels: `[B, H, W]` integers at the logits' resolution. Rows that are all `ignore_index` are unlabelled
+                images: MWAD sees them, the task loss and PDR do not.
             student_features: the student's maps, as `MWADLoss` takes them.
             teacher_features: the teacher's maps, in the same order.
-            pdr_features: the student's map for PDR. Default: its last one in `student_features`.
+            pdr_features: the student's map for PDR. Default: the last of `student_features`.
 
         Raises:
-            ValueError: if the logits have other classes than PDR, or as the three parts do.
+            ValueError: if logits and PDR differ in the number of classes, or for what the three parts reject.
         """
         alpha, beta, gamma = self.weights
         if gamma and self.pdr is not None and _num_classes(logits) != self.pdr.num_classes:
@@ -149,7 +151,7 @@ class SWARDLoss(nn.Module):
                 f"pdr must have as many classes as the logits {tuple(logits.shape)}, {_num_classes(logits)}, "
                 f"got PDRLoss(num_classes={self.pdr.num_classes})"
             )
-        task = self.task(logits, labels) if alpha else logits.new_zeros(())
+        task = self.task(logits, labels) if alpha else _zero([logits])
         relational = _mwad_and_pdr(
             self.mwad,
             self.pdr,
@@ -164,15 +166,19 @@ class SWARDLoss(nn.Module):
 
 
 class SWARDDistillation(DistillationLoss):
-    """MWAD and PDR under the protocol of `sward.losses.protocol`: Eq. 20 without its task loss.
+    """MWAD and PDR as a `DistillationLoss`: Eq. 20 without its task loss.
 
     Args:
-        mwad: windowed distillation, one stage for each pair of taps.
+        mwad: windowed distillation, one stage per pair of taps.
         pdr: prototype regularization.
         student_taps: the student's layers for MWAD.
         teacher_taps: the teacher's layers, in the same order.
         pdr_tap: the student's layer for PDR. Default: the last of `student_taps`.
-        weights: beta and gamma of Eq. 20. Default 1 and 0, the recommended recipe; the paper has 2 and 1.
+        weights: beta and gamma of Eq. 20. Default 1 and 0, the recommended recipe; the paper has 2 and 1. As in
+            `SWARDLoss`, 0 is possible and the attribute may be changed.
+
+    Raises:
+        ValueError: for `weights` that are not two finite numbers of at least 0.
     """
 
     def __init__(
@@ -185,15 +191,13 @@ class SWARDDistillation(DistillationLoss):
         pdr_tap: str | None = None,
         weights: tuple[float, float] = RECOMMENDED.weights,
     ) -> None:
+        _check_weights(weights, ("beta", "gamma"))
         self.pdr_tap = student_taps[-1] if pdr_tap is None else pdr_tap
         super().__init__(list(dict.fromkeys((*student_taps, self.pdr_tap))), teacher_taps)
         self.stage_taps = tuple(student_taps)
         self.mwad = mwad
         self.pdr = pdr
         self.weights = weights
-        if not weights[0]:
-            # Parameters that never get a gradient are a mistake to DDP.
-            mwad.requires_grad_(False)
 
     def forward(self, inputs: DistillationInputs) -> DistillationOutput:
         return _mwad_and_pdr(
@@ -201,7 +205,7 @@ class SWARDDistillation(DistillationLoss):
         )
 
     def diagnostics(self, inputs: DistillationInputs) -> dict[str, Tensor]:
-        """The health of MWAD's projections, see `MWADLoss.diagnostics`; nothing where MWAD has no weight."""
+        """Return the health of MWAD's projections, see `MWADLoss.diagnostics`; nothing if MWAD has weight 0."""
         return self.mwad.diagnostics(*self._stages(inputs)) if self.weights[0] else {}
 
     def _stages(self, inputs: DistillationInputs) -> tuple[list[Tensor], list[Tensor]]:
@@ -235,6 +239,9 @@ def _mwad_and_pdr(
             "value": relations.value,
             "context": relations.context,
         }
+    else:
+        loss = loss + _zero([*mwad.parameters(), *student_features])
+    _require_pdr(pdr, gamma)
     if gamma and pdr is not None:
         prototypes = pdr(pdr_features, labels)
         loss = loss + gamma * prototypes.loss
@@ -243,4 +250,26 @@ def _mwad_and_pdr(
             "separation": prototypes.separation,
             "compactness": prototypes.compactness,
         }
+    else:
+        loss = loss + _zero([pdr_features])
     return DistillationOutput(loss, terms, {name: factor * terms[name] for name, factor in factors.items()})
+
+
+def _check_weights(weights: tuple[float, ...], names: tuple[str, ...]) -> None:
+    if len(weights) != len(names) or not all(0 <= weight < math.inf for weight in weights):
+        raise ValueError(
+            f"weights must be {len(names)} finite numbers of at least 0, for {', '.join(names)}, got {tuple(weights)}"
+        )
+
+
+def _require_pdr(pdr: PDRLoss | None, gamma: float) -> None:
+    if gamma and pdr is None:
+        raise ValueError(f"pdr must be a PDRLoss where its weight gamma is not 0, got None with gamma={gamma}")
+
+
+def _zero(tensors: Iterable[Tensor]) -> Tensor:
+    """The number 0 with gradient 0 to each of the tensors.
+
+    It stands for a part of weight 0: `DistributedDataParallel` raises an error for parameters outside the graph.
+    """
+    return torch.stack([tensor[:0].sum().float() for tensor in tensors]).sum()

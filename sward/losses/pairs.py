@@ -1,4 +1,4 @@
-"""What every method that compares tapped maps of two networks shares: fetching, checking and precision."""
+"""Shared by all methods that compare tapped maps of two networks: fetching, checks and precision."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sward.losses.protocol import LOGITS, DistillationInputs, DistillationLoss, 
 class TapComparison(DistillationLoss):
     """Base of the methods that compare maps of the student with maps of the teacher.
 
-    A method defines `compare(student, teacher, labels)`; it receives the tapped maps in the order of the taps, in
-    float32 at least and with autocast off (temperatures and squares do not survive half precision), the teacher's
-    detached. Logits of one channel arrive as two, see `class_logits`.
+    A method defines `compare(student, teacher, labels)`. It receives the tapped maps in the order of the taps, in
+    float32 at least and with autocast off (temperatures and squares need the range and digits of float32), the
+    teacher's detached. One-channel logits are passed as two channels, see `class_logits`.
 
     Args:
         student_taps: layers of the student, or `"logits"`.
         teacher_taps: layers of the teacher, in the same order.
-        student_channels: channels of each tapped map, None where they are not known beforehand.
+        student_channels: channels of each tapped map, None where they are not known in advance.
         teacher_channels: the same for the teacher.
     """
 
@@ -36,10 +36,10 @@ class TapComparison(DistillationLoss):
         self._teacher_channels = tuple(teacher_channels)
 
     def forward(self, inputs: DistillationInputs) -> DistillationOutput:
-        """Compares student and teacher for one batch.
+        """Compare student and teacher for one batch.
 
         Raises:
-            ValueError: if a tap is missing from `inputs` or its map does not have the channels announced.
+            ValueError: if a tap is missing from `inputs` or its map has a different number of channels.
         """
         student = [
             _caught(inputs.student, tap, channels, "student")
@@ -49,16 +49,20 @@ class TapComparison(DistillationLoss):
             _caught(inputs.teacher, tap, channels, "teacher").detach()
             for tap, channels in zip(self.teacher_taps, self._teacher_channels)
         ]
+        dtype = next((each.dtype for each in (*self.parameters(), *self.buffers()) if each.is_floating_point()), None)
+        if dtype in (torch.float32, torch.float64):
+            # A method that learns something computes in the dtype of what it learns; the gradient keeps the map's own.
+            student, teacher = [each.to(dtype) for each in student], [each.to(dtype) for each in teacher]
         with torch.autocast(student[0].device.type, enabled=False):
             return self.compare(student, teacher, inputs.labels)
 
     def compare(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor) -> DistillationOutput:
-        """The method itself."""
+        """Compare the tapped maps; defined by each method."""
         raise NotImplementedError(f"{type(self).__name__} must define compare(student, teacher, labels)")
 
 
 def class_logits(logits: Tensor) -> Tensor:
-    """Logits with one channel per class: a binary head's single logit `z` becomes `(-z/2, z/2)`.
+    """Return logits with one channel per class: a binary head's single logit `z` becomes `(-z/2, z/2)`.
 
     The softmax of the pair is the sigmoid of `z`, so a one-logit head and a two-logit head can be compared.
     """
@@ -68,12 +72,12 @@ def class_logits(logits: Tensor) -> Tensor:
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 where it already is."""
+    """Return the tensor in float32, or unchanged if it is float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def require_same_classes(student: Tensor, teacher: Tensor) -> None:
-    """Checks that two maps of logits have one channel for each of the same classes.
+    """Check that two maps of logits have the same number of classes.
 
     Raises:
         ValueError: if their channel counts differ.
@@ -86,7 +90,7 @@ def require_same_classes(student: Tensor, teacher: Tensor) -> None:
 
 
 def weighted(weight: float, terms: Mapping[str, Tensor]) -> DistillationOutput:
-    """The output of a method whose loss is `weight` times its first term; the other terms are for the log."""
+    """Return the output of a method whose loss is `weight` times its first term; other terms are for the log."""
     name, first = next(iter(terms.items()))
     loss = weight * first
     return DistillationOutput(

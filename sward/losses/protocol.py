@@ -1,7 +1,7 @@
-"""The one contract between a distillation loss and whatever trains with it.
+"""The interface between a distillation loss and the trainer that uses it.
 
-A trainer taps the layers that a loss names, hands over what it caught, and gets a scalar back. It never needs
-to know which method runs; a method never needs to know which networks it compares.
+A trainer taps the layers that a loss names, passes it the maps, and gets a scalar back. The trainer does not depend on
+the method, and a method does not depend on the networks it compares.
 """
 
 from __future__ import annotations
@@ -16,42 +16,40 @@ LOGITS = "logits"
 
 
 class DistillationInputs(NamedTuple):
-    """What one step offers a distillation loss.
-
-    Attributes:
-        student: tap name -> `[B, C, H, W]`, with gradient. Holds `"logits"`.
-        teacher: tap name -> `[B, C, H, W]`, detached. Holds `"logits"` where the teacher ran in full.
-        labels: `[B, H, W]` int64 at the image's resolution.
-    """
+    """The inputs of a distillation loss for one batch."""
 
     student: Mapping[str, Tensor]
+    """Tap name -> `[B, C, H, W]`, with gradient. Contains `"logits"`."""
     teacher: Mapping[str, Tensor]
+    """Tap name -> `[B, C, H, W]`, detached. Contains `"logits"` if the whole teacher ran."""
     labels: Tensor
+    """`[B, H, W]` int64 at the resolution of the images."""
 
 
 class DistillationOutput(NamedTuple):
-    """What a distillation loss returns.
-
-    Attributes:
-        loss: scalar with gradient, all of the method's own weights applied; added to the task loss as it is.
-        terms: name -> detached fp32 scalar, unweighted, for the log.
-        weighted: name -> detached fp32 scalar, each term that enters `loss` as it enters it; they add up to `loss`.
-            None if the method does not say.
-    """
+    """The result of a distillation loss for one batch."""
 
     loss: Tensor
+    """Scalar with gradient, the method's own weights applied; added to the task loss as it is."""
     terms: dict[str, Tensor]
+    """Name -> detached fp32 scalar, unweighted, for the log."""
     weighted: dict[str, Tensor] | None = None
+    """Name -> detached fp32 scalar, the terms times their weights; they add up to `loss`. None if the method does not
+    split its loss."""
+
+    def weighted_terms(self) -> dict[str, Tensor]:
+        """Return `weighted`, or the whole loss as the one term `distillation` if the method does not split it."""
+        return {"distillation": self.loss.detach().float()} if self.weighted is None else self.weighted
 
 
 class DistillationLoss(nn.Module):
     """Base of every distillation method.
 
-    A method owns its learnable parts as ordinary parameters: the trainer puts them into the optimiser and the
+    A method's learnable parts are ordinary parameters: the trainer passes them to the optimiser, saves them in the
     checkpoint, and wraps student and loss as one module for DDP.
 
     Args:
-        student_taps: layers of the student to catch, names as in `named_modules()`, or `"logits"`.
+        student_taps: layers of the student whose maps the loss needs: names as in `named_modules()`, or `"logits"`.
         teacher_taps: the same for the teacher.
     """
 
@@ -61,13 +59,13 @@ class DistillationLoss(nn.Module):
         self.teacher_taps: tuple[str, ...] = tuple(teacher_taps)
 
     def forward(self, inputs: DistillationInputs) -> DistillationOutput:
-        """Compares student and teacher for one batch."""
+        """Compare student and teacher for one batch."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(inputs)")
 
     def diagnostics(self, inputs: DistillationInputs) -> dict[str, Tensor]:
-        """Numbers that show whether the method is healthy, for the log: name -> fp32 scalar. Default: none.
+        """Return numbers that show whether the method is healthy, for the log: name -> fp32 scalar. Default: none.
 
-        A trainer calls it now and then, without gradient. It changes no state and draws from no generator, so that a
-        run does not depend on how often it is logged.
+        A trainer calls this at intervals, without gradient. It must change no state and draw from no generator, so that
+        a run does not depend on how often it is logged.
         """
         return {}

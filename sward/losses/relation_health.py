@@ -1,4 +1,4 @@
-"""Signs of collapse in projected queries, keys and values."""
+"""Measures of collapse in projected queries, keys and values."""
 
 from __future__ import annotations
 
@@ -11,35 +11,31 @@ from torch import Tensor
 
 from sward_kernels.windows import WindowGrid
 
-# Pairs of tokens in all windows of a batch are as many as attention scores; a sample of windows says as much.
+# All pairs of tokens cost as much as the attention scores; a sample of windows suffices.
 _MOST_WINDOWS = 256
 
 
 class RelationHealth(NamedTuple):
-    """Result of `relation_health`, fp32 scalars.
-
-    Attributes:
-        value_rank: effective rank of the values, 1 to `D`.
-        value_cosine: mean |cosine| of two different tokens' values in one window, 0 to 1.
-        attention_entropy: mean entropy of a row of attention as a share of its greatest value, 0 (one key takes all)
-            to 1 (all keys alike).
-    """
+    """Result of `relation_health`, fp32 scalars."""
 
     value_rank: Tensor
+    """Effective rank of the values, 1 to `D`."""
     value_cosine: Tensor
+    """Mean |cosine| of the values of two different tokens in one window, 0 to 1."""
     attention_entropy: Tensor
+    """Mean entropy of a query's attention divided by the largest possible, 0 (one key takes all) to 1 (uniform)."""
 
 
 @torch.no_grad()
 def relation_health(qkv: Tensor, window_size: int) -> RelationHealth:
-    """How much relation is left in a projected map.
+    """Measure how much relation is left in a projected map.
 
     With the singular values `s_i` of all pixels' values `V [B H W, D]` and `p_i = s_i / sum s`, the effective rank is
-    `exp(-sum p_i log p_i)` (Roy and Vetterli, 2007). Cosine and entropy are taken inside unshifted windows, without
+    `exp(-sum p_i log p_i)` (Roy and Vetterli, 2007). Cosine and entropy are computed inside unshifted windows, without
     padding, over at most 256 windows spread evenly over the batch.
 
     Args:
-        qkv: `[B, 3 * D, H, W]`, floating; queries, keys and values stacked. At least two pixels a window.
+        qkv: `[B, 3 * D, H, W]`, floating; queries, keys and values stacked. At least two pixels per window.
         window_size: window side.
     """
     with torch.autocast(qkv.device.type, enabled=False):

@@ -10,21 +10,18 @@ from torch import Tensor
 
 
 class HaarBands(NamedTuple):
-    """A map taken apart by `haar_transform`.
-
-    Attributes:
-        low: `[B, C, h, w]`, the low band of the coarsest level.
-        details: finest level first, `[B, C, 3, h_l, w_l]` with the orientations LH, HL, HH.
-        sizes: height and width of what each level took apart, finest first: the inverse crops to them.
-    """
+    """A map decomposed by `haar_transform`."""
 
     low: Tensor
+    """`[B, C, h, w]`, the low band of the coarsest level."""
     details: tuple[Tensor, ...]
+    """`[B, C, 3, h_l, w_l]` per level, finest first, with the orientations LH, HL, HH."""
     sizes: tuple[tuple[int, int], ...]
+    """Height and width of each level's input, finest first: the inverse crops to them."""
 
 
 def haar_transform(features: Tensor, levels: int = 3) -> HaarBands:
-    """Takes `[B, C, H, W]` apart into `levels` octaves; every level halves the low band of the one before.
+    """Decompose `[B, C, H, W]` into `levels` octaves; every level halves the low band of the one before.
 
     A 2x2 block (a b; c d) gives `LL = (a+b+c+d)/2`, `LH = (a+b-c-d)/2`, `HL = (a-b+c-d)/2`, `HH = (a-b-c+d)/2`. An odd
     side is padded by one zero at its end, so the transform keeps the sum of squares at any size.
@@ -54,7 +51,7 @@ def haar_transform(features: Tensor, levels: int = 3) -> HaarBands:
 
 
 def haar_inverse(bands: HaarBands) -> Tensor:
-    """Puts `haar_transform`'s bands together again: `[B, C, H, W]`."""
+    """Inverse of `haar_transform`: `[B, C, H, W]` from its bands."""
     low = bands.low
     for detail, (height, width) in zip(reversed(bands.details), reversed(bands.sizes)):
         vertical, horizontal, diagonal = detail.unbind(dim=2)

@@ -2,16 +2,30 @@
 
 from sward.models.checkpoints import load_trunk_checkpoint
 from sward.models.flops import Complexity, complexity, complexity_table
-from sward.models.registry import ModelDescription, Stage, build, describe, names
+from sward.models.registry import (
+    ModelDescription,
+    Stage,
+    build,
+    build_with_imagenet,
+    check_name,
+    describe,
+    names,
+    register,
+)
+from sward.models.sources import load_weights
 
 __all__ = [
     "Complexity",
     "ModelDescription",
     "Stage",
     "build",
+    "build_with_imagenet",
+    "check_name",
     "complexity",
     "complexity_table",
     "describe",
     "load_trunk_checkpoint",
+    "load_weights",
     "names",
+    "register",
 ]

@@ -38,7 +38,7 @@ def load_trunk_checkpoint(model: nn.Module, path: str | Path) -> None:
     if not isinstance(trunk, nn.Module):
         raise ValueError(f"model must be a teacher with a trunk, got {type(model).__name__}")
     path = Path(path)
-    tensors = _trunk_tensors(_read(path), path)
+    tensors = _trunk_tensors(read_state(path), path)
     targets = {_canonical(key): (key, value) for key, value in trunk.state_dict().items()}
 
     missing = sorted(targets.keys() - tensors.keys())
@@ -62,7 +62,13 @@ def load_trunk_checkpoint(model: nn.Module, path: str | Path) -> None:
     trunk.load_state_dict({key: tensors[canonical] for canonical, (key, _) in targets.items()}, strict=True)
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_state(path: Path) -> Mapping[str, Any]:
+    """Read the state dict of a checkpoint file with `weights_only=True`, at the top level or one level below.
+
+    Raises:
+        FileNotFoundError: if there is no file.
+        ValueError: if it holds no state dict.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     if path.suffix == ".safetensors":
@@ -75,8 +81,10 @@ def _read(path: Path) -> Mapping[str, Any]:
         # Both readers raise various errors, from EOFError to safetensors' own class.
         reader = "safetensors" if path.suffix == ".safetensors" else "torch.load(weights_only=True)"
         raise ValueError(f"{path} is not a checkpoint that {reader} can read") from error
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content["model"]
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict; it must map names to tensors, at the top level or under 'model'")
     return content

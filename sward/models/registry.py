@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from sward.models import sources
 from sward.models.deeplab import MobileNetV3DeepLabV3Plus, SMPDeepLabV3Plus
 from sward.models.heads import DeepLabV3PlusHead, MultiLevelHead, ResUNetPlusPlusHead
 from sward.models.resunetpp import ResUNetPlusPlus
@@ -82,15 +83,16 @@ def describe(name: str) -> ModelDescription:
         near = difflib.get_close_matches(name, _DESCRIPTIONS, n=3, cutoff=0.4)
         raise ValueError(
             f"unknown model {name!r}; did you mean {' or '.join(near) if near else 'one of ' + ', '.join(names())}?"
+            f" Other networks are named like {', '.join(sources.FORMS)}"
         )
     return _DESCRIPTIONS[name]
 
 
-def build(name: str, num_classes: int, **options: Any) -> nn.Module:
+def build(name: str, num_classes: int, /, **options: Any) -> nn.Module:
     """Build a network; torch's global generator (`torch.manual_seed`) initialises its weights.
 
     Args:
-        name: one of `names`.
+        name: one of `names`, or a form of `sward.models.sources.FORMS`.
         num_classes: K, at least 1.
         options: `backend="sam2" | "timm"` for the Hiera teachers (default `"sam2"`); `token_stride`,
             pixels per token, for `vit_small_dinov2` (default 8). The other networks have none.
@@ -103,16 +105,53 @@ def build(name: str, num_classes: int, **options: Any) -> nn.Module:
         ValueError: for an unknown name, an option that the network does not have, or `num_classes` below 1.
         ModuleNotFoundError: if the package behind the network is not installed.
     """
-    describe(name)
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    check_name(name)
+    if "num_classes" in options:
+        given = options["num_classes"]
+        raise ValueError(f"option 'num_classes' of model {name!r} must be left to sward, got {given!r}")
+    if name not in _DESCRIPTIONS:
+        return sources.build(name, num_classes, options)
     builder = _BUILDERS[name]
     known = [option for option in inspect.signature(builder).parameters if option != "num_classes"]
     for option in options:
         if option not in known:
             has = f"its options are {', '.join(known)}" if known else "it has no options"
             raise ValueError(f"model {name!r} has no option {option!r}; {has}")
-    return builder(num_classes, **options)
+    return builder(num_classes, **sources.typed_options(name, builder, options))
+
+
+def build_with_imagenet(name: str, num_classes: int, /, **options: Any) -> nn.Module:
+    """Build a network whose encoder has ImageNet weights, from the cache or hub of its library.
+
+    Raises:
+        ValueError: if there are none for it, or they cannot be loaded; the message says where they are looked for.
+    """
+    if ":" not in name:
+        raise ValueError(f"ImageNet weights must be for smp:, torchvision: or timm: models, got {name!r}")
+    return sources.build(name, num_classes, options, imagenet=True)
+
+
+def check_name(name: str) -> None:
+    """Raise a ValueError that lists near matches if `name` is neither registered nor has a form of `sources.FORMS`."""
+    if ":" not in name:
+        describe(name)
+
+
+def register(description: ModelDescription, builder: Builder) -> None:
+    """Make a network known by name to `build`, `describe` and the command line.
+
+    Args:
+        description: its name and layers.
+        builder: `builder(num_classes, **options)` returns a module that maps images to logits of the same size.
+
+    Raises:
+        ValueError: if the name is taken or holds a colon.
+    """
+    if description.name in _DESCRIPTIONS or ":" in description.name:
+        raise ValueError(f"name must be new and without a colon, got {description.name!r}")
+    _register(description, builder)
 
 
 def _register(description: ModelDescription, builder: Builder) -> None:

@@ -56,13 +56,17 @@ def estimate(config: TrainingConfig, teacher: TeacherTrainingConfig) -> Estimate
     settings = config.dataset
     classes = data.describe(settings.name, num_classes=settings.num_classes).num_classes
     steps = config.steps(_training_images(config))
-    options = tuple(sorted(config.options.items())) if isinstance(config, TeacherTrainingConfig) else ()
+    options = tuple(sorted(config.model_options.items())) if isinstance(config, TeacherTrainingConfig) else ()
     frozen = isinstance(config, TeacherTrainingConfig) and not config.train_trunk
     own = _trained(config.model, classes, options, settings.image_size, config.batch, frozen)
     flops, memory = own.flops, own.memory
     if isinstance(config, DistillationConfig) and config.distillation != "none":
         other = _frozen(
-            teacher.model, classes, tuple(sorted(teacher.options.items())), config.teacher_image_size, config.batch
+            teacher.model,
+            classes,
+            tuple(sorted(teacher.model_options.items())),
+            config.teacher_image_size,
+            config.batch,
         )
         flops, memory = flops + other.flops, memory + other.memory
     return Estimate(steps, steps * flops, memory)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sward import presets
 from sward.losses.recipes import PAPER, ContextReduction, TeacherNormalization, TeacherProjections
-from sward.runs.methods import METHODS
+from sward.methods import METHODS
 
 Scale = Literal["paper", "small"]
 Scores = tuple[float | None, ...]
@@ -251,7 +251,7 @@ def table4(scale: Scale) -> Table:
 
 
 def methods(preset: str) -> Table:
-    """Define a table of every method in `sward.runs.methods`, trained alike, with the cost per step."""
+    """Define a table of every method in `sward.methods`, trained alike, with the cost per step."""
     names = [TEACHER, "none", *sorted(METHODS, key=list(METHOD_TITLES).index)]
     tests = own_tests(preset)
     rows = tuple(

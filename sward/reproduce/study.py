@@ -99,6 +99,8 @@ class Study:
             trunk = TRUNK_FILES.get(config.model)
             if trunk is not None and not self.options.untrained_trunk:
                 config.trunk_checkpoint = self.options.checkpoints / trunk
+            elif trunk is not None:
+                config.model_weights = "random"
             if config.dataset.views is not None:
                 config.cache = self._features(run)
             return config

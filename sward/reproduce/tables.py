@@ -150,7 +150,7 @@ def model_costs(table: Table) -> dict[str, Costs]:
         if not row.shows_cost:
             continue
         name, preset = _model(row.runs[0]), presets.get(row.runs[0].preset)
-        options = preset.teacher.options if row.runs[0].name == TEACHER else {}
+        options = preset.teacher.model_options if row.runs[0].name == TEACHER else {}
         classes = data.describe(preset.student.dataset.name, num_classes=preset.student.dataset.num_classes)
         counted = complexity(name, num_classes=classes.num_classes, options=options)
         found[name] = Costs(

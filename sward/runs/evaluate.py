@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sward.evaluation import Evaluation, evaluate
-from sward.runs.load import build_split, choose_device, load_run
+from sward.runs.load import build_split, choose_device, load_run, stored_split
 from sward.training.progress import Progress
 
 
@@ -42,6 +42,8 @@ def evaluate_run(
     config, info, network = load_run(path, checkpoint)
     target = choose_device(device)
     settings = config.dataset
+    # The frames that this run left for validation and testing, even if the folder has changed since.
+    settings.split_by = stored_split(path) or settings.split_by
     if dataset is not None and dataset != settings.name:
         settings.name, settings.split_by, settings.packed = dataset, None, "auto"
     settings.root = root or settings.root

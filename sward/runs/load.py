@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,17 +10,22 @@ from typing import Literal
 import torch
 from torch import nn
 
-from sward import data, distributed, models
-from sward.config import DistillationConfig, MaskTrainingConfig, TeacherConfig, TeacherTrainingConfig, TrainingConfig
+from sward import data, distributed, layers, methods, models
+from sward.config import DistillationConfig, MaskTrainingConfig, TeacherConfig, TrainingConfig
 from sward.data import DatasetInfo, SegmentationDataset
 from sward.losses import DistillationLoss
-from sward.runs import methods
 from sward.training import checkpoints
 from sward.training.run_folder import RunFolder
 
 
-def load_run(path: Path, checkpoint: Literal["best", "last"] = "best") -> tuple[TrainingConfig, DatasetInfo, nn.Module]:
+def load_run(
+    path: Path, checkpoint: Literal["best", "last"] | Path = "best"
+) -> tuple[TrainingConfig, DatasetInfo, nn.Module]:
     """Load the configuration, classes and trained network (on the CPU, in eval mode) of the run in `path`.
+
+    Args:
+        path: run folder.
+        checkpoint: which of its weights, or the path of a checkpoint of this run.
 
     Raises:
         FileNotFoundError: if there is no run, or it does not have that checkpoint yet.
@@ -27,10 +33,16 @@ def load_run(path: Path, checkpoint: Literal["best", "last"] = "best") -> tuple[
     """
     run = RunFolder(path)
     config, info = run.read()
-    options = config.options if isinstance(config, TeacherTrainingConfig) else {}
-    network = models.build(config.model, info.num_classes, **options)
-    checkpoints.load_model(network, run.best if checkpoint == "best" else run.last)
+    network = models.build(config.model, info.num_classes, **config.model_options)
+    named = {"best": run.best, "last": run.last}
+    checkpoints.load_model(network, checkpoint if isinstance(checkpoint, Path) else named[checkpoint])
     return config, info, network.eval()
+
+
+def stored_split(path: Path) -> str | None:
+    """Return the path of the split that the run in `path` has drawn, for `DatasetConfig.split_by`; None without one."""
+    split = RunFolder(path).split
+    return str(split) if split.exists() else None
 
 
 @dataclass(frozen=True)
@@ -60,10 +72,57 @@ def load_distillation(path: Path) -> LoadedDistillation | None:
     if not isinstance(config, DistillationConfig) or config.distillation == "none":
         return None
     name, teacher = load_teacher(config.teacher, config.preset, info)
-    pair = methods.DistillationPair(config, student, name, teacher.eval(), info)
+    pair = distillation_pair(config, student, name, teacher.eval(), info)
     loss = methods.build(config.distillation, pair)
     loss.load_state_dict(checkpoints.load(RunFolder(path).last)["distillation"])
     return LoadedDistillation(config, info, student, teacher, loss.eval())
+
+
+def distillation_pair(
+    config: DistillationConfig, student: nn.Module, teacher_name: str, teacher: nn.Module, info: DatasetInfo
+) -> methods.DistillationPair:
+    """Describe the networks of a run to the builder of its method."""
+    settings = config.sward
+    choices = (
+        layers.default_layers(config.model, student, config.dataset.image_size),
+        layers.default_layers(teacher_name, teacher, config.teacher_image_size),
+    )
+    stages = layers.paired(choices[0].stages, choices[1].stages)
+    student_layers = dataclasses.replace(choices[0], stages=settings.student_layers or stages[0])
+    teacher_layers = dataclasses.replace(choices[1], stages=settings.teacher_layers or stages[1])
+    return methods.DistillationPair(
+        student=student,
+        teacher=teacher,
+        student_layers=student_layers,
+        teacher_layers=teacher_layers,
+        student_image_size=config.dataset.image_size,
+        teacher_image_size=config.teacher_image_size,
+        num_classes=info.num_classes,
+        ignore_index=info.ignore_index,
+        settings=settings,
+        unlabelled=bool(config.unlabelled),
+        standardize_teacher=config.teacher.normalization != "none",
+        masks=config.teacher_masks,
+        seed=config.seed,
+        # A generator of its own, so that runs with and without distillation see the same images and the same dropout.
+        generator=torch.Generator().manual_seed(distributed.rank_seed(config.seed)),
+        process_group=distributed.group(),
+    )
+
+
+def build_network(config: TrainingConfig, num_classes: int) -> nn.Module:
+    """Build the network of a run with its initial weights.
+
+    Raises:
+        ValueError, FileNotFoundError: if the weights do not exist or do not fit.
+    """
+    weights = config.model_weights
+    if weights == "imagenet":
+        return models.build_with_imagenet(config.model, num_classes, **config.model_options)
+    network = models.build(config.model, num_classes, **config.model_options)
+    if weights not in (None, "none", "random"):
+        print(f"weights: {models.load_weights(network, Path(weights))}")
+    return network
 
 
 def student_run(config: DistillationConfig) -> Path:
@@ -83,8 +142,12 @@ def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple
         FileNotFoundError: if the run does not exist.
         ValueError: if it was trained on other classes.
     """
+    if config.weights is not None:
+        network = models.build(config.name, info.num_classes, **config.options)
+        print(f"teacher weights: {models.load_weights(network, config.weights)}")
+        return config.name, network
     if config.untrained:
-        return config.name, models.build(config.name, info.num_classes)
+        return config.name, models.build(config.name, info.num_classes, **config.options)
     path = config.run or teacher_run(preset)
     if not RunFolder(path).best.exists():
         raise FileNotFoundError(
@@ -131,6 +194,8 @@ def build_split(
         on_corrupt=config.on_corrupt if train else "stop",
         views=settings.views if train else None,
         teacher_size=teacher_size,
+        image_range=settings.image_range,
+        folder_options=settings.folder_options,
     )
 
 

@@ -8,13 +8,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sward import distributed, models
+from sward import distributed, layers, methods, models
 from sward.config import DistillationConfig, MaskTrainingConfig, TeacherTrainingConfig, TrainingConfig, masks_path
 from sward.data import SegmentationDataset
+from sward.data.check import LabelCounts, check_splits
+from sward.data.masks import parse_values
+from sward.data.unlabelled import UnlabelledImages
 from sward.losses import DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
+from sward.losses.task import TaskLoss, median_frequency_weights
 from sward.models.teachers import Teacher
-from sward.runs import methods
-from sward.runs.load import build_datasets, build_split, choose_device, load_teacher, student_run, teacher_run
+from sward.runs.load import (
+    build_datasets,
+    build_network,
+    build_split,
+    choose_device,
+    distillation_pair,
+    load_teacher,
+    student_run,
+    teacher_run,
+)
 from sward.training.batches import batches
 from sward.training.loop import TrainingResult, fit
 from sward.training.progress import Progress
@@ -32,7 +44,8 @@ def train_student(config: DistillationConfig) -> TrainingResult:
         ValueError, FileNotFoundError: if the configuration cannot run, before any work starts.
     """
     config.check()
-    models.describe(config.model)
+    _make_root_absolute(config)
+    models.check_name(config.model)
     if config.distillation != "none":
         methods.check_name(config.distillation)
     device = choose_device(config.device)
@@ -43,17 +56,19 @@ def train_student(config: DistillationConfig) -> TrainingResult:
 def _train_student(config: DistillationConfig, device: torch.device) -> TrainingResult:
     train_set, validation_set = build_datasets(config)
     config.steps(len(train_set))
+    counts, task = _check_data(config, train_set, validation_set)
     distributed.share_of(config.batch)
     info = train_set.info
     # Build the student first, so that a seed gives it the same weights with and without distillation.
     torch.manual_seed(config.seed)
-    student = _placed(models.build(config.model, info.num_classes), config, device)
+    student = _placed(build_network(config, info.num_classes), config, device)
     loss = None
     teacher: FrozenTeacher | TeacherCache | None = None
     if config.distillation != "none":
         name, network = load_teacher(config.teacher, config.preset, info)
         network = _placed(network, config, device)
-        pair = methods.DistillationPair(config, student, name, network, info)
+        pair = distillation_pair(config, student, name, network, info)
+        config = _with_layers(config, pair)
         loss = methods.build(config.distillation, pair).to(device)
         teacher = FrozenTeacher(
             network,
@@ -69,8 +84,30 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
                 network.trunk_cache = TrunkCache(network.trunk, config.teacher.cache)
             else:
                 teacher = TeacherCache(teacher, config.teacher.cache)
+    unlabelled = None
+    if config.unlabelled:
+        unlabelled = UnlabelledImages(config.unlabelled, train_set, config.dataset.image_size, config.seed)
+    if unlabelled is not None and len(unlabelled) < config.unlabelled_per_step:
+        raise ValueError(
+            f"unlabelled_batch must be at most {len(unlabelled)}, the number of unlabelled images, got "
+            f"{config.unlabelled_per_step}"
+        )
+    distributed.share_of(config.unlabelled_per_step)
     run = RunFolder(config.output or student_run(config))
-    return _fit(student, loss, config, train_set, validation_set, run, teacher)
+    return _fit(student, loss, task, counts, config, train_set, validation_set, run, teacher, unlabelled)
+
+
+def _with_layers(config: DistillationConfig, pair: methods.DistillationPair) -> DistillationConfig:
+    """Print the layers that MWAD will compare, and return the configuration with them."""
+    if config.distillation != "sward":
+        return config
+    student, teacher = pair.student_layers.stages, pair.teacher_layers.stages
+    if distributed.is_main():
+        for side, names in (("student", student), ("teacher", teacher)):
+            print(f"{side} layers: {' '.join(names)}")
+    return dataclasses.replace(
+        config, sward=dataclasses.replace(config.sward, student_layers=student, teacher_layers=teacher)
+    )
 
 
 def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
@@ -80,7 +117,8 @@ def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
         ValueError, FileNotFoundError: if the configuration cannot run, before any work starts.
     """
     config.check()
-    models.describe(config.model)
+    _make_root_absolute(config)
+    models.check_name(config.model)
     device = choose_device(config.device)
     with distributed.joined(device):
         return _train_teacher(config, device)
@@ -89,9 +127,10 @@ def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
 def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> TrainingResult:
     train_set, validation_set = build_datasets(config)
     config.steps(len(train_set))
+    counts, task = _check_data(config, train_set, validation_set)
     distributed.share_of(config.batch)
     torch.manual_seed(config.seed)
-    network = models.build(config.model, train_set.info.num_classes, **config.options)
+    network = build_network(config, train_set.info.num_classes)
     if config.trunk_checkpoint is not None:
         models.load_trunk_checkpoint(network, config.trunk_checkpoint)
     if not config.train_trunk:
@@ -99,13 +138,63 @@ def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> Train
             raise ValueError(
                 f"train_trunk must be True for model {config.model!r}, got False; it has no trunk to freeze"
             )
+        if config.trunk_checkpoint is None and config.model_weights in (None, "none"):
+            raise ValueError(
+                "trunk_checkpoint must name the weights of a frozen trunk, got None; train the trunk too with "
+                "--train-trunk, or keep random features with --model-weights random"
+            )
         network.freeze_trunk()
     network = _placed(network, config, device)
     if config.cache is not None:
         assert isinstance(network, Teacher)
         network.trunk_cache = TrunkCache(network.trunk, config.cache)
     run = RunFolder(config.output or teacher_run(config.preset))
-    return _fit(network, None, config, train_set, validation_set, run, None)
+    return _fit(network, None, task, counts, config, train_set, validation_set, run, None)
+
+
+def _make_root_absolute(config: TrainingConfig) -> None:
+    """Let a run find its data from any working directory."""
+    if config.dataset.root is not None:
+        config.dataset.root = config.dataset.root.absolute()
+
+
+def _check_data(
+    config: TrainingConfig, train_set: SegmentationDataset, validation_set: SegmentationDataset
+) -> tuple[dict[str, LabelCounts], nn.Module]:
+    """Find what would go wrong at the first validation, or silently; return labels per split and the task loss."""
+    if config.metric == "dice" and train_set.info.num_classes != 2:
+        raise ValueError(
+            f"metric must be 'mean_iou' or 'mean_dice' unless the data set has two classes, got 'dice' with "
+            f"{train_set.info.num_classes} classes"
+        )
+    counts = check_splits({"train": train_set, "val": validation_set}, skip_corrupt=config.on_corrupt == "skip")
+    ignore_index, group = train_set.info.ignore_index, distributed.group()
+    if config.task == "ce" and not config.class_weights and not config.label_smoothing:
+        return counts, SegmentationCrossEntropy(ignore_index, process_group=group)
+    return counts, TaskLoss(
+        config.task,
+        ignore_index=ignore_index,
+        class_weights=_class_weights(config.class_weights, counts.get("train"), train_set.info.num_classes),
+        label_smoothing=config.label_smoothing,
+        process_group=group,
+    )
+
+
+def _class_weights(stated: tuple[str, ...], counts: LabelCounts | None, num_classes: int) -> list[float] | None:
+    words = parse_values(stated)
+    if not words:
+        return None
+    if words == ("auto",):
+        if counts is None:
+            raise ValueError("class_weights must be numbers for a data set without mask files, got auto")
+        return median_frequency_weights(counts.shares)
+    try:
+        weights = [float(word) for word in words]
+    except ValueError:
+        weights = []
+    if len(weights) != num_classes:
+        raise ValueError(f"class_weights must be auto or {num_classes} numbers, one per class, got {' '.join(words)}")
+    return weights
 
 
 def _placed(network: nn.Module, config: TrainingConfig, device: torch.device) -> nn.Module:
@@ -116,11 +205,14 @@ def _placed(network: nn.Module, config: TrainingConfig, device: torch.device) ->
 def _fit(
     network: nn.Module,
     loss: DistillationLoss | None,
+    task: nn.Module,
+    counts: dict[str, LabelCounts],
     config: TrainingConfig,
     train_set: SegmentationDataset,
     validation_set: SegmentationDataset,
     run: RunFolder,
     teacher: FrozenTeacher | TeacherCache | None,
+    unlabelled: UnlabelledImages | None = None,
 ) -> TrainingResult:
     if config.sync_batch_norm:
         network = distributed.synchronise_batch_norm(network)
@@ -128,12 +220,13 @@ def _fit(
     # The weights above were drawn from the same seed in every process; dropout differs between processes.
     seed_generators(distributed.rank_seed(config.seed))
     run.start(config, train_set.info)
-    task = SegmentationCrossEntropy(train_set.info.ignore_index, process_group=distributed.group())
-    step_module = TrainingStep(network, task, loss, precision=config.precision)
+    run.keep_split(getattr(train_set, "assignment", {}))
+    run.keep_labels({split: found.summary(train_set.info.classes) for split, found in counts.items()})
+    step_module = TrainingStep(network, task.to(next(network.parameters()).device), loss, precision=config.precision)
     if config.compile:
         # In place, which keeps the keys of the state dict; after opening the taps, so that they are traced.
         network.compile()
-    return fit(step_module, config, train_set, validation_set, run, teacher=teacher)
+    return fit(step_module, config, train_set, validation_set, run, teacher=teacher, unlabelled=unlabelled)
 
 
 def train_masks(config: MaskTrainingConfig) -> Path:
@@ -154,11 +247,13 @@ def train_masks(config: MaskTrainingConfig) -> Path:
             config, dataset=dataclasses.replace(config.dataset, image_size=config.teacher.image_size)
         )
     dataset = build_split(config, "train", train=True)
+    check_splits({"train": dataset}, skip_corrupt=config.on_corrupt == "skip")
     name, teacher = load_teacher(config.teacher, config.preset, dataset.info)
     teacher.to(device)
     torch.manual_seed(config.seed)
-    masks = methods.new_masks(config.method, name, teacher, config.dataset.image_size).to(device)
-    tap = methods.mask_tap(config.method, name)
+    choice = layers.default_layers(name, teacher, config.dataset.image_size)
+    masks = methods.new_masks(config.method, teacher, choice, config.dataset.image_size).to(device)
+    tap = methods.mask_tap(config.method, choice)
     stream = batches(dataset, config.batch, seed=config.seed, workers=config.dataset.workers)
     path = config.output or masks_path(config.preset, config.method)
     make_folder(path.parent)

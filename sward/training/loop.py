@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 
 from sward import distributed
-from sward.config import OptimizerConfig, TrainingConfig
+from sward.config import DistillationConfig, OptimizerConfig, TrainingConfig
 from sward.data import SegmentationDataset
+from sward.data.unlabelled import join, stream_seed
 from sward.evaluation import Evaluation, evaluate
 from sward.training.batches import batches
 from sward.training.interruption import Interruption, TrainingInterrupted
@@ -61,9 +63,11 @@ def fit(
     run: RunFolder,
     *,
     teacher: Callable[[Tensor], dict[str, Tensor]] | None = None,
+    unlabelled: SegmentationDataset | None = None,
 ) -> TrainingResult:
     """Train `step_module` as `config` says; the run folder can be resumed and evaluated.
 
+    With `unlabelled`, every step also sees `config.unlabelled_per_step` of these images, whose labels are all ignored.
     Resumes from the newest intact checkpoint in `run`, if there is one. Every process of a group must call this.
 
     Raises:
@@ -89,6 +93,16 @@ def fit(
         start=state.step,
         pin_memory=device.type == "cuda",
     )
+    if unlabelled is not None and isinstance(config, DistillationConfig):
+        extra = batches(
+            unlabelled,
+            config.unlabelled_per_step,
+            seed=stream_seed(config.seed),
+            workers=config.dataset.workers,
+            start=state.step,
+            pin_memory=device.type == "cuda",
+        )
+        stream = (join(*both) for both in zip(stream, extra))
     replica = distributed.replicate(step_module.train(), device)
     collapse = CollapseWatch()
     evaluation, watch, throughput = None, LossWatch(), Throughput(config.batch, state.step, state.stopwatch.read())
@@ -117,7 +131,7 @@ def fit(
                 progress.note(f"loss {record['loss']:.3f}")
             score = None
             if validates:
-                with state.stopwatch.paused():
+                with state.stopwatch.paused(), _saving_on_error(state, run):
                     if config.batch_norm_images is not None:
                         estimate_batch_norm(step_module.model, train_set, config.batch_norm_images, config.batch)
                     evaluation = validate(step_module.model, validation_set, device)
@@ -130,6 +144,18 @@ def fit(
     seconds = state.stopwatch.read()
     evaluation = evaluation or validate(step_module.model, validation_set, device)
     return TrainingResult(run.path, evaluation, state.best_score, seconds)
+
+
+@contextmanager
+def _saving_on_error(state: TrainingState, run: RunFolder) -> Iterator[None]:
+    """Save a checkpoint before an error of the validation ends the run, so that no training is lost."""
+    try:
+        yield
+    except Exception:
+        # With several processes the others may not have failed, and saving needs all of them.
+        if distributed.world_size() == 1:
+            state.save(run)
+        raise
 
 
 def estimate_batch_norm(model: nn.Module, dataset: SegmentationDataset, images: int, batch: int) -> None:

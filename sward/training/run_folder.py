@@ -18,6 +18,7 @@ import torch
 from sward import atomic, distributed
 from sward.config import DistillationConfig, TeacherTrainingConfig, TrainingConfig, differences, from_json, to_json
 from sward.data import DatasetInfo
+from sward.data.lists import assignment_text
 
 UNWRITABLE = (
     errno.EACCES,
@@ -43,6 +44,8 @@ class RunFolder:
         self.config = path / "config.json"
         self.dataset = path / "dataset.json"
         self.metrics = path / "metrics.jsonl"
+        self.split = path / "split.csv"
+        self.labels = path / "labels.json"
         self.last = path / "checkpoints" / "last.pt"
         self.previous = path / "checkpoints" / "previous.pt"
         self.best = path / "checkpoints" / "best.pt"
@@ -72,6 +75,40 @@ class RunFolder:
         _write_text(self.config, to_json(config))
         _write_text(self.dataset, to_json(info))
         _write_text(self.path / "environment.json", json.dumps(environment(), indent=2))
+
+    def keep_split(self, assigned: Mapping[str, str]) -> None:
+        """Write which frame is in which split, for a split that was drawn or listed; call it after `start`.
+
+        Raises:
+            ValueError: if the run has begun with another split, because images were added or removed since.
+        """
+        text = assignment_text(assigned)
+        if self.holds_checkpoint() and self.split.exists() and self.split.read_text(encoding="utf-8") != text:
+            raise ValueError(
+                f"the frames must be those in {self.split}, with which the run began, got {len(assigned)} frames; "
+                "images were added, removed or moved to another split"
+            )
+        if assigned and distributed.is_main():
+            _write_text(self.split, text.rstrip("\n"))
+
+    def keep_labels(self, labels: Mapping[str, Mapping[str, int]]) -> None:
+        """Write the number of images and the pixels per class of each split; call it after `start`.
+
+        Raises:
+            ValueError: if they differ from those that the run began with: its scores would mix two data sets.
+        """
+        if self.holds_checkpoint() and self.labels.exists():
+            before = json.loads(self.labels.read_text(encoding="utf-8"))
+            for split, now in labels.items():
+                for name, count in now.items():
+                    then = before.get(split, {}).get(name, count)
+                    if then != count:
+                        raise ValueError(
+                            f"the data must be that with which the run in {self.path} began, {then} {name} in {split}, "
+                            f"got {count}; choose another --output"
+                        )
+        if labels and distributed.is_main():
+            _write_text(self.labels, json.dumps(labels, indent=2))
 
     def _check_same(self, config: TrainingConfig) -> None:
         if not (config.resume or distributed.restarted()):

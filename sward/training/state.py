@@ -76,9 +76,10 @@ class TrainingState:
     def save(self, run: RunFolder, score: float | None = None) -> None:
         """Write the last checkpoint and keep the previous one; write the best one if `score` beats every earlier score.
 
+        An undefined score (-inf) is below every other, but the newest of them is written while there is no better one.
         All processes must call this at the same steps; rank 0 writes.
         """
-        best = score is not None and score > self.best_score
+        best = score is not None and (score > self.best_score or self.best_score == -math.inf)
         if best and score is not None:
             self.best_score = score
         generators = distributed.gather(_generator_states(self.distillation))

@@ -73,7 +73,7 @@ class TrainingStep(nn.Module):
             if diagnose:
                 with torch.no_grad():
                     diagnostics = self.distillation.diagnostics(inputs)
-        return StepOutput(task + output.loss, terms | output.terms, terms | (output.weighted or {}), diagnostics)
+        return StepOutput(task + output.loss, terms | output.terms, terms | output.weighted_terms(), diagnostics)
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

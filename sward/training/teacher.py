@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from sward.config import Precision
 from sward.features import FeatureTaps
+from sward.layouts import logits_of
 from sward.losses import LOGITS
 from sward.training.step import autocast
 
@@ -19,7 +21,7 @@ class FrozenTeacher:
     Args:
         network: the teacher. Its parameters stop asking for gradients.
         layers: layers to catch, or `"logits"` for its output.
-        precision: of its forward pass.
+        precision: of its forward pass; None keeps the autocast of the caller.
         dtype: of the maps it hands out. Default: whatever the forward pass gives.
     """
 
@@ -28,18 +30,24 @@ class FrozenTeacher:
         network: nn.Module,
         layers: Sequence[str],
         *,
-        precision: Precision = "fp32",
+        precision: Precision | None = "fp32",
         dtype: torch.dtype | None = None,
     ) -> None:
         self.network = network.eval().requires_grad_(False)
         self.layers = tuple(layers)
         self.taps = FeatureTaps(network, [layer for layer in layers if layer != LOGITS], detach=True).open()
-        self.precision: Precision = precision
+        self.precision: Precision | None = precision
         self.dtype = dtype
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """`images [B, 3, H, W]` -> name -> `[B, C, h, w]` for each of `layers`."""
-        with torch.inference_mode(), autocast(images.device, self.precision):
-            caught = {LOGITS: self.network(images), **self.taps.collect()}
+        if self.network.training:
+            self.network.eval()
+        precision = contextlib.nullcontext() if self.precision is None else autocast(images.device, self.precision)
+        with torch.inference_mode(), precision:
+            output = self.network(images)
+            caught = self.taps.collect()
+            if LOGITS in self.layers:
+                caught[LOGITS] = logits_of(output, "teacher")
         # Copied outside of inference mode: autograd may not keep a tensor that was made inside.
         return {layer: caught[layer].to(self.dtype or caught[layer].dtype, copy=True) for layer in self.layers}

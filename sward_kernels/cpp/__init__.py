@@ -1,4 +1,4 @@
-"""Compiling this package's C++ for the processor at hand: once, on first use, into the user's cache."""
+"""Compile this package's C++ for the local processor: once, on first use, into the user's cache."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", f
 
 
 class Library:
-    """The shared library of one operation's C++, compiled and loaded when it is first needed.
+    """The shared library of one operation, compiled and loaded on first use.
 
-    The compiler is `$CXX`, which may have arguments, or `c++`. Libraries are kept in `$XDG_CACHE_HOME/sward_kernels`,
-    by default `~/.cache/sward_kernels`, under names that depend on sources, compiler and processor.
+    The compiler is `$CXX`, which may contain arguments, or `c++`. Libraries are stored in
+    `$XDG_CACHE_HOME/sward_kernels`, by default `~/.cache/sward_kernels`, under names that depend on the sources, the
+    compiler and the processor.
 
     Args:
-        operation: whose C++ it is, for messages.
-        source: a file that includes the standard library and headers of its own folder or this one.
+        operation: name of the operation, for messages.
+        source: a file that includes only the standard library and headers from its own folder or this one.
     """
 
     def __init__(self, operation: str, source: Path) -> None:
@@ -44,22 +45,21 @@ class Library:
             return self._reason
 
         self.why_not = why_not
-        """Why there is no library here; None if there is one. Asked again, it compiles nothing."""
+        """Return why the library is not available, or None if it is. Compiles on the first call only."""
 
     @property
     def functions(self) -> ctypes.CDLL:
-        """The functions of the library; calls release the GIL. Raises as `require` does."""
+        """The functions of the library; calls release the GIL. Raises what `require` raises."""
         self.require()
         assert self._functions is not None
         return self._functions
 
     def require(self) -> None:
-        """Raises NotImplementedError, with the reason, if the library cannot be had here."""
+        """Raise NotImplementedError, with the reason, if the library is not available."""
         reason = self.why_not()
         if reason is not None:
             raise NotImplementedError(
-                f"implementation='native' of {self.operation} needs its C++ compiled, and that fails here: {reason}; "
-                "use 'eager'."
+                f"implementation='native' of {self.operation} could not compile its C++ source: {reason}; use 'eager'"
             )
 
 
@@ -70,12 +70,12 @@ class _CompilerError(RuntimeError):
 def _compile(source: Path) -> Path:
     command = shlex.split(os.environ.get("CXX") or "c++")
     if shutil.which(command[0]) is None:
-        raise _CompilerError(f"there is no C++ compiler {command[0]!r} (set CXX to name another)")
+        raise _CompilerError(f"found no C++ compiler {command[0]!r} (set CXX to name another)")
     command += FLAGS
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sward_kernels"
     folder.mkdir(parents=True, exist_ok=True)
-    # What -march=native stands for on this machine is part of the compiler's verbose output: a home folder may be
-    # shared by machines with different processors.
+    # The verbose output includes what -march=native means on this machine: machines with different processors may share
+    # a home folder.
     target = _run([*command, "-E", "-v", "-x", "c++", os.devnull, "-o", os.devnull], folder)
     texts = [source, *sorted(source.parent.glob("*.h")), *sorted(HEADERS.glob("*.h"))]
     name = hashlib.sha256(b"".join([target.encode(), *(text.read_bytes() for text in texts)])).hexdigest()[:24]
@@ -84,12 +84,12 @@ def _compile(source: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as workplace:
             unfinished = Path(workplace) / library.name
             _run([*command, str(source), "-o", str(unfinished)], folder)
-            unfinished.replace(library)  # atomic: another process finds the whole library or none
+            unfinished.replace(library)  # atomic: another process finds a complete library or none
     return library
 
 
 def _run(command: list[str], folder: Path) -> str:
-    # Always in the same folder, which clang's verbose output names.
+    # Always in the same folder: clang's verbose output contains its name.
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
     )

@@ -1,4 +1,4 @@
-// Matrices of floats in registers and in cache: eight lanes at a time, products, transposes, exponentials.
+// Products, transposes and exponentials of fp32 matrices in cache, eight lanes at a time.
 
 #pragma once
 
@@ -8,7 +8,7 @@ typedef float Lanes __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t IntLanes __attribute__((vector_size(32)));
 
 constexpr int64_t LANES = 8;
-constexpr int64_t PANEL = 2 * LANES;  // columns of a product that are summed in registers
+constexpr int64_t PANEL = 2 * LANES;  // columns of a product that are accumulated in registers
 
 #ifdef __clang__
 #define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
@@ -18,7 +18,7 @@ constexpr int64_t PANEL = 2 * LANES;  // columns of a product that are summed in
 
 inline Lanes load(const float* x) { return *reinterpret_cast<const Lanes*>(x); }
 inline void store(float* x, Lanes value) { *reinterpret_cast<Lanes*>(x) = value; }
-inline Lanes broadcast(float x) { return Lanes{x, x, x, x, x, x, x, x}; }  // from memory, in one instruction
+inline Lanes broadcast(float x) { return Lanes{x, x, x, x, x, x, x, x}; }  // one instruction, from memory
 
 inline float sum(Lanes x) {
     float total = 0;
@@ -26,7 +26,7 @@ inline float sum(Lanes x) {
     return total;
 }
 
-// A sum in parts of sixteen terms, which rounds less than one that takes all of them in a row.
+// A sum in parts of sixteen terms each, which rounds less than adding all terms one after another.
 class Total {
 public:
     void add(Lanes x) {
@@ -44,13 +44,13 @@ private:
 };
 
 // e^x for x <= 0, to 1e-7 of its value: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (the coefficients of Cephes'
-// expf). NaN stays NaN; below e^-87, where floats end, the result stays at e^-87.
+// expf). NaN stays NaN; the result is never below e^-87, near the smallest normal float.
 inline Lanes exponential(Lanes x) {
     x = x < -87.0f ? broadcast(-87.0f) : x;
-    const float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the last bits
+    const float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
     Lanes shifted = x * 1.44269504088896341f + round_to_integer;
     Lanes n = shifted - round_to_integer;
-    Lanes r = x - n * 0.693359375f - n * -2.12194440e-4f;  // ln 2 in two parts, the first exact
+    Lanes r = x - n * 0.693359375f - n * -2.12194440e-4f;  // ln 2 in two parts, the first of them exact
     Lanes p = broadcast(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;

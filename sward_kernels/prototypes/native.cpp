@@ -1,7 +1,7 @@
 // The two passes of prototype discrimination over fp32 features on a CPU.
 //
-// Statistics go eight channels at a time: one vector a pixel is added to the sums of its class. Every sum belongs to one
-// thread and is added up in the order of the pixels, so the result does not depend on how many threads there are.
+// Statistics process eight channels at a time: one vector per pixel is added to the sums of its class. Every sum belongs
+// to one thread and is accumulated in the order of the pixels, so the result does not depend on the number of threads.
 
 #include <algorithm>
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 #include "matrices.h"
 
-// [batch, channels, height, width] by strides. Rows that join on the map are given as one: height 1.
+// [batch, channels, height, width] by strides. Where the rows of a map are contiguous, they are one row: height 1.
 struct Features {
     float* data;
     int64_t batch, channels, height, width;  // `sizes` of native.py
@@ -19,17 +19,17 @@ struct Features {
     bool channels_last() const { return channel == 1; }
 };
 
-// As `_Statistics` in native.py. Tables are by eight channels: [blocks, num_classes + 1, 8].
+// The same as `_Statistics` in native.py. Tables are in blocks of eight channels: [blocks, num_classes + 1, 8].
 struct Statistics {
     Features features;
-    const int32_t* classes;  // [batch, height, width], num_classes where a pixel has none
+    const int32_t* classes;  // [batch, height, width], num_classes for a pixel of no class
     int64_t num_classes;
-    const float* shift;  // what the features of a class are summed about
-    double* sums;        // of feature - shift, a class
+    const float* shift;  // subtracted from the features of a class before they are summed
+    double* sums;        // of feature - shift, per class
     double* squares;     // of its square
 };
 
-// As `_Gradient` in native.py.
+// The same as `_Gradient` in native.py.
 struct Gradient {
     Features features, gradient;
     const int32_t* classes;
@@ -41,14 +41,14 @@ struct Gradient {
 
 namespace {
 
-constexpr int64_t TILE = 64;       // channels_last pixels that pass all channels of a thread together
+constexpr int64_t TILE = 64;       // channels_last pixels per step, for all channels of a thread
 constexpr int64_t LONGEST = 4096;  // pixels of the longest fp32 sum; sums of sums are double
 
 struct Sums {
     Lanes sum, squares;
 };
 
-// Up to eight neighbouring pixels as one vector of up to eight channels each, zeros elsewhere.
+// Reads up to eight neighbouring pixels as one vector each of up to eight channels, filled up with zeros.
 inline void read_pixels(const Features& features, const float* from, int64_t pixels, int64_t channels, Lanes* to) {
     const bool whole = pixels == LANES && channels == LANES;
     if (whole && features.channels_last()) {
@@ -63,7 +63,7 @@ inline void read_pixels(const Features& features, const float* from, int64_t pix
     }
 }
 
-// Adds pixels `from` to `to` of one row to the sums of their classes; `block` names the eight channels.
+// Adds pixels `from` to `to` of one row to the sums of their classes; `block` is the index of the eight channels.
 void add_pixels(
     const Statistics& given, int64_t block, int64_t image, int64_t row, int64_t from, int64_t to, Sums* sums) {
     const Features& features = given.features;
@@ -85,7 +85,7 @@ void add_pixels(
     }
 }
 
-// Moves the fp32 sums of blocks `first` to `last` to the double ones.
+// Adds the fp32 sums of blocks `first` to `last` to the double ones, and clears them.
 void settle(const Statistics& given, int64_t first, int64_t last, Sums* sums) {
     const int64_t rows = given.num_classes + 1;
     for (int64_t row = first * rows; row < last * rows; ++row, ++sums) {
@@ -97,7 +97,7 @@ void settle(const Statistics& given, int64_t first, int64_t last, Sums* sums) {
     }
 }
 
-// All pixels of the batch, for the channels of blocks `first` to `last`.
+// Adds all pixels of the batch, for the channels of blocks `first` to `last`.
 void add_batch(const Statistics& given, int64_t first, int64_t last, Sums* sums) {
     const Features& features = given.features;
     const int64_t step = std::min(features.channels_last() ? TILE : features.width, LONGEST);
@@ -119,7 +119,7 @@ void add_batch(const Statistics& given, int64_t first, int64_t last, Sums* sums)
 
 }  // namespace
 
-// Adds to `sums` and `squares`. Returns 0, or 1 if a thread has no memory for its sums.
+// Adds to `sums` and `squares`. Returns 0, or 1 if a thread cannot allocate the memory for its sums.
 extern "C" int statistics(const Statistics* arguments, int threads) {
     const Statistics& given = *arguments;
     const int64_t blocks = (given.features.channels + LANES - 1) / LANES;
@@ -127,7 +127,7 @@ extern "C" int statistics(const Statistics* arguments, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : failed)
     for (int64_t thread = 0; thread < threads; ++thread) {
         const int64_t first = blocks * thread / threads, last = blocks * (thread + 1) / threads;
-        // Pixels whose channels lie together are read once for all channels of a thread, planes one after another.
+        // In channels_last a pixel is read once for all channels of a thread; in NCHW planes are read one after another.
         const int64_t together = given.features.channels_last() ? last - first : 1;
         std::unique_ptr<Sums[]> sums(new (std::nothrow) Sums[together * (given.num_classes + 1)]());
         if (!sums) {
@@ -140,7 +140,7 @@ extern "C" int statistics(const Statistics* arguments, int threads) {
     return failed;
 }
 
-// gradient = slope * feature + offset, both of the pixel's class.
+// Stores gradient = slope * feature + offset, with slope and offset of the pixel's class.
 extern "C" void gradient(const Gradient* arguments, int threads) {
     const Gradient& given = *arguments;
     const Features &features = given.features, &gradient = given.gradient;

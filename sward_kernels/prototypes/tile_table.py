@@ -9,26 +9,22 @@ import torch
 
 @dataclass(frozen=True)
 class PrototypeTiles:
-    """Tile of a prototype kernel: pixels, channels and classes, and how many tiles one program takes.
-
-    Attributes:
-        pixels, channels, classes: sizes of a tile.
-        steps: tiles of pixels a program walks over.
-        blocks: blocks of channels a program takes, one after another.
-        num_warps: warps of a program.
-    """
+    """Tile shape of a prototype kernel, and how many tiles one program processes."""
 
     pixels: int
     channels: int
     classes: int
     steps: int
+    """Tiles of pixels per program."""
     blocks: int
+    """Blocks of channels per program, one after another."""
     num_warps: int
+    """Warps per program."""
 
 
-# kernel -> rows of (most classes, tiles); the first that fits is taken. One table serves every family. The more
-# classes, the more pixels a program takes, so that the class sums it writes stay small against the features it reads,
-# and the fewer channels, so that all classes fit its registers.
+# Kernel -> rows of (most classes, tiles); the first that fits is used, for every family of GPU. With more classes, a
+# program takes more pixels, so that it writes few class sums compared with the features it reads, and fewer channels,
+# so that all classes fit in its registers.
 _TABLE: dict[str, tuple[tuple[int, PrototypeTiles], ...]] = {
     "statistics": (
         (16, PrototypeTiles(64, 32, 16, 8, 1, 4)),
@@ -38,7 +34,7 @@ _TABLE: dict[str, tuple[tuple[int, PrototypeTiles], ...]] = {
         (256, PrototypeTiles(64, 16, 256, 64, 1, 8)),
     ),
     # A program reads all channels of its pixels for their lengths, so it also sums up to 640 of them. It takes fewer
-    # pixels: they may then stay in cache between the two readings, and there are programs enough for every GPU.
+    # pixels, which may then stay in cache between the two reads, and which leave enough programs for every GPU.
     "normalized_statistics": (
         (16, PrototypeTiles(64, 32, 16, 1, 20, 4)),
         (32, PrototypeTiles(64, 32, 32, 2, 20, 4)),
@@ -54,14 +50,14 @@ _TABLE: dict[str, tuple[tuple[int, PrototypeTiles], ...]] = {
 def tiles_of(
     kernel: str, num_classes: int, channels: int, dtype: torch.dtype, flat: bool, family: str
 ) -> PrototypeTiles:
-    """The tiles of `kernel` for `num_classes` classes; no wider than `channels` need. `flat` as in the kernels."""
+    """Return the tiles of `kernel`; `flat` as in the kernels. A tile is not wider than `channels` needs."""
     tiles = next(tiles for most_classes, tiles in _TABLE[kernel] if num_classes <= most_classes)
-    needed = max(16, 1 << (channels - 1).bit_length())  # 16: the least that tensor cores take
+    needed = max(16, 1 << (channels - 1).bit_length())  # tl.dot takes at least 16 channels
     tiles = replace(tiles, channels=min(tiles.channels, needed))
-    if not flat and kernel.startswith("normalized"):  # an address for each element of a slice needs registers
+    if not flat and kernel.startswith("normalized"):  # every element of a slice has an address, which takes registers
         tiles = replace(tiles, pixels=tiles.pixels // 2, steps=tiles.steps * 2)
-    if family == "cdna":  # a warp of 64 lanes: more than 4 leave no thread 16 bytes of a 16-bit tile to load
+    if family == "cdna":  # with more than 4 warps of 64 lanes, a thread loads less than 16 bytes of a 16-bit tile
         tiles = replace(tiles, num_warps=min(tiles.num_warps, 4))
-    if dtype == torch.float64 and family != "interpreter":  # one-hot tiles of 64 pixels exceed Ada's shared memory
+    if dtype == torch.float64 and family != "interpreter":  # one-hot tiles of 64 pixels exceed shared memory on Ada
         tiles = replace(tiles, pixels=16)
     return tiles

@@ -13,21 +13,25 @@ import torch
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile shape of a windowed-distillation kernel: tokens a program owns, tokens and channels a step, and its warps.
+    """Tile shape of a windowed-distillation kernel.
 
-    `rows == keys >= tokens` selects the kernels in which one program owns whole windows; otherwise a window is tiled,
-    and a program owns `rows` queries, or backward as many keys.
+    `rows == keys >= tokens` selects the kernels in which one program owns whole windows. Otherwise a window is tiled,
+    and a program owns `rows` queries, or in the backward pass as many keys.
     """
 
     rows: int
+    """Tokens that one program owns."""
     keys: int
+    """Tokens per step."""
     channels: int
+    """Channels per step of a product over channels."""
     num_warps: int
+    """Warps per program."""
 
 
-# (family, direction, bits of the inputs) -> rows of (most tokens, most channels, tiles); the first that fits is taken.
-# A key with "nchw" in front serves maps that are not channels_last: each of their elements has an address of its own,
-# so tiles are smaller; where it is missing, the key without it serves them too. A missing family takes Ampere's rows.
+# (family, direction, bits of the inputs) -> rows of (most tokens, most channels, tiles); the first that fits is used.
+# Keys that begin with "nchw" are for maps that are not channels_last: each of their elements has an address of its own,
+# so tiles are smaller. Without such a key, the key without "nchw" is used. A missing family uses Ampere's rows.
 _TABLE: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles], ...]] = {
     ("ampere", "forward", 16): (
         (16, 256, Tiles(32, 32, 32, 2)),
@@ -55,7 +59,7 @@ _TABLE: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles], ...]] = {
         (1024, 128, Tiles(32, 16, 64, 8)),
         (1024, 256, Tiles(32, 16, 16, 8)),
     ),
-    # At D = 128 Ampere's tiles spill, on Ada only.
+    # At D = 128, Ampere's tiles spill on Ada.
     ("ada", "backward", 16): (
         (16, 256, Tiles(32, 32, 32, 2)),
         (64, 64, Tiles(64, 64, 16, 4)),
@@ -88,7 +92,7 @@ _TABLE: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles], ...]] = {
         (1024, 128, Tiles(32, 16, 64, 8)),
         (1024, 256, Tiles(32, 16, 16, 8)),
     ),
-    # Warps of 64 lanes: with 16 channels, fewer of them keep a lane's share of a load at 128 bits.
+    # A warp has 64 lanes: with 16 channels, fewer warps keep a lane's share of a load at 128 bits.
     ("cdna", "forward", 16): (
         (16, 16, Tiles(32, 32, 16, 1)),
         (16, 256, Tiles(32, 32, 32, 2)),
@@ -116,8 +120,8 @@ _TABLE: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles], ...]] = {
         (1024, 64, Tiles(64, 16, 16, 4)),
         (1024, 256, Tiles(32, 32, 16, 4)),
     ),
-    # Three TF32 products in place of one double the operands of every product: only small tiles stay in registers.
-    # Both passes take as many channels a step: fp32 scores are then rounded alike (docs/kernels.md, large scores).
+    # Replacing one product by three TF32 products doubles the operands: only small tiles stay in registers. Both passes
+    # take the same number of channels per step, so that they round fp32 scores alike (docs/kernels.md, large scores).
     ("ampere", "forward", 32): (
         (16, 256, Tiles(16, 16, 16, 1)),
         (1024, 16, Tiles(16, 16, 16, 2)),
@@ -136,7 +140,7 @@ _TABLE: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles], ...]] = {
         (1024, 64, Tiles(32, 16, 16, 8)),
         (1024, 256, Tiles(16, 16, 16, 8)),
     ),
-    # Ada spills at D = 64 but with 32 channels a step.
+    # On Ada, D = 64 spills unless a step takes 32 channels.
     ("ada", "forward", 32): (
         (16, 256, Tiles(16, 16, 16, 1)),
         (1024, 16, Tiles(16, 16, 16, 2)),
@@ -166,7 +170,8 @@ _TABLE: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles], ...]] = {
         (1024, 64, Tiles(32, 16, 16, 4)),
         (1024, 256, Tiles(16, 16, 16, 4)),
     ),
-    # float64 serves the tests of the equations; the interpreter is slow by the step, and large tiles are few steps.
+    # float64 is for tests of the equations. The interpreter's time grows with the number of steps, so its tiles are
+    # large.
     ("ampere", "forward", 64): ((1024, 256, Tiles(16, 16, 16, 4)),),
     ("ampere", "backward", 64): ((1024, 256, Tiles(16, 16, 16, 4)),),
     ("interpreter", "forward", 64): (
@@ -181,17 +186,17 @@ _TABLE: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles], ...]] = {
         (1024, 256, Tiles(256, 256, 32, 1)),
     ),
 }
-# Ada differs from Ampere in channels_last only; without rows of its own its NCHW would take those.
+# Ada differs from Ampere in channels_last only. These keys keep its NCHW from using Ada's channels_last rows.
 _TABLE["nchw", "ada", "backward", 16] = _TABLE["nchw", "ampere", "backward", 16]
 _TABLE["nchw", "ada", "forward", 32] = _TABLE["ampere", "forward", 32]
 _TABLE["nchw", "ada", "backward", 32] = _TABLE["nchw", "ampere", "backward", 32]
 
 
 def tiles_of(family: str, direction: str, dtype: torch.dtype, tokens: int, dim: int, channels_last: bool) -> Tiles:
-    """The tiles of `direction` (`"forward"` or `"backward"`) for windows of `tokens` tokens and `dim` channels.
+    """Return the tiles of `direction` (`"forward"` or `"backward"`) for windows of `tokens` tokens and `dim` channels.
 
-    `channels_last` tells whether both maps are. A family without rows of its own takes Ampere's: the interpreter so
-    runs tiles that ship.
+    `channels_last` is whether both maps are. A family without rows of its own uses Ampere's, so in most cases the
+    interpreter runs shipped tiles.
     """
     key = (family, direction, dtype.itemsize * 8)
     if key not in _TABLE:

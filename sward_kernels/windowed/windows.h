@@ -1,4 +1,4 @@
-// Windows of a map, read into matrices whose columns are tokens and written back.
+// Reads the windows of a map into matrices whose columns are tokens, and writes them back.
 
 #pragma once
 
@@ -6,7 +6,7 @@
 
 #include "matrices.h"
 
-constexpr int64_t AHEAD = 2;  // channels to fetch in advance: each is on a page of its own
+constexpr int64_t AHEAD = 2;  // channels to prefetch: each lies on a page of its own
 
 struct Sizes {
     int64_t dim, side, tokens;
@@ -21,12 +21,13 @@ struct Image {
     int64_t channel, row, column;
 };
 
-// `length` neighbours on the map that are neighbours in their window too.
+// `length` neighbours on the map that are neighbours in their window, too.
 struct Run {
     int64_t length, on_map, in_windows;
 };
 
-// The runs of `count` windows side by side, where window w begins at w * stride; `rows` and `columns` as in `Arguments`.
+// Finds the runs of `count` windows side by side, where window w begins at w * stride. `rows` and `columns` are those of
+// `Arguments`.
 inline int64_t find_runs(
     const Image& map, const int64_t* rows, const int64_t* columns, int64_t count, int64_t stride, const Sizes& sizes,
     Run* runs) {

@@ -110,20 +110,20 @@ def test_gpus_are_listed_and_take_triton(monkeypatch: pytest.MonkeyPatch) -> Non
     report = doctor.describe_machine()
     assert "GPU 0: Card A\nGPU 1: Card B\n" in report
     assert "no GPU" not in report
-    assert implementations(report)["GPU tensors"].startswith("triton, and eager")
+    assert implementations(report)["GPU tensors"].startswith("triton; eager")
 
 
 def test_without_triton_gpus_take_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     set_gpus(monkeypatch, "Card A")
     remove_packages(monkeypatch, "triton")
     found = implementations(doctor.describe_machine())
-    assert found["GPU tensors"] == "eager, because the package triton is not installed"
+    assert found["GPU tensors"] == "eager; the package triton is not installed"
 
 
 def test_without_a_gpu_the_doctor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     set_gpus(monkeypatch)
     report = doctor.describe_machine()
-    assert "\nno GPU that torch can use\n" in report
+    assert "\nno GPU visible to torch\n" in report
     assert "GPU tensors" not in report
 
 
@@ -132,6 +132,6 @@ def test_what_is_missing_is_named_with_what_needs_it(monkeypatch: pytest.MonkeyP
     report, _, missing = doctor.describe_machine().partition("pip install 'sward[all]'")
     assert {"timm", "matplotlib"} <= {line.split(":")[0].strip() for line in missing.splitlines()[1:]}
     assert "  timm: MobileNetV3 and DINOv2 networks" in missing.splitlines()
-    assert "not installed, and what needs them" in report
+    assert "optional packages that are not installed" in report
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.machinery.ModuleSpec(name, None))
     assert "what needs them" not in doctor.describe_machine()

@@ -9,11 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sward import data, presets
+from sward import data, methods, presets
 from sward.cli.main import COMMANDS, main
 from sward.config import DistillationConfig, SWARDConfig, TeacherTrainingConfig, from_json, to_json
 from sward.losses import RECIPES
-from sward.runs import methods
 from tests.support.drawn_figures import DrawnFigure
 
 TINY = ["--dataset.image-size", "64", "64", "--batch", "2", "--iterations", "2"]

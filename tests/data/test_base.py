@@ -123,7 +123,7 @@ def test_describe_knows_every_data_set_without_its_files() -> None:
         (lambda: data.describe("folder", num_classes=1), "num_classes must be 2 to 255, got 1"),
         (
             lambda: data.build("scenes", "val", train=False, split_by="ratio"),
-            "split_by must be None for scenes, got 'ratio'; only cvc_clinicdb",
+            "split_by must be None for scenes, got 'ratio'; only polyps and folder can be split",
         ),
         (lambda: data.build("camvid", "val", train=False, count=3), "count must be None for camvid, got 3"),
         (lambda: data.build("scenes", "val", train=False, image_size=0), "image_size must be a positive number"),

@@ -50,7 +50,7 @@ def test_skipping_is_for_training_and_for_files_that_cannot_be_read(root: Path, 
     with pytest.raises(ValueError, match="on_corrupt must be 'stop' or 'skip', got 'drop'"):
         build(root, on_corrupt="drop")
     write(root / "masks/train/1.png", np.full((43, 52), 9, np.uint8))
-    with pytest.raises(ValueError, match="holds the value 9"):
+    with pytest.raises(ValueError, match="must be 0 to 2, or 255 for pixels to ignore, got 9"):
         build(root, on_corrupt="skip")[1]
 
 

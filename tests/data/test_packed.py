@@ -121,8 +121,8 @@ def test_damaged_or_newer_index(root: Path) -> None:
     index.write_text(whole[:-20])
     with pytest.raises(ValueError, match=r"index.json is damaged .*; pack again"):
         build(root)
-    index.write_text(whole.replace('"format": 1', '"format": 2'))
-    with pytest.raises(ValueError, match="has format 2, but this version of sward reads 1"):
+    index.write_text(whole.replace('"format": 2', '"format": 3'))
+    with pytest.raises(ValueError, match=r"the format of the pack in .* must be 2, got 3"):
         build(root)
     assert pack(root).kept == 0
     build(root)
@@ -132,9 +132,9 @@ def test_a_pack_of_something_else_is_refused(root: Path, tmp_path: Path) -> None
     pack(root)
     with pytest.raises(ValueError, match="must be of folder with 4 classes, got folder with 3"):
         data.build("folder", "train", train=True, root=root, num_classes=4)
-    with pytest.raises(FileNotFoundError, match=r"there is no pack in .*nowhere: write one with 'sward data pack"):
+    with pytest.raises(FileNotFoundError, match=r"there is no pack in .*nowhere; write one with 'sward data pack"):
         build(root, packed=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="scenes are generated: there is nothing to pack"):
+    with pytest.raises(ValueError, match="packed must be 'auto' or 'none' for scenes, got 'somewhere'"):
         data.build("scenes", "train", train=True, packed="somewhere")
-    with pytest.raises(ValueError, match="scenes are generated: there is nothing to pack"):
+    with pytest.raises(ValueError, match="scenes are generated and need no pack"):
         data.build_for_packing("scenes")

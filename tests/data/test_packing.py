@@ -210,7 +210,7 @@ def test_command_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["pack", "scenes"], "scenes are generated"),
         (["pack", "cityscape"], "did you mean cityscapes"),
         (["pack", "camvid", "--root", "{root}/images/train"], "CamVid not found"),
-        (["list"], "unknown command 'data list'; did you mean 'data pack'?"),
+        (["list"], "unknown command 'data list'; did you mean 'data pack' or 'data check'?"),
         (
             ["pack", "folder", "--root", "{root}", "--num-classes", "3", "--output", "{root}/images/train/0.png"],
             "--output",

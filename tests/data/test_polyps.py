@@ -90,13 +90,25 @@ def test_lists_beside_the_images_come_first(clinicdb: Path, tmp_path: Path) -> N
 
 def test_split_by_list_files(tmp_path: Path, write: Write) -> None:
     write_pairs(tmp_path / "cvc_colondb", write, range(1, 8), (".tif", ".webp"))
-    for split, text in (("train", "1 2\n3"), ("val", "4"), ("test", "6\n")):
+    for split, text in (("train", "\ufeff1\n2 \n3"), ("val", "4"), ("test", "6\n")):
         (tmp_path / f"my_{split}.txt").write_text(text)
     expected = {"train": ["1", "2", "3"], "val": ["4"], "test": ["6"]}
     assert names(tmp_path, str(tmp_path / "my_{split}.txt"), "cvc_colondb") == expected
     rows = "".join(f"{name},{split}\n" for split, listed in expected.items() for name in listed)
     (tmp_path / "split.csv").write_text("frame_id,split\n" + rows)
     assert names(tmp_path, str(tmp_path / "split.csv"), "cvc_colondb") == expected
+
+
+def test_split_tables_from_spreadsheets(tmp_path: Path, write: Write) -> None:
+    write_pairs(tmp_path / "cvc_colondb", write, range(1, 4))
+    write(tmp_path / "cvc_colondb/images/a b.png", np.zeros((6, 8, 3), np.uint8))
+    write(tmp_path / "cvc_colondb/masks/a b.png", np.zeros((6, 8), np.uint8))
+    path = tmp_path / "split.csv"
+    path.write_text("\ufeffframe_id; Split\n1; Train\na b;train\n2;VAL\n3;test\n", encoding="utf-8")
+    assert names(tmp_path, str(path), "cvc_colondb") == {"train": ["1", "a b"], "val": ["2"], "test": ["3"]}
+    path.write_text("frame_id,split\n1,train\n2,val\n1,test\n")
+    with pytest.raises(ValueError, match=r"frame '1' must be in one split, got train and test in the split list"):
+        names(tmp_path, str(path), "cvc_colondb")
 
 
 def test_list_files_that_do_not_fit(tmp_path: Path, write: Write) -> None:

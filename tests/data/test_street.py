@@ -167,7 +167,7 @@ def test_folder_reads_palette_and_16_bit_masks(pairs: Path, write: Write) -> Non
             np.zeros((8, 15), np.uint8),
             r"frame2.png must have the size of its image .*frame2.jpg, 16 x 8 pixels, got 15 x 8",
         ),
-        (np.zeros((8, 16, 3), np.uint8), r"frame2.png must have one channel .* got the mode RGB"),
+        (np.eye(3, dtype=np.uint8)[None].repeat(8, 0), r"frame2.png must have one channel .* got the mode RGB"),
     ],
 )
 def test_folder_wrong_masks(pairs: Path, write: Write, mask: np.ndarray, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Student first, teacher second, in every operation: a swap gives another value, and positions mean what names say."""
+"""Student first, teacher second, in every operation: a swap changes the value, and positions agree with names."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_gradient_of_windowed_distillation_reaches_the_side_it_is_asked_for(
 
 @pytest.mark.parametrize("implementation", ["reference", "eager", TRITON])
 def test_relational_kl_takes_the_student_first(implementation: str) -> None:
-    # Two pixels at a right angle against two that point one way: softmax rows (1, e^-10) / (1 + e^-10) and (1/2, 1/2).
+    # Two pixels at a right angle and two of one direction: softmax rows (1, e^-10) / (1 + e^-10) and (1/2, 1/2).
     apart = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]], dtype=torch.float64, device=DEVICE)
     alike = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]], dtype=torch.float64, device=DEVICE)
     by_name = relational_kl(student=apart, teacher=alike, implementation=implementation)

@@ -1,4 +1,4 @@
-"""From labels to classes: what counts as a class, what as none, and what is an error."""
+"""From labels to classes: which labels are classes, which are ignored, and which are errors."""
 
 import pytest
 import torch

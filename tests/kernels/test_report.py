@@ -1,4 +1,4 @@
-"""Shipped kernels compile for real targets and spill nothing. Needs no GPU; compilations run in subprocesses."""
+"""Shipped kernels compile for real targets without spills. Needs no GPU; compilations run in subprocesses."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check(rows: list[report.Row]) -> None:
 
 
 def paper_default(shipped: Configuration) -> bool:
-    """The paper's window of 8 with D = 64, as a training step under autocast runs it."""
+    """Whether this is the paper's window of 8 with D = 64, as in a training step under autocast."""
     details = {"dtype": "bf16", "window_size": 8, "dim": 64, "layout": "channels_last"}
     return shipped.operation == "windowed_distillation" and details.items() <= shipped.details.items()
 

@@ -1,7 +1,9 @@
 """Eq. 20, the task loss, and SWARD under the protocol of all methods."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,12 +90,108 @@ def test_weighted_terms_add_up_to_the_loss(reduction: str) -> None:
     torch.testing.assert_close(output.weighted["context"], 0.2 * 3.0 * output.terms["context"])
 
 
-def test_without_weight_mwad_neither_learns_nor_reports() -> None:
+def test_without_weight_mwad_reports_nothing() -> None:
     mwad, pdr = parts()
     _, labels, student, teacher = batch()
     method = SWARDDistillation(mwad, pdr, student_taps=["a", "b"], teacher_taps=["x", "y"], weights=(0.0, 1.0))
-    assert not any(parameter.requires_grad for parameter in method.parameters())
     assert method.diagnostics(DistillationInputs(dict(zip("ab", student)), dict(zip("xy", teacher)), labels)) == {}
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (0.0, 2.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0)])
+def test_parts_of_weight_zero_stay_in_the_graph(weights: tuple[float, float, float]) -> None:
+    mwad, pdr = parts()
+    logits, labels, student, teacher = batch()
+    logits.data[0, 0, 0, 0] = float("inf") if not weights[0] else 1.0  # a part that is not computed cannot be NaN
+    output = SWARDLoss(SegmentationCrossEntropy(), mwad, pdr, weights=weights)(logits, labels, student, teacher)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    trained = [parameter for parameter in mwad.parameters() if parameter.requires_grad]
+    for weight, tensors in zip(weights, ([logits], [*trained, student[0]], [])):
+        for tensor in tensors:
+            assert tensor.grad is not None
+            assert tensor.grad.any() == bool(weight)
+
+
+def test_a_weight_that_is_ramped_up_from_zero_trains_the_projections() -> None:
+    mwad, pdr = parts()
+    logits, labels, student, teacher = batch()
+    objective = SWARDLoss(SegmentationCrossEntropy(), mwad, pdr, weights=(1.0, 0.0, 1.0))
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    before = [parameter.detach().clone() for parameter in trained]
+    for beta, moves in ((0.0, False), (2.0, True)):
+        objective.weights = (1.0, beta, 1.0)
+        optimizer.zero_grad()
+        objective(logits, labels, student, teacher).loss.backward()
+        optimizer.step()
+        assert all(torch.equal(one, other) != moves for one, other in zip(before, trained))
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, -1.0, 1.0), (1.0, float("nan"), 1.0), (1.0, float("inf"), 1.0)])
+def test_weights_that_eq_20_does_not_have_are_refused(weights: tuple[float, ...]) -> None:
+    message = re.escape(f"weights must be 3 finite numbers of at least 0, for alpha, beta, gamma, got {weights}")
+    with pytest.raises(ValueError, match=message):
+        SWARDLoss(SegmentationCrossEntropy(), *parts(), weights=weights)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"weights must be 2 finite numbers of at least 0, for beta, gamma, got \(2, -1\)"
+    ):
+        SWARDDistillation(*parts(), student_taps=["a", "b"], teacher_taps=["x", "y"], weights=(2, -1))
+
+
+DISTRIBUTED = """
+import sys
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from sward.losses import MWADLoss, PDRLoss, SegmentationCrossEntropy, SWARDLoss
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+torch.manual_seed(0)
+
+
+class Student(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)
+        self.only_for_distillation = nn.Conv2d(4, 4, 1)
+        mwad = MWADLoss([4], [5], window_size=4, embed_dim=8, teacher_projections="learned")
+        self.loss = SWARDLoss(SegmentationCrossEntropy(), mwad, PDRLoss(3))
+
+    def forward(self, images, labels, teacher):
+        features = self.trunk(images)
+        return self.loss(self.head(features), labels, [self.only_for_distillation(features)], teacher).loss
+
+
+student = Student()
+wrapped = DistributedDataParallel(student)
+optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+# Two steps each: DDP complains of parameters that the step before left without a gradient.
+for weights in ((1.0, 0.0, 0.0), (1.0, 0.0, 0.5), (0.0, 2.0, 0.0), (1.0, 2.0, 1.0)):
+    student.loss.weights = weights
+    before = student.loss.mwad.theta_student[0].weight.detach().clone()
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = wrapped(torch.randn(2, 3, 8, 8), torch.randint(3, (2, 8, 8)), [torch.randn(2, 5, 8, 8)])
+        loss.backward()
+        optimizer.step()
+    assert torch.equal(before, student.loss.mwad.theta_student[0].weight) == (weights[1] == 0)
+torch.distributed.destroy_process_group()
+print("trained")
+"""
+
+
+def test_a_weight_of_zero_trains_under_ddp_and_can_be_ramped_up(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DISTRIBUTED]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        output, errors = process.communicate(timeout=120)
+        assert output.strip() == "trained", errors[-2000:]
 
 
 def test_cross_entropy_leaves_ignored_pixels_out_of_the_mean() -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from sward import presets
+from sward.methods import METHODS
 from sward.reproduce import experiments
 from sward.reproduce.experiments import TEACHER, Table, methods, questions, teacher_of
 from sward.reproduce.figures import figure
 from sward.reproduce.options import Options
 from sward.reproduce.study import Study
-from sward.runs.methods import METHODS
 
 TABLES = [
     *(getattr(experiments, f"table{number}")(scale) for number in (1, 2, 3, 4) for scale in ("paper", "small")),

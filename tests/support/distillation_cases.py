@@ -1,4 +1,4 @@
-"""Inputs of windowed distillation in every memory layout, and what an implementation makes of them."""
+"""Inputs of windowed distillation in every memory layout, and the results of an implementation for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sward_kernels.windows import Shift
 from tests.support.error_budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
 
 WEIGHTS = (0.7, 1.3, 0.4)
-"""Of the attention, value and context terms."""
+"""Weights of the attention, value and context terms."""
 
 SCALARS = ("loss", "attention", "value", "context")
 

@@ -1,4 +1,4 @@
-"""How far a result may be from the truth: as far as plain PyTorch of the same dtype is, times a small factor.
+"""The allowed error of a result: the error of plain PyTorch in the same dtype, times a small factor.
 
 A tolerance written by hand is either too loose to catch a mistake or too tight for another shape. Here both the
 implementation and the reference run in the dtype under test, both are compared with the reference in float64, and the

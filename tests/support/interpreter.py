@@ -1,7 +1,7 @@
-"""Makes Triton's interpreter quick enough for a test suite: import this module before the kernels run.
+"""Make Triton's interpreter fast enough for a test suite: import this module before the kernels run.
 
-The interpreter patches `triton.language` anew at every call of a jitted function from another, which `tl.sum` and
-`tl.zeros` are too, and that takes a hundred times as long as the work. Once a launch is enough.
+The interpreter patches `triton.language` anew at every call of a jitted function from another, including `tl.sum`
+and `tl.zeros`, which takes a hundred times as long as the work. Once per launch is enough.
 """
 
 from __future__ import annotations

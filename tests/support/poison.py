@@ -1,4 +1,4 @@
-"""Memory that is allocated but not written must never reach a result: make it NaN, so that it shows."""
+"""Fill memory that is allocated but not written with NaN, so that tests detect it in results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _INTEGER_POISON = 77
 
 @pytest.fixture
 def poison_empty_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.empty` and its kin return NaN (integers: 77) when the caller is in `sward_kernels`."""
+    """Make `torch.empty` and similar functions return NaN (integers: 77) if the caller is in `sward_kernels`."""
     importlib.import_module("torch._dynamo")  # lists torch's functions once, and must find the real ones
     for owner, name in (
         (torch, "empty"),

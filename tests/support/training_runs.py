@@ -11,14 +11,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from sward import data
+from sward import data, methods
 from sward.config import DatasetConfig, DistillationConfig, OptimizerConfig, SWARDConfig, TeacherConfig
 from sward.losses import CIRKDLoss, DistillationLoss
-from sward.runs import methods
 from tests.support.executed_lines import killed_at_line
 
 SPLITS = {"train": 18, "val": 4}
@@ -53,7 +54,7 @@ def small(output: Path, **changes: Any) -> DistillationConfig:
 def small_cirkd(
     pair: methods.DistillationPair, terms: tuple[float, float, float, float] = (1.0, 1.0, 0.1, 0.1)
 ) -> DistillationLoss:
-    """`cirkd` as `sward.runs.methods` builds it, with a memory that a CPU fills and reads in no time."""
+    """`cirkd` as `sward.methods` builds it, with a memory that a CPU fills and reads in no time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             methods,
@@ -69,6 +70,14 @@ def small_cirkd(
             ),
         )
         return _full_cirkd(pair)
+
+
+def write_images(folder: Path, count: int = 5) -> None:
+    """Write random photos without masks."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (48, 56, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
 def use_few_images(patch: pytest.MonkeyPatch) -> None:

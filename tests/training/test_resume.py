@@ -20,7 +20,7 @@ from sward.cli.main import main
 from sward.config import DatasetConfig, DistillationConfig, OptimizerConfig, TeacherConfig
 from sward.runs import train_student
 from sward.training.run_folder import RunFolder
-from tests.support.training_runs import assert_equal_runs, checkpoint, records, small, start
+from tests.support.training_runs import assert_equal_runs, checkpoint, records, small, start, write_images
 
 pytestmark = pytest.mark.usefixtures("few_images")
 
@@ -97,6 +97,23 @@ def test_a_run_on_cached_teacher_features_ends_bit_for_bit_as_an_uninterrupted_o
         sorted(path.name for path in (tmp_path / f"{name}-features").glob("*/*")) for name in ("whole", "parted")
     ]
     assert features[0] == features[1] != []
+
+
+def test_a_run_with_unlabelled_images_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 7)
+
+    def settings(name: str, **changes: Any) -> DistillationConfig:
+        dataset = DatasetConfig(name="scenes", image_size=(64, 64), views=2)
+        teacher = TeacherConfig(untrained=True, cache=tmp_path / f"{name}-features")
+        # Three of seven images: an epoch of theirs ends between two steps of the run.
+        extra = dict(unlabelled=(tmp_path / "images",), unlabelled_batch=3)
+        return small(tmp_path / name, iterations=STEPS, dataset=dataset, teacher=teacher, **extra, **changes)
+
+    whole = start(settings("whole"))
+    train_in_two_parts(functools.partial(settings, "parted"), 3)
+    whole.join()
+    assert whole.exitcode == 0
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parted")
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

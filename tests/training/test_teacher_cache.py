@@ -25,7 +25,7 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stage = nn.Conv2d(3, 5, 3, stride=2)
+        self.stage = nn.Conv2d(3, 5, 3, stride=2, padding=1)
         self.head = nn.Conv2d(5, 2, 1)
         self.seen = 0
 
@@ -42,7 +42,7 @@ def cache(folder: Path, network: nn.Module, layers: tuple[str, ...] = LAYERS) ->
 
 
 def test_the_teacher_runs_once_for_each_image(tmp_path: Path) -> None:
-    network, images = Network(), torch.randn(4, 3, 17, 23)
+    network, images = Network(), torch.randn(4, 3, 32, 48)
     kept = cache(tmp_path, network)
     first = kept(images[:3])
     assert network.seen == 3
@@ -60,7 +60,7 @@ def test_the_teacher_runs_once_for_each_image(tmp_path: Path) -> None:
 
 
 def test_an_entry_does_not_depend_on_its_batch(tmp_path: Path) -> None:
-    network, images = Network(), torch.randn(8, 3, 33, 33)
+    network, images = Network(), torch.randn(8, 3, 32, 32)
     whole = cache(tmp_path / "a", network)(images)
     single = [cache(tmp_path / "b", network)(image[None]) for image in images]
     for layer in LAYERS:
@@ -68,7 +68,7 @@ def test_an_entry_does_not_depend_on_its_batch(tmp_path: Path) -> None:
 
 
 def test_another_image_layer_weight_or_setting_is_another_entry(tmp_path: Path) -> None:
-    network, images = Network(), torch.randn(1, 3, 17, 23)
+    network, images = Network(), torch.randn(1, 3, 32, 48)
     cache(tmp_path, network)(images)
     for other in (images.nextafter(images + 1), images.flip(-1), images.double().float() * 2):
         seen = network.seen
@@ -88,7 +88,7 @@ def test_another_image_layer_weight_or_setting_is_another_entry(tmp_path: Path) 
 
 @pytest.mark.parametrize("damage", ["cut short", "a bit", "empty", "checksum alone"])
 def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
-    network, images = Network(), torch.randn(1, 3, 17, 23)
+    network, images = Network(), torch.randn(1, 3, 32, 48)
     whole = cache(tmp_path, network)(images)
     (path,) = tmp_path.glob("*/*.features")
     content = bytearray(path.read_bytes())
@@ -104,7 +104,7 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
 
 
 def test_a_full_disk_leaves_the_training_going(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network, images = Network(), torch.randn(3, 3, 17, 23)
+    network, images = Network(), torch.randn(3, 3, 32, 48)
     kept = cache(tmp_path, network)
 
     def full(self: Path, target: Path) -> None:
@@ -145,6 +145,15 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
+def distinct_views(config: DistillationConfig) -> int:
+    dataset, views = build_split(config, "train", train=True), set()
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        views |= {dataset[index].image.numpy().tobytes() for index in range(len(dataset))}
+    assert 18 < len(views) <= 36
+    return len(views)
+
+
 @pytest.mark.usefixtures("few_images")
 def test_a_run_is_the_same_from_an_empty_and_from_a_full_cache_and_close_to_one_without(tmp_path: Path) -> None:
     empty, full, without = (
@@ -158,12 +167,7 @@ def test_a_run_is_the_same_from_an_empty_and_from_a_full_cache_and_close_to_one_
     for one, other in zip(losses(empty), losses(without), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
     # One file per distinct image of the two views (a flip may come out the same twice); nothing else was written.
-    dataset, views = build_split(small(tmp_path, "empty"), "train", train=True), set()
-    for epoch in range(2):
-        dataset.set_epoch(epoch)
-        views |= {dataset[index].image.numpy().tobytes() for index in range(len(dataset))}
-    assert 18 < len(views) <= 36
-    assert len(list((tmp_path / "cache").glob("*/*"))) == len(views)
+    assert len(list((tmp_path / "cache").glob("*/*"))) == distinct_views(small(tmp_path, "empty"))
 
 
 def test_training_without_fixed_views_is_refused(tmp_path: Path) -> None:
@@ -189,6 +193,7 @@ def test_the_teacher_may_see_more_pixels_than_the_student(tmp_path: Path) -> Non
     for one, other in zip(losses(empty), losses(without), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
     entries = list((tmp_path / "cache").glob("*/*"))
+    assert len(entries) == distinct_views(small(tmp_path, "empty"))
     maps = torch.load(io.BytesIO(entries[0].read_bytes()[4:]), weights_only=True)
     # The trunk's finest map is its stem's.
     assert maps["1"].shape == (40, 24, 24)

@@ -1,4 +1,4 @@
-"""What callers of the prototype regularization may rely on: layouts, dtypes, repeatability, graphs, messages."""
+"""Layouts, dtypes, repeatability, graphs and messages of the prototype regularization."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_auto_on_the_cpu_is_eager_in_float64() -> None:
 
 
 def test_memory_is_the_gradient_and_a_chunk() -> None:
-    """Forward and backward keep no map of the features' size but the gradient itself."""
+    """The gradient is the only tensor of the features' size that forward and backward allocate."""
     code = """
 import sys, torch
 sys.path.insert(0, "benchmarks")

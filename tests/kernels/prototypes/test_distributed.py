@@ -1,4 +1,4 @@
-"""Prototype statistics merged over processes: two of them against one with the whole batch."""
+"""Prototype statistics merged over processes: two processes compared with one that has the whole batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMPLEMENTATIONS = ("reference", "eager")
 
 
 def scenarios() -> dict[str, tuple[Tensor, Tensor]]:
-    """Batches of four images, two a process; labels of each process differ in kind."""
+    """Batches of four images, two per process, with different kinds of labels in each process."""
     features, labels = close_clusters(4, 5, 6, 7, NUM_CLASSES)
     features = features.detach()
     unequal = torch.cat([labels[:2].clamp(max=2), torch.where(labels[2:] < 2, 5, labels[2:])])

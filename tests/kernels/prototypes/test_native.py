@@ -1,4 +1,4 @@
-"""The two passes of prototype discrimination in C++, against the reference in float64 and against eager."""
+"""The two passes of prototype discrimination in C++, compared with the reference in float64 and with eager."""
 
 import warnings
 from pathlib import Path
@@ -22,7 +22,7 @@ pytestmark = [
 
 
 def layouts(values: Tensor) -> dict[str, Tensor]:
-    """The same features in the strides that the C++ tells apart."""
+    """The same features in all strides that the C++ has separate code for."""
     batch, channels, height, width = values.shape
     room = torch.full((batch, channels + 1, height + 2, width + 3), float("nan"))
     sliced = room[:, 1:, 1:-1, 2:-1]

@@ -1,4 +1,4 @@
-"""The Triton kernels of the prototype regularization, interpreted here and compiled where there is a GPU."""
+"""The Triton kernels of the prototype regularization: in Triton's interpreter without a GPU, else on the GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-import tests.support.interpreter  # noqa: F401  (quickens it)
+import tests.support.interpreter  # noqa: F401  (makes it fast)
 from sward_kernels import labels as labels_module
 from sward_kernels import prototype_discrimination
 from sward_kernels.gpu import launching
@@ -42,7 +42,7 @@ def case(*sizes: int, layout: str = "nchw", **options: object) -> tuple[Tensor, 
 
 
 def assert_equals_reference(features: Tensor, labels: Tensor, num_classes: int, **options: object) -> None:
-    """Float64 features: the kernels' own arithmetic in float64 against the equations."""
+    """Compare the kernels with the reference, both in float64."""
     expected, expected_gradient = run("reference", features, labels, num_classes, **options)
     result, gradient = run("triton", features, labels, num_classes, **options)
     torch.testing.assert_close(result, expected, atol=1e-10, rtol=1e-10)
@@ -181,7 +181,7 @@ def test_label_outside_the_classes() -> None:
 
 
 def test_kernels_ignore_what_the_launcher_did_not_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU nothing is checked; the kernels themselves must leave out-of-range labels alone."""
+    """On a GPU labels are not checked; the kernels themselves must ignore those that are out of range."""
     monkeypatch.setattr(labels_module, "require_classes", lambda *_: None)
     features, labels = case(1, 3, 4, 4, 4, ignored=0.0)
     ignored, wrong = labels.clone(), labels.clone()
@@ -257,11 +257,11 @@ def test_sizes_not_served() -> None:
             prototype_discrimination(features, labels, num_classes, implementation="triton")
 
 
-# ---------------------------------------------------------------------------------------- what memory the kernels touch
+# ------------------------------------------------------------------------------------- what the kernels load and store
 
 
 class Traffic:
-    """Elements that interpreted kernels load from and store to each tensor, masked lanes left out."""
+    """Record the elements of each tensor that interpreted kernels load and store, without masked lanes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from triton.runtime.interpreter import interpreter_builder
@@ -284,7 +284,7 @@ class Traffic:
 
     @staticmethod
     def of(log: list[tuple[int, int]], tensor: Tensor) -> tuple[int, int]:
-        """How many elements of `tensor` were touched, and how many times in all."""
+        """How many elements of `tensor` were loaded or stored, and how many times in total."""
         begin = tensor.data_ptr()
         end = begin + tensor.untyped_storage().nbytes()
         mine = [(int(address), int(times)) for address, times in log if begin <= int(address) < end]
@@ -314,7 +314,7 @@ def test_features_and_gradient_move_once(monkeypatch: pytest.MonkeyPatch, layout
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_normalized_features_are_read_twice_by_one_program(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
-    """Once for the lengths of its pixels, and once more; nothing but tables of classes is stored beside."""
+    """Features are read once for the lengths and once for the sums; besides, only tables of classes are stored."""
     features, labels = case(2, 40, 20, 14, 19, dtype=torch.float32, layout=layout)
     values = features.detach()
     constants, _ = launch._problem(values, labels, 19, True).constants("statistics")
@@ -335,7 +335,7 @@ def test_normalized_features_are_read_twice_by_one_program(monkeypatch: pytest.M
 
 
 def test_programs_for_every_multiprocessor() -> None:
-    """Normalised statistics of sixteen maps of 32 x 64: a program takes many channels, so few pixels must be enough."""
+    """Normalised statistics of sixteen maps of 32 x 64: with many channels per program, few pixels must suffice."""
     for num_classes, channels in launch.REPORTED_SIZES:
         problem = launch._Problem(channels, num_classes, torch.bfloat16, True, True, True, False, True, "hopper")
         constants, _ = problem.constants("statistics")

@@ -1,4 +1,4 @@
-"""Prototype discrimination: every implementation against loops, by hand, and against the reference."""
+"""Prototype discrimination: implementations compared with loops, with values by hand, and with the reference."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_two_classes_by_hand(implementation: str) -> None:
     assert result.loss.item() == pytest.approx(2 * 0.3 + 3 * 1.0)
     assert result.counts.tolist() == [2, 1, 0]
     assert result.prototypes.tolist() == [[1, 0], [1, 1], [0, 0]]
-    # separation falls when mu_0 moves down and mu_1 up; each pixel carries 1/n_k of its mean
+    # Separation falls when mu_0 moves down and mu_1 up; each pixel contributes 1/n_k of its mean.
     # compactness: 2/(K'(n-1)) (f - mu) = (f - mu), times 3
     expected = torch.tensor([[-3.0, 1.0], [3.0, 1.0], [0.0, -2.0]], dtype=torch.float64)
     torch.testing.assert_close(gradient[0, :, 0].T, expected)
@@ -120,7 +120,7 @@ def test_large_mean_small_spread(implementation: str) -> None:
 
 
 def test_classes_far_apart_keep_their_traces() -> None:
-    """No common shift serves classes at -1000 and 1000; each needs its own mean."""
+    """Classes at -1000 and 1000 need a shift of their own each; a common one would lose their traces."""
     generator = torch.Generator().manual_seed(2)
     labels = torch.randint(2, (2, 32, 32), generator=generator)
     noise = torch.randn(2, 8, 32, 32, generator=generator)
@@ -134,7 +134,7 @@ def test_classes_far_apart_keep_their_traces() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_error_budget(dtype: torch.dtype, normalize: bool) -> None:
-    """No further from float64 than the reference in the same dtype, give or take one rounding of the result."""
+    """Errors are no larger than twice those of the reference in the same dtype plus one rounding of the result."""
     features, labels = close_clusters(4, 48, 20, 20, 11, dtype=dtype)
     double = features.detach().double().requires_grad_()
     expected, expected_gradient = run("reference", double, labels, 11, normalize=normalize)
@@ -151,7 +151,7 @@ def test_error_budget(dtype: torch.dtype, normalize: bool) -> None:
 
 @pytest.mark.parametrize("scale", [1e-10, 1e14])
 def test_long_and_short_features_normalised(scale: float) -> None:
-    """Whose inverse length, cubed, leaves fp32."""
+    """Features whose cubed inverse length is outside of the range of fp32."""
     features, labels = close_clusters(2, 48, 8, 8, 5, dtype=torch.float32)
     features = (features.detach() * scale).requires_grad_()
     _, expected = run("reference", features.detach().double().requires_grad_(), labels, 5, normalize=True)
@@ -184,7 +184,7 @@ class TestDegenerate:
         torch.testing.assert_close(result.compactness, variance)
 
     def test_equal_prototypes(self, implementation: str) -> None:
-        """At distance 0 the hinge is the whole margin and its gradient is 0, not NaN."""
+        """At distance 0 the hinge equals the margin, and its gradient is 0 and not NaN."""
         features = torch.ones(1, 3, 2, 2, dtype=torch.float64, requires_grad=True)
         result, gradient = run(implementation, features, torch.tensor([[[0, 1], [1, 2]]]), 3)
         assert result.separation.item() == pytest.approx(1.3)

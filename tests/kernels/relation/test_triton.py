@@ -50,7 +50,7 @@ def test_float32_error_is_within_three_times_that_of_the_plain_form() -> None:
 
 
 def test_padding_is_never_read_and_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Buffers start as NaN: what is not written, or read where nothing was written, shows.
+    # Buffers start as NaN, which shows whatever is not written, or read without having been written.
     empty, empty_like = Tensor.new_empty, torch.empty_like
     monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: empty(self, *a, **k).fill_(torch.nan))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(torch.nan))

@@ -1,4 +1,4 @@
-"""CIRKD's mini-batch relation: hand-computed values, invariances, and every implementation against the reference."""
+"""CIRKD's mini-batch relation: hand-computed values, invariances, and implementations compared with the reference."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def by_hand(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Pair by pair with torch's own KL."""
+    """The loss, one pair of images at a time, with torch's own KL."""
     total = torch.zeros((), dtype=student.dtype)
     for i in range(len(student)):
         for j in range(len(student)):
@@ -206,7 +206,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     ("pixels", "mebibytes"), [(4096, 40), pytest.param(8192, 60, marks=pytest.mark.slow)], ids=["4096", "8192"]
 )
 def test_memory_of_two_images(pixels: int, mebibytes: float) -> None:
-    # One map of pixels by pixels is 64 MiB or 256 MiB; the plain form holds a dozen.
+    # One map of pixels by pixels takes 64 MiB or 256 MiB; the plain form stores a dozen.
     command = [sys.executable, "-c", MEMORY, str(pixels)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=500, env=environment)

@@ -26,7 +26,7 @@ from tests.support.distillation_cases import (
 
 @pytest.fixture
 def compilations() -> Callable[[], int]:
-    """How many graphs Dynamo has compiled since the test began."""
+    """Count the graphs that Dynamo has compiled since the test began."""
     torch._dynamo.utils.counters.clear()
     return lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
 

@@ -1,4 +1,4 @@
-"""Windowed distillation: the eager implementation against the reference, and the behaviour they share."""
+"""Windowed distillation: the eager implementation compared with the reference, and the behaviour of both."""
 
 import math
 import warnings
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("poison_empty_tensors")
 
 @pytest.fixture(params=["one chunk", "many chunks"])
 def chunking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Maps small enough for a test fit one chunk, so a second run cuts them as large ones are cut."""
+    """The maps of a test fit in one chunk, so a second run cuts them into many chunks, as large maps are."""
     if request.param == "many chunks":
         monkeypatch.setattr(eager, "SCORE_ELEMENTS_CPU", 3 * 16 * 16)
 
@@ -400,7 +400,7 @@ def test_auto_warns_once_when_triton_cannot_serve(monkeypatch: pytest.MonkeyPatc
 def test_triton_that_cannot_be_loaded_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    # Both places an import looks in: an earlier test may have loaded the module already.
+    # An import looks in both places, and an earlier test may have loaded the module already.
     monkeypatch.delattr(sys.modules["sward_kernels.windowed"], "launch", raising=False)
     monkeypatch.setitem(sys.modules, "sward_kernels.windowed.launch", None)
     with pytest.raises(NotImplementedError, match="implementation='triton' of windowed_distillation cannot be loaded"):

@@ -1,4 +1,4 @@
-"""Windowed distillation in C++ against the reference in float64, and what happens where it cannot be compiled."""
+"""Windowed distillation in C++ compared with the reference in float64, and what happens without a compiler."""
 
 import os
 import subprocess
@@ -40,7 +40,7 @@ SMALL_SHAPES = {"smaller than a window": (2, 6, 3, 2), "one row": (1, 3, 1, 21),
 
 
 def check(student: Tensor, teacher: Tensor, *arguments: object, **keywords: object) -> Outcome:
-    """Runs native and holds it to the budget that plain fp32 PyTorch sets."""
+    """Run native and compare its error with that of the reference in fp32."""
     oracle = run(student.double(), teacher.double(), *arguments, implementation="reference", **keywords)
     reference = run(student, teacher, *arguments, implementation="reference", **keywords)
     actual = run(student, teacher, *arguments, implementation="native", **keywords)
@@ -56,7 +56,7 @@ def test_native_matches_reference(window_size: int, shape: tuple[int, int, int, 
 
 
 def check_few_pixels(student: Tensor, teacher: Tensor, *arguments: object) -> None:
-    """As `check`, where no mean over many pixels hides a rounding: plain PyTorch may be far closer by luck.
+    """Like `check`, for so few pixels that roundings do not average out, and the reference may be closer by luck.
 
     A term rounds like the numbers near 1 that it is the difference of, a gradient like the largest.
     """
@@ -85,7 +85,7 @@ def test_layouts(student_layout: str, teacher_layout: str, window_size: int) -> 
     student, _ = maps_like((2, 33, 10, 19), layout=student_layout, dtype=torch.float32)
     before = student.clone(), teacher.clone()
     outcome = run(student, teacher, window_size, (1, 2), implementation="native")
-    # The arithmetic does not depend on where the numbers come from.
+    # The arithmetic does not depend on the layout.
     assert_same(
         outcome, run(student.contiguous(), teacher.contiguous(), window_size, (1, 2), implementation="native"), 0
     )
@@ -130,7 +130,7 @@ def test_a_side_without_gradient_gets_none_and_changes_nothing(side: str) -> Non
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
     side = data.draw(st.integers(1, 9), "window_size")
-    # With one channel a cosine has no gradient but rounding, which grows with 1 / |v| and nothing compared here.
+    # With one channel the gradient of a cosine is rounding alone, which grows with 1 / |v|.
     batch, dim, height, width = (
         data.draw(st.integers(low, high), name)
         for name, low, high in (("batch", 1, 3), ("dim", 2, 9), ("height", 1, 14), ("width", 1, 80))
@@ -201,13 +201,13 @@ def test_retained_graph_and_upstream_gradients() -> None:
 
 
 def fresh() -> cpp.Library:
-    """The library as a process finds it that has not asked for it yet."""
+    """The library as in a new process, not loaded yet."""
     return cpp.Library(native.LIBRARY.operation, native.LIBRARY.source)
 
 
 @pytest.fixture
 def nothing_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of its own, in which no library is."""
+    """An empty cache for compiled libraries."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("sward_kernels.fallback._warned", set())
     monkeypatch.setattr(native, "LIBRARY", fresh())

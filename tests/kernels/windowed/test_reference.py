@@ -1,4 +1,4 @@
-"""The reference of windowed distillation against the equations: by hand, and by loops over single numbers."""
+"""The reference of windowed distillation compared with the equations: by hand, and by loops over single numbers."""
 
 import math
 from itertools import product
@@ -70,7 +70,7 @@ def test_reference_matches_loops(shape: tuple[int, int, int, int], side: int, sh
 
 @pytest.mark.parametrize("implementation", ["reference", "eager"])
 def test_two_tokens_by_hand(implementation: str) -> None:
-    # One image of 1 x 2 pixels in a 2 x 2 window: two real tokens and two of padding, D = 1, Q, K, V a pixel.
+    # One image of 1 x 2 pixels in a 2 x 2 window: two real tokens and two of padding. D = 1.
     # Teacher: q = 0, so its attention is uniform over the four tokens: Z_t = (v1 + v2) / 4 = (3 + 1) / 4 = 1.
     # Student: q = 1 at both, k = (ln 2, 0), so its logits are (ln 2, 0, 0, 0) and A_s = (2, 1, 1, 1) / 5;
     # v = (5, -5): Z_s = (2 * 5 - 5) / 5 = 1, hence no context. Cosines of the values: 1 and -1.

@@ -1,4 +1,4 @@
-"""The Triton kernels against the equations: in Triton's interpreter without a GPU, on the GPU where there is one."""
+"""The Triton kernels compared with the equations: in Triton's interpreter without a GPU, else on the GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-import tests.support.interpreter  # noqa: F401  (quickens it)
+import tests.support.interpreter  # noqa: F401  (makes it fast)
 from sward_kernels import windowed_distillation
 from sward_kernels.gpu import launching
 from sward_kernels.windowed import plan
@@ -102,7 +102,7 @@ def test_one_sided_gradient_is_that_of_both(side: int, window_size: int) -> None
 
 
 def plain(qkv_student: Tensor, qkv_teacher: Tensor, window_size: int) -> list[Tensor]:
-    """Terms and gradients by PyTorch in the inputs' own dtype throughout: what the budget is measured with."""
+    """Terms and gradients computed by PyTorch in the dtype of the inputs, whose error sets the budget."""
     grid = WindowGrid(*qkv_student.shape[-2:], window_size)
     maps = [qkv.detach().requires_grad_() for qkv in (qkv_student, qkv_teacher)]
     (q_s, k_s, v_s), (q_t, k_t, v_t) = (grid.partition(qkv, (0, 0)).chunk(3, -1) for qkv in maps)
@@ -144,7 +144,7 @@ def test_error_is_within_that_of_the_plain_form(window_size: int, dim: int, dtyp
 
 
 def test_bfloat16_has_no_bias() -> None:
-    # A kernel that truncates where it should round to nearest errs to one side.
+    # A kernel that truncates instead of rounding to nearest has errors of one sign.
     student, teacher = maps(2, 8, 8, dim=32, dtype=torch.bfloat16)
     ours = run(student, teacher, 8, implementation="triton")
     truth = run(student.double(), teacher.double(), 8, implementation="reference")

@@ -1,4 +1,4 @@
-"""What the Triton implementation promises beyond its numbers: PyTorch's contracts, compilations, memory traffic."""
+"""The Triton implementation beyond its numbers: PyTorch's contracts, compilations, memory traffic."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-import tests.support.interpreter  # noqa: F401  (quickens it)
+import tests.support.interpreter  # noqa: F401  (makes it fast)
 from sward_kernels import windowed_distillation
 from sward_kernels.windowed import launch, plan
 from sward_kernels.windowed.tile_table import Tiles
@@ -119,8 +119,8 @@ def test_the_loss_may_be_changed_in_place() -> None:
 
 
 def test_a_call_allocates_and_launches_and_does_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What a CUDA graph needs: no wait for the device, no copy to or from the host, grids from shapes alone. Fake
-    # tensors have no data to read, and stand for GPU tensors without a GPU.
+    # A CUDA graph needs this: no wait for the device, no copy to or from the host, grids that depend on shapes alone.
+    # Fake tensors have no data to read, and stand in for GPU tensors.
     launched = []
     monkeypatch.setattr(plan, "family_of", lambda _: "ampere")
     monkeypatch.setattr(launch, "_launch", lambda plan, *_: launched.append(plan.kernel))
@@ -167,7 +167,7 @@ def test_a_cuda_graph_replays_the_call(window_size: int) -> None:
     assert all(torch.equal(one, other) for one, other in zip(replayed, step()))
 
 
-# Of what a launch does, only the request for a compilation: the real argument binding, no compiler and no GPU.
+# Runs only the part of a launch that requests a compilation: the real argument binding, without compiler and GPU.
 SECOND_CALLS = """
 import json, torch, triton
 from triton.backends.compiler import GPUTarget
@@ -204,7 +204,7 @@ def call(batch, height, width, shift, dim=16, window_size=4, dtype=torch.bfloat1
 counts = []
 for window_size in (4, 9):
     counts.append(call(1, 4, 4, (0, 0), window_size=window_size))
-    # 1 and multiples of 16 are what Triton would specialise integers for.
+    # Triton would specialise integers that are 1 or a multiple of 16.
     for batch, *size, shift in ((1, 1, 1, (0, 0)), (2, 16, 16, (1, 1)), (3, 33, 17, (2, 3)), (16, 48, 64, (0, 3))):
         counts.append(call(batch, *size, shift, window_size=window_size))
 counts.append(call(1, 4, 4, (0, 0), dim=32))
@@ -223,7 +223,7 @@ def test_no_shift_batch_or_size_compiles_anything_new() -> None:
 
 
 class Traffic:
-    """Counts every element a launch loads or stores, by argument and program, and refuses any other address."""
+    """Count the loads and stores of every element, per argument and program; any other address is an error."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from triton.runtime import interpreter
@@ -267,11 +267,11 @@ class Traffic:
         assert remaining.size == 0, f"{kind} outside of every argument"
 
     def times(self, index: int, name: str) -> np.ndarray:
-        """How often launch `index` touched each element of an argument, all programs together."""
+        """How often launch `index` loaded or stored each element of an argument, over all programs."""
         return sum(self.launches[index][name].values())
 
     def stored(self) -> dict[str, np.ndarray]:
-        """Every argument that was written, and how often each of its elements, all launches together."""
+        """The arguments that were written, and how often each element was, over all launches."""
         written: dict[str, np.ndarray] = {}
         for index, launched in enumerate(self.launches):
             for name in launched:
@@ -313,7 +313,7 @@ def test_memory_traffic_of_whole_windows(traffic: Traffic, layout: str) -> None:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Tiles:
-    """The kernels of large windows for one of 25 tokens: two programs of each kind, two steps each."""
+    """Run the kernels of large windows for a window of 25 tokens: two programs of each kind, two steps each."""
     tiles = Tiles(rows=16, keys=16, channels=16, num_warps=1)
     monkeypatch.setattr(plan, "tiles_of", lambda *_: tiles)
     return tiles
@@ -331,8 +331,8 @@ def test_programs_of_a_tiled_window_store_once_and_read_no_other_window(traffic:
     assert written["store statistics"].size == 5 * windows * tokens
     assert written["store partials"].size == 4 * windows * tiles
 
-    # Beyond 64 tokens a program loads an element once or twice a step. Those re-reads come from cache, and device
-    # memory sees one of them, because only neighbouring programs, those of one window, touch an element.
+    # Beyond 64 tokens a program loads an element once or twice per step. Only neighbouring programs, those of one
+    # window, load the same element, so one load reads device memory and the others hit the cache.
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     window_of = ((y - shift[0]) % height // side) * 2 + (x - shift[1]) % width // side
     owner = window_of.expand(3 * dim, height, width).flatten().numpy()

@@ -1,18 +1,19 @@
-"""Distillation methods by name: from a configuration and two networks to a `DistillationLoss`."""
+"""Distillation methods by name: from two networks and their layers to a `DistillationLoss`."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
-from sward import distributed, models
-from sward.config import DistillationConfig, MaskMethod
-from sward.data import DatasetInfo
-from sward.features import FeatureTaps
+from sward.config import MaskMethod, SWARDConfig
+from sward.features import map_channels
+from sward.layers import LayerChoice
 from sward.losses import (
     LOGITS,
     AttentionTransferLoss,
@@ -38,18 +39,38 @@ from sward.losses.standardized import feature_taps
 
 @dataclass(frozen=True)
 class DistillationPair:
-    """What the builder of a method may need."""
+    """Two networks and what the builder of a method may need about them."""
 
-    config: DistillationConfig
-    """The run's configuration."""
     student: nn.Module
     """The network that learns."""
-    teacher_name: str
-    """Name of the teacher in `sward.models`."""
     teacher: nn.Module
     """The frozen network."""
-    info: DatasetInfo
+    student_layers: LayerChoice
+    """Layers of the student that methods tap."""
+    teacher_layers: LayerChoice
+    """Layers of the teacher, one stage per stage of the student."""
+    student_image_size: tuple[int, int]
+    """Height and width of images that the student accepts, to find the channels of its layers."""
+    teacher_image_size: tuple[int, int]
+    """The same for the teacher."""
+    num_classes: int
     """Classes of the data set."""
+    ignore_index: int
+    """Label that is left out."""
+    settings: SWARDConfig
+    """Settings of `"sward"`."""
+    masks: Callable[[], Path]
+    """Returns the file of the masks for `"maskd"` and `"freekd"`, or raises."""
+    unlabelled: bool = False
+    """Whether images without labels are distilled too; then methods that can use every pixel do."""
+    standardize_teacher: bool = False
+    """Whether the other methods than `"sward"` see standardised teacher maps; `settings` say so for `"sward"`."""
+    seed: int = 0
+    """Seed of CIRKD's memory."""
+    generator: torch.Generator | None = None
+    """Source of the window shifts; None draws from torch's global generator."""
+    process_group: ProcessGroup | None = None
+    """Processes over which losses take their means and statistics."""
 
 
 def build(name: str, pair: DistillationPair) -> DistillationLoss:
@@ -60,14 +81,14 @@ def build(name: str, pair: DistillationPair) -> DistillationLoss:
     """
     check_name(name)
     loss = METHODS[name](pair)
-    if name == "sward" or pair.config.teacher.normalization == "none":
+    if name == "sward" or not pair.standardize_teacher:
         return loss
     taps = feature_taps(loss)
     if not taps or name == "freekd":
         reason = "its prompts are learned on the maps as they are" if taps else "it reads the teacher's logits only"
         raise ValueError(f"teacher.normalization must be 'none' for the method {name!r}, got 'standardize'; {reason}")
-    channels = tap_channels(pair.teacher, taps, pair.config.teacher_image_size)
-    return StandardizedTeacher(loss, channels, process_group=distributed.group())
+    channels = map_channels(pair.teacher, taps, pair.teacher_image_size)
+    return StandardizedTeacher(loss, channels, process_group=pair.process_group)
 
 
 def check_name(name: str) -> None:
@@ -79,29 +100,11 @@ def check_name(name: str) -> None:
         )
 
 
-def tap_channels(network: nn.Module, layers: Sequence[str], image_size: tuple[int, int]) -> list[int]:
-    """Return the number of channels of each layer's map, found by running one blank image.
-
-    Raises:
-        ValueError: if a layer does not exist or returns no `[B, C, H, W]` map.
-    """
-    training = network.training
-    parameter = next(network.parameters())
-    with FeatureTaps(network, layers) as taps, torch.no_grad():
-        network.eval()(parameter.new_zeros(1, 3, *image_size))
-        maps = taps.collect()
-    network.train(training)
-    return [maps[layer].shape[1] for layer in layers]
-
-
 def _sward(pair: DistillationPair) -> SWARDDistillation:
-    settings = pair.config.sward
-    student, teacher = models.describe(pair.config.model), models.describe(pair.teacher_name)
-    student_layers = settings.student_layers or tuple(stage.layer for stage in student.stages)
-    teacher_layers = settings.teacher_layers or tuple(stage.layer for stage in teacher.stages)
+    settings, student_layers, teacher_layers = pair.settings, pair.student_layers.stages, pair.teacher_layers.stages
     mwad = MWADLoss(
-        tap_channels(pair.student, student_layers, pair.config.dataset.image_size),
-        tap_channels(pair.teacher, teacher_layers, pair.config.teacher_image_size),
+        map_channels(pair.student, student_layers, pair.student_image_size),
+        map_channels(pair.teacher, teacher_layers, pair.teacher_image_size),
         window_size=settings.window_size[0] if len(settings.window_size) == 1 else settings.window_size,
         embed_dim=settings.embed_dim,
         shift=settings.shift,
@@ -109,30 +112,30 @@ def _sward(pair: DistillationPair) -> SWARDDistillation:
         teacher_normalization=settings.teacher_normalization,
         teacher_projections=settings.teacher_projections,
         context_reduction=settings.context_reduction,
-        process_group=distributed.group(),
-        # A generator of its own, so that runs with and without distillation see the same images and the same dropout.
-        generator=torch.Generator().manual_seed(distributed.rank_seed(pair.config.seed)),
+        process_group=pair.process_group,
+        generator=pair.generator,
     )
     pdr = PDRLoss(
-        pair.info.num_classes,
+        pair.num_classes,
         margin=settings.margin,
         terms=settings.pdr_weights,
-        ignore_index=pair.info.ignore_index,
+        ignore_index=pair.ignore_index,
         normalize=settings.normalize,
-        process_group=distributed.group(),
+        process_group=pair.process_group,
     )
     return SWARDDistillation(
         mwad,
         pdr,
         student_taps=student_layers,
         teacher_taps=teacher_layers,
-        pdr_tap=settings.pdr_layer or student.feature_layer,
+        pdr_tap=settings.pdr_layer or pair.student_layers.deepest,
         weights=settings.weights,
     )
 
 
 def _kd(pair: DistillationPair) -> KDLoss:
-    return KDLoss(ignore_index=pair.info.ignore_index, process_group=distributed.group())
+    # Every pixel of an unlabelled image is ignored by the label terms, but not by the teacher.
+    return KDLoss(ignore_index=None if pair.unlabelled else pair.ignore_index, process_group=pair.process_group)
 
 
 def _cwd(pair: DistillationPair) -> CWDLoss:
@@ -158,54 +161,53 @@ def _cirkd(pair: DistillationPair) -> CIRKDLoss:
     student, teacher = _penultimate(pair)
     return CIRKDLoss(
         *_channels(pair, student, teacher),
-        pair.info.num_classes,
+        pair.num_classes,
         student_tap=student,
         teacher_tap=teacher,
-        ignore_index=pair.info.ignore_index,
-        seed=pair.config.seed,
+        ignore_index=pair.ignore_index,
+        seed=pair.seed,
     )
 
 
 def _maskd(pair: DistillationPair) -> MasKDLoss:
-    masks = load_masks(pair.config.teacher_masks(), pair.teacher, LOGITS)
+    masks = load_masks(pair.masks(), pair.teacher, LOGITS)
     assert isinstance(masks, ReceptiveTokens)
     return MasKDLoss(masks)
 
 
 def _freekd(pair: DistillationPair) -> FreeKDLoss:
     student, teacher = _penultimate(pair)
-    prompts = load_masks(pair.config.teacher_masks(), pair.teacher, teacher)
+    prompts = load_masks(pair.masks(), pair.teacher, teacher)
     assert isinstance(prompts, FrequencyPrompts)
     channels, _ = _channels(pair, student, teacher)
     return FreeKDLoss.preset("released", prompts, channels, student_tap=student, teacher_tap=teacher)
 
 
-def new_masks(method: MaskMethod, teacher_name: str, teacher: nn.Module, image_size: tuple[int, int]) -> TeacherMasks:
+def new_masks(method: MaskMethod, teacher: nn.Module, layers: LayerChoice, image_size: tuple[int, int]) -> TeacherMasks:
     """Create untrained MasKD tokens or FreeKD prompts for a teacher, at the layer that `mask_tap` names."""
-    tap = mask_tap(method, teacher_name)
     if method == "maskd":
         with torch.no_grad():
             logits = teacher(next(teacher.parameters()).new_zeros(1, 3, *image_size))
         return ReceptiveTokens(max(logits.shape[1], 2))
-    return FrequencyPrompts.preset("released", tap_channels(teacher, [tap], image_size)[0])
+    return FrequencyPrompts.preset("released", map_channels(teacher, [mask_tap(method, layers)], image_size)[0])
 
 
-def mask_tap(method: MaskMethod, teacher_name: str) -> str:
+def mask_tap(method: MaskMethod, layers: LayerChoice) -> str:
     """Return the teacher's layer on which MasKD's tokens or FreeKD's prompts are learned."""
-    return LOGITS if method == "maskd" else models.describe(teacher_name).penultimate_layer
+    return LOGITS if method == "maskd" else layers.penultimate
 
 
 def _deepest(pair: DistillationPair) -> tuple[str, str]:
-    return models.describe(pair.config.model).feature_layer, models.describe(pair.teacher_name).feature_layer
+    return pair.student_layers.deepest, pair.teacher_layers.deepest
 
 
 def _penultimate(pair: DistillationPair) -> tuple[str, str]:
-    return models.describe(pair.config.model).penultimate_layer, models.describe(pair.teacher_name).penultimate_layer
+    return pair.student_layers.penultimate, pair.teacher_layers.penultimate
 
 
 def _channels(pair: DistillationPair, student_layer: str, teacher_layer: str) -> tuple[int, int]:
-    (student,) = tap_channels(pair.student, [student_layer], pair.config.dataset.image_size)
-    (teacher,) = tap_channels(pair.teacher, [teacher_layer], pair.config.teacher_image_size)
+    (student,) = map_channels(pair.student, [student_layer], pair.student_image_size)
+    (teacher,) = map_channels(pair.teacher, [teacher_layer], pair.teacher_image_size)
     return student, teacher
 
 

@@ -1,0 +1,19 @@
+"""accelerate: prepare the distiller as any model; it moves the teacher to the device too."""
+
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from sward import Distiller
+
+
+def train(distiller: Distiller, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    accelerator = Accelerator()
+    model, optimizer = accelerator.prepare(distiller, torch.optim.AdamW(distiller.parameters(), lr=1e-3))
+    for images, labels in batches:
+        out = model(images.to(accelerator.device), labels.to(accelerator.device))
+        accelerator.backward(out.loss)
+        optimizer.step()
+        optimizer.zero_grad()

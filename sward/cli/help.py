@@ -1,0 +1,58 @@
+"""The short help of `sward train` and `sward train-teacher`: the options that most runs need."""
+
+from __future__ import annotations
+
+from sward import data, methods, models, presets
+from sward.models.sources import FORMS
+
+_SHARED = {
+    "--model NAME": "the network, see below",
+    "--model-options KEY=VALUE ...": "options of its builder",
+    "--model-weights FILE|imagenet|none": "its initial weights",
+    "--dataset.name NAME": "the data set, see below",
+    "--dataset.root FOLDER": "where it lies",
+    "--dataset.image-size H W": "pixels of the training images",
+    "--dataset.num-classes K": "classes of a `folder`",
+    "--dataset.workers N": "loader processes",
+    "--batch N": "images per step, over all processes",
+    "--iterations N | --epochs N": "length; one clears the other",
+    "--optimizer.lr X": "initial learning rate",
+    "--precision fp32|bf16|fp16": "of the forward pass",
+    "--compile": "use torch.compile",
+    "--seed N": "seed of everything",
+    "--output FOLDER": "run folder",
+    "--resume": "resume the run in it",
+    "--device NAME": "such as cpu or cuda",
+}
+_STUDENT = {
+    "--distillation METHOD": "the method, see below, or none",
+    "--recipe recommended|paper": "settings of sward",
+    "--teacher.run FOLDER": "run of train-teacher",
+    "--teacher.name NAME": "or a teacher by name,",
+    "--teacher.weights FILE": "with these weights,",
+    "--teacher.untrained": "or with random ones",
+    "--sward.student-layers LAYER ...": "see 'sward layers MODEL'",
+    "--sward.teacher-layers LAYER ...": "one per student layer",
+}
+_TEACHER = {
+    "--trunk-checkpoint FILE": "pretrained trunk: SAM 2.1, MedSAM2, timm or DINOv2",
+    "--train-trunk": "train the trunk too",
+}
+
+
+def short_help(command: str) -> str:
+    """Return the help of `sward COMMAND --help`."""
+    options = {**_SHARED, **(_STUDENT if command == "train" else _TEACHER)}
+    lines = [f"usage: sward {command} PRESET|CONFIG.yaml [options]", ""]
+    lines += [f"  {option:<38}{text}" for option, text in options.items()]
+    listed = {
+        "presets": presets.names(),
+        "models": [*models.names("student" if command == "train" else "teacher"), *FORMS],
+        "methods": ["none", *methods.METHODS],
+        "data sets": data.names(),
+    }
+    if command != "train":
+        del listed["methods"]
+    lines.append("")
+    lines += [f"{kind}: {', '.join(names)}" for kind, names in listed.items()]
+    return "\n".join([*lines, "", f"All options with the values of a preset: sward {command} PRESET --help-all"])

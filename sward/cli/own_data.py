@@ -1,0 +1,85 @@
+"""What the command line offers for a folder of one's own: short options, and `sward data check`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+SHORT = {
+    "--data": "--dataset.root",
+    "--classes": "--dataset.classes",
+    "--mask-values": "--dataset.mask-values",
+    "--ignore-values": "--dataset.ignore-values",
+    "--images": "--dataset.images",
+    "--masks": "--dataset.masks",
+    "--split": "--dataset.split-by",
+    "--split-seed": "--dataset.split-seed",
+    "--group-by": "--dataset.group-by",
+}
+"""Short option -> the option of `DatasetConfig` that it stands for."""
+LISTS = ("--classes", "--mask-values", "--ignore-values", "--class-weights")
+"""Options that take a list separated by commas."""
+
+
+@dataclass
+class DataCheck:
+    """Look at a folder of images and masks and print what it holds, with the command to train on it."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """The folder, or a CSV file with the columns image and mask."""
+    images: str | None = None
+    """Pattern of the folder of images, such as frames/{split}."""
+    masks: str | None = None
+    """Pattern of a mask, such as masks/{split}/{name}_mask.png."""
+
+
+def expand(words: Sequence[str]) -> list[str]:
+    """Replace the short options by those of the configuration, and split their lists at commas."""
+    expanded: list[str] = []
+    option = ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            option = name
+            expanded.append(SHORT.get(name, name) + (equals + value if name not in LISTS else ""))
+            word = value if equals and name in LISTS else ""
+        if word:
+            expanded += [part for part in word.split(",") if part] if option in LISTS else [word]
+    return expanded
+
+
+def print_check(options: DataCheck) -> None:
+    """Print what `sward.data.survey` finds.
+
+    Raises:
+        ValueError: something stands in the way of a training; all of it is printed first.
+    """
+    from sward.data.files import shortened
+    from sward.data.survey import survey
+
+    found = survey(options.folder, images=options.images, masks=options.masks)
+    total = max(sum(found.values.values()), 1)
+    sizes = [f"{width} x {height} ({count})" for (height, width), count in found.sizes.most_common()]
+    values = [f"{value} ({count / total:.1%})" for value, count in found.values.most_common()]
+    print(f"layout:      {found.layout}")
+    print(f"images:      {', '.join(f'{count} {split}' for split, count in found.frames.items())}")
+    print(f"sizes:       {shortened(sizes)}")
+    print(f"mask values: {shortened(values, 8)}")
+    if found.lossy:
+        print(f"JPEG masks:  {found.lossy}; a pixel takes the nearest class")
+    if found.turned:
+        print(f"turned:      {found.turned} images have an EXIF orientation; it is applied, also to their masks")
+    if found.wide:
+        print(f"wide:        {sum(found.wide.values())} images have more than 8 bits, up to {found.highest:g}")
+    if found.duplicates:
+        named = [f"{one} = {other}" for one, other in found.duplicates]
+        print(f"duplicates:  {shortened(named)} have the same bytes; keep them in one split with --group-by")
+    for problem in found.problems[:10]:
+        print(f"problem:     {problem}")
+    if found.problems:
+        raise ValueError(f"{options.folder} must be free of problems, got {len(found.problems)}")
+    print(f"train with:  {found.command}")

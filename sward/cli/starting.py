@@ -1,0 +1,103 @@
+"""Where a run's configuration starts: a preset or a file, and what the words of the command change in it first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sward.config import DistillationConfig, MaskTrainingConfig, TeacherTrainingConfig, from_json, to_json
+
+Config = TypeVar("Config", DistillationConfig, TeacherTrainingConfig)
+
+SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def value_of(option: str, words: list[str]) -> str | None:
+    """Return the last value that `words` give an option, as `--option value` or `--option=value`."""
+    found = None
+    for index, word in enumerate(words):
+        if word == option and index + 1 < len(words):
+            found = words[index + 1]
+        elif word.startswith(f"{option}="):
+            found = word.removeprefix(f"{option}=")
+    return found
+
+
+def read_config(kind: type[Config], path: Path) -> Config:
+    """Read a configuration from a YAML or JSON file; fields that it does not name keep their defaults.
+
+    Raises:
+        FileNotFoundError: if there is no file.
+        ValueError: if it is not a mapping of the fields of `kind`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no configuration at {path.absolute()}; 'sward init PRESET' prints one")
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML.
+        if not isinstance(values, dict):
+            raise ValueError(f"got {type(values).__name__}")
+        config = from_json(kind, json.dumps(values))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be YAML: {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} must hold the fields of {kind.__name__}: {error}") from error
+    return config
+
+
+def write_config(config: Any) -> str:
+    """Return a configuration as YAML text that `read_config` reads."""
+    import yaml
+
+    return yaml.safe_dump(json.loads(to_json(config)), sort_keys=False, default_flow_style=None, width=120)
+
+
+def apply_words(config: DistillationConfig | TeacherTrainingConfig | MaskTrainingConfig, words: list[str]) -> list[str]:
+    """Clear what the words of a command contradict in `config`, take their `KEY=VALUE` options, and return the rest.
+
+    `--iterations` clears `epochs` and the reverse. Another model, teacher or data set clears the options, layers and
+    split that belong to the one before.
+    """
+    left = _take_options("--teacher.options", words, config.teacher) if hasattr(config, "teacher") else words
+    if not isinstance(config, MaskTrainingConfig):
+        if value_of("--iterations", words) is not None and value_of("--epochs", words) is None:
+            config.epochs = None
+        if value_of("--epochs", words) is not None and value_of("--iterations", words) is None:
+            config.iterations = None
+        model = value_of("--model", words)
+        if model is not None and model != config.model:
+            config.model_options, config.model_weights = {}, None
+            if isinstance(config, DistillationConfig):
+                config.sward.student_layers, config.sward.pdr_layer = (), None
+        left = _take_options("--model-options", left, config, "model_options")
+    if not isinstance(config, TeacherTrainingConfig):
+        teacher = value_of("--teacher.name", words)
+        if teacher is not None and teacher != config.teacher.name:
+            config.teacher.weights = None
+            if isinstance(config, DistillationConfig):
+                config.sward.teacher_layers = ()
+            if value_of("--teacher.options", words) is None:
+                config.teacher.options = {}
+    dataset = value_of("--dataset.name", words)
+    if dataset is not None and dataset != config.dataset.name:
+        config.dataset.split_by, config.dataset.num_classes, config.dataset.packed = None, None, "auto"
+        config.dataset.root = None
+    return left
+
+
+def _take_options(option: str, words: list[str], holder: Any, field: str = "options") -> list[str]:
+    """Put the `KEY=VALUE` words behind `option` into a field of `holder`, and return the other words."""
+    if option not in words:
+        return words
+    start = words.index(option) + 1
+    end = next((index for index in range(start, len(words)) if words[index].startswith("--")), len(words))
+    pairs = dict(getattr(holder, field))
+    for word in words[start:end]:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{option} must be followed by KEY=VALUE, got {word!r}")
+        pairs[key] = int(value) if value.removeprefix("-").isdigit() else value
+    setattr(holder, field, pairs)
+    return words[: start - 1] + words[end:]

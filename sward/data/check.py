@@ -1,0 +1,191 @@
+"""Read every mask once before a training starts: bad masks and missing classes are found before step 1.
+
+What was found is kept in `$XDG_CACHE_HOME/sward` (default `~/.cache/sward`) with the size and the modification time of
+the files, so that the next run reads only masks that have changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sward import atomic, distributed
+from sward.data.files import PairedFiles
+from sward.data.images import CorruptFileError, check_depth, image_size
+from sward.data.sample import Pair, SegmentationDataset
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """Labels of the masks of one split."""
+
+    pixels: NDArray[np.int64]
+    """Pixels per mask and class, `[N, K + 1]`; the last column counts ignored pixels."""
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of each class in the pixels that are not ignored."""
+        per_class = self.pixels[:, :-1].sum(0)
+        return (per_class / max(per_class.sum(), 1)).tolist()
+
+    def summary(self, classes: Sequence[str]) -> dict[str, int]:
+        """Return the number of masks and the pixels of each class by name."""
+        pixels = self.pixels.sum(0).tolist()
+        return {
+            "masks": len(self.pixels),
+            **{f"pixels of {name}": count for name, count in zip(classes, pixels)},
+            "ignored pixels": pixels[-1],
+        }
+
+    @property
+    def only_background(self) -> int:
+        """Number of masks that hold class 0 and nothing else but ignored pixels."""
+        return int(((self.pixels[:, 0] > 0) & (self.pixels[:, 1:-1].sum(1) == 0)).sum())
+
+
+def check_splits(splits: Mapping[str, SegmentationDataset], *, skip_corrupt: bool = False) -> dict[str, LabelCounts]:
+    """Read every mask of the splits of a data set that have files; every process of a group must call this.
+
+    Warns of masks that are all background.
+
+    Args:
+        splits: name of the split -> data set. `"train"` must hold every class.
+        skip_corrupt: leave out training masks that cannot be read.
+
+    Raises:
+        ValueError: a mask is invalid or has another size than its image, or a class has no pixel in training.
+    """
+    found = {}
+    for name, dataset in splits.items():
+        if isinstance(dataset, PairedFiles):
+            found[name] = count_labels(dataset, skip_corrupt=skip_corrupt and name == "train")
+            _judge(name, dataset, found[name])
+    return found
+
+
+def check_classes(datasets: Sequence[PairedFiles], *, skip_corrupt: bool = False) -> None:
+    """Check that every class has pixels in at least one split, before a pack of all splits is written.
+
+    Raises:
+        ValueError: as `check_splits` does.
+    """
+    counted = [count_labels(dataset, skip_corrupt=skip_corrupt).pixels for dataset in datasets]
+    _judge("train", datasets[0], LabelCounts(np.concatenate(counted)))
+
+
+def count_labels(dataset: PairedFiles, *, skip_corrupt: bool = False) -> LabelCounts:
+    """Count the labels of every mask, in threads; processes of a group share the work.
+
+    Raises:
+        ValueError: a mask is invalid or has another size than its image.
+    """
+    store = _Store(dataset)
+    mine = dataset.pairs[distributed.rank() :: distributed.world_size()]
+
+    def count(pair: Pair) -> list[int] | str | None:
+        try:
+            return store.get(pair) or _count(dataset, pair)
+        except CorruptFileError as error:
+            return None if skip_corrupt else str(error)
+        except (ValueError, FileNotFoundError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
+        results = list(executor.map(count, mine))
+    shared = distributed.gather((results, [store.key(pair) for pair in mine]))
+    rows = [row for part, _ in shared for row in part]
+    keys = [key for _, part in shared for key in part]
+    wrong = [row for row in rows if isinstance(row, str)]
+    if distributed.is_main():
+        store.save({key: row for key, row in zip(keys, rows) if isinstance(row, list)})
+    if wrong:
+        raise ValueError(wrong[0] + (f" (and {len(wrong) - 1} more masks)" if len(wrong) > 1 else ""))
+    kept = [row for row in rows if isinstance(row, list)]
+    return LabelCounts(np.array(kept, np.int64).reshape(-1, dataset.info.num_classes + 1))
+
+
+def _count(dataset: PairedFiles, pair: Pair) -> list[int]:
+    labels = dataset.read_mask(pair)
+    check_depth(pair.image, dataset.image_range)
+    size = image_size(pair.image)
+    # (0, 0): the header cannot be read; the loader says so when it comes to the image.
+    if size != (0, 0):
+        dataset.check_size(pair, (labels.shape[0], labels.shape[1]), size)
+    counts = np.bincount(labels.ravel(), minlength=256)
+    return [*counts[: dataset.info.num_classes].tolist(), int(counts[dataset.info.ignore_index])]
+
+
+def _judge(split: str, dataset: PairedFiles, found: LabelCounts) -> None:
+    classes = dataset.info.classes
+    absent = [name for name, share in zip(classes, found.shares) if share == 0]
+    masks = len(found.pixels)
+    empty = found.only_background
+    if split == "train" and absent and masks:
+        message = f"class {absent[0]!r} must be in at least one training mask, got none in {masks} masks"
+        # The classes of a published data set are fixed, and a part of it may lack some.
+        if dataset.info.name == "folder" or len(classes) == 2:
+            raise ValueError(f"{message}; {_cause(dataset, found, absent)}")
+        warnings.warn(message, stacklevel=3)
+    if split == "train" and empty:
+        warnings.warn(f"{empty} of {masks} training masks are all {classes[0]}", stacklevel=3)
+    if split != "train" and len(classes) == 2 and absent == [classes[1]]:
+        warnings.warn(
+            f"no mask of the split {split} holds {classes[1]}; its Dice is the share of images without false positives",
+            stacklevel=3,
+        )
+
+
+def _cause(dataset: PairedFiles, found: LabelCounts, absent: Sequence[str]) -> str:
+    ignored = int(found.pixels[:, -1].sum())
+    if ignored and dataset.info.name == "folder" and len(dataset.info.classes) == 2:
+        share = ignored / found.pixels.sum()
+        return (
+            f"{share:.0%} of the pixels are {dataset.info.ignore_index}, which means ignore; pass --mask-values "
+            f"0,{dataset.info.ignore_index} if they are {absent[0]}"
+        )
+    held = [name for name in dataset.info.classes if name not in absent]
+    return f"the masks hold {', '.join(held) or 'only ignored pixels'}; check --classes and --mask-values"
+
+
+class _Store:
+    """What was counted in the masks of one data set, in the user's cache folder."""
+
+    def __init__(self, dataset: PairedFiles) -> None:
+        what = f"{dataset.folder.resolve()} {dataset.info.name} {dataset.info.num_classes} {dataset.decoding}"
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self._path = base / "sward" / f"masks-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
+        try:
+            self._known: dict[str, list[int]] = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self._known = {}
+
+    def key(self, pair: Pair) -> str:
+        """Return paths, sizes and times of both files as text; the name alone where a file is missing."""
+        try:
+            status = [(str(path), path.stat()) for path in (pair.image, pair.mask)]
+        except OSError:
+            return pair.name
+        return " ".join(f"{path} {each.st_size} {each.st_mtime_ns}" for path, each in status)
+
+    def get(self, pair: Pair) -> list[int] | None:
+        return self._known.get(self.key(pair))
+
+    def save(self, counts: Mapping[str, list[int]]) -> None:
+        """Add counts; a cache that cannot be written costs time and nothing else."""
+        if all(key in self._known for key in counts):
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic.replacing(self._path, shared=True, durable=False) as file:
+                file.write(json.dumps({**self._known, **counts}).encode())
+        except OSError:
+            pass

@@ -1,0 +1,186 @@
+"""Read image files as 8-bit RGB, with errors that name the file.
+
+Every image goes through one rule, in training, prediction and packs:
+
+- EXIF orientation is applied, as every viewer does.
+- Transparent pixels are composited over black, which is also the padding of training crops.
+- CMYK, palette, grey and 1-bit images are converted to RGB.
+- Images with more than 8 bits per channel (16-bit, 32-bit, float) are scaled linearly from a stated range. Without one
+  they are refused, because a 12-bit microscope and a 16-bit scanner write the same kind of file.
+- Files with several pages are refused.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (
+    ".png",
+    ".webp",
+    ".jpg",
+    ".jpeg",
+    ".tif",
+    ".tiff",
+    ".bmp",
+    ".gif",
+    ".jp2",
+    ".ppm",
+    ".pgm",
+    ".pnm",
+    ".tga",
+    ".avif",
+)
+"""Suffixes of the files that are taken as images and masks, in lower case."""
+
+LOSSY = ("JPEG", "MPO", "JPEG2000", "AVIF")
+"""Pillow's names of the formats that change pixel values; WebP is taken as lossless."""
+
+# Errors that Pillow raises, depending on the format and on the kind of damage.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+_ORIENTATION = 0x0112
+_WIDE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+class CorruptFileError(ValueError):
+    """An image or mask file is damaged or not an image. The message names the file."""
+
+
+def open_image(path: Path) -> Image:
+    """Open and decode a file of one page and apply its EXIF orientation.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        CorruptFileError: the file is damaged or not an image.
+        ValueError: it is a folder, a broken link or far too large, or has several pages.
+    """
+    from PIL import Image, ImageOps
+
+    check_file(path)
+    try:
+        with Image.open(path) as image:
+            pages = getattr(image, "n_frames", 1)
+            # A phone appends a preview or a depth map to a photo and calls the file MPO; its first page is the photo.
+            several = pages > 1 and image.format != "MPO"
+            wide = False
+            if not several:
+                # Pillow keeps the high byte of 16-bit colour alone and does not say so in the mode.
+                wide = any(";16" in str(tile[3]) for tile in image.tile) and image.mode not in _WIDE
+                image.load()
+                ImageOps.exif_transpose(image, in_place=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no image file {path}") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"image {path} must have at most {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; {error}"
+        ) from error
+    except _DAMAGE as error:
+        raise CorruptFileError(f"cannot read {path}: the file is damaged or not an image ({error})") from error
+    if several:
+        raise ValueError(f"image {path} must have one page, got {pages}; save the pages as separate files")
+    image.info["wide"] = wide
+    return image
+
+
+def check_file(path: Path) -> None:
+    """Raise a ValueError if `path` is a folder or a broken link, which only look like an image file."""
+    if path.is_dir():
+        raise ValueError(f"image {path} must be a file, got a folder")
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"image {path} must be a file, got a broken link")
+
+
+def read_image(path: str | Path, value_range: tuple[float, float] | None = None) -> Tensor:
+    """Read an image file as `[3, H, W]` uint8 RGB, by the rule of this module.
+
+    Args:
+        path: the file.
+        value_range: the values that become 0 and 255 in images with more than 8 bits per channel; other images are not
+            scaled.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        CorruptFileError: the file is damaged or not an image.
+        ValueError: the file has several pages, or more than 8 bits per channel without a range or outside of it.
+    """
+    path = Path(path)
+    image = open_image(path)
+    if image.mode in _WIDE:
+        pixels = _scaled(np.asarray(image), path, value_range)
+        return torch.from_numpy(pixels).expand(3, -1, -1).contiguous()
+    if image.info["wide"] and value_range != (0, 65535):
+        raise ValueError(
+            f"image {path} must have 8 bits per channel, got 16-bit colour; state --dataset.image-range 0 65535 if it "
+            "uses the full range, else convert it"
+        )
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = _over_black(image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Read `(height, width)` of the upright image from the header of a file; `(0, 0)` if that fails."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if is_turned(image):
+                return image.width, image.height
+            return image.height, image.width
+    except (*_DAMAGE, Image.DecompressionBombError):
+        return 0, 0
+
+
+def check_depth(path: Path, value_range: tuple[float, float] | None) -> None:
+    """Raise a ValueError if the header of a file names more than 8 bits per channel and there is no `value_range`.
+
+    Files that cannot be read pass: `read_image` says what is wrong with them.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+    except (*_DAMAGE, Image.DecompressionBombError):
+        return
+    if mode in _WIDE and value_range is None:
+        raise ValueError(
+            f"image {path} must have 8 bits per channel, got the mode {mode}; state the range of its values, such as "
+            "--dataset.image-range 0 4095"
+        )
+
+
+def is_turned(image: Image) -> bool:
+    """Return whether the EXIF orientation of an opened image exchanges its height and width."""
+    return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+
+
+def _scaled(values: NDArray[np.generic], path: Path, value_range: tuple[float, float] | None) -> NDArray[np.uint8]:
+    numbers = values.astype(np.float64)
+    found = f"{values.dtype} values from {numbers.min():g} to {numbers.max():g}"
+    if value_range is None:
+        raise ValueError(
+            f"image {path} must have 8 bits per channel, got {found}; state their range, such as "
+            "--dataset.image-range 0 4095"
+        )
+    low, high = value_range
+    # A nan fails this comparison too.
+    if not (low <= numbers.min() and numbers.max() <= high):
+        raise ValueError(f"values of image {path} must be in the stated range, {low:g} to {high:g}, got {found}")
+    return ((numbers - low) * (255 / (high - low))).round().astype(np.uint8)
+
+
+def _over_black(image: Image) -> Image:
+    from PIL import Image
+
+    coloured = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", coloured.size, (0, 0, 0, 255)), coloured)

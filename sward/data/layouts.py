@@ -1,0 +1,229 @@
+"""Find images and their masks in a folder of one's own, whichever of the usual layouts it has.
+
+A layout is two patterns: `images` names a folder of images and `masks` a mask file without its suffix. `{split}` stands
+for train, val or test and `{name}` for the name of the image, with sub-folders.
+
+| images | masks |
+|---|---|
+| `images/{split}` | `masks/{split}/{name}` |
+| `{split}/images` | `{split}/masks/{name}` |
+| `images` | `masks/{name}` |
+| `.` | `{name}_mask` |
+
+`masks` may be called `labels` or `annotations` too, `images` `imgs`, and the name of a mask may end in `_mask`,
+`_label` or another of `SUFFIXES_OF_MASKS`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sward.data.files import list_images, natural_order
+from sward.data.images import SUFFIXES
+from sward.data.lists import read_table
+from sward.data.sample import DatasetNotFoundError, Pair
+
+IMAGE_FOLDERS = ("images", "image", "imgs", "img")
+MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "gt")
+SUFFIXES_OF_MASKS = ("", "_mask", "-mask", "_label", "_labels", "_gt", "_seg", "_segmentation")
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+"""Name of a split -> the names that its folder may have."""
+SOURCE = (
+    "a folder data set has the folders images and masks, or images/train, masks/train, images/val and masks/val, with "
+    "a mask of the same name for every image"
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the images and masks of a folder are."""
+
+    folder: Path
+    """The folder of the data set."""
+    images: str
+    """Pattern of the folder of the images."""
+    masks: str
+    """Pattern of a mask."""
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether the folder itself says which frame belongs to which split."""
+        return "{split}" in self.images
+
+    def splits(self) -> list[str]:
+        """Return the splits that have a folder of images; empty where the folder has none."""
+        if not self.has_splits:
+            return []
+        before, _, after = self.images.partition("{split}")
+        parent = self.folder / before
+        found = [path.name for path in parent.iterdir() if path.is_dir() and (parent / f"{path.name}{after}").is_dir()]
+        usual = {name: split for split, names in SPLITS.items() for name in names}
+        return sorted({usual.get(name, name) for name in found if not name.startswith(".")})
+
+    def pairs(self, split: str | None = None) -> list[Pair]:
+        """Return the frames of a split, or of the whole folder where it has no splits.
+
+        Raises:
+            DatasetNotFoundError: there is no folder of images or masks, or no image in it.
+            ValueError: an image has no mask.
+        """
+        image_folder, mask_folder, pattern = self._places(split)
+        for place in (image_folder, mask_folder):
+            if not place.is_dir():
+                raise DatasetNotFoundError(
+                    f"the folder data set in {self.folder} is incomplete: there is no folder {place}; {SOURCE}"
+                )
+        masks = list_tree(mask_folder)
+        images = list_tree(image_folder)
+        if image_folder == mask_folder:
+            images = {name: path for name, path in images.items() if not _is_mask(name, pattern)}
+        if not images:
+            place = image_folder.relative_to(self.folder)
+            raise DatasetNotFoundError(
+                f"the folder data set in {self.folder} is empty: {place} holds no image; {SOURCE}"
+            )
+        found = []
+        for name, image in images.items():
+            mask = masks.get(pattern.replace("{name}", name))
+            if mask is None:
+                raise ValueError(_no_mask(image, name, mask_folder, masks))
+            found.append(Pair(name, image, mask))
+        return found
+
+    def _places(self, split: str | None) -> tuple[Path, Path, str]:
+        """Return the folders of images and masks, and the name of a mask in its folder."""
+        parts = self.masks.split("/")
+        first = next(place for place, part in enumerate(parts) if "{name}" in part)
+        folders = self.images, "/".join(parts[:first]) or "."
+        pattern = "/".join(parts[first:])
+        suffix = Path(pattern).suffix.lower()
+        pattern = pattern[: -len(suffix)] if suffix in SUFFIXES else pattern
+        if split is None:
+            return self.folder / folders[0], self.folder / folders[1], pattern
+        for name in SPLITS.get(split, (split,)):
+            image_folder, mask_folder = (self.folder / folder.replace("{split}", name) for folder in folders)
+            if image_folder.is_dir():
+                return image_folder, mask_folder, pattern
+        images, masks = (folder.replace("{split}", split) for folder in folders)
+        raise DatasetNotFoundError(
+            f"the folder data set not found: looked for the folders {images!r} and {masks!r} in {self.folder}; {SOURCE}"
+        )
+
+
+def find_layout(root: Path, images: str | None = None, masks: str | None = None) -> Layout:
+    """Find the layout of a folder, or take the patterns given.
+
+    Args:
+        root: the folder.
+        images: pattern of the folder of images, such as `"frames/{split}"`; None looks for the usual layouts.
+        masks: pattern of a mask, such as `"masks/{split}/{name}_mask.png"`.
+
+    Raises:
+        DatasetNotFoundError: the folder does not exist or has none of the usual layouts.
+        ValueError: only one of the patterns is given, `masks` lacks `{name}`, or `{split}` is in one of them only.
+    """
+    if not root.is_dir():
+        raise DatasetNotFoundError(f"the folder data set not found: there is no folder {root}; {SOURCE}")
+    if images is not None or masks is not None:
+        if images is None or masks is None or "{name}" not in masks or ("{split}" in images) != ("{split}" in masks):
+            raise ValueError(
+                "images and masks must be given together, as images='images/{split}' and "
+                f"masks='masks/{{split}}/{{name}}.png', got images={images!r} and masks={masks!r}"
+            )
+        return Layout(root, images, masks)
+    for layout in _usual(root):
+        train = "train" if layout.has_splits else None
+        for suffix in SUFFIXES_OF_MASKS:
+            candidate = Layout(root, layout.images, layout.masks + suffix)
+            try:
+                image_folder, mask_folder, pattern = candidate._places(train)
+            except DatasetNotFoundError:
+                continue
+            images_there = list_tree(image_folder)
+            masks_there = images_there if mask_folder == image_folder else list_tree(mask_folder)
+            if any(pattern.replace("{name}", name) in masks_there for name in images_there):
+                return candidate
+    # No mask fits: the first layout says which one is missing.
+    first = next(_usual(root), None)
+    if first is None or first.images == ".":
+        raise DatasetNotFoundError(f"the folder data set not found: looked for images and masks in {root}; {SOURCE}")
+    return first
+
+
+def _usual(root: Path) -> Iterator[Layout]:
+    """Yield the usual layouts whose folders exist, those with splits first."""
+    named = list(itertools.product(IMAGE_FOLDERS, MASK_FOLDERS))
+    for images, masks in named:
+        for split in SPLITS["train"]:
+            if (root / images / split).is_dir() and (root / masks / split).is_dir():
+                yield Layout(root, f"{images}/{{split}}", f"{masks}/{{split}}/{{name}}")
+            if (root / split / images).is_dir() and (root / split / masks).is_dir():
+                yield Layout(root, f"{{split}}/{images}", f"{{split}}/{masks}/{{name}}")
+    for images, masks in named:
+        if (root / images).is_dir() and (root / masks).is_dir():
+            yield Layout(root, images, f"{masks}/{{name}}")
+    for suffix in SUFFIXES_OF_MASKS[1:]:
+        yield Layout(root, ".", f"{{name}}{suffix}")
+
+
+def list_tree(folder: Path) -> dict[str, Path]:
+    """Map names without suffix, with sub-folders (`a/b/1`), to the image files in a folder and below.
+
+    Raises:
+        ValueError: two images have one name.
+    """
+    found = list_images(folder, below=True)
+    for path in sorted(folder.iterdir(), key=lambda path: natural_order(path.name)):
+        if path.is_dir() and not path.name.startswith(".") and path.suffix.lower() not in SUFFIXES:
+            prefix = unicodedata.normalize("NFC", path.name)
+            found |= {f"{prefix}/{name}": each for name, each in list_tree(path).items()}
+    return found
+
+
+def table_pairs(table: Path) -> tuple[list[Pair], dict[str, str]]:
+    """Read frames from a CSV file with the columns `image` and `mask`, and `split` if it has one.
+
+    Paths are relative to the folder of the table. Returns the frames, and frame -> split where there is that column.
+
+    Raises:
+        ValueError: a column is missing, or a frame is listed twice.
+        FileNotFoundError: a file does not exist.
+    """
+    pairs, assigned = [], {}
+    for row in read_table(table, ("image", "mask")):
+        pair = Pair(
+            Path(row["image"]).with_suffix("").as_posix(), table.parent / row["image"], table.parent / row["mask"]
+        )
+        for path in (pair.image, pair.mask):
+            if not path.is_file():
+                raise FileNotFoundError(f"there is no file {path}, which {table} names")
+        pairs.append(pair)
+        if row.get("split"):
+            assigned[pair.name] = row["split"].lower()
+    names = [pair.name for pair in pairs]
+    doubled = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if doubled is not None:
+        raise ValueError(f"frames of {table} must be listed once, got {doubled!r} twice")
+    return pairs, assigned
+
+
+def _is_mask(name: str, pattern: str) -> bool:
+    before, _, after = pattern.partition("{name}")
+    return name.startswith(before) and name.endswith(after)
+
+
+def _no_mask(image: Path, name: str, folder: Path, masks: dict[str, Path]) -> str:
+    stem = Path(name).name
+    near = [path.name for other, path in masks.items() if stem.lower() in other.lower()]
+    hint = ""
+    if near:
+        # The shortest is the least changed one: 1_mask before 10_mask.
+        closest = min(near, key=len)
+        hint = f"; did you mean {closest}?"
+        if stem in closest:
+            hint = f"; --masks '{folder.name}/{closest.replace(stem, '{name}')}' would take {closest}"
+    return f"image {image} has no mask; {folder} holds no image file named {stem}{hint}"

@@ -1,0 +1,148 @@
+"""Read lists that say which frame belongs to which split."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def listed(split_by: str, split: str) -> tuple[list[str], Path]:
+    """Read the frame names of a split from a list, in the order of the list; also return the file.
+
+    Args:
+        split_by: path of one text file per split with the placeholder `{split}` and one name per line, or of one CSV
+            file with the columns `frame_id` and `split`.
+        split: name of the split.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is neither, or names a frame in two splits.
+    """
+    path = Path(split_by.replace("{split}", split))
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"split_by must be 'sequence', 'ratio' or the path of a list, got {split_by!r}; there is no file {path}"
+        )
+    if "{split}" in split_by:
+        return _names(path), path
+    assigned = read_assignment(path)
+    return [name for name, place in assigned.items() if place == split.lower()], path
+
+
+def read_assignment(path: Path) -> dict[str, str]:
+    """Read a CSV file with the columns `frame_id` and `split` as frame -> split, in lower case.
+
+    Raises:
+        ValueError: a column is missing, or a frame is in two splits.
+    """
+    assigned: dict[str, str] = {}
+    for row in read_table(path, ("frame_id", "split")):
+        name, split = _composed(row["frame_id"]), row["split"].lower()
+        if assigned.setdefault(name, split) != split:
+            raise ValueError(
+                f"frame {name!r} must be in one split, got {assigned[name]} and {split} in the split list {path}"
+            )
+    return assigned
+
+
+def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """Read the rows of a CSV file; commas or semicolons, spaces around values and a byte-order mark are accepted.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    first = text.partition("\n")[0]
+    lines = csv.reader(io.StringIO(text), delimiter=";" if ";" in first and "," not in first else ",")
+    rows = [[value.strip() for value in line] for line in lines if any(value.strip() for value in line)]
+    names = [name.lower() for name in rows[0]] if rows else []
+    if not set(columns) <= set(names):
+        raise ValueError(
+            f"the split list {path} must be a CSV file with the columns {' and '.join(columns)}, or its path must "
+            "contain the placeholder {split}"
+        )
+    return [dict(zip(names, [*row, *[""] * len(names)])) for row in rows[1:]]
+
+
+def _names(path: Path) -> list[str]:
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    return [_composed(line.strip()) for line in lines if line.strip()]
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def is_ratio(split_by: str) -> bool:
+    """Return whether `split_by` is shares of train, val and perhaps test, such as `80/10/10`."""
+    return bool(re.fullmatch(r"\d+/\d+(/\d+)?", split_by))
+
+
+def draw_splits(names: Sequence[str], ratio: str, *, seed: int = 0, group_by: str | None = None) -> dict[str, str]:
+    """Assign every frame to train, val or test, in an order that depends on the names and the seed alone.
+
+    Groups are ranked by the SHA-256 of the seed and their name. The first fill val, the next test, the others train.
+
+    Args:
+        names: the frames.
+        ratio: shares of train, val and test that add up to 100; `"90/10"` has no test.
+        seed: another number draws another split.
+        group_by: a regular expression whose first group (or whole match) is the group of a frame, or a CSV file with
+            the columns `frame_id` and `group`; None takes every frame as its own group.
+
+    Raises:
+        ValueError: the shares do not add up, a frame has no group, or a split would be empty.
+    """
+    shares = [int(share) for share in ratio.split("/")]
+    if sum(shares) != 100:
+        raise ValueError(f"the shares of split_by must add up to 100, got {ratio}")
+    groups: dict[str, list[str]] = {}
+    for name, group in _groups(names, group_by).items():
+        groups.setdefault(group, []).append(name)
+    ranked = sorted(groups, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).hexdigest())
+    wanted = {"val": shares[1], "test": shares[2] if len(shares) == 3 else 0}
+    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for group in ranked:
+        place = next(
+            (split for split, share in wanted.items() if len(splits[split]) < round(share * len(names) / 100)), "train"
+        )
+        splits[place] += groups[group]
+    empty = next((split for split, share in zip(("train", "val", "test"), shares) if share and not splits[split]), None)
+    if empty is not None:
+        raise ValueError(
+            f"split_by must leave a frame for {empty}, got {ratio} of {len(names)} frames in {len(groups)} groups"
+        )
+    assigned = {name: split for split, listed_names in splits.items() for name in listed_names}
+    return {name: assigned[name] for name in names}
+
+
+def assignment_text(assigned: Mapping[str, str]) -> str:
+    """Return frame -> split as the text of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("frame_id", "split"), *assigned.items()])
+    return text.getvalue()
+
+
+def _groups(names: Sequence[str], group_by: str | None) -> dict[str, str]:
+    if group_by is None:
+        return {name: name for name in names}
+    if group_by.endswith(".csv"):
+        table = {_composed(row["frame_id"]): row["group"] for row in read_table(Path(group_by), ("frame_id", "group"))}
+        found = {name: table.get(name) for name in names}
+    else:
+        try:
+            matches = {name: re.search(group_by, name) for name in names}
+        except re.error as error:
+            raise ValueError(
+                f"group_by must be a regular expression or a CSV file, got {group_by!r} ({error})"
+            ) from error
+        found = {name: match and match.group(1 if match.re.groups else 0) for name, match in matches.items()}
+    missing = next((name for name, group in found.items() if group is None), None)
+    if missing is not None:
+        raise ValueError(f"group_by must give every frame a group, got none for {missing!r} with {group_by}")
+    return {name: group or "" for name, group in found.items()}

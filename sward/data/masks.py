@@ -1,0 +1,210 @@
+"""Read mask files as class indices.
+
+A mask is an index image (1-bit, 8, 16 or 32-bit grey, or palette) or a colour image. `MaskValues` says which value or
+colour stands for which class. Lossless masks must hold these values exactly. Lossy ones (JPEG) take the nearest, which
+needs values that lie far apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sward.data.images import LOSSY
+from sward.data.sample import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LEAST_GAP = 64
+"""Least distance between two values of lossy masks, so that compression cannot turn one class into another."""
+TOLERANCE = 32
+"""A pixel of a lossy mask within this distance of a value clearly belongs to its class; edges may lie between."""
+UNCLEAR_SHARE = 0.1
+"""Largest share of pixels of a lossy mask that may lie farther from every value than `TOLERANCE`."""
+
+_COLOUR = re.compile("#[0-9a-fA-F]{6}")
+
+
+@dataclass(frozen=True)
+class MaskValues:
+    """Which values of a mask file stand for which class.
+
+    Raises:
+        ValueError: a value is neither a whole number nor `#rrggbb`, both kinds are mixed, or one is given twice.
+    """
+
+    classes: tuple[str, ...]
+    """The value of each class, in the order of the classes: numbers such as `"255"`, or colours such as `"#ff0000"`."""
+    ignore: tuple[str, ...] = ()
+    """Values of pixels that no loss and no metric looks at."""
+
+    def __post_init__(self) -> None:
+        everything = [*self.classes, *self.ignore]
+        wrong = [value for value in everything if not (value.isdecimal() or _COLOUR.fullmatch(value))]
+        if wrong:
+            raise ValueError(f"mask values must be whole numbers or #rrggbb, got {wrong[0]!r}")
+        if len({value.startswith("#") for value in everything}) > 1:
+            raise ValueError(f"mask values must be all numbers or all colours, got {', '.join(everything)}")
+        if len(set(self.numbers())) < len(everything):
+            raise ValueError(f"mask values must differ from each other, got {', '.join(everything)}")
+
+    @property
+    def are_colours(self) -> bool:
+        """Whether the values are colours."""
+        return self.classes[0].startswith("#")
+
+    @property
+    def palette(self) -> tuple[tuple[int, int, int], ...]:
+        """The colours of the classes, where the values are colours."""
+        return tuple((colour >> 16, colour >> 8 & 255, colour & 255) for colour in self.numbers()[: len(self.classes)])
+
+    def numbers(self) -> list[int]:
+        """Return the values of classes and then of ignored pixels as numbers, colours as 0xRRGGBB."""
+        return [int(value[1:], 16) if value[0] == "#" else int(value) for value in (*self.classes, *self.ignore)]
+
+    def labels(self) -> list[int]:
+        """Return the label of each of `numbers`."""
+        return [*range(len(self.classes)), *[IGNORE_INDEX] * len(self.ignore)]
+
+    def decode(self, mask: Image, path: Path) -> NDArray[np.uint8]:
+        """Return class indices and 255 for ignored pixels, uint8 `[H, W]`.
+
+        Raises:
+            ValueError: the mask holds other values; the message lists them.
+        """
+        found = colours(mask, path) if self.are_colours else indices(mask, path, lossy=True)
+        # One look per distinct value and not per pixel: a table for grey levels, runs of equal pixels for colours.
+        highest = int(found.max(initial=0))
+        if found.min(initial=0) >= 0 and highest < 2**16:
+            values, places = np.arange(highest + 1), found
+        else:
+            flat = found.ravel()
+            starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+            values = flat[starts]
+            places = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, flat.size))).reshape(found.shape)
+        lossy = mask.format in LOSSY
+        labels, unknown = self._nearest(values, path) if lossy else self._exact(values)
+        wrong = unknown[places]
+        if wrong.any() and (not lossy or wrong.mean() > UNCLEAR_SHARE):
+            where = f" in {wrong.mean():.0%} of its pixels" if lossy else ""
+            raise ValueError(
+                f"values of mask {path} must be {', '.join((*self.classes, *self.ignore))}, got "
+                f"{list_values(found[wrong], colours=self.are_colours)}{where}; name every value with --mask-values "
+                "and --ignore-values"
+            )
+        return labels[places]
+
+    def _exact(self, values: NDArray[np.integer]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """Return the label of each value, and whether it is none of `numbers`."""
+        wanted = np.array(self.numbers())
+        order = np.argsort(wanted)
+        chosen = order[np.searchsorted(wanted, values, sorter=order).clip(max=len(wanted) - 1)]
+        return np.array(self.labels(), np.uint8)[chosen], wanted[chosen] != values
+
+    def _nearest(self, values: NDArray[np.integer], path: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """Return the label of the nearest of `numbers` to each value, and whether it is farther than `TOLERANCE`."""
+        wanted = np.array(self.numbers())
+        points, given = (_channels(each) if self.are_colours else each[..., None] for each in (wanted, values))
+        gaps = np.abs(points[:, None] - points).max(-1)[~np.eye(len(points), dtype=bool)]
+        if gaps.min() < LEAST_GAP:
+            raise ValueError(
+                f"mask {path} must be lossless (PNG), got a compression that changes values; only values that are at "
+                f"least {LEAST_GAP} apart survive it, as --mask-values 0,255 are"
+            )
+        distances = np.abs(given[:, None] - points).max(-1)
+        return np.array(self.labels(), np.uint8)[distances.argmin(-1)], distances.min(-1) > TOLERANCE
+
+
+def indices(mask: Image, path: Path, *, lossy: bool = False) -> NDArray[np.integer]:
+    """Return the values of a mask with one channel, or with equal channels (grey saved as RGB).
+
+    Args:
+        lossy: allow formats that change values, such as JPEG.
+
+    Raises:
+        ValueError: the mask has colours, transparent pixels or values that are not whole numbers.
+    """
+    if mask.format in LOSSY and not lossy:
+        raise ValueError(
+            f"mask {path} must be lossless (PNG) to hold class indices, got {mask.format}, which changes them"
+        )
+    if len(mask.getbands()) > 1:
+        found = colours(mask, path)
+        red, green, blue = np.moveaxis(_channels(found), -1, 0)
+        limit = TOLERANCE if mask.format in LOSSY else 0
+        if max(np.abs(red - green).max(), np.abs(green - blue).max()) > limit:
+            raise ValueError(
+                f"mask {path} must have one channel of class indices (8-bit grey or palette), got the mode "
+                f"{mask.mode} with the colours {list_values(found, colours=True)}; name the colours with --mask-values"
+            )
+        return green
+    values = np.asarray(mask)
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8)
+    if np.issubdtype(values.dtype, np.floating):
+        whole = np.nan_to_num(values, nan=-1.0, posinf=-1.0, neginf=-1.0).round().astype(np.int64)
+        if (whole != values).any():
+            raise ValueError(f"values of mask {path} must be whole numbers, got {list_values(values[whole != values])}")
+        return whole
+    return values.astype(np.int64) if values.dtype.kind == "i" else values
+
+
+def colours(mask: Image, path: Path) -> NDArray[np.int64]:
+    """Return the colour of each pixel as 0xRRGGBB, `[H, W]`; palettes are looked up.
+
+    Raises:
+        ValueError: the mask has transparent pixels, or no colours because it has more than 8 bits.
+    """
+    if mask.mode.startswith(("I", "F")):
+        raise ValueError(f"mask {path} must have colours, got the mode {mask.mode}; name numbers with --mask-values")
+    if "A" in mask.getbands():
+        transparent = int((np.asarray(mask.getchannel("A")) < 255).sum())
+        if transparent:
+            raise ValueError(
+                f"mask {path} must not be transparent, got {transparent} transparent pixels; save it without an alpha "
+                "channel, with the background's colour where it is transparent"
+            )
+    channels = np.asarray(mask.convert("RGB")).astype(np.int64)
+    return channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]
+
+
+def list_values(values: NDArray[np.generic], *, colours: bool = False, most: int = 8) -> str:
+    """Return the distinct values as text, the most frequent first, and how many more there are."""
+    distinct, counts = np.unique(values, return_counts=True)
+    ranked = distinct[np.argsort(-counts, kind="stable")]
+    shown = [f"#{value:06x}" if colours else f"{value:g}" for value in ranked[:most].tolist()]
+    return ", ".join(shown) + (f" and {len(ranked) - most} more" if len(ranked) > most else "")
+
+
+def parse_values(values: Iterable[str]) -> tuple[str, ...]:
+    """Split `"0,255"` at commas and strip spaces; `"0"`, `"255"` stay as they are."""
+    return tuple(part.strip() for value in values for part in value.split(",") if part.strip())
+
+
+def _channels(values: NDArray[np.integer]) -> NDArray[np.integer]:
+    return np.stack([values >> 16, values >> 8 & 255, values & 255], axis=-1)
+
+
+def black_and_white(mask: Image, path: Path, classes: Sequence[str], threshold: int) -> NDArray[np.uint8]:
+    """Return 1 where a grey mask lies above `threshold`, for masks of 0 and 255 with or without soft edges.
+
+    Raises:
+        ValueError: nothing lies above it although the mask is not black, or the mask holds colours or more than 8 bits.
+    """
+    # A palette is looked up, since index 1 may have any colour.
+    grey = indices(mask.convert("RGB") if mask.mode == "P" else mask, path, lossy=True).astype(np.int64)
+    if mask.mode == "1":
+        grey *= 255
+    noise = TOLERANCE if mask.format in LOSSY else 0
+    if grey.max(initial=0) > 255 or (grey.max(initial=0) > noise and not (grey > threshold).any()) or grey.min() < 0:
+        raise ValueError(
+            f"values of mask {path} must be 0 for {classes[0]} and 255 for {classes[1]}, got {list_values(grey)}"
+        )
+    return (grey > threshold).astype(np.uint8)

@@ -1,0 +1,220 @@
+"""Look at a folder of images and masks before training on it, and suggest the options to train with."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sward.data.images import LOSSY, is_turned, open_image
+from sward.data.layouts import find_layout, table_pairs
+from sward.data.masks import TOLERANCE, UNCLEAR_SHARE, colours, indices
+from sward.data.sample import IGNORE_INDEX, Pair
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MOST_CLASSES = 32
+"""With more values than this, a mask is a photo or has soft edges, not classes."""
+
+
+@dataclass
+class Survey:
+    """What `survey` found in a folder."""
+
+    root: Path
+    """The folder, or its CSV file."""
+    layout: str
+    """Patterns of images and masks."""
+    has_splits: bool
+    """Whether the folder says which frame belongs to which split."""
+    frames: dict[str, int] = field(default_factory=dict)
+    """Split -> number of images; `"all"` where the folder has no splits."""
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """`(height, width)` of the upright images -> how many."""
+    values: Counter[str] = field(default_factory=Counter)
+    """Value or colour in the masks -> pixels."""
+    lossy: int = 0
+    """Masks in a format that changes values."""
+    turned: int = 0
+    """Images with an EXIF orientation."""
+    wide: Counter[str] = field(default_factory=Counter)
+    """Mode of images with more than 8 bits per channel -> how many."""
+    highest: float = 0.0
+    """Greatest value in those images."""
+    duplicates: list[tuple[str, str]] = field(default_factory=list)
+    """Frames in different splits whose images have the same bytes; without splits, all frames with the same bytes."""
+    problems: list[str] = field(default_factory=list)
+    """What stands in the way of a training, one sentence each."""
+
+    @property
+    def mask_values(self) -> tuple[str, ...]:
+        """The values that stand for classes, in order; empty where they are 0, 1, 2, ... and 255 to ignore."""
+        found = self._distinct()
+        return () if _are_indices(found) else tuple(found)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Suggested names of the classes."""
+        found = self._distinct()
+        count = len(found) - (_are_indices(found) and str(IGNORE_INDEX) in found)
+        return ("background", "foreground") if count == 2 else tuple(f"class{label}" for label in range(count))
+
+    @property
+    def command(self) -> str:
+        """The command that trains a student on the folder."""
+        words = ["sward", "train", "own", "--data", str(self.root), "--classes", ",".join(self.classes)]
+        if self.mask_values:
+            words += ["--mask-values", ",".join(self.mask_values)]
+        if not self.has_splits:
+            words += ["--split", "80/10/10"]
+        if self.wide:
+            words += ["--dataset.image-range", "0", f"{self.highest:g}"]
+        return shlex.join(words)
+
+    def _distinct(self) -> list[str]:
+        if self.lossy and not any(value.startswith("#") for value in self.values):
+            return ["0", "255"]
+        return sorted(self.values, key=lambda value: (0, int(value)) if value.isdecimal() else (1, int(value[1:], 16)))
+
+
+class _Look(NamedTuple):
+    size: tuple[int, int]
+    turned: bool
+    wide: str
+    highest: float
+    digest: str
+    values: dict[str, int]
+    lossy: bool
+    problem: str
+
+
+def survey(root: Path, *, images: str | None = None, masks: str | None = None) -> Survey:
+    """Read every mask and the headers of every image of a folder, in threads.
+
+    Args:
+        root: the folder, or a CSV file with the columns `image` and `mask`.
+        images: pattern of the folder of images; see `sward.data.layouts`. None finds the usual layouts.
+        masks: pattern of a mask.
+
+    Raises:
+        DatasetNotFoundError: the folder has none of the usual layouts, or no image.
+        ValueError: an image has no mask, or two have one name.
+    """
+    frames, found = _frames(root, images, masks)
+    pairs = [(split, pair) for split, listed in frames.items() for pair in listed]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
+        looks = list(executor.map(lambda each: _look(each[1]), pairs))
+    first: dict[str, tuple[str, str]] = {}
+    for (split, pair), look in zip(pairs, looks):
+        found.sizes[look.size] += 1
+        found.values.update(look.values)
+        found.lossy += look.lossy
+        found.turned += look.turned
+        found.wide.update([look.wide] if look.wide else [])
+        found.highest = max(found.highest, look.highest)
+        found.problems += [look.problem] if look.problem else []
+        other = first.setdefault(look.digest, (split, pair.name))
+        if other[1] != pair.name and (other[0] != split or not found.has_splits):
+            found.duplicates.append((other[1], pair.name))
+    found.problems += _judge(found)
+    return found
+
+
+def _frames(root: Path, images: str | None, masks: str | None) -> tuple[Mapping[str, list[Pair]], Survey]:
+    if root.is_file():
+        pairs, assigned = table_pairs(root)
+        frames: dict[str, list[Pair]] = {}
+        for pair in pairs:
+            frames.setdefault(assigned.get(pair.name, "all"), []).append(pair)
+        found = Survey(root, "the columns image and mask", bool(assigned))
+    else:
+        layout = find_layout(root, images, masks)
+        frames = {split: layout.pairs(split) for split in layout.splits()} or {"all": layout.pairs()}
+        found = Survey(root, f"images {layout.images}, masks {layout.masks}", layout.has_splits)
+    found.frames = {split: len(listed) for split, listed in frames.items()}
+    return frames, found
+
+
+def _look(pair: Pair) -> _Look:
+    from PIL import Image
+
+    digest = hashlib.sha256(pair.image.read_bytes()).hexdigest()
+    size, turned, wide, highest = (0, 0), False, "", 0.0
+    try:
+        with Image.open(pair.image) as image:
+            turned = is_turned(image) or image.getexif().get(0x0112, 1) != 1
+            size = (image.width, image.height) if is_turned(image) else (image.height, image.width)
+            if image.mode.startswith(("I", "F")):
+                wide, highest = image.mode, float(np.asarray(image).max())
+        mask = open_image(pair.mask)
+        lossy = mask.format in LOSSY
+        values = dict(_mask_values(mask, pair.mask))
+        problem = ""
+        if (mask.height, mask.width) != size:
+            problem = (
+                f"mask {pair.mask} must have the size of its image, {size[1]} x {size[0]} pixels, got {mask.width} x "
+                f"{mask.height}"
+            )
+        return _Look(size, turned, wide, highest, digest, values, lossy, problem)
+    except (OSError, ValueError) as error:
+        return _Look(size, turned, wide, highest, digest, {}, False, str(error))
+
+
+def _mask_values(mask: Image, path: Path) -> Iterator[tuple[str, int]]:
+    try:
+        numbers, pattern = indices(mask, path, lossy=True), "{}"
+    except ValueError:
+        numbers, pattern = colours(mask, path), "#{:06x}"
+    values, counts = count_values(numbers)
+    for value, count in zip(values.tolist(), counts.tolist()):
+        yield pattern.format(int(value)), count
+
+
+def count_values(values: NDArray[np.integer]) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+    """Count each distinct value, like `numpy.unique`, but sorting runs of equal pixels instead of pixels."""
+    flat = values.ravel()
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    lengths = np.diff(np.append(starts, flat.size))
+    distinct, places = np.unique(flat[starts], return_inverse=True)
+    return distinct, np.bincount(places, weights=lengths, minlength=len(distinct)).astype(np.int64)
+
+
+def _judge(found: Survey) -> list[str]:
+    problems = []
+    if found.has_splits and not {"train", "val"} <= set(found.frames):
+        problems.append(
+            f"the folder must have the splits train and val, got {', '.join(found.frames)}; move some images, or "
+            "name the folders with --images and --masks"
+        )
+    numbers = not any(value.startswith("#") for value in found.values)
+    total = sum(found.values.values())
+    if found.lossy and numbers:
+        unclear = sum(count for value, count in found.values.items() if TOLERANCE < int(value) < 255 - TOLERANCE)
+        if unclear > UNCLEAR_SHARE * total:
+            problems.append(
+                f"{found.lossy} masks are JPEG, which changes values, and {unclear / total:.0%} of the pixels are "
+                "neither near 0 nor near 255; export them as PNG"
+            )
+    elif len(found.values) > MOST_CLASSES:
+        problems.append(
+            f"the masks must have at most {MOST_CLASSES} values to suggest classes, got {len(found.values)}; name the "
+            "classes' values with --mask-values"
+        )
+    if len(found.classes) < 2 and not problems:
+        problems.append(f"the masks must have two values at least, got {', '.join(found.values) or 'none'}")
+    return problems
+
+
+def _are_indices(found: list[str]) -> bool:
+    numbers = [value for value in found if value != str(IGNORE_INDEX)]
+    return len(numbers) >= 2 and numbers == [str(label) for label in range(len(numbers))]

@@ -1,0 +1,248 @@
+"""Student, teacher and distillation loss as one module, for a trainer of your own."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from sward import layers, methods
+from sward.alignment import resize
+from sward.config import SWARDConfig
+from sward.features import FeatureTaps, unknown_layer
+from sward.layers import LayerChoice
+from sward.layouts import logits_of
+from sward.losses import LOGITS, DistillationInputs, SegmentationCrossEntropy
+from sward.losses.recipes import RECIPES, RecipeName
+from sward.training.teacher import FrozenTeacher
+
+PROBE_SIZES = ((256, 256), (224, 224), (512, 512), (128, 128))
+"""Image sizes on which networks are tried, to find their layers and channels."""
+
+
+class DistillerOutput(NamedTuple):
+    """Result of one call of a `Distiller`."""
+
+    loss: Tensor
+    """Scalar with gradient: the task loss and the weighted distillation loss."""
+    logits: Tensor
+    """The student's `[B, K, H, W]`, at the labels' resolution where there are labels."""
+    terms: dict[str, Tensor]
+    """Name -> detached fp32 scalar: `task` and the unweighted terms of the method."""
+
+    def backward(self) -> None:
+        """Compute the gradients of `loss`."""
+        self.loss.backward()
+
+
+class Distiller(nn.Module):
+    """Train `student` on the labels and on what `teacher` computes.
+
+        distiller = Distiller(student, teacher, num_classes=19).to(device)
+        optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)
+        distiller(images, labels).backward()
+
+    `parameters()` and `state_dict()` hold the student and what the method learns. The teacher is no submodule: it stays
+    in eval mode, gets no gradients, and is left out of checkpoints and of `DistributedDataParallel`; `to` moves it too.
+    After training, `distiller.student` is the network to keep.
+
+    Args:
+        student: `images [B, 3, H, W] -> logits [B, K, h, w]`, also in a tuple or under `out` or `logits` in a
+            dictionary. Logits of another size than the labels are resized.
+        teacher: the same; for methods that compare no logits, any network with feature maps.
+        num_classes: K.
+        method: a name in `sward.methods.METHODS`.
+        student_layers: layers for MWAD, shallow to deep; of the other methods the last one replaces the default layer.
+            None chooses, see `sward.layers.choose`.
+        teacher_layers: the same for the teacher, one per student layer.
+        recipe: recipe of `"sward"`, see `sward.losses.recipes`.
+        task: `(logits, labels) -> scalar`. Default: `SegmentationCrossEntropy(ignore_index)`.
+        masks: file that `sward train-masks` or `sward.losses.save_masks` wrote, for `maskd` and `freekd`.
+        image_size: height and width of images that both networks accept, to find layers and channels. None tries
+            `PROBE_SIZES`.
+        ignore_index: label that is left out.
+        process_group: processes over which losses take their means.
+        settings: fields of `sward.config.SWARDConfig`, such as `window_size=(4,)` or `embed_dim=32`.
+
+    Raises:
+        ValueError: if the arguments do not fit together; the message names the cure.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        num_classes: int,
+        method: str = "sward",
+        student_layers: Sequence[str] | None = None,
+        teacher_layers: Sequence[str] | None = None,
+        recipe: RecipeName = "recommended",
+        task: Callable[[Tensor, Tensor], Tensor] | None = None,
+        masks: str | Path | None = None,
+        image_size: tuple[int, int] | None = None,
+        ignore_index: int = 255,
+        process_group: ProcessGroup | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        methods.check_name(method)
+        _check_networks(student, teacher)
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        for side, names, network, other in (
+            ("student", student_layers, student, teacher),
+            ("teacher", teacher_layers, teacher, student),
+        ):
+            _check_layers(side, names, network, other)
+        student_size, student_choice = _layers_of(student, "student", student_layers, image_size)
+        teacher_size, teacher_choice = _layers_of(teacher, "teacher", teacher_layers, image_size)
+        if student_layers is None or teacher_layers is None:
+            student_stages, teacher_stages = layers.paired(student_choice.stages, teacher_choice.stages)
+            student_choice = dataclasses.replace(student_choice, stages=student_stages)
+            teacher_choice = dataclasses.replace(teacher_choice, stages=teacher_stages)
+        _check_classes(student, student_size, num_classes)
+        pair = methods.DistillationPair(
+            student=student,
+            teacher=teacher,
+            student_layers=student_choice,
+            teacher_layers=teacher_choice,
+            student_image_size=student_size,
+            teacher_image_size=teacher_size,
+            num_classes=num_classes,
+            ignore_index=ignore_index,
+            settings=_settings(recipe, settings),
+            masks=lambda: _masks(masks, method),
+            process_group=process_group,
+        )
+        self.method = method
+        self.student = student
+        self.distillation = methods.build(method, pair)
+        self.task = task or SegmentationCrossEntropy(ignore_index, process_group=process_group)
+        self.student_layers = student_choice.stages
+        """Layers of the student that MWAD compares."""
+        self.teacher_layers = teacher_choice.stages
+        """Layers of the teacher that MWAD compares."""
+        self._needs_labels = method == "cirkd" or (method == "sward" and pair.settings.weights[1] != 0)
+        self._teacher = FrozenTeacher(teacher, self.distillation.teacher_taps, precision=None)
+        self._taps = FeatureTaps(student, [tap for tap in self.distillation.student_taps if tap != LOGITS]).open()
+        # Parameters of both networks may lie on a GPU already.
+        self.distillation.to(next(student.parameters()).device)
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The frozen network."""
+        return self._teacher.network
+
+    def forward(
+        self, images: Tensor, labels: Tensor | None = None, *, teacher_images: Tensor | None = None
+    ) -> DistillerOutput:
+        """Compute the losses of one batch.
+
+        Args:
+            images: `[B, 3, H, W]`.
+            labels: `[B, H, W]` integers; None distils only.
+            teacher_images: the same views at the size that the teacher needs; None takes `images`.
+
+        Raises:
+            ValueError: if the method needs labels and there are none, or as the losses do.
+        """
+        if labels is None and self._needs_labels:
+            raise ValueError(f"labels must be given for method {self.method!r} with these weights, got None")
+        seen = self._teacher(images if teacher_images is None else teacher_images)
+        logits = logits_of(self.student(images), "student")
+        if labels is not None and logits.shape[-2:] != labels.shape[-2:]:
+            logits = resize(logits, (labels.shape[-2], labels.shape[-1]))
+        # Without labels every pixel counts: no method that is allowed here looks at the class.
+        classes = logits.new_zeros((len(logits), *logits.shape[-2:]), dtype=torch.long) if labels is None else labels
+        output = self.distillation(DistillationInputs({**self._taps.collect(), LOGITS: logits}, seen, classes))
+        if labels is None:
+            return DistillerOutput(output.loss, logits, output.terms)
+        task = self.task(logits, labels)
+        return DistillerOutput(task + output.loss, logits, {"task": task.detach().float(), **output.terms})
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Distiller:
+        super()._apply(fn, recurse)
+        self._teacher.network._apply(fn, recurse)
+        return self
+
+
+def _check_networks(student: nn.Module, teacher: nn.Module) -> None:
+    for side, network in (("student", student), ("teacher", teacher)):
+        if not isinstance(network, nn.Module):
+            raise ValueError(f"{side} must be an nn.Module, got {type(network).__name__}")
+    if student is teacher:
+        raise ValueError("teacher must be another network than the student, got the same module twice")
+    shared = {id(parameter) for parameter in student.parameters()} & {id(each) for each in teacher.parameters()}
+    if shared:
+        raise ValueError(
+            f"teacher must share no parameters with the student, got {len(shared)} shared ones; freezing it would "
+            "freeze them"
+        )
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError("student must have parameters that require gradients, got none; the student comes first")
+    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in (student, teacher)]
+    if sizes[1] < sizes[0]:
+        warnings.warn(
+            f"the teacher has fewer parameters than the student, {sizes[1]:,} and {sizes[0]:,}; the student comes "
+            "first",
+            stacklevel=3,
+        )
+
+
+def _check_layers(side: str, names: Sequence[str] | None, network: nn.Module, other: nn.Module) -> None:
+    if names is None:
+        return
+    if isinstance(names, str) or not names:
+        raise ValueError(f"{side}_layers must be a list of at least one layer, got {names!r}")
+    known, elsewhere = dict(network.named_modules()), dict(other.named_modules())
+    for name in names:
+        if name not in known:
+            swapped = "; it exists in the other network, and the student comes first" if name in elsewhere else ""
+            raise ValueError(f"{side}_{unknown_layer(name, network)}{swapped}")
+
+
+def _layers_of(
+    network: nn.Module, side: str, names: Sequence[str] | None, image_size: tuple[int, int] | None
+) -> tuple[tuple[int, int], LayerChoice]:
+    """Return an image size that the network accepts, and its layers."""
+    problem = ""
+    for size in (image_size,) if image_size is not None else PROBE_SIZES:
+        try:
+            choice = layers.choose(network, size)
+        except ValueError as error:
+            problem = problem or str(error)
+            continue
+        if names is None:
+            return size, choice
+        return size, LayerChoice(tuple(names), names[-1], choice.penultimate if len(names) > 1 else names[-1])
+    raise ValueError(f"{side}: {problem}; pass image_size=(height, width) that both networks accept")
+
+
+def _check_classes(student: nn.Module, size: tuple[int, int], num_classes: int) -> None:
+    with torch.no_grad(), layers.evaluating(student):
+        found = logits_of(student(next(student.parameters()).new_zeros(1, 3, *size)), "student").shape[1]
+    if found != num_classes and not (found == 1 and num_classes == 2):
+        raise ValueError(f"num_classes must be {found}, the channels of the student's logits, got {num_classes}")
+
+
+def _settings(recipe: RecipeName, given: dict[str, Any]) -> SWARDConfig:
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(map(repr, RECIPES))}, got {recipe!r}")
+    known = [field.name for field in dataclasses.fields(SWARDConfig)]
+    for name in given:
+        if name not in known or name in ("student_layers", "teacher_layers"):
+            raise ValueError(f"settings must be fields of SWARDConfig, got {name!r}; there are {', '.join(known)}")
+    return SWARDConfig(**{**RECIPES[recipe]._asdict(), **given})
+
+
+def _masks(path: str | Path | None, method: str) -> Path:
+    if path is None:
+        raise ValueError(f"masks must be a file for method {method!r}, got None; sward.losses.save_masks writes one")
+    return Path(path)

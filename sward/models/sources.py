@@ -1,0 +1,346 @@
+"""Networks by the name of a library or of a function: `smp:Unet`, `timm:convnext_tiny`, `package.module:function`."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sward.alignment import resize
+from sward.layouts import logits_of
+from sward.models.heads import MultiLevelHead
+from sward.models.teachers import Teacher
+
+FORMS = (
+    "smp:Unet",
+    "torchvision:lraspp_mobilenet_v3_large",
+    "timm:convnext_tiny",
+    "transformers:FOLDER",
+    "package.module:function",
+)
+"""The forms of names besides the registered ones, by example."""
+
+
+class Segmenter(nn.Module):
+    """Any segmentation network as the trainer wants it: images to logits at the resolution of the images.
+
+    Args:
+        network: returns logits of any size: a tensor, a tuple whose first item they are, or a dictionary that holds
+            them under `out` or `logits`. It stays reachable as `network`, which is the prefix of its layers.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return resize(logits_of(self.network(images), "network"), (images.shape[-2], images.shape[-1]))
+
+
+class TimmTrunk(nn.Module):
+    """A timm backbone that returns four maps: of its last four stages, or of four evenly spaced blocks of a plain ViT.
+
+    Args:
+        network: from `timm.create_model`.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        info: Any = network.feature_info
+        strides = [each["reduction"] for each in info]
+        count = len(strides)
+        if count < 4:
+            raise ValueError(f"a timm backbone must have at least four stages or blocks, got {count}")
+        if len(set(strides)) == 1:
+            self.indices = [round(count * quarter / 4) - 1 for quarter in (1, 2, 3, 4)]
+        else:
+            self.indices = list(range(count - 4, count))
+        self.channels: tuple[int, ...] = tuple(info[index]["num_chs"] for index in self.indices)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        network: Any = self.network
+        return network.forward_intermediates(images, indices=self.indices, output_fmt="NCHW", intermediates_only=True)
+
+
+class BackboneTrunk(nn.Module):
+    """A backbone of the transformers library that returns four maps.
+
+    Args:
+        network: from `transformers.AutoBackbone`, with four output stages.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        channels: Any = network.channels
+        self.channels: tuple[int, ...] = tuple(channels)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return list(self.network(images).feature_maps)
+
+
+def build(name: str, num_classes: int, options: Mapping[str, Any], *, imagenet: bool = False) -> nn.Module:
+    """Build the network `SOURCE:NAME`.
+
+    Args:
+        name: see `FORMS`. A backbone without a head gets a `MultiLevelHead`.
+        num_classes: K.
+        options: keyword arguments of the library's function. Strings are converted to the type that it declares.
+        imagenet: give the encoder the library's ImageNet weights, from its cache or hub; the others are random.
+
+    Raises:
+        ValueError: if there is no such network or option, or it does not build; the message lists near matches.
+        ModuleNotFoundError: if the library is not installed.
+    """
+    source, _, rest = name.partition(":")
+    builder = _BUILDERS.get(source)
+    if imagenet:
+        if source not in ("smp", "torchvision", "timm"):
+            raise ValueError(f"ImageNet weights must be for smp:, torchvision: or timm: models, got {name!r}")
+        return _with_imagenet(name, num_classes, options)
+    network = _function(name, num_classes, options) if builder is None else builder(rest, num_classes, options, False)
+    return network if isinstance(network, Teacher) else Segmenter(network)
+
+
+def _with_imagenet(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
+    source, _, rest = name.partition(":")
+    build(name, num_classes, options)  # So that any error below concerns the weights.
+    try:
+        network = _BUILDERS[source](rest, num_classes, options, True)
+    except Exception as error:
+        # Hubs, mirrors and caches raise errors of every kind.
+        cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub")
+        raise ValueError(
+            f"the ImageNet weights of {name!r} must be in a cache or on a hub that can be reached, got "
+            f"{type(error).__name__}; they are looked for in {cache.expanduser()} and "
+            f"{Path(torch.hub.get_dir()) / 'checkpoints'}"
+        ) from error
+    return network if isinstance(network, Teacher) else Segmenter(network)
+
+
+def typed_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert the values of options to the types of the parameters of `function`, by annotation or default.
+
+    Raises:
+        ValueError: for an option that `function` does not have, or a value of another type.
+    """
+    parameters = inspect.signature(function).parameters
+    anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    known = [
+        key
+        for key, each in parameters.items()
+        if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL, each.POSITIONAL_ONLY)
+    ]
+    converted = {}
+    for key, value in options.items():
+        if key not in known and not anything:
+            raise ValueError(f"model {name!r} has no option {key!r}; its options are {', '.join(known)}")
+        converted[key] = _typed(name, key, value, parameters.get(key))
+    return converted
+
+
+def _typed(name: str, key: str, value: Any, parameter: inspect.Parameter | None) -> Any:
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            value = {"true": True, "false": False, "none": None}.get(value.lower(), value)
+    wanted: Any = None if parameter is None else parameter.annotation
+    if wanted in ("int", "float", "bool", "str"):
+        wanted = {"int": int, "float": float, "bool": bool, "str": str}[wanted]
+    if wanted not in (int, float, bool, str) and parameter is not None:
+        wanted = type(parameter.default)
+    if wanted is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    checked = wanted in (int, float, bool, str) and value is not None
+    if checked and (not isinstance(value, wanted) or (wanted is int and isinstance(value, bool))):
+        raise ValueError(f"option {key!r} of model {name!r} must be of type {wanted.__name__}, got {value!r}")
+    return value
+
+
+def _smp(architecture: str, num_classes: int, options: Mapping[str, Any], imagenet: bool) -> nn.Module:
+    smp: Any = _library("smp", "segmentation_models_pytorch", "segmentation-models-pytorch")
+    known = [each.__name__ for each in _subclasses(smp.base.SegmentationModel)]
+    if architecture not in known:
+        raise ValueError(_unknown("smp", architecture, known))
+    function = getattr(smp, architecture)
+    fixed = {"encoder_weights": "imagenet" if imagenet else None, "classes": num_classes}
+    return _call(f"smp:{architecture}", function, fixed, options)
+
+
+def _torchvision(architecture: str, num_classes: int, options: Mapping[str, Any], imagenet: bool) -> nn.Module:
+    _library("torchvision", "torchvision")
+    from torchvision import models
+
+    known = models.list_models(module=models.segmentation)
+    if architecture not in known:
+        raise ValueError(_unknown("torchvision", architecture, known))
+    fixed = {"weights": None, "weights_backbone": "DEFAULT" if imagenet else None, "num_classes": num_classes}
+    return _call(f"torchvision:{architecture}", models.get_model_builder(architecture), fixed, options)
+
+
+def _timm(architecture: str, num_classes: int, options: Mapping[str, Any], imagenet: bool) -> Teacher:
+    timm: Any = _library("timm", "timm")
+    if not timm.is_model(architecture):
+        raise ValueError(_unknown("timm", architecture, timm.list_models()))
+    given = typed_options(f"timm:{architecture}", timm.create_model, options)
+    problem: Exception | None = None
+    # Any image size where the network allows it: plain ViTs take the first option, Swin the second pair.
+    for flexible in ({"dynamic_img_size": True}, {"strict_img_size": False, "dynamic_mask": True}, {}):
+        try:
+            network = timm.create_model(architecture, pretrained=imagenet, num_classes=0, **{**flexible, **given})
+            break
+        except (TypeError, RuntimeError, AssertionError, ValueError) as error:
+            problem = error
+    else:
+        raise ValueError(f"model 'timm:{architecture}' must accept its options, got {dict(given)}: {problem}")
+    trunk = TimmTrunk(network)
+    return Teacher(trunk, MultiLevelHead(trunk.channels, num_classes, width=min(128, trunk.channels[-1])))
+
+
+def _transformers(place: str, num_classes: int, options: Mapping[str, Any], imagenet: bool) -> nn.Module:
+    transformers: Any = _library("transformers", "transformers")
+    path = Path(place)
+    folder = path.parent if path.is_file() else path
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"there is no config.json in {folder.absolute()}; name a local folder or its config")
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+    has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    mapping = transformers.models.auto.modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING
+    if type(config) in mapping:
+        config.num_labels = num_classes
+        kind = transformers.AutoModelForSemanticSegmentation
+        if has_weights:
+            return kind.from_pretrained(folder, config=config, local_files_only=True, ignore_mismatched_sizes=True)
+        return kind.from_config(config)
+    stages = list(config.stage_names)[1:]
+    if len(stages) < 4:
+        raise ValueError(f"transformers:{place} must have at least four stages, got {len(stages)}")
+    config.out_features = [stages[round(len(stages) * quarter / 4) - 1] for quarter in (1, 2, 3, 4)]
+    kind = transformers.AutoBackbone
+    backbone = (
+        kind.from_pretrained(folder, config=config, local_files_only=True) if has_weights else kind.from_config(config)
+    )
+    trunk = BackboneTrunk(backbone)
+    return Teacher(trunk, MultiLevelHead(trunk.channels, num_classes, width=min(128, trunk.channels[-1])))
+
+
+def _function(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
+    module_name, _, attribute = name.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        # The console script does not look into the current folder, where a user's module lies.
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and module_name.split(".")[0] == error.name.split(".")[0]:
+            raise ValueError(
+                f"model {name!r} must name a library ({', '.join(_BUILDERS)}) or a Python module that can be imported "
+                f"from {Path.cwd()}, got {module_name!r}"
+            ) from error
+        raise
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        near = difflib.get_close_matches(attribute, dir(module), n=3, cutoff=0.4)
+        raise ValueError(
+            f"model {name!r} must name a function or class of {module_name}, got {attribute!r}; did you mean {near}?"
+        )
+    parameters = inspect.signature(function).parameters
+    anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    fixed = {"num_classes": num_classes} if anything or "num_classes" in parameters else {}
+    network = _call(name, function, fixed, options)
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"model {name!r} must return an nn.Module, got {type(network).__name__}")
+    return network
+
+
+def _call(name: str, function: Callable[..., Any], fixed: dict[str, Any], options: Mapping[str, Any]) -> Any:
+    for key in options:
+        if key in fixed:
+            raise ValueError(f"option {key!r} of model {name!r} must be left to sward, got {options[key]!r}")
+    given = typed_options(name, function, options)
+    try:
+        return function(**fixed, **given)
+    except (TypeError, KeyError, ValueError, AssertionError) as error:
+        raise ValueError(f"model {name!r} must accept its options, got {given}: {error}") from error
+
+
+def _library(source: str, module: str, package: str | None = None) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"models '{source}:...' need the package {package or module}; install it with 'pip install "
+            f"{package or module}'"
+        ) from error
+
+
+def _unknown(source: str, name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)[:6]
+    return f"unknown model '{source}:{name}'; did you mean {' or '.join(f'{source}:{each}' for each in near)}?"
+
+
+def _subclasses(kind: type) -> list[type]:
+    direct: list[type] = kind.__subclasses__()
+    return [each for one in direct for each in (one, *_subclasses(one))]
+
+
+_BUILDERS: dict[str, Callable[[str, int, Mapping[str, Any], bool], nn.Module]] = {
+    "smp": _smp,
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "transformers": _transformers,
+}
+
+
+def load_weights(network: nn.Module, path: Path) -> str:
+    """Load the weights of a whole network strictly and return one sentence about what matched.
+
+    Accepts a state dict at the top level or under `model`, `state_dict` or `model_state_dict`, with prefixes such as
+    `module.` that all of its names share; a checkpoint of `sward train` or `train-teacher` too.
+
+    Raises:
+        FileNotFoundError: if there is no file.
+        ValueError: if names or shapes do not match, or a tensor is not finite.
+    """
+    from sward.models.checkpoints import read_state
+
+    state: dict[str, Tensor] = {key: value for key, value in read_state(path).items() if isinstance(value, Tensor)}
+    inner = network.network if isinstance(network, Segmenter) else network
+    wanted = inner.state_dict()
+    stripped = ""
+    for prefix in ("", *_PREFIXES):
+        names = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if prefix and len(names) < len(state):
+            continue
+        if len(names.keys() & wanted.keys()) > len(state.keys() & wanted.keys()):
+            state, stripped = names, prefix
+    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing:
+        raise ValueError(
+            f"{path} must hold all {len(wanted)} tensors of the network, lacks {len(missing)}: {missing[0]}"
+        )
+    if unexpected:
+        raise ValueError(f"{path} must hold the tensors of the network alone, got {unexpected[0]} too")
+    for key, value in state.items():
+        if value.shape != wanted[key].shape:
+            raise ValueError(f"{key} in {path} must have shape {tuple(wanted[key].shape)}, got {tuple(value.shape)}")
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"{key} in {path} must be finite, got nan or infinity")
+    inner.load_state_dict(state)
+    return f"{len(state)} tensors from {path}" + (f", prefix {stripped!r} stripped" if stripped else "")
+
+
+_PREFIXES = ("module.", "model.", "network.", "module.network.", "model.network.", "_orig_mod.", "student.")

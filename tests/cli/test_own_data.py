@@ -1,0 +1,111 @@
+"""The short options of a folder of one's own, and the whole way from its masks to a run."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sward.cli.main import main
+from sward.cli.own_data import expand
+from sward.training.run_folder import RunFolder
+
+DISC = (np.hypot(*(np.indices((40, 48)) - 20)) < 12).astype(np.uint8)
+
+
+def test_short_options_stand_for_those_of_the_configuration() -> None:
+    words = "own --data x,y --classes a,b c --mask-values=#000000,#ffffff --split=80/10/10 --group-by a,b"
+    words += " --class-weights 1,5 --batch 4"
+    assert expand(words.split()) == [
+        *["own", "--dataset.root", "x,y", "--dataset.classes", "a", "b", "c"],
+        *["--dataset.mask-values", "#000000", "#ffffff", "--dataset.split-by=80/10/10"],
+        *["--dataset.group-by", "a,b", "--class-weights", "1", "5", "--batch", "4"],
+    ]
+
+
+@pytest.fixture
+def polyps(tmp_path: Path) -> Path:
+    """Ten photos with JPEG masks of 0 and 255, in one folder without splits."""
+    for number in range(10):
+        image = np.random.default_rng(number).integers(0, 99, (40, 48, 3), np.uint8) + 99 * DISC[..., None]
+        for kind, pixels in (("images", image), ("masks", 255 * DISC)):
+            path = tmp_path / f"polyps/{kind}/{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return tmp_path / "polyps"
+
+
+def train(root: Path, run: Path, *options: str) -> int:
+    fixed = ["--distillation", "none", "--epochs", "1", "--batch", "4", "--dataset.image-size", "32", "32"]
+    return main(
+        ["train", "own", "--data", str(root), "--output", str(run), "--dataset.views", "None", *fixed, *options]
+    )
+
+
+def test_from_jpeg_masks_without_splits_to_scores_and_predictions(
+    polyps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    options = ["--classes", "background,polyp", "--mask-values", "0,255", "--split", "80/10/10", "--metric", "dice"]
+    assert train(polyps, run, *options) == 0, capsys.readouterr().err
+    config, info = RunFolder(run).read()
+    assert info.classes == ("background", "polyp")
+    assert config.dataset.split_by == "80/10/10"
+    split = (run / "split.csv").read_text().splitlines()
+    assert split[0] == "frame_id,split"
+    assert sorted(line.split(",")[1] for line in split[1:]) == ["test", *["train"] * 8, "val"]
+    # A frame more: the run is still scored on the frames that it has not seen.
+    for kind in ("images", "masks"):
+        (polyps / kind / "new.jpg").write_bytes((polyps / kind / "1.jpg").read_bytes())
+    assert main(["evaluate", str(run), "--split", "test"]) == 0
+    assert "test split, 1 images" in capsys.readouterr().out
+    assert main(["predict", str(run), str(polyps / "images/0.jpg")]) == 0
+    assert train(polyps, run, *options, "--resume", "--epochs", "2") == 2
+    assert "the frames must be those in" in capsys.readouterr().err
+    for kind in ("images", "masks"):
+        (polyps / kind / "new.jpg").unlink()
+    assert "1,train" in split
+    Image.fromarray(255 * DISC[::-1] * DISC).save(polyps / "masks/1.jpg")
+    assert train(polyps, run, *options, "--resume", "--epochs", "2") == 2
+    assert "the data must be that with which the run in" in capsys.readouterr().err
+
+
+def test_a_run_finds_its_data_from_any_folder(
+    polyps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--classes", "background,polyp", "--mask-values", "0,255", "--split", "80/10/10"]
+    assert train(Path("polyps"), tmp_path / "run", *options) == 0, capsys.readouterr().err
+    monkeypatch.chdir("/")
+    assert RunFolder(tmp_path / "run").read()[0].dataset.root == polyps
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--split", "80/10/10"], "num_classes must be 2 to 255 for the data set 'folder', got None"),
+        (["--classes", "a,b"], "pass --split 80/10/10"),
+        (["--classes", "a,b", "--split", "80/10/10"], "must be lossless (PNG) to hold class indices, got JPEG"),
+        (["--classes", "a,b", "--mask-values", "0,1", "--split", "80/10/10"], "must be lossless (PNG)"),
+        (["--classes", "a,b,c", "--mask-values", "0,128,255", "--split", "80/10/10"], "class 'b' must be in at least"),
+        (["--classes", "a,b", "--mask-values", "0,255", "--split", "100/0/0"], "has no frame in the split val"),
+    ],
+)
+def test_wrong_inputs_are_one_sentence_before_a_run_folder_exists(
+    polyps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert train(polyps, tmp_path / "run", *options) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_task_losses_on_the_command_line(polyps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--classes", "background,polyp", "--mask-values", "0,255", "--split", "80/10/10"]
+    task = ["--task", "ce+dice", "--class-weights", "auto", "--label-smoothing", "0.1", "--metric", "mean_dice"]
+    assert train(polyps, tmp_path / "run", *options, *task) == 0, capsys.readouterr().err
+    assert "best mean_dice on validation" in capsys.readouterr().out
+    (first, *_) = RunFolder(tmp_path / "run").records()
+    assert first["task"] > 0

@@ -1,0 +1,139 @@
+"""What the words of a command change in a preset or a file before its options are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sward import presets
+from sward.cli.main import main
+from sward.cli.starting import apply_words, read_config, value_of, write_config
+from sward.config import DistillationConfig
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_given_length_clears_the_other() -> None:
+    by_epochs, by_steps = presets.get("clinicdb-unext").student, presets.get("demo").student
+    apply_words(by_epochs, ["--iterations", "3"])
+    apply_words(by_steps, ["--epochs=2"])
+    assert (by_epochs.epochs, by_steps.iterations) == (None, None)
+    both = presets.get("demo").student
+    apply_words(both, ["--epochs", "2", "--iterations", "3"])
+    assert both.iterations == 400
+
+
+def test_another_model_clears_the_options_and_layers_of_the_one_before() -> None:
+    teacher = presets.get("clinicdb-small").teacher
+    apply_words(teacher, ["--model", "vit_small_dinov2"])
+    assert teacher.model_options == {"token_stride": 14}
+    apply_words(teacher, ["--model", "hiera_demo"])
+    assert teacher.model_options == {}
+    student = presets.get("demo").student
+    assert student.sward.pdr_layer == "encoder.2"
+    apply_words(student, ["--model", "smp:Unet"])
+    assert student.sward.pdr_layer is None
+
+
+def test_another_data_set_clears_the_split() -> None:
+    student = presets.get("clinicdb-unext").student
+    apply_words(student, ["--dataset.name", "cvc_clinicdb"])
+    assert student.dataset.split_by == "ratio"
+    apply_words(student, ["--dataset.name", "camvid"])
+    assert student.dataset.split_by is None
+
+
+def test_options_of_networks_are_key_value_pairs() -> None:
+    student = presets.get("demo").student
+    words = ["--model-options", "a=3", "b=x=y", "--seed", "1", "--teacher.options", "c=-2"]
+    assert apply_words(student, words) == ["--seed", "1"]
+    assert student.model_options == {"a": 3, "b": "x=y"}
+    assert student.teacher.options == {"c": -2}
+    with pytest.raises(ValueError, match="--model-options must be followed by KEY=VALUE, got 'a'"):
+        apply_words(student, ["--model-options", "a", "3"])
+
+
+def test_the_last_value_counts() -> None:
+    assert value_of("--seed", ["--seed", "1", "--seed=2"]) == "2"
+    assert value_of("--seed", ["--seeds", "1"]) is None
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_every_preset_survives_a_file(name: str) -> None:
+    preset = presets.get(name)
+    for config in (preset.student, preset.teacher):
+        Path("file.yaml").write_text(write_config(config))
+        assert read_config(type(config), Path("file.yaml")) == config
+
+
+def test_init_prints_what_train_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "demo"]) == 0
+    text = capsys.readouterr().out
+    Path("mine.yaml").write_text(text.replace("seed: 0", "seed: 5"))
+    assert read_config(DistillationConfig, Path("mine.yaml")).seed == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch: [", "must be YAML"),
+        ("- 1", "must hold the fields of DistillationConfig: got list"),
+        ("bach: 3", "has no field 'bach'"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_text(text)
+    assert main(["train", "bad.yaml"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sward train: bad.yaml must")
+    assert message in line
+    assert main(["train", "absent.yaml"]) == 2
+
+
+def test_numbers_with_exponents_are_numbers() -> None:
+    Path("file.yaml").write_text("optimizer: {lr: 1e-4}")
+    assert read_config(DistillationConfig, Path("file.yaml")).optimizer.lr == 1e-4
+
+
+def test_short_help_names_what_there_is_and_help_all_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--help"], ["demo", "--help"]):
+        assert main(["train", *words]) == 0
+        text = capsys.readouterr().out
+        assert len(text.splitlines()) < 45
+        for name in ("--iterations", "unext", "smp:Unet", "cirkd", "camvid", "clinicdb-small", "--help-all"):
+            assert name in text
+        assert "--optimizer.power" not in text
+    with pytest.raises(SystemExit):
+        main(["train", "demo", "--help-all"])
+    assert "--optimizer.power" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("models", "unext"), ("methods", "cirkd"), ("datasets", "camvid"), ("presets", "demo")]
+)
+def test_list(kind: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", kind]) == 0
+    assert name in capsys.readouterr().out.splitlines()
+    assert main(["list", kind, "more"]) == 2
+
+
+def test_layers_as_json_and_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["layers", "unext", "--image-size", "64", "96"]
+    assert main([*words, "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["encoder.3"]["channels"] == 160
+    assert rows["encoder.3"]["grid"] == [4, 6]
+    assert rows["encoder.3"]["stride"] == 16
+    assert [name for name, row in rows.items() if row["default"]] == [f"encoder.{stage}" for stage in (1, 2, 3, 4)]
+    assert main(words) == 0
+    assert "* encoder.3" in capsys.readouterr().out
+
+
+def test_a_frozen_trunk_without_weights_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train-teacher", "demo", "--no-train-trunk", "--iterations", "1"]) == 2
+    assert "trunk_checkpoint must name the weights of a frozen trunk" in capsys.readouterr().err

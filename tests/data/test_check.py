@@ -1,0 +1,112 @@
+"""Masks are read before step 1: what is wrong with them is said there, with its cause."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sward import data
+from sward.data import check
+from sward.data.check import check_splits, count_labels
+from sward.data.files import PairedFiles
+from tests.support.folder_data import damage
+
+Write = Callable[[Path, np.ndarray], None]
+DISC = (np.hypot(*(np.indices((16, 24)) - 8)) < 5).astype(np.uint8)
+
+
+@pytest.fixture
+def polyps(tmp_path: Path, write: Write) -> Path:
+    """Four training and two validation frames with masks of 0 and 1."""
+    for split, count in (("train", 4), ("val", 2)):
+        for number in range(count):
+            write(tmp_path / f"images/{split}/{number}.png", np.full((16, 24, 3), number, np.uint8))
+            write(tmp_path / f"masks/{split}/{number}.png", DISC)
+    return tmp_path
+
+
+def build(root: Path, split: str = "train", num_classes: int = 2) -> PairedFiles:
+    made = data.build("folder", split, train=split == "train", root=root, num_classes=num_classes, image_size=32)
+    assert isinstance(made, PairedFiles)
+    return made
+
+
+def test_labels_are_counted_and_read_once(polyps: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(polyps / "masks/train/3.png", np.zeros_like(DISC))
+    write(polyps / "masks/train/2.png", np.where(DISC == 1, 255, 0).astype(np.uint8))
+    with pytest.warns(UserWarning, match="2 of 4 training masks are all class 0"):
+        counts = check_splits({"train": build(polyps)})["train"]
+    disc = int(DISC.sum())
+    assert counts.pixels.tolist() == [[384 - disc, disc, 0]] * 2 + [[384 - disc, 0, disc], [384, 0, 0]]
+    assert counts.shares == pytest.approx([(4 * 384 - 3 * disc) / (4 * 384 - disc), 2 * disc / (4 * 384 - disc)])
+    read = []
+    decode = PairedFiles.read_mask
+    monkeypatch.setattr(PairedFiles, "read_mask", lambda self, pair: read.append(pair.name) or decode(self, pair))
+    assert count_labels(build(polyps)).pixels.tolist() == counts.pixels.tolist()
+    assert read == []
+    write(polyps / "masks/train/1.png", np.ones_like(DISC))
+    assert count_labels(build(polyps)).pixels[1].tolist() == [0, 384, 0]
+    assert read == ["1"]
+
+
+def test_a_foreground_that_means_ignore_is_an_error_with_the_cure(polyps: Path, write: Write) -> None:
+    for number in range(4):
+        write(polyps / f"masks/train/{number}.png", 255 * DISC)
+    with pytest.raises(
+        ValueError, match=r"class 'class 1' must be .* none in 4 masks; 18% .* pass --mask-values 0,255"
+    ):
+        check_splits({"train": build(polyps)})
+
+
+def test_a_declared_class_without_pixels_is_an_error(polyps: Path) -> None:
+    with pytest.raises(ValueError, match=r"class 'class 2' .* the masks hold class 0, class 1; check --classes"):
+        check_splits({"train": build(polyps, num_classes=3)})
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.zeros((16, 23), np.uint8), r"must have the size of its image .*, got 23 x 16"),
+        (np.full((16, 24), 7, np.uint8), r"labels of mask .*val/1.png must be 0 to 1.* got 7"),
+        (np.eye(3, dtype=np.uint8)[None].repeat(16, 0), r"val/1.png must have one channel"),
+        (None, r"cannot read .*val/1.png: the file is damaged"),
+    ],
+)
+def test_bad_validation_masks_are_found_too(polyps: Path, write: Write, mask: np.ndarray | None, message: str) -> None:
+    if mask is None:
+        damage(polyps / "masks/val/1.png")
+    else:
+        write(polyps / "masks/val/1.png", mask)
+    with pytest.raises(ValueError, match=message):
+        check_splits({"train": build(polyps), "val": build(polyps, "val")}, skip_corrupt=True)
+
+
+def test_corrupt_training_masks_may_be_skipped(polyps: Path) -> None:
+    damage(polyps / "masks/train/0.png")
+    assert len(check_splits({"train": build(polyps)}, skip_corrupt=True)["train"].pixels) == 3
+    with pytest.raises(ValueError, match=r"train/0\.png"):
+        check_splits({"train": build(polyps)})
+
+
+def test_validation_without_foreground_is_a_warning(polyps: Path, write: Write) -> None:
+    for number in range(2):
+        write(polyps / f"masks/val/{number}.png", np.zeros_like(DISC))
+    with pytest.warns(UserWarning, match="no mask of the split val holds class 1; its Dice is the share of images"):
+        check_splits({"val": build(polyps, "val")})
+
+
+def test_images_of_more_bits_are_found_before_step_1(polyps: Path, write: Write) -> None:
+    write(polyps / "images/train/2.png", np.full((16, 24), 4000, np.uint16))
+    with pytest.raises(
+        ValueError, match=r"train/2\.png must have 8 bits per channel, got the mode I;16; state the range"
+    ):
+        check_splits({"train": build(polyps)})
+    dataset = build(polyps)
+    dataset.image_range = (0, 4095)
+    check_splits({"train": dataset})
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(polyps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(polyps / "masks/train/0.png"))
+    assert len(check.count_labels(build(polyps)).pixels) == 4

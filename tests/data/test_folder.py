@@ -1,0 +1,229 @@
+"""A folder of one's own: its layouts, its classes and values, and the splits drawn for it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sward import data
+from sward.data import DatasetNotFoundError, FolderOptions
+from sward.data.folder import ImageFolder
+from sward.data.layouts import find_layout, list_tree
+from sward.data.lists import draw_splits
+from sward.data.packing import pack
+
+Write = Callable[[Path, np.ndarray], None]
+MASK = np.zeros((8, 12), np.uint8)
+MASK[2:5, 3:9] = 255
+POLYPS = FolderOptions(("background", "polyp"), ("0,255",))
+
+
+def write_frame(write: Write, image: Path, mask: Path, number: int = 0, values: np.ndarray = MASK) -> None:
+    write(image, np.full((*values.shape[:2], 3), number, np.uint8))
+    write(mask, values)
+
+
+def build(root: Path, split: str = "train", options: FolderOptions = POLYPS, **rest: Any) -> ImageFolder:
+    made = data.build("folder", split, train=False, root=root, image_size=32, folder_options=options, **rest)
+    assert isinstance(made, ImageFolder)
+    return made
+
+
+def names(dataset: ImageFolder) -> list[str]:
+    return [pair.name for pair in dataset.pairs]
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("images/train/{}.jpg", "masks/train/{}.png"),
+        ("images/training/{}.jpg", "labels/training/{}.png"),
+        ("train/images/{}.png", "train/masks/{}.png"),
+        ("images/{}.png", "masks/{}.png"),
+        ("imgs/{}.png", "annotations/{}_mask.png"),
+        ("images/hospital/case{}/a.png", "masks/hospital/case{}/a.png"),
+        ("{}.jpg", "{}_mask.png"),
+    ],
+)
+def test_layouts(tmp_path: Path, write: Write, image: str, mask: str) -> None:
+    for number in (1, 2, 10):
+        write_frame(write, tmp_path / image.format(number), tmp_path / mask.format(number), number)
+    (tmp_path / ".DS_Store").write_bytes(b"x")
+    layout = find_layout(tmp_path)
+    pairs = layout.pairs("train" if layout.has_splits else None)
+    assert [pair.image for pair in pairs] == [tmp_path / image.format(number) for number in (1, 2, 10)]
+    assert [pair.mask for pair in pairs] == [tmp_path / mask.format(number) for number in (1, 2, 10)]
+    assert len({pair.name for pair in pairs}) == 3
+    assert layout.splits() == (["train"] if "train" in image else [])
+
+
+def test_patterns_name_any_layout(tmp_path: Path, write: Write) -> None:
+    for split in ("train", "val"):
+        write_frame(write, tmp_path / f"frames/{split}/a.png", tmp_path / f"truth/{split}/GT_a_v2.png")
+    options = FolderOptions(
+        ("background", "polyp"), ("0", "255"), (), "frames/{split}", "truth/{split}/GT_{name}_v2.png"
+    )
+    assert names(build(tmp_path, "val", options)) == ["a"]
+    with pytest.raises(ValueError, match="images and masks must be given together"):
+        find_layout(tmp_path, "frames")
+    with pytest.raises(DatasetNotFoundError, match="looked for images and masks in"):
+        find_layout(tmp_path)
+
+
+def test_a_mask_with_another_name_is_suggested(tmp_path: Path, write: Write) -> None:
+    write_frame(write, tmp_path / "images/a.png", tmp_path / "masks/a.png")
+    write_frame(write, tmp_path / "images/b.png", tmp_path / "masks/b-final.png")
+    with pytest.raises(
+        ValueError, match=r"image .*b\.png has no mask; .* --masks 'masks/\{name\}-final\.png' would take"
+    ):
+        find_layout(tmp_path).pairs()
+
+
+def test_trees_join_folders_to_names(tmp_path: Path, write: Write) -> None:
+    for path in ("b.png", "a/2.png", "a/10.png", ".hidden/x.png"):
+        write(tmp_path / path, MASK)
+    assert list(list_tree(tmp_path)) == ["b", "a/2", "a/10"]
+
+
+@pytest.fixture
+def unsplit(tmp_path: Path, write: Write) -> Path:
+    """Twenty frames of four patients in one folder, masks of 0 and 255."""
+    for number in range(20):
+        name = f"p{number % 4}_{number}.png"
+        write_frame(write, tmp_path / "images" / name, tmp_path / "masks" / name, number)
+    return tmp_path
+
+
+def test_a_drawn_split_is_a_partition_that_names_and_seed_decide(unsplit: Path) -> None:
+    split = {each: names(build(unsplit, each, split_by="80/10/10")) for each in ("train", "val", "test")}
+    assert [len(each) for each in split.values()] == [16, 2, 2]
+    everyone = [name for each in split.values() for name in each]
+    assert sorted(everyone) == sorted(names(build(unsplit, "all")))
+    shuffled = list(reversed(everyone))
+    assert draw_splits(shuffled, "80/10/10") == {name: each for each in split for name in split[each]}
+    other = draw_splits(everyone, "80/10/10", seed=1)
+    assert other != draw_splits(everyone, "80/10/10")
+    assert "test" not in draw_splits(everyone, "75/25").values()
+    # Written down: another draw would silently turn test frames into training frames.
+    assert draw_splits(["a", "b", "c", "d"], "50/25/25") == {"a": "test", "b": "train", "c": "train", "d": "val"}
+
+
+def test_groups_stay_in_one_split(unsplit: Path) -> None:
+    everyone = names(build(unsplit, "all"))
+    assigned = draw_splits(everyone, "50/25/25", group_by=r"^(p\d)_")
+    patients = {name.split("_")[0]: split for name, split in assigned.items()}
+    assert all(assigned[name] == patients[name.split("_")[0]] for name in everyone)
+    assert sorted(patients.values()) == ["test", "train", "train", "val"]
+    table = unsplit / "groups.csv"
+    table.write_text("frame_id,group\n" + "".join(f"{name},{name[:2]}\n" for name in everyone))
+    assert draw_splits(everyone, "50/25/25", group_by=str(table)) == assigned
+    for group_by, message in (("^x", "none for 'p0_0'"), ("(", "must be a regular expression or a CSV file")):
+        with pytest.raises(ValueError, match=message):
+            draw_splits(everyone, "50/25/25", group_by=group_by)
+    with pytest.raises(ValueError, match="must leave a frame for train, got 80/10/10 of 20 frames in 1 groups"):
+        draw_splits(everyone, "80/10/10", group_by="^p")
+
+
+@pytest.mark.parametrize(
+    ("split", "split_by", "message"),
+    [
+        ("train", None, "split_by must be set for a folder without train and val, got None; pass --split 80/10/10"),
+        ("train", "80/10/20", "must add up to 100, got 80/10/20"),
+        ("dev", "80/10/10", "split must be train, val, test or all for a folder without splits, got 'dev'"),
+    ],
+)
+def test_splits_that_are_missing_or_wrong(unsplit: Path, split: str, split_by: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(unsplit, split, split_by=split_by)
+
+
+def test_a_folder_with_splits_is_not_split_again(tmp_path: Path, write: Write) -> None:
+    for split in ("train", "valid"):
+        write_frame(write, tmp_path / f"images/{split}/a.png", tmp_path / f"masks/{split}/a.png")
+    assert names(build(tmp_path, "val")) == ["a"]
+    with pytest.raises(
+        ValueError, match="split_by must be None for a folder with the splits train, val, got '80/10/10'"
+    ):
+        build(tmp_path, split_by="80/10/10")
+
+
+def test_lists_split_a_folder_and_are_checked(unsplit: Path) -> None:
+    table = unsplit / "split.csv"
+    table.write_text("frame_id,split\np0_0,train\np1_1,val\n")
+    assert names(build(unsplit, split_by=str(table))) == ["p0_0"]
+    table.write_text("frame_id,split\np0_0,train\np1-1,val\n")
+    with pytest.raises(ValueError, match="names frame 'p1-1', which does not exist; did you mean 'p1_1'"):
+        build(unsplit, split_by=str(table))
+    for split, listed in (("train", "p0_0\np1_1\n"), ("val", "p2_2\n")):
+        (unsplit / f"{split}.txt").write_text(listed)
+    assert names(build(unsplit, split_by=str(unsplit / "{split}.txt"))) == ["p0_0", "p1_1"]
+    (unsplit / "val.txt").write_text("p1_1\n")
+    with pytest.raises(ValueError, match="frame 'p1_1' must be in one split, got train and val"):
+        build(unsplit, split_by=str(unsplit / "{split}.txt"))
+
+
+def test_one_table_names_every_file(tmp_path: Path, write: Write) -> None:
+    for name in ("a", "b"):
+        write_frame(write, tmp_path / f"x/{name}.jpg", tmp_path / f"y/{name}.png")
+    table = tmp_path / "frames.csv"
+    table.write_text("image,mask,split\nx/a.jpg,y/a.png,train\nx/b.jpg,y/b.png,val\n")
+    assert names(build(table)) == ["x/a"]
+    assert build(table, "val")[0].labels.sum() == 18
+    table.write_text("image,mask\nx/a.jpg,y/a.png\nx/c.jpg,y/b.png\n")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*x/c\.jpg, which .*frames\.csv names"):
+        build(table)
+
+
+def test_values_and_names_of_classes(unsplit: Path, write: Write) -> None:
+    dataset = build(unsplit, split_by="80/10/10")
+    assert dataset.info.classes == ("background", "polyp")
+    assert dataset[0].labels.unique().tolist() == [0, 1]
+    colours = np.zeros((8, 12, 3), np.uint8)
+    colours[:4], colours[4:, :6] = [255, 0, 0], [0, 255, 0]
+    for path in (unsplit / "masks").iterdir():
+        write(path, colours)
+    options = FolderOptions(("wall", "lumen"), ("#ff0000", "#00ff00"), ("#000000",))
+    coloured = build(unsplit, options=options, split_by="80/10/10")
+    assert coloured.info.palette == ((255, 0, 0), (0, 255, 0))
+    assert coloured[0].labels[::4, ::6].tolist() == [[0, 0], [1, 255]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            FolderOptions(("a", "b", "c"), ("0", "255")),
+            "must agree on the number of classes, got 3 by classes, 2 by mask",
+        ),
+        (FolderOptions(("a", "a")), "classes must differ from each other"),
+        (FolderOptions(("a", "b"), (), ("255",)), "mask_values must be given with ignore_values 255"),
+        (FolderOptions(), "num_classes must be 2 to 255 for the data set 'folder', got None"),
+    ],
+)
+def test_options_that_contradict(options: FolderOptions, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data.describe("folder", folder_options=options)
+
+
+def test_packs_belong_to_their_mask_values(unsplit: Path) -> None:
+    pack(data.build_for_packing("folder", root=unsplit, folder_options=POLYPS))
+    packed = build(unsplit, split_by="80/10/10")
+    assert packed.packed is not None
+    assert packed[0].labels.sum() == 18
+    with pytest.raises(ValueError, match=r"must be decoded with mask_values 255,0, got mask_values 0,255; pack again"):
+        build(unsplit, options=FolderOptions((), ("255", "0")), split_by="80/10/10")
+
+
+def test_phone_photos_meet_their_masks_upright(tmp_path: Path, write: Write) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write_frame(write, tmp_path / "images/a.png", tmp_path / "masks/a.png", values=np.ascontiguousarray(MASK.T))
+    (tmp_path / "images/a.png").unlink()
+    Image.fromarray(np.zeros((8, 12, 3), np.uint8)).save(tmp_path / "images/a.jpg", exif=exif)
+    assert build(tmp_path, "all")[0].labels.shape == (12, 8)
+    write(tmp_path / "masks/a.png", MASK)
+    with pytest.raises(ValueError, match=r"8 x 12 pixels, got 12 x 8; the image is turned by its EXIF orientation"):
+        build(tmp_path, "all")[0]

@@ -1,0 +1,81 @@
+"""`sward data check`: what it finds in a folder, and the command that it prints."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sward.cli.main import main
+from sward.data.survey import count_values, survey
+
+Write = Callable[[Path, np.ndarray], None]
+DISC = (np.hypot(*(np.indices((48, 64)) - 24)) < 15).astype(np.uint8)
+
+
+def write_frames(root: Path, write: Write, mask: np.ndarray, *, suffix: str = ".png", count: int = 3) -> None:
+    for number in range(count):
+        write(root / f"images/{number}.png", np.full((48, 64, 3), number, np.uint8))
+        write(root / f"masks/{number}{suffix}", mask)
+
+
+@pytest.mark.parametrize(
+    ("mask", "suffix", "options"),
+    [
+        (DISC, ".png", "--classes background,foreground --split 80/10/10"),
+        (255 * DISC, ".png", "--classes background,foreground --mask-values 0,255 --split 80/10/10"),
+        (255 * DISC, ".jpg", "--classes background,foreground --mask-values 0,255 --split 80/10/10"),
+        (np.where(DISC == 0, 255, 2 - DISC[::-1]).astype(np.uint8), ".png", "--classes class0,class1,class2 --mask-v"),
+        (np.stack([200 * DISC, 0 * DISC, 0 * DISC], -1), ".png", "--mask-values '#000000,#c80000'"),
+        (7 * DISC, ".png", "--mask-values 0,7"),
+    ],
+)
+def test_the_command_names_the_values(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str], mask: np.ndarray, suffix: str, options: str
+) -> None:
+    write_frames(tmp_path, write, mask, suffix=suffix)
+    assert main(["data", "check", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"train with:  sward train own --data {tmp_path}" in printed
+    assert options in printed
+    assert "images:      3 all" in printed
+    assert "sizes:       64 x 48 (3)" in printed
+
+
+def test_what_needs_a_look_is_counted(tmp_path: Path, write: Write) -> None:
+    for split, number, value in (("train", 1, 9), ("train", 2, 8), ("val", 1, 7), ("val", 3, 9)):
+        write(tmp_path / f"images/{split}/{number}.png", np.full((48, 64, 3), value, np.uint8))
+        write(tmp_path / f"masks/{split}/{number}.png", DISC)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(tmp_path / "images/val/4.jpg", exif=exif)
+    write(tmp_path / "masks/val/4.png", DISC)
+    Image.fromarray(np.full((48, 64), 4000, np.uint16)).save(tmp_path / "images/val/5.png")
+    write(tmp_path / "masks/val/5.png", DISC[:, 1:])
+    found = survey(tmp_path)
+    assert found.frames == {"train": 2, "val": 4}
+    assert found.duplicates == [("1", "3")]
+    assert (found.turned, sum(found.wide.values()), found.highest) == (1, 1, 4000)
+    assert ["got 63 x 48" in problem for problem in found.problems] == [True]
+    assert "--dataset.image-range 0 4000" in found.command
+    assert "--split" not in found.command
+
+
+def test_problems_are_printed_and_fail_the_command(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_frames(tmp_path, write, np.zeros_like(DISC))
+    assert main(["data", "check", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert "problem:     the masks must have two values at least, got 0" in captured.out
+    assert "must be free of problems, got 1" in captured.err
+    write_frames(tmp_path, write, np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1)))
+    assert main(["data", "check", str(tmp_path)]) == 2
+    assert "must have at most 32 values to suggest classes, got 64" in capsys.readouterr().out
+
+
+def test_runs_are_counted_like_pixels() -> None:
+    values = np.random.default_rng(0).integers(0, 4, (30, 40)).repeat(3, 1)
+    for counted, expected in zip(count_values(values), np.unique(values, return_counts=True)):
+        assert counted.tolist() == expected.tolist()

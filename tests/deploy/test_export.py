@@ -1,0 +1,158 @@
+"""Exported files against the network in PyTorch, at sizes that fit no stride."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sward
+from sward import models
+from sward.data import normalise
+from sward.deploy.export import write_network
+from sward.deploy.metadata import Metadata
+from sward.deploy.network import DeployedNetwork
+
+CLASSES = ("background", "disc", "ring")
+SIZES = [(1, 100, 130), (3, 129, 129), (1, 33, 500)]
+
+
+def metadata(model: str = "unext", **changes: Any) -> Metadata:
+    palette = ((0, 0, 0), (255, 0, 0), (0, 255, 0))
+    return Metadata(model, "scenes", CLASSES, palette, (64, 64), **changes)
+
+
+def randomised(name: str) -> nn.Module:
+    """A network whose batch norms and logits are far from their initial values."""
+    network = models.build(name, len(CLASSES))
+    generator = torch.Generator().manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.3, 0.3, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+    return network.eval()
+
+
+def photos(batch: int, height: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(height)
+    return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+@torch.no_grad()
+def padded_by_hand(network: nn.Module, images: Tensor) -> Tensor:
+    """The contract, written out: normalise, repeat the edges up to a multiple of 32, run, crop."""
+    height, width = images.shape[-2:]
+    padding = (0, -width % 32, 0, -height % 32)
+    return network(nn.functional.pad(normalise(images), padding, mode="replicate"))[..., :height, :width]
+
+
+@pytest.mark.parametrize("name", models.names("student"))
+def test_onnx_file_equals_the_network_at_any_size(name: str, tmp_path: Path) -> None:
+    network = randomised(name)
+    write_network(network, metadata(name), tmp_path / "student.onnx")
+    predictor = sward.load(tmp_path / "student.onnx")
+    for shape in SIZES:
+        images = photos(*shape)
+        expected = padded_by_hand(network, images)
+        assert expected.std() > 1e-3
+        torch.testing.assert_close(predictor.forward(images), expected, atol=1e-4, rtol=0)
+
+
+def test_program_equals_the_network_at_any_size(tmp_path: Path) -> None:
+    network = randomised("unext")
+    write_network(network, metadata(), tmp_path / "student.pt2")
+    predictor = sward.load(tmp_path / "student.pt2")
+    assert predictor.metadata == metadata()
+    for shape in SIZES:
+        images = photos(*shape)
+        torch.testing.assert_close(predictor.forward(images), padded_by_hand(network, images), atol=1e-4, rtol=0)
+
+
+def test_a_teacher_needs_a_fixed_size(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"network hiera_demo must be exported with a fixed size.*--size HEIGHT WIDTH"):
+        write_network(Pixelwise(), metadata("hiera_demo"), tmp_path / "teacher.onnx")
+
+
+def test_hiera_with_a_fixed_size(tmp_path: Path) -> None:
+    network = randomised("hiera_demo")
+    write_network(network, metadata("hiera_demo", fixed_size=(100, 130)), tmp_path / "teacher.onnx")
+    predictor = sward.load(tmp_path / "teacher.onnx")
+    images = photos(3, 100, 130)
+    torch.testing.assert_close(predictor.forward(images), padded_by_hand(network, images), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="images must be 100 x 130 pixels, got 64 x 64"):
+        predictor.forward(photos(1, 64, 64))
+
+
+class Pixelwise(nn.Module):
+    """A network without context: exports in a moment, and its logits are known by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Conv2d(3, len(CLASSES), 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(images)
+
+
+@pytest.mark.parametrize("output", ["logits", "probabilities", "argmax"])
+@pytest.mark.parametrize("input", ["uint8", "float", "normalised"])
+def test_inputs_and_outputs(input: Any, output: Any, tmp_path: Path) -> None:
+    import onnxruntime
+
+    network = Pixelwise().eval()
+    write_network(network, metadata(input=input, output=output), tmp_path / "file.onnx")
+    images = photos(2, 40, 50)
+    given = {"uint8": images, "float": images / 255, "normalised": normalise(images)}[input]
+    logits = network(normalise(images)).detach()
+    expected = {"logits": logits, "probabilities": logits.softmax(1), "argmax": logits.argmax(1).to(torch.uint8)}
+    session = onnxruntime.InferenceSession(tmp_path / "file.onnx")
+    (found,) = session.run([output], {"images": given.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected[output], atol=1e-5, rtol=0)
+
+
+def test_onnx_file_describes_itself(tmp_path: Path) -> None:
+    import onnx
+
+    write_network(Pixelwise(), metadata(source="runs/x/best.pt"), tmp_path / "file.onnx")
+    model = onnx.load(tmp_path / "file.onnx")
+    onnx.checker.check_model(model)
+    assert [each.version for each in model.opset_import if each.domain == ""] == [18]
+    stored = {each.key: json.loads(each.value) for each in model.metadata_props}
+    assert stored["sward.classes"] == list(CLASSES)
+    assert stored["sward.palette"] == [[0, 0, 0], [255, 0, 0], [0, 255, 0]]
+    assert stored["sward.mean"] == [0.485, 0.456, 0.406]
+    assert stored["sward.image_size"] == [64, 64]
+    assert stored["sward.opset"] == 18
+    assert stored["sward.source"] == "runs/x/best.pt"
+    assert stored["sward.version"] == sward.__version__
+    sizes = [each.dim_param or each.dim_value for each in model.graph.input[0].type.tensor_type.shape.dim]
+    assert sizes == ["batch", 3, "height", "width"]
+    assert sward.load(tmp_path / "file.onnx").metadata == metadata(source="runs/x/best.pt", opset=18)
+
+
+def test_the_network_given_is_left_as_it_is() -> None:
+    network = Pixelwise().train()
+    DeployedNetwork(network)
+    assert network.training
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert not network.classifier._forward_pre_hooks
+
+
+def test_files_of_others_are_refused(tmp_path: Path) -> None:
+    import onnx
+
+    with pytest.raises(FileNotFoundError, match="there is no exported network"):
+        sward.load(tmp_path / "absent.onnx")
+    (tmp_path / "noise.onnx").write_bytes(b"noise")
+    with pytest.raises(ValueError, match="must be an ONNX file"):
+        sward.load(tmp_path / "noise.onnx")
+    write_network(Pixelwise(), metadata(), tmp_path / "file.onnx")
+    model = onnx.load(tmp_path / "file.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "foreign.onnx")
+    with pytest.raises(ValueError, match=r"foreign.onnx must be written by 'sward export'"):
+        sward.load(tmp_path / "foreign.onnx")
+    with pytest.raises(ValueError, match=r"output must end in .onnx or .pt2, got .*file.tflite"):
+        write_network(Pixelwise(), metadata(), tmp_path / "file.tflite")

@@ -1,0 +1,173 @@
+"""`sward export` and its proof, on a run with a small network."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+import sward
+from sward.cli.main import main
+from sward.deploy import proof
+from sward.deploy.proof import ProofError, export_run
+from tests.support.deployable import Pixelwise, make_run, register
+
+pytestmark = pytest.mark.usefixtures("few_images")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    register(monkeypatch)
+    monkeypatch.setattr(proof, "TIMED_SECONDS", 0.01)
+    make_run(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_export_writes_the_file_and_its_proof(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "made" / "student.onnx"
+    assert main(["export", str(run), "-o", str(path), "--check", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "pixelwise, ONNX, opset 18, fp32: uint8 RGB of any size -> logits" in printed
+    assert f"written: {path} " in printed
+    record = json.loads((tmp_path / "made" / "student.onnx.json").read_text())
+    assert record["metadata"]["source"] == str(run.resolve() / "checkpoints" / "best.pt")
+    found = record["proof"]
+    assert (found["images"], found["split"]) == (3, "val")
+    assert 0 <= found["largest_difference"] < 1e-4
+    assert found["differing_pixels"] == 0
+    assert found["mean_iou"] == found["mean_iou_pytorch"] > 0
+    assert found["bytes"] == path.stat().st_size
+    assert found["threads"] == torch.get_num_threads()
+    assert found["milliseconds"] > 0
+
+
+def test_scores_of_the_proof_are_those_of_evaluate(run: Path, tmp_path: Path) -> None:
+    assert main(["evaluate", str(run)]) == 0
+    scores = json.loads((run / "evaluation-scenes-val.json").read_text())
+    found = export_run(run, tmp_path / "student.pt2").proof
+    assert found is not None
+    assert found.images == scores["images"] == 4
+    assert found.mean_iou == pytest.approx(scores["mean_iou"], abs=1e-9)
+
+
+def test_another_network_in_the_file_fails_the_proof(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_network = proof.export.write_network
+
+    def wrong_bias(network: Pixelwise, metadata: object, path: Path) -> object:
+        written = write_network(network, metadata, path)
+        model = onnx.load(path)
+        (bias,) = [each for each in model.graph.initializer if each.name.endswith("classifier.bias")]
+        values = numpy_helper.to_array(bias).copy()
+        values[1] += 5
+        bias.CopyFrom(numpy_helper.from_array(values, bias.name))
+        onnx.save(model, path)
+        return written
+
+    monkeypatch.setattr(proof.export, "write_network", wrong_bias)
+    path = tmp_path / "student.onnx"
+    assert main(["export", str(run), "-o", str(path)]) == 2
+    assert "mIoU of the file must be within 0.01 points of" in capsys.readouterr().err
+    assert not path.exists()
+    found = json.loads(path.with_name("student.onnx.json").read_text())["proof"]
+    assert found["largest_difference"] == pytest.approx(5, abs=1e-3)
+    assert found["differing_pixels"] > 0.05
+
+
+def test_a_loss_in_dice_alone_fails_the_proof(run: Path, tmp_path: Path) -> None:
+    found = export_run(run, tmp_path / "student.onnx", check=1).proof
+    assert found is not None
+    assert found.failure is None
+    worse = replace(found, dice=0.8, dice_pytorch=0.81, tolerance=0.005)
+    assert worse.failure == "Dice of the file must be within 0.5 points of 81.00 %, got 80.00 %"
+    assert replace(worse, tolerance=0.02).failure is None
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["-o", "student.onnx"], "output must not exist yet, got student.onnx; replace it with --overwrite"),
+        (["-o", "student.tflite"], "output must end in .onnx or .pt2, got student.tflite"),
+        (["-o", "new.onnx", "--check", "-1"], "check must be at least 0, got -1"),
+        (["-o", "new.onnx", "--tolerance", "-1"], "tolerance must be at least 0, got -1.0"),
+        (["-o", "new.onnx", "--split", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(
+    words: list[str], sentence: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run.parent)
+    Path("student.onnx").write_bytes(b"precious")
+    assert main(["export", "run", *words]) == 2
+    assert sentence in capsys.readouterr().err
+    assert Path("student.onnx").read_bytes() == b"precious"
+    assert not Path("new.onnx").exists()
+
+
+def test_load_takes_a_run_a_checkpoint_and_a_file(run: Path, tmp_path: Path) -> None:
+    image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
+    exported = sward.load(run).export(tmp_path / "student.onnx", check=0)
+    assert json.loads((tmp_path / "student.onnx.json").read_text())["proof"] is None
+    expected = sward.load(run).predict(image)
+    assert expected.shape == (50, 70)
+    for path in (run / "checkpoints" / "best.pt", exported):
+        predictor = sward.load(path)
+        assert predictor.classes == sward.load(run).classes
+        assert (predictor.predict(image) == expected).all()
+        assert (predictor.predict(image.permute(1, 2, 0).numpy()) == expected).all()
+    probabilities = predictor.probabilities(image)
+    assert probabilities.shape == (len(predictor.classes), 50, 70)
+    assert (probabilities.argmax(0) == expected).all()
+    with pytest.raises(ValueError, match="only a run or a checkpoint can be exported"):
+        predictor.export(tmp_path / "again.onnx")
+    moved = tmp_path / "best.pt"
+    moved.write_bytes((run / "checkpoints" / "best.pt").read_bytes())
+    with pytest.raises(ValueError, match="checkpoint must lie in RUN/checkpoints"):
+        sward.load(moved)
+
+
+def test_int8_is_quantised_per_channel_and_keeps_the_score(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "student.onnx"
+    exported = export_run(run, path, precision="int8", calibrate=2, tolerance=0.05)
+    assert sward.load(path).metadata == exported.metadata
+    assert (exported.metadata.precision, exported.metadata.opset) == ("int8", 18)
+    model = onnx.load(path)
+    tensors = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
+    weights = [each for name, each in tensors.items() if each.dtype == np.int8 and each.ndim == 4]
+    assert [each.shape for each in weights] == [(5, 3, 3, 3)]
+    scales = [each for name, each in tensors.items() if name.endswith("_scale") and each.shape == (5,)]
+    assert scales
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in model.graph.node}
+    found = exported.proof
+    assert found is not None
+    # Different from fp32 (255 steps over logits of about -20 to 20), but hardly at all in the classes.
+    assert found.largest_difference > 0.01
+    assert 0 < found.differing_pixels < 0.05
+    # Images of any size, still.
+    assert sward.load(path).forward(torch.zeros(2, 3, 33, 70, dtype=torch.uint8)).shape == (2, 5, 33, 70)
+
+
+def test_fp16_keeps_the_types_of_input_and_output(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "student.onnx"
+    exported = export_run(run, path, precision="fp16", check=2)
+    assert exported.metadata.precision == "fp16"
+    weights = [each for each in onnx.load(path).graph.initializer if each.name.endswith("classifier.weight")]
+    assert [each.data_type for each in weights] == [onnx.TensorProto.FLOAT16]
+    assert sward.load(path).forward(torch.zeros(1, 3, 40, 40, dtype=torch.uint8)).dtype == torch.float32
+    found = exported.proof
+    assert found is not None
+    assert 1e-5 < found.largest_difference < 0.05
+
+
+def test_a_file_that_loses_too_much_is_kept_by_force_alone(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "student.onnx"
+    options = {"precision": "int8", "calibrate": 1, "tolerance": 0.0}
+    with pytest.raises(ProofError, match=r"mIoU of the file must be within 0 points.*keep the file with --force"):
+        export_run(run, path, **options)
+    assert not path.exists()
+    assert export_run(run, path, force=True, **options).path.exists()

@@ -1,0 +1,207 @@
+"""The distiller: one module that trains the student, keeps the teacher out of the way, and says what is wrong."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sward
+from sward import Distiller, methods
+from sward.features import FeatureTaps
+from sward.losses import DistillationInputs, ReceptiveTokens, SegmentationCrossEntropy, save_masks
+from sward.losses.freekd import FrequencyPrompts
+
+
+class Net(nn.Module):
+    """An encoder of strides 2, 4, 8 and 16, and a classifier."""
+
+    def __init__(self, width: int, classes: int = 3, wrap: Any = None) -> None:
+        super().__init__()
+        sides = [3, width, 2 * width, 3 * width, 4 * width]
+        self.encoder = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in pairwise(sides)
+        )
+        self.head = nn.Conv2d(sides[-1], classes, 1)
+        self.wrap = wrap
+
+    def forward(self, images: Tensor) -> Any:
+        maps = images
+        for stage in self.encoder:
+            maps = stage(maps)
+        logits = self.head(maps)
+        return logits if self.wrap is None else self.wrap(logits)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))
+
+
+def distiller(**options: Any) -> Distiller:
+    options = {"num_classes": 3, "image_size": (64, 64), "window_size": (4,), "embed_dim": 8, **options}
+    return Distiller(Net(4), Net(8), **options)
+
+
+def test_loss_is_the_task_loss_plus_the_methods_on_the_same_maps() -> None:
+    made, (images, labels) = distiller().eval(), batch()
+    output = made(images, labels)
+    with FeatureTaps(made.student, made.student_layers) as own, FeatureTaps(made.teacher, made.teacher_layers) as other:
+        logits = nn.functional.interpolate(made.student(images), (64, 64), mode="bilinear", align_corners=False)
+        made.teacher(images)
+        relations = made.distillation.forward(DistillationInputs(own.collect(), other.collect(), labels))
+    torch.testing.assert_close(output.logits, logits)
+    torch.testing.assert_close(output.loss, SegmentationCrossEntropy()(logits, labels) + relations.loss)
+    torch.testing.assert_close(output.terms["task"], SegmentationCrossEntropy()(logits, labels).detach())
+    assert made.student_layers == made.teacher_layers == tuple(f"encoder.{stage}" for stage in range(4))
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_method_gives_the_student_a_gradient(method: str, tmp_path: Any) -> None:
+    student, teacher = Net(4), Net(8)
+    options: dict[str, Any] = {}
+    if method in ("maskd", "freekd"):
+        tap = "logits" if method == "maskd" else "encoder.3"
+        masks = ReceptiveTokens(3) if method == "maskd" else FrequencyPrompts.preset("released", 32)
+        save_masks(tmp_path / "masks.pt", masks, teacher, tap)
+        options["masks"] = tmp_path / "masks.pt"
+    made = Distiller(student, teacher, num_classes=3, method=method, image_size=(64, 64), **options)
+    output = made(*batch())
+    output.backward()
+    assert torch.isfinite(output.loss)
+    assert student.encoder[0][0].weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("method", ["fitnet", "cirkd", "cwd", "freekd", "maskd"])
+def test_maps_of_64_bits_are_compared_in_the_dtype_of_what_the_method_learns(method: str, tmp_path: Any) -> None:
+    student, teacher = Net(4), Net(8)
+    tap = "logits" if method == "maskd" else "encoder.3"
+    masks = ReceptiveTokens(3) if method == "maskd" else FrequencyPrompts.preset("released", 32)
+    save_masks(tmp_path / "masks.pt", masks, teacher, tap)
+    made = Distiller(student, teacher, num_classes=3, method=method, image_size=(64, 64), masks=tmp_path / "masks.pt")
+    made.student.double()
+    made.teacher.double()
+    images, labels = batch()
+    made(images.double(), labels).backward()
+    assert student.encoder[0][0].weight.grad.dtype == torch.float64
+    assert student.encoder[0][0].weight.grad.abs().sum() > 0
+
+
+def test_the_teacher_is_no_part_of_the_module_but_follows_its_device_and_stays_in_eval_mode() -> None:
+    made = distiller()
+    learned = {id(parameter) for parameter in made.parameters()}
+    assert not learned & {id(parameter) for parameter in made.teacher.parameters()}
+    assert {id(parameter) for parameter in made.student.parameters()} < learned
+    assert not any("teacher." in key for key in made.state_dict() if not key.startswith("distillation."))
+    made.teacher.train()
+    made.train()
+    before = made.teacher.encoder[0][1].num_batches_tracked.clone()
+    made(*batch())
+    assert made.teacher.encoder[0][1].num_batches_tracked == before
+    made.double()
+    assert next(made.teacher.parameters()).dtype == torch.float64
+
+
+def test_without_labels_it_distils_only() -> None:
+    made, (images, _) = distiller(), batch()
+    output = made(images)
+    assert "task" not in output.terms
+    assert output.logits.shape == (2, 3, 4, 4)
+    output.backward()
+    with pytest.raises(ValueError, match="labels must be given for method 'cirkd'"):
+        distiller(method="cirkd")(images)
+    with pytest.raises(ValueError, match="labels must be given for method 'sward'"):
+        distiller(recipe="paper")(images)
+
+
+def test_copies_and_pickles_distil_on_their_own() -> None:
+    made, (images, labels) = distiller().eval(), batch()
+    expected = made(images, labels).loss
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        torch.testing.assert_close(other(images, labels).loss, expected)
+        with torch.no_grad():
+            other.student.head.weight.zero_()
+        assert other(images, labels).loss != expected
+        torch.testing.assert_close(made(images, labels).loss, expected)
+
+
+def test_dictionaries_and_teacher_images_of_another_size() -> None:
+    student = Net(4, wrap=lambda logits: {"out": logits, "aux": 0 * logits})
+    made = Distiller(student, Net(8), num_classes=3, image_size=(64, 64), method="kd")
+    images, labels = batch()
+    assert made(images, labels, teacher_images=torch.randn(2, 3, 128, 128)).logits.shape == (2, 3, 64, 64)
+
+
+def test_importing_the_package_or_its_losses_does_not_import_the_distiller() -> None:
+    code = "import sys, sward, sward.losses; print('sward.distiller' in sys.modules, 'sward.training' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False"] * 2
+    assert {"Distiller", "DistillerOutput"} == set(sward.__all__)
+
+
+SAME = Net(4)
+WRONG: dict[str, tuple[Any, str]] = {
+    "unknown method": (lambda: distiller(method="swrd"), "unknown distillation method 'swrd'; did you mean 'sward'"),
+    "unknown recipe": (lambda: distiller(recipe="best"), "recipe must be one of 'recommended', 'paper', got 'best'"),
+    "unknown setting": (lambda: distiller(window=4), "settings must be fields of SWARDConfig, got 'window'"),
+    "no classes": (lambda: distiller(num_classes=0), "num_classes must be at least 1, got 0"),
+    "other classes": (lambda: distiller(num_classes=19), "num_classes must be 3, the channels of .* got 19"),
+    "misnamed layer": (
+        lambda: distiller(student_layers=["encoder.7"]),
+        r"student_layer 'encoder.7' does not exist in Net; did you mean",
+    ),
+    "one string": (
+        lambda: distiller(teacher_layers="encoder.1"),
+        "teacher_layers must be a list of at least one layer",
+    ),
+    "no layer": (lambda: distiller(student_layers=[]), "student_layers must be a list of at least one layer"),
+    "layer of the other network": (
+        lambda: Distiller(Net(4), nn.Sequential(Net(8)), num_classes=3, teacher_layers=["encoder.1"]),
+        "it exists in the other network, and the student comes first",
+    ),
+    "not as many layers": (
+        lambda: distiller(student_layers=["encoder.1"], teacher_layers=["encoder.1", "encoder.2"]),
+        "student_channels and teacher_channels",
+    ),
+    "same network": (lambda: Distiller(SAME, SAME, num_classes=3), "teacher must be another network"),
+    "shared parameters": (
+        lambda: Distiller(SAME, nn.Sequential(SAME), num_classes=3),
+        "teacher must share no parameters with the student",
+    ),
+    "frozen student": (
+        lambda: Distiller(Net(4).requires_grad_(False), Net(8), num_classes=3),
+        "student must have parameters that require gradients",
+    ),
+    "no module": (lambda: Distiller(Net(4), Net, num_classes=3), "teacher must be an nn.Module, got type"),
+    "masks missing": (lambda: distiller(method="maskd"), "masks must be a file for method 'maskd', got None"),
+    "image size": (lambda: distiller(image_size=(0, 0)), r"student: image_size must be .* got 0x0.*; pass image_size="),
+    "dictionary without logits": (
+        lambda: Distiller(Net(4, wrap=lambda x: {"a": x, "b": x}), Net(8), num_classes=3, image_size=(64, 64)),
+        r"select must name a tensor in the output of the student, got 0; it holds \{'a'",
+    ),
+    "labels of floats": (lambda: distiller()(batch()[0], torch.zeros(2, 64, 64)), "labels must have an integer dtype"),
+    "labels with a channel": (
+        lambda: distiller()(batch()[0], torch.zeros(2, 1, 64, 64, dtype=torch.long)),
+        r"labels must be \[B, H, W\]",
+    ),
+    "one channel of image": (lambda: distiller()(torch.randn(2, 1, 64, 64)), "channels"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_uses_end_in_one_sentence(case: str) -> None:
+    wrong, message = WRONG[case]
+    with pytest.raises((ValueError, RuntimeError), match=message) as caught:
+        wrong()
+    assert "\n" not in str(caught.value)
+
+
+def test_swapped_networks_are_noticed() -> None:
+    with pytest.warns(UserWarning, match="the teacher has fewer parameters than the student"):
+        Distiller(Net(8), Net(4), num_classes=3, image_size=(64, 64))

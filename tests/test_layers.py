@@ -1,0 +1,80 @@
+"""The layers that are distilled by default."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sward import models
+from sward.layers import choose, default_layers, paired, survey
+
+
+class UNet(nn.Module):
+    """Unnamed stages of strides 2, 4 and 8, then back up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1, self.down2, self.down3 = (
+            nn.Conv2d(3, 4, 3, 2, 1),
+            nn.Conv2d(4, 6, 3, 2, 1),
+            nn.Conv2d(6, 8, 3, 2, 1),
+        )
+        self.deep = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU())
+        self.up = nn.Conv2d(14, 6, 3, 1, 1)
+        self.classifier = nn.Conv2d(6, 3, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        middle = self.down2(self.down1(images))
+        deep = F.interpolate(self.deep(self.down3(middle)), scale_factor=2)
+        return self.classifier(self.up(torch.cat([deep, middle], dim=1)))
+
+
+class PlainTransformer(nn.Module):
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 8, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(blocks))
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.embed(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([tokens.new_zeros(len(tokens), 1, 8), tokens], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens
+
+
+def test_the_encoder_ends_where_the_resolution_rises_again() -> None:
+    choice = choose(UNet(), (64, 96))
+    assert choice.stages == ("down1", "down2", "deep")
+    assert choice.deepest == "deep"
+    assert choice.penultimate == "up"
+
+
+@pytest.mark.parametrize(("blocks", "chosen"), [(12, (2, 5, 8, 11)), (4, (0, 1, 2, 3)), (6, (1, 2, 3, 5)), (2, (0, 1))])
+def test_a_plain_transformer_gives_evenly_spaced_blocks(blocks: int, chosen: tuple[int, ...]) -> None:
+    assert choose(PlainTransformer(blocks), (64, 64)).stages == tuple(f"blocks.{index}" for index in chosen)
+
+
+def test_the_survey_reads_shapes_off() -> None:
+    rows = {layer.name: layer for layer in survey(UNet(), (64, 96))}
+    assert list(rows) == ["down1", "down2", "down3", "deep.0", "deep.1", "deep", "up", "classifier"]
+    assert (rows["deep"].channels, rows["deep"].stride, rows["deep"].grid) == (8, 8, (8, 12))
+    assert rows["deep"].parameters == 8 * 8 * 9 + 8
+    assert survey(PlainTransformer(1), (64, 96))[1].format == "tokens"
+
+
+@pytest.mark.parametrize("name", ["unext", "hiera_demo"])
+def test_the_choice_is_the_registrys_where_stages_and_strides_agree(name: str) -> None:
+    network = models.build(name, 3)
+    assert choose(network, (64, 64)) == default_layers(name, network, (64, 64))
+
+
+def test_networks_with_fewer_stages_are_paired_from_the_deepest() -> None:
+    assert paired(("a", "b", "c"), ("1", "2")) == (("b", "c"), ("1", "2"))
+
+
+def test_an_image_that_the_network_refuses_is_named() -> None:
+    with pytest.raises(ValueError, match="image_size must be a size that UNeXt accepts, got 30x30"):
+        choose(models.build("unext", 2), (30, 30))

@@ -1,0 +1,141 @@
+"""Images without masks: which terms see them, and that the labelled images stay the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sward import data
+from sward.config import DistillationConfig
+from sward.data import DatasetNotFoundError
+from sward.data.unlabelled import UnlabelledImages, join, stream_seed
+from sward.losses import CWDLoss, KDLoss, MWADLoss, PDRLoss, SegmentationCrossEntropy, SWARDLoss
+from sward.runs import train_student
+from sward.training import loop
+from sward.training.batches import batches
+from tests.support.training_runs import records, small, write_images
+
+pytestmark = pytest.mark.usefixtures("few_images")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    write_images(tmp_path / "photos/a")
+    write_images(tmp_path / "photos/b", 2)
+    return tmp_path / "photos"
+
+
+def scenes(**options: Any) -> data.SegmentationDataset:
+    return data.build("scenes", "train", train=True, image_size=(32, 32), **options)
+
+
+def test_every_image_below_the_folders_is_taken_and_has_no_label(images: Path) -> None:
+    dataset = UnlabelledImages([images], scenes(views=2), (32, 32), seed=0)
+    assert len(dataset) == 7
+    assert {dataset[index].name for index in range(7)} >= {"photos/a/0", "photos/b/1"}
+    assert all((dataset[index].labels == 255).all() for index in range(7))
+    assert dataset[0].image.shape == (3, 32, 32)
+    assert dataset.views == 2
+    assert UnlabelledImages([images], scenes(teacher_size=(64, 64)), (32, 32), seed=0)[0].teacher_image.shape == (
+        3,
+        64,
+        64,
+    )
+    (images / "empty").mkdir()
+    for folder in (images / "empty", images / "nowhere"):
+        with pytest.raises(DatasetNotFoundError, match=r"must name folders of images, got .*, which holds none"):
+            UnlabelledImages([images, folder], scenes(), (32, 32), seed=0)
+
+
+def test_labelled_images_come_first_and_are_those_of_a_run_without(images: Path) -> None:
+    alone = batches(scenes(), 4, seed=3)
+    first, second = (
+        batches(scenes(), 4, seed=3),
+        batches(UnlabelledImages([images], scenes(), (32, 32), 3), 2, seed=stream_seed(3)),
+    )
+    for _ in range(6):
+        labelled, both = next(alone), join(next(first), next(second))
+        assert torch.equal(both.images[:4], labelled.images)
+        assert torch.equal(both.labels[:4], labelled.labels)
+        assert (both.labels[4:] == 255).all()
+        assert both.names[:4] == labelled.names
+        assert len(both.names) == 6
+
+
+class Maps(nn.Module):
+    """Student and teacher maps of six images, of which the first four have labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = nn.Parameter(torch.randn(6, 8, 8, 8))
+        self.teacher = torch.randn(6, 12, 8, 8)
+        self.logits = nn.Parameter(torch.randn(6, 3, 16, 16))
+        self.labels = torch.randint(0, 3, (6, 16, 16))
+        self.labels[4:] = 255
+
+
+def test_task_and_pdr_see_the_labelled_images_and_mwad_sees_all() -> None:
+    maps = Maps()
+
+    def loss() -> SWARDLoss:
+        torch.manual_seed(1)
+        mwad = MWADLoss([8], [12], window_size=4, embed_dim=8, shift="none")
+        return SWARDLoss(SegmentationCrossEntropy(), mwad, PDRLoss(3), weights=(1.0, 1.0, 1.0))
+
+    both = loss()(maps.logits, maps.labels, [maps.student], [maps.teacher])
+    part = loss()(maps.logits[:4], maps.labels[:4], [maps.student[:4]], [maps.teacher[:4]])
+    assert both.task == pytest.approx(part.task.item(), rel=1e-5)
+    assert both.pdr == pytest.approx(part.pdr.item(), rel=1e-5)
+    assert abs(both.mwad - part.mwad) > 1e-4
+    both.loss.backward()
+    assert (maps.logits.grad[4:] == 0).all()
+    assert (maps.student.grad[4:].flatten(1).abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("method", ["kd", "cwd"])
+def test_losses_on_logits_see_unlabelled_images(method: str) -> None:
+    maps = Maps()
+    teacher = [torch.randn(6, 3, 16, 16)]
+    loss = KDLoss(ignore_index=None) if method == "kd" else CWDLoss()
+    loss.compare([maps.logits], teacher, maps.labels).loss.backward()
+    assert (maps.logits.grad[4:].flatten(1).abs().sum(1) > 0).all()
+
+
+def test_a_run_steps_on_both(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    remember = loop.LossWatch.remember
+    monkeypatch.setattr(
+        loop.LossWatch,
+        "remember",
+        lambda self, step, output, names: seen.append(names) or remember(self, step, output, names),
+    )
+    train_student(small(tmp_path / "run", iterations=3, unlabelled=(images,), unlabelled_batch=2))
+    assert [len(names) for names in seen] == [6, 6, 6]
+    assert all(name.startswith("photos/") for names in seen for name in names[4:])
+    assert len({name for names in seen for name in names[4:]}) == 6
+    assert len(records(tmp_path / "run")) > 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(distillation="none"), "unlabelled must be empty where distillation is 'none'"),
+        (dict(unlabelled_batch=8), "unlabelled_batch must be at most 7, the number of unlabelled images, got 8"),
+        (dict(unlabelled_batch=0), "unlabelled_batch must be at least 1"),
+        (
+            dict(unlabelled=(), unlabelled_batch=2),
+            "unlabelled_batch must be at least 1 with unlabelled and None without",
+        ),
+    ],
+)
+def test_what_cannot_work_is_said_before_any_step(images: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_student(small(tmp_path / "run", **{"unlabelled": (images,), **changes}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_as_many_unlabelled_as_labelled_images_by_default() -> None:
+    assert DistillationConfig(batch=6).unlabelled_per_step == 0
+    assert DistillationConfig(batch=6, unlabelled=(Path("x"),)).unlabelled_per_step == 6
