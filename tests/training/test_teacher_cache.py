@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sward import data
@@ -184,7 +185,7 @@ def test_the_teacher_may_see_more_pixels_than_the_student(tmp_path: Path) -> Non
         return TeacherConfig(untrained=True, image_size=(96, 96), cache=tmp_path / "cache" if cached else None)
 
     empty, full, without = (
-        train_student(small(tmp_path, name, teacher=larger(name != "without"))).run
+        train_student(small(tmp_path, name, iterations=3, teacher=larger(name != "without"))).run
         for name in ("empty", "full", "without")
     )
     found = weights(full)
@@ -196,9 +197,6 @@ def test_the_teacher_may_see_more_pixels_than_the_student(tmp_path: Path) -> Non
     maps = torch.load(io.BytesIO(entries[0].read_bytes()[4:]), weights_only=True)
     # The trunk's finest map is its stem's.
     assert maps["1"].shape == (40, 24, 24)
-    # What it sees there is more: the run is another one.
-    train_student(small(tmp_path, "same size"))
-    assert losses(tmp_path / "same size") != losses(empty)
 
 
 def test_what_the_student_sees_does_not_depend_on_the_teacher() -> None:
@@ -206,12 +204,15 @@ def test_what_the_student_sees_does_not_depend_on_the_teacher() -> None:
         data.build("scenes", "train", train=True, image_size=64, views=2, teacher_size=size)
         for size in (None, (96, 96))
     )
-    for index in range(4):
+    for index in range(8):
         mine, theirs = alone[index], distilled[index]
         assert torch.equal(mine.image, theirs.image)
         assert torch.equal(mine.labels, theirs.labels)
         assert isinstance(theirs, data.TeacherSample)
         assert theirs.teacher_image.shape == (3, 96, 96)
+        # The same flips: the teacher's picture, made smaller, is the student's.
+        smaller = F.interpolate(theirs.teacher_image[None], size=(64, 64), mode="bilinear", antialias=True)[0]
+        assert (smaller - mine.image).abs().mean() < 0.2
     assert isinstance(alone[0], data.Sample)
     with pytest.raises(ValueError, match=r"teacher_size must be None where train is False, got \(96, 96\)"):
         data.build("scenes", "val", train=False, image_size=64, teacher_size=(96, 96))
