@@ -28,6 +28,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 MaskMethod = Literal["maskd", "freekd"]
 """The methods that learn masks on the teacher before they distil it."""
+MASK_METHODS = typing.get_args(MaskMethod)
 
 UNCOMPARED = {
     "resume",

@@ -73,6 +73,9 @@ __all__ = [
 _INFO = {
     info.name: info for info in (cityscapes.INFO, polyps.CLINICDB.info, polyps.COLONDB.info, camvid.INFO, scenes.INFO)
 }
+POLYPS = (polyps.CLINICDB.info.name, polyps.COLONDB.info.name)
+"""Data sets of polyps, which have a `split_by`."""
+
 _IMAGE_SIZES = {
     "cityscapes": (512, 1024),
     "cvc_clinicdb": (512, 512),
@@ -165,7 +168,7 @@ def build(
     """
     info = describe(name, num_classes=num_classes, folder_options=folder_options)
     size = parse_size(default_image_size(name) if image_size is None else image_size)
-    if split_by is not None and name not in ("cvc_clinicdb", "cvc_colondb", "folder"):
+    if split_by is not None and name not in (*POLYPS, "folder"):
         raise ValueError(f"split_by must be None for {name}, got {split_by!r}; only polyps and folder can be split")
     if count is not None and name != "scenes":
         raise ValueError(f"count must be None for {name}, got {count}; only scenes are generated")
@@ -218,11 +221,11 @@ def build_for_packing(
     size = default_image_size(name)
     if name == "scenes":
         raise ValueError("name must be a data set of files, got 'scenes'; scenes are generated and need no pack")
-    if split_by is not None and name not in ("cvc_clinicdb", "cvc_colondb"):
+    if split_by is not None and name not in POLYPS:
         raise ValueError(
             f"split_by must be None for {name}, got {split_by!r}; only cvc_clinicdb and cvc_colondb can be split"
         )
-    if name in ("cvc_clinicdb", "cvc_colondb"):
+    if name in POLYPS:
         # Any rule that assigns every frame to a split works here.
         by: str | None = split_by or "ratio"
         splits: Sequence[str] = polyps.SPLITS

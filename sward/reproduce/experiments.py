@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sward import presets
+from sward import data, presets
 from sward.losses.recipes import PAPER, ContextReduction, TeacherNormalization, TeacherProjections
 from sward.methods import METHODS
 
@@ -321,7 +321,7 @@ def with_pdr(preset: str) -> Run:
 def own_tests(preset: str) -> tuple[EvaluationSet, ...]:
     """Return where runs of `preset` are scored: its own test images, and for ClinicDB also all of ColonDB."""
     config = presets.get(preset).student
-    has_test_split = config.dataset.name in ("cvc_clinicdb", "cvc_colondb")
+    has_test_split = config.dataset.name in data.POLYPS
     metrics = OVERLAP if config.metric == "dice" else CLASSES
     own = EvaluationSet(
         _TITLES.get(config.dataset.name, config.dataset.name), "test" if has_test_split else "val", metrics

@@ -8,7 +8,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from sward import presets
-from sward.config import DistillationConfig, MaskMethod, MaskTrainingConfig, TeacherTrainingConfig, to_json
+from sward.config import (
+    MASK_METHODS,
+    DistillationConfig,
+    MaskMethod,
+    MaskTrainingConfig,
+    TeacherTrainingConfig,
+    to_json,
+)
 from sward.reproduce.estimates import Estimate, estimate
 from sward.reproduce.experiments import Run, teacher_of
 from sward.reproduce.study import Study
@@ -35,7 +42,7 @@ def describe_plan(study: Study, schedule: Iterable[tuple[Run, int]]) -> str:
         if isinstance(config, TeacherTrainingConfig) and config.trunk_checkpoint is not None:
             there = "" if config.trunk_checkpoint.exists() else " (missing)"
             lines.append(f"  trunk {config.trunk_checkpoint}{there}")
-        if run.distillation in ("maskd", "freekd") and seed == 0:
+        if run.distillation in MASK_METHODS and seed == 0:
             method: MaskMethod = "maskd" if run.distillation == "maskd" else "freekd"
             lines.append(f"  first: {_masks_command(study.masks_config(run, method))}")
         lines.append(f"  {_command(config)}")

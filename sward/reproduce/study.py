@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from sward import presets
 from sward.config import (
+    MASK_METHODS,
     DistillationConfig,
     MaskMethod,
     MaskTrainingConfig,
@@ -109,7 +110,7 @@ class Study:
         config.distillation = run.distillation
         teacher = teacher_of(run.preset)
         config.teacher.run = self.folder(teacher, 0).path
-        if run.distillation in ("maskd", "freekd"):
+        if run.distillation in MASK_METHODS:
             config.teacher.masks = self.masks_file(run)
         for name, value in run.overrides.items():
             _set(config, name, value)
@@ -236,7 +237,7 @@ class Study:
         """Train or resume one run, after learning the masks that it needs."""
         config = self.config(run, seed)
         folder = self.folder(run, seed)
-        if isinstance(config, DistillationConfig) and config.distillation in ("maskd", "freekd"):
+        if isinstance(config, DistillationConfig) and config.distillation in MASK_METHODS:
             self._learn_masks(run)
         config.resume = folder.last.exists()
         device = choose_device(config.device)
