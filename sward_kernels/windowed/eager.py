@@ -299,7 +299,7 @@ def _compiled_chunk(
         torch._dynamo.mark_dynamic(cells, (0, 3))  # strips and columns; all else is fixed by the key
         # Without this, Dynamo makes sizes dynamic that differ from an earlier kind of chunk, and with a dynamic D
         # Inductor's results for D = 1 are wrong.
-        torch._dynamo.mark_static(cells, (1, 2, 4))
+        torch._dynamo.mark_static(cells, [1, 2, 4])
     layouts = student.stride(1) == 1, teacher.stride(1) == 1
     work = tuple(weight is not None for weight in term_weights), wants_student_gradient, wants_teacher_gradient
     run = _compiler(student.shape[1:3], student.dtype, student.device.type, layouts, work)
