@@ -182,7 +182,7 @@ class SWARDConfig:
     """Sum over channels, as in Eq. 13, or mean."""
     margin: float = 1.3
     """Distance that two prototypes should at least have (Eq. 16)."""
-    pdr_weights: tuple[float, float] = (1.0, 1.0)
+    pdr_terms: tuple[float, float] = (1.0, 1.0)
     """Weights of separation (lambda_1) and compactness (lambda_2) in Eq. 19."""
     pdr_layer: str | None = None
     """The student's layer for PDR; None uses its deepest encoder map."""

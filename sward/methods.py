@@ -118,7 +118,7 @@ def _sward(pair: DistillationPair) -> SWARDDistillation:
     pdr = PDRLoss(
         pair.num_classes,
         margin=settings.margin,
-        terms=settings.pdr_weights,
+        terms=settings.pdr_terms,
         ignore_index=pair.ignore_index,
         normalize=settings.normalize,
         process_group=pair.process_group,

@@ -282,7 +282,7 @@ def test_presets_hold_section_4_1() -> None:
     for config in (city, polyp):
         assert config.sward.weights == (2.0, 1.0)
         assert config.sward.terms == (1.0, 1.0, 1.0)
-        assert config.sward.pdr_weights == (1.0, 1.0)
+        assert config.sward.pdr_terms == (1.0, 1.0)
         assert config.sward.margin == 1.3
         assert config.sward.shift == "stochastic"
         assert config.sward.teacher_projections == "learned"
