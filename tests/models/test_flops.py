@@ -48,7 +48,7 @@ def test_teachers_by_the_paper_s_rule(name: str) -> None:
 
 
 def test_tiny_teacher_counts_attention() -> None:
-    """models.md section 0: the trunk takes 60.935 GFLOPs with attention at 512x512, the head comes on top."""
+    """The trunk takes 60.935 GFLOPs with attention at 512x512, the head comes on top."""
     row = complexity("medsam2_hiera_tiny_resunetpp", paper_rule=False)
     assert row.params == 38_007_058
     assert row.gemm_flops / 1e9 == pytest.approx(60.935 + 2 * 8.73, abs=0.01)

@@ -51,7 +51,7 @@ def test_every_network_has_four_stages_that_descend() -> None:
 
 
 def test_pairs_of_the_specification() -> None:
-    """models.md section 4: the student's finest stage is dropped and the rest goes level by level."""
+    """The student's finest stage is dropped and the rest goes level by level."""
     stages = {name: [(stage.channels, stage.stride) for stage in describe(name).stages] for name in names()}
     assert stages["mbv3s_deeplabv3plus"] == [(16, 4), (24, 8), (48, 16), (576, 16)]
     assert stages["resunetpp"] == [(32, 2), (64, 4), (128, 8), (256, 8)]

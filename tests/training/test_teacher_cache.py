@@ -194,6 +194,9 @@ def test_the_teacher_may_see_more_pixels_than_the_student(tmp_path: Path) -> Non
     maps = torch.load(io.BytesIO(entries[0].read_bytes()[4:]), weights_only=True)
     # The trunk's finest map is its stem's.
     assert maps["1"].shape == (40, 24, 24)
+    # What it sees there is more: the run is another one.
+    same_size = train_student(small(tmp_path, "same size", iterations=3)).run
+    assert losses(same_size) != losses(empty)
 
 
 def test_what_the_student_sees_does_not_depend_on_the_teacher() -> None:
