@@ -11,13 +11,13 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import tyro
 
 from sward.cli import printing
+from sward.cli.options import Complexity, DataPack, Demo, Doctor, Evaluate, Export, Predict, Report
 from sward.cli.own_data import expand
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {}
@@ -25,168 +25,6 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {}
 
 USER_ERROR = 2
 RUN_FAILED = 1
-
-
-@dataclass
-class Demo:
-    """Train a transformer teacher on `scenes`, then the student alone and with SWARD from the same seed."""
-
-    output: Path = Path("runs/demo")
-    """Folder of the runs and the figures; replaces an earlier demo."""
-    seed: int = 0
-    """Seed of all three runs."""
-    iterations: int | None = None
-    """Steps of each run; set a small number for a quick look."""
-
-
-@dataclass
-class Evaluate:
-    """Score the network of a run at the resolution of the labels and write the scores into the run folder."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder."""
-    split: str = "val"
-    """Split of the data set."""
-    dataset: str | None = None
-    """Another data set with the same classes; that of the run by default."""
-    root: Path | None = None
-    """Folder that holds the data set; that of the run by default."""
-    split_by: str | None = None
-    """How polyp data is split: sequence, ratio or a list file; as in the run by default."""
-    checkpoint: Literal["best", "last"] = "best"
-    """Which weights to use."""
-    batch: int = 8
-    """Images per forward pass."""
-    device: str | None = None
-    """Device to run on; the GPU if there is one."""
-
-
-@dataclass
-class Predict:
-    """Write NAME-mask.png (class indices, in colour) and NAME-overlay.png for each image, at the image's size."""
-
-    source: Annotated[Path, tyro.conf.Positional]
-    """Run folder, checkpoint or exported file."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files, folders of images, or patterns such as 'a/**/*.jpg'."""
-    output: Path | None = None
-    """Where to write; a folder named predictions in the run folder or beside the file by default."""
-    checkpoint: Literal["best", "last"] = "best"
-    """Which weights of a run folder."""
-    device: str | None = None
-    """Where to run; the GPU where there is one."""
-    tile: tuple[int, int] | None = None
-    """Height and width of tiles at the image's own resolution; by default the image is resized for the network."""
-    overlap: int | None = None
-    """Pixels that neighbouring tiles share; a quarter of the tile by default."""
-    as_labels: tuple[int, ...] | None = None
-    """Write grey masks with these values by class; without values 0 and 255 for two classes, else class indices."""
-    probabilities: Literal["npy", "png"] | None = None
-    """Also write probabilities: NAME-probabilities.npy, or one 16-bit PNG per class."""
-    allow_large: bool = False
-    """Read images that Pillow takes for decompression bombs."""
-    overwrite: bool = False
-    """Replace existing files."""
-
-
-@dataclass
-class Export:
-    """Write a trained network as ONNX or torch.export file, and prove that it predicts what PyTorch predicts.
-
-    The file takes RGB images of any size: normalisation, padding and cropping are part of it.
-    """
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder, or a checkpoint in it."""
-    output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
-    """File to write; .onnx or .pt2."""
-    checkpoint: Literal["best", "last"] = "best"
-    """Which weights of a run folder."""
-    input: Literal["uint8", "float", "normalised"] = "uint8"
-    """What the images hold: RGB of 0 to 255, RGB of 0 to 1, or floats that are already normalised."""
-    returns: Literal["logits", "probabilities", "argmax"] = "logits"
-    """What the file returns."""
-    size: tuple[int, int] | None = None
-    """Height and width to limit the file to; free by default."""
-    check: int | None = None
-    """Images to prove it on; the whole split by default, 0 skips the proof."""
-    split: str = "val"
-    """Split of the run's data set to prove it on."""
-    root: Path | None = None
-    """Folder that holds the data set; the run's own by default."""
-    tolerance: float | None = None
-    """Largest accepted difference in mIoU and Dice, as a fraction; 1e-4 by default, 1e-3 for fp16, 1e-2 for int8."""
-    fp16: bool = False
-    """Write an ONNX file in half precision."""
-    int8: bool = False
-    """Write an ONNX file quantised to int8 per channel, calibrated on training images."""
-    calibrate: int = 64
-    """Training images that set the ranges of int8."""
-    force: bool = False
-    """Keep a file that fails the proof."""
-    overwrite: bool = False
-    """Replace an existing file."""
-
-
-@dataclass
-class Report:
-    """Write one HTML page about one or more runs: scores, curves, classes, predictions, configuration, environment.
-
-    The images are embedded, so the page works offline.
-    """
-
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run folders."""
-    output: Path | None = None
-    """Path of the page; report.html in the first run folder by default."""
-    root: Path | None = None
-    """Folder that holds the data sets; that of each run by default."""
-
-
-@dataclass
-class Complexity:
-    """Count parameters and FLOPs at 3x512x512 and print them next to the paper's values."""
-
-    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Names of networks; all by default."""
-
-
-@dataclass
-class DataPack:
-    """Decode every image and mask of a data set once, into files that training maps into memory.
-
-    The pack is written to sward-pack in the data set's folder, where every run finds it, or to --output; then pass it
-    as --dataset.packed. The command can be interrupted at any time; run again, it verifies all checksums and packs what
-    is missing or has changed.
-    """
-
-    name: Annotated[str, tyro.conf.Positional]
-    """Data set: cityscapes, cvc_clinicdb, cvc_colondb, camvid or folder."""
-    root: Path | None = None
-    """Folder that holds the data set; None looks in $SWARD_DATA, then in ./data."""
-    output: Path | None = None
-    """Folder of the pack, if the data set is read-only or another disk is faster."""
-    split_by: str | None = None
-    """For polyps: path of a list of the frames to pack; all by default."""
-    num_classes: int | None = None
-    """For a folder of images and masks: number of classes in its masks."""
-    classes: tuple[str, ...] = ()
-    """For a folder: names of its classes."""
-    mask_values: tuple[str, ...] = ()
-    """For a folder: value of each class in the masks."""
-    ignore_values: tuple[str, ...] = ()
-    """For a folder: values of pixels to ignore."""
-    image_range: tuple[float, float] | None = None
-    """Values that become black and white in images with more than 8 bits per channel."""
-    on_corrupt: Literal["stop", "skip"] = "stop"
-    """What to do if an image or mask cannot be read: stop, or skip it with a warning."""
-    workers: int | None = None
-    """Decoder threads; by default one per core, at most 8."""
-
-
-@dataclass
-class Doctor:
-    """Print versions, devices and the implementation that each operation will use."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -272,15 +110,6 @@ def _is_file(word: str) -> bool:
     return word.endswith(SUFFIXES)
 
 
-def _wants_short_help(command: str, words: list[str]) -> bool:
-    if not {"-h", "--help"} & set(words):
-        return False
-    from sward.cli.help import short_help
-
-    print(short_help(command))
-    return True
-
-
 @_command("demo", "train teacher, baseline and SWARD on generated scenes and print one table")
 def _demo(words: list[str]) -> None:
     options = _parse(Demo, "demo", words)
@@ -307,21 +136,11 @@ def _demo(words: list[str]) -> None:
 
 @_command("train", "train a student, alone or with a teacher")
 def _train(words: list[str]) -> None:
-    from sward import presets
-    from sward.cli.starting import apply_words, read_config, value_of
     from sward.config import DistillationConfig
-    from sward.losses.recipes import RECIPES
 
-    if _wants_short_help("train", words):
+    config = _configuration("train", DistillationConfig, lambda preset: preset.student, words)
+    if config is None:
         return
-    name, rest = _preset("train", expand(words))
-    default = read_config(DistillationConfig, Path(name)) if _is_file(name) else presets.get(name).student
-    # Before the other options are read: they change single fields of it.
-    for recipe in RECIPES:
-        if value_of("--recipe", rest) == recipe:
-            default.use_recipe(recipe)
-    rest = apply_words(default, rest)
-    config = _parse(DistillationConfig, f"train {name}", rest, default)
     from sward.runs import train_student
 
     printing.print_result(train_student(config), config.metric)
@@ -329,31 +148,40 @@ def _train(words: list[str]) -> None:
 
 @_command("train-teacher", "train the teacher that a preset distils")
 def _train_teacher(words: list[str]) -> None:
-    from sward import presets
-    from sward.cli.starting import apply_words, read_config
     from sward.config import TeacherTrainingConfig
 
-    if _wants_short_help("train-teacher", words):
+    config = _configuration("train-teacher", TeacherTrainingConfig, lambda preset: preset.teacher, words)
+    if config is None:
         return
-    name, rest = _preset("train-teacher", expand(words))
-    default = read_config(TeacherTrainingConfig, Path(name)) if _is_file(name) else presets.get(name).teacher
-    rest = apply_words(default, rest)
-    config = _parse(TeacherTrainingConfig, f"train-teacher {name}", rest, default)
     from sward.runs import train_teacher
 
     printing.print_result(train_teacher(config), config.metric)
 
 
+def _configuration(command: str, kind: Any, of_preset: Callable[[Any], Any], words: list[str]) -> Any:
+    """Return the configuration of a training run, from a preset or a file and the words after it; None after help."""
+    from sward import presets
+    from sward.cli.starting import apply_words, read_config
+
+    if {"-h", "--help"} & set(words):
+        from sward.cli.help import short_help
+
+        print(short_help(command))
+        return None
+    name, rest = _preset(command, expand(words))
+    default = read_config(kind, Path(name)) if _is_file(name) else of_preset(presets.get(name))
+    return _parse(kind, f"{command} {name}", apply_words(default, rest), default)
+
+
 @_command("train-masks", "learn MasKD's tokens or FreeKD's prompts on a trained teacher")
 def _train_masks(words: list[str]) -> None:
     from sward import presets
+    from sward.cli.starting import apply_words
     from sward.config import MaskTrainingConfig
 
     name, rest = _preset("train-masks", expand(words))
     student = presets.get(name).student
     default = MaskTrainingConfig(preset=name, dataset=student.dataset, teacher=student.teacher, batch=student.batch)
-    from sward.cli.starting import apply_words
-
     config = _parse(MaskTrainingConfig, f"train-masks {name}", apply_words(default, rest), default)
     from sward.runs import train_masks
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sward.config import DistillationConfig, MaskTrainingConfig, TeacherTrainingConfig, from_json, to_json
+from sward.losses.recipes import RECIPES
 
 Config = TypeVar("Config", DistillationConfig, TeacherTrainingConfig)
 
@@ -57,9 +58,13 @@ def write_config(config: Any) -> str:
 def apply_words(config: DistillationConfig | TeacherTrainingConfig | MaskTrainingConfig, words: list[str]) -> list[str]:
     """Clear what the words of a command contradict in `config`, take their `KEY=VALUE` options, and return the rest.
 
-    `--iterations` clears `epochs` and the reverse. Another model, teacher or data set clears the options, layers and
-    split that belong to the one before.
+    `--recipe` sets its fields, which other options then change. `--iterations` clears `epochs` and the reverse. Another
+    model, teacher or data set clears the options, layers and split that belong to the one before.
     """
+    if isinstance(config, DistillationConfig):
+        for recipe in RECIPES:
+            if value_of("--recipe", words) == recipe:
+                config.use_recipe(recipe)
     left = _take_options("--teacher.options", words, config.teacher) if hasattr(config, "teacher") else words
     if not isinstance(config, MaskTrainingConfig):
         if value_of("--iterations", words) is not None and value_of("--epochs", words) is None:
