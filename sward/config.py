@@ -276,6 +276,11 @@ class TrainingConfig:
         if self.optimizer.clip_norm is not None and self.optimizer.clip_norm <= 0:
             raise ValueError(f"optimizer.clip_norm must be positive, got {self.optimizer.clip_norm}")
 
+    @property
+    def unlabelled_per_step(self) -> int:
+        """Number of unlabelled images per step; only a student's run can have some."""
+        return 0
+
     def steps(self, images: int) -> int:
         """Return the number of optimiser steps for `images` training images; the last partial batch is dropped.
 
@@ -308,7 +313,7 @@ class DistillationConfig(TrainingConfig):
 
     @property
     def unlabelled_per_step(self) -> int:
-        """Number of unlabelled images per step, 0 without `unlabelled`."""
+        """Number of unlabelled images per step."""
         return (self.unlabelled_batch or self.batch) if self.unlabelled else 0
 
     @property

@@ -92,19 +92,20 @@ class ImageFolder(PairedFiles):
         options: FolderOptions | None = None,
     ) -> None:
         options = options or FolderOptions()
-        self.assignment: dict[str, str] = {}
+        assignment: dict[str, str] = {}
         folder = root.parent if root.is_file() else root
         if root.is_file():
-            pairs, self.assignment = table_pairs(root)
+            pairs, assignment = table_pairs(root)
         else:
             layout = find_layout(root, options.images, options.masks)
             pairs = _of_layout(layout, split, split_by)
         if root.is_file() or not layout.has_splits:
-            pairs, self.assignment = _assigned(pairs, self.assignment, split, split_by, options)
+            pairs, assignment = _assigned(pairs, assignment, split, split_by, options)
         if not pairs:
             raise DatasetNotFoundError(f"the folder data set in {root} has no frame in the split {split}; {SOURCE}")
         transform = street_training(image_size, resize_first=True) if train else EvaluationTransform(image_size)
         super().__init__(info, folder, pairs, transform, seed)
+        self.assignment = assignment
         self.values = options.values
 
     @property

@@ -166,6 +166,8 @@ class SegmentationDataset(Dataset[Sample | TeacherSample], ABC):
         self.transform = transform
         self.seed = seed
         self.views: int | None = None
+        # Frame -> split where a split is drawn or listed, for the run to keep.
+        self.assignment: dict[str, str] = {}
         self.teacher_transform: Transform | None = None
         # Shared memory: a worker that outlives the epoch sees the new number without being started again.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()

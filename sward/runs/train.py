@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sward import distributed, layers, methods, models
 from sward.config import DistillationConfig, MaskTrainingConfig, TeacherTrainingConfig, TrainingConfig, masks_path
-from sward.data import SegmentationDataset
+from sward.data import DatasetInfo, SegmentationDataset
 from sward.data.check import LabelCounts, check_splits
 from sward.data.masks import parse_values
 from sward.data.unlabelled import UnlabelledImages
@@ -56,7 +56,9 @@ def train_student(config: DistillationConfig) -> TrainingResult:
 def _train_student(config: DistillationConfig, device: torch.device) -> TrainingResult:
     train_set, validation_set = build_datasets(config)
     config.steps(len(train_set))
-    counts, task = _check_data(config, train_set, validation_set)
+    counts = _check_data(config, train_set, validation_set)
+    task = _task_loss(config, train_set.info, counts)
+    unlabelled = _unlabelled(config, train_set)
     distributed.share_of(config.batch)
     info = train_set.info
     # Build the student first, so that a seed gives it the same weights with and without distillation.
@@ -84,15 +86,6 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
                 network.trunk_cache = TrunkCache(network.trunk, config.teacher.cache)
             else:
                 teacher = TeacherCache(teacher, config.teacher.cache)
-    unlabelled = None
-    if config.unlabelled:
-        unlabelled = UnlabelledImages(config.unlabelled, train_set, config.dataset.image_size, config.seed)
-    if unlabelled is not None and len(unlabelled) < config.unlabelled_per_step:
-        raise ValueError(
-            f"unlabelled_batch must be at most {len(unlabelled)}, the number of unlabelled images, got "
-            f"{config.unlabelled_per_step}"
-        )
-    distributed.share_of(config.unlabelled_per_step)
     run = RunFolder(config.output or student_run(config))
     return _fit(student, loss, task, counts, config, train_set, validation_set, run, teacher, unlabelled)
 
@@ -127,7 +120,8 @@ def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
 def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> TrainingResult:
     train_set, validation_set = build_datasets(config)
     config.steps(len(train_set))
-    counts, task = _check_data(config, train_set, validation_set)
+    counts = _check_data(config, train_set, validation_set)
+    task = _task_loss(config, train_set.info, counts)
     distributed.share_of(config.batch)
     torch.manual_seed(config.seed)
     network = build_network(config, train_set.info.num_classes)
@@ -160,21 +154,37 @@ def _make_root_absolute(config: TrainingConfig) -> None:
 
 def _check_data(
     config: TrainingConfig, train_set: SegmentationDataset, validation_set: SegmentationDataset
-) -> tuple[dict[str, LabelCounts], nn.Module]:
-    """Find what would go wrong at the first validation, or silently; return labels per split and the task loss."""
+) -> dict[str, LabelCounts]:
+    """Find what would go wrong at the first validation, or silently; return the labels per split."""
     if config.metric == "dice" and train_set.info.num_classes != 2:
         raise ValueError(
             f"metric must be 'mean_iou' or 'mean_dice' unless the data set has two classes, got 'dice' with "
             f"{train_set.info.num_classes} classes"
         )
-    counts = check_splits({"train": train_set, "val": validation_set}, skip_corrupt=config.on_corrupt == "skip")
-    ignore_index, group = train_set.info.ignore_index, distributed.group()
+    return check_splits({"train": train_set, "val": validation_set}, skip_corrupt=config.on_corrupt == "skip")
+
+
+def _unlabelled(config: DistillationConfig, train_set: SegmentationDataset) -> UnlabelledImages | None:
+    if not config.unlabelled:
+        return None
+    images = UnlabelledImages(config.unlabelled, train_set, config.dataset.image_size, config.seed)
+    if len(images) < config.unlabelled_per_step:
+        raise ValueError(
+            f"unlabelled_batch must be at most {len(images)}, the number of unlabelled images, got "
+            f"{config.unlabelled_per_step}"
+        )
+    distributed.share_of(config.unlabelled_per_step)
+    return images
+
+
+def _task_loss(config: TrainingConfig, info: DatasetInfo, counts: dict[str, LabelCounts]) -> nn.Module:
+    group = distributed.group()
     if config.task == "ce" and not config.class_weights and not config.label_smoothing:
-        return counts, SegmentationCrossEntropy(ignore_index, process_group=group)
-    return counts, TaskLoss(
+        return SegmentationCrossEntropy(info.ignore_index, process_group=group)
+    return TaskLoss(
         config.task,
-        ignore_index=ignore_index,
-        class_weights=_class_weights(config.class_weights, counts.get("train"), train_set.info.num_classes),
+        ignore_index=info.ignore_index,
+        class_weights=_class_weights(config.class_weights, counts.get("train"), info.num_classes),
         label_smoothing=config.label_smoothing,
         process_group=group,
     )
@@ -220,7 +230,7 @@ def _fit(
     # The weights above were drawn from the same seed in every process; dropout differs between processes.
     seed_generators(distributed.rank_seed(config.seed))
     run.start(config, train_set.info)
-    run.keep_split(getattr(train_set, "assignment", {}))
+    run.keep_split(train_set.assignment)
     run.keep_labels({split: found.summary(train_set.info.classes) for split, found in counts.items()})
     step_module = TrainingStep(network, task.to(next(network.parameters()).device), loss, precision=config.precision)
     if config.compile:

@@ -15,9 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 
 from sward import distributed
-from sward.config import DistillationConfig, OptimizerConfig, TrainingConfig
+from sward.config import OptimizerConfig, TrainingConfig
 from sward.data import SegmentationDataset
-from sward.data.unlabelled import join, stream_seed
+from sward.data.unlabelled import join
 from sward.evaluation import Evaluation, evaluate
 from sward.training.batches import batches
 from sward.training.interruption import Interruption, TrainingInterrupted
@@ -93,11 +93,11 @@ def fit(
         start=state.step,
         pin_memory=device.type == "cuda",
     )
-    if unlabelled is not None and isinstance(config, DistillationConfig):
+    if unlabelled is not None:
         extra = batches(
             unlabelled,
             config.unlabelled_per_step,
-            seed=stream_seed(config.seed),
+            seed=unlabelled.seed,
             workers=config.dataset.workers,
             start=state.step,
             pin_memory=device.type == "cuda",
