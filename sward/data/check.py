@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from sward import atomic, distributed
 from sward.data.files import PairedFiles
-from sward.data.images import CorruptFileError, check_depth, image_size
+from sward.data.images import CorruptFileError, check_depth, read_header
 from sward.data.sample import Pair, SegmentationDataset
 
 
@@ -90,18 +90,19 @@ def count_labels(dataset: PairedFiles, *, skip_corrupt: bool = False) -> LabelCo
     """
     store = _Store(dataset)
     mine = dataset.pairs[distributed.rank() :: distributed.world_size()]
+    own_keys = [store.key(pair) for pair in mine]
 
-    def count(pair: Pair) -> list[int] | str | None:
+    def count(pair: Pair, key: str) -> list[int] | str | None:
         try:
-            return store.get(pair) or _count(dataset, pair)
+            return store.known.get(key) or _count(dataset, pair)
         except CorruptFileError as error:
             return None if skip_corrupt else str(error)
         except (ValueError, FileNotFoundError) as error:
             return str(error)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
-        results = list(executor.map(count, mine))
-    shared = distributed.gather((results, [store.key(pair) for pair in mine]))
+        results = list(executor.map(count, mine, own_keys))
+    shared = distributed.gather((results, own_keys))
     rows = [row for part, _ in shared for row in part]
     keys = [key for _, part in shared for key in part]
     wrong = [row for row in rows if isinstance(row, str)]
@@ -115,11 +116,11 @@ def count_labels(dataset: PairedFiles, *, skip_corrupt: bool = False) -> LabelCo
 
 def _count(dataset: PairedFiles, pair: Pair) -> list[int]:
     labels = dataset.read_mask(pair)
-    check_depth(pair.image, dataset.image_range)
-    size = image_size(pair.image)
-    # (0, 0): the header cannot be read; the loader says so when it comes to the image.
-    if size != (0, 0):
-        dataset.check_size(pair, (labels.shape[0], labels.shape[1]), size)
+    header = read_header(pair.image)
+    # None: the header cannot be read; the loader says so when it comes to the image.
+    if header is not None:
+        check_depth(pair.image, header, dataset.image_range)
+        dataset.check_size(pair, (labels.shape[0], labels.shape[1]), header.size)
     counts = np.bincount(labels.ravel(), minlength=256)
     return [*counts[: dataset.info.num_classes].tolist(), int(counts[dataset.info.ignore_index])]
 
@@ -164,9 +165,9 @@ class _Store:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self._path = base / "sward" / f"masks-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
         try:
-            self._known: dict[str, list[int]] = json.loads(self._path.read_text(encoding="utf-8"))
+            self.known: dict[str, list[int]] = json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            self._known = {}
+            self.known = {}
 
     def key(self, pair: Pair) -> str:
         """Return paths, sizes and times of both files as text; the name alone where a file is missing."""
@@ -176,16 +177,13 @@ class _Store:
             return pair.name
         return " ".join(f"{path} {each.st_size} {each.st_mtime_ns}" for path, each in status)
 
-    def get(self, pair: Pair) -> list[int] | None:
-        return self._known.get(self.key(pair))
-
     def save(self, counts: Mapping[str, list[int]]) -> None:
         """Add counts; a cache that cannot be written costs time and nothing else."""
-        if all(key in self._known for key in counts):
+        if all(key in self.known for key in counts):
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with atomic.replacing(self._path, shared=True, durable=False) as file:
-                file.write(json.dumps({**self._known, **counts}).encode())
+                file.write(json.dumps({**self.known, **counts}).encode())
         except OSError:
             pass

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -127,41 +127,48 @@ def read_image(path: str | Path, value_range: tuple[float, float] | None = None)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Read `(height, width)` of the upright image from the header of a file; `(0, 0)` if that fails."""
+class Header(NamedTuple):
+    """What a file says of its image before the pixels are decoded."""
+
+    size: tuple[int, int]
+    """Height and width of the upright image."""
+    mode: str
+    """Pillow's mode."""
+    turned: bool
+    """Whether an EXIF orientation rotates or mirrors the image."""
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it names more than 8 bits per channel."""
+        return self.mode in _WIDE
+
+    @classmethod
+    def of(cls, image: Image) -> Header:
+        """Return the header of an opened image."""
+        orientation = image.getexif().get(_ORIENTATION, 1)
+        # These four exchange height and width.
+        size = (image.width, image.height) if orientation in (5, 6, 7, 8) else (image.height, image.width)
+        return cls(size, image.mode, orientation != 1)
+
+
+def read_header(path: Path) -> Header | None:
+    """Read the header of an image file; None if that fails, which `read_image` then explains."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            if is_turned(image):
-                return image.width, image.height
-            return image.height, image.width
+            return Header.of(image)
     except (*_DAMAGE, Image.DecompressionBombError):
-        return 0, 0
+        return None
 
 
-def check_depth(path: Path, value_range: tuple[float, float] | None) -> None:
-    """Raise a ValueError if the header of a file names more than 8 bits per channel and there is no `value_range`.
-
-    Files that cannot be read pass: `read_image` says what is wrong with them.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-    except (*_DAMAGE, Image.DecompressionBombError):
-        return
-    if mode in _WIDE and value_range is None:
+def check_depth(path: Path, header: Header, value_range: tuple[float, float] | None) -> None:
+    """Raise a ValueError if the header names more than 8 bits per channel and there is no `value_range`."""
+    if header.is_wide and value_range is None:
         raise ValueError(
-            f"image {path} must have 8 bits per channel, got the mode {mode}; state the range of its values, such as "
-            "--dataset.image-range 0 4095"
+            f"image {path} must have 8 bits per channel, got the mode {header.mode}; state the range of its values, "
+            "such as --dataset.image-range 0 4095"
         )
-
-
-def is_turned(image: Image) -> bool:
-    """Return whether the EXIF orientation of an opened image exchanges its height and width."""
-    return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
 
 
 def _scaled(values: NDArray[np.generic], path: Path, value_range: tuple[float, float] | None) -> NDArray[np.uint8]:

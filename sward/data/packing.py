@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
+import math
 import os
 import shutil
 import warnings
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from sward import atomic
 from sward.data.files import OnCorrupt, PairedFiles
-from sward.data.images import CorruptFileError, image_size
+from sward.data.images import CorruptFileError, read_header
 from sward.data.packed import FOLDER, Frame, Index, Shard, Source, map_file
 from sward.data.sample import Pair
 
@@ -241,7 +242,8 @@ def _is_sound(
 
 def _check_space(folder: Path, missing: Sequence[tuple[PairedFiles, Pair]]) -> None:
     """Raise a ValueError if the disk has no space for the missing frames."""
-    needed = sum(4 * height * width for height, width in (image_size(pair.image) for _, pair in missing))
+    headers = (read_header(pair.image) for _, pair in missing)
+    needed = sum(4 * math.prod(header.size) for header in headers if header is not None)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sward.data.images import LOSSY, is_turned, open_image
+from sward.data.images import LOSSY, Header, open_image
 from sward.data.layouts import find_layout, table_pairs
 from sward.data.masks import TOLERANCE, UNCLEAR_SHARE, colours, indices
 from sward.data.sample import IGNORE_INDEX, Pair
@@ -152,10 +152,10 @@ def _look(pair: Pair) -> _Look:
     size, turned, wide, highest = (0, 0), False, "", 0.0
     try:
         with Image.open(pair.image) as image:
-            turned = is_turned(image) or image.getexif().get(0x0112, 1) != 1
-            size = (image.width, image.height) if is_turned(image) else (image.height, image.width)
-            if image.mode.startswith(("I", "F")):
-                wide, highest = image.mode, float(np.asarray(image).max())
+            header = Header.of(image)
+            size, turned = header.size, header.turned
+            if header.is_wide:
+                wide, highest = header.mode, float(np.asarray(image).max())
         mask = open_image(pair.mask)
         lossy = mask.format in LOSSY
         values = dict(_mask_values(mask, pair.mask))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from sward.data import CorruptFileError, read_image
 from sward.data.files import list_images, pair_by_name
-from sward.data.images import image_size
+from sward.data.images import Header, read_header
 
 CORNER = np.zeros((4, 6, 3), np.uint8)
 CORNER[0, 0] = 255
@@ -29,7 +29,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, corner: t
     image = read_image(tmp_path / "a.jpg")
     height, width = (16, 32) if orientation < 5 else (32, 16)
     assert image.shape == (3, height, width)
-    assert image_size(tmp_path / "a.jpg") == (height, width)
+    assert read_header(tmp_path / "a.jpg") == Header((height, width), "RGB", turned=orientation != 1)
     row, column = (-1 if last else 0 for last in corner)
     assert image[:, row, column].min() > 200
     assert (image[0] > 127).sum() == 64
