@@ -71,6 +71,19 @@ class Metadata:
         values["palette"] = tuple(tuple(colour) for colour in values["palette"])
         return cls(**values)
 
+    @classmethod
+    def of_run(cls, config: TrainingConfig, info: DatasetInfo, weights: Path) -> Metadata:
+        """Describe the network of a run with the weights of one of its checkpoints."""
+        return cls(
+            config.model,
+            info.name,
+            info.classes,
+            info.palette,
+            evaluation_size(config),
+            config.dataset.image_range,
+            source=str(weights.resolve()),
+        )
+
     def info(self) -> DatasetInfo:
         """Return the classes and colours as a `DatasetInfo`."""
         return DatasetInfo(self.dataset, self.classes, self.palette)

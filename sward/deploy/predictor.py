@@ -11,13 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sward.alignment import resize
 from sward.data import DatasetInfo, read_image
 from sward.data.transforms import resize_image
-from sward.deploy.metadata import Metadata, evaluation_size
+from sward.deploy.metadata import Metadata
 from sward.deploy.network import DeployedNetwork
 from sward.deploy.tiles import blended_bands, check_tile, default_overlap
 from sward.evaluation import predicted_labels
 from sward.runs.load import choose_device, load_run
+from sward.training.run_folder import RunFolder
 
 Checkpoint = Literal["best", "last"]
 Image = str | Path | Tensor | NDArray[np.uint8] | Any
@@ -170,15 +172,7 @@ def load(path: str | Path, *, checkpoint: Checkpoint = "best", device: str | Non
         return _load_onnx(path) if path.suffix == ".onnx" else _load_program(path)
     folder, weights = find_run(path, checkpoint)
     config, info, network = load_run(folder, weights)
-    metadata = Metadata(
-        config.model,
-        info.name,
-        info.classes,
-        info.palette,
-        evaluation_size(config),
-        config.dataset.image_range,
-        source=str((weights if isinstance(weights, Path) else folder / "checkpoints" / f"{weights}.pt").resolve()),
-    )
+    metadata = Metadata.of_run(config, info, weights)
     target = choose_device(device)
     deployed = DeployedNetwork(network).to(target)
 
@@ -189,14 +183,15 @@ def load(path: str | Path, *, checkpoint: Checkpoint = "best", device: str | Non
     return Predictor(forward, metadata, path)
 
 
-def find_run(path: Path, checkpoint: Checkpoint = "best") -> tuple[Path, Checkpoint | Path]:
-    """Return the run folder of a path, and the weights: `checkpoint`, or the file if `path` is one.
+def find_run(path: Path, checkpoint: Checkpoint = "best") -> tuple[Path, Path]:
+    """Return the run folder of a path and the file of the weights: `checkpoint`, or the path itself if it is a file.
 
     Raises:
         ValueError: if a checkpoint does not lie in the folder of its run.
     """
     if path.suffix != ".pt":
-        return path, checkpoint
+        run = RunFolder(path)
+        return path, run.best if checkpoint == "best" else run.last
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     folder = path.resolve().parent.parent
@@ -248,7 +243,7 @@ def _resized(outputs: Tensor, size: tuple[int, ...]) -> Tensor:
     if tuple(outputs.shape[-2:]) == tuple(size):
         return outputs
     if outputs.ndim == 4:
-        return torch.nn.functional.interpolate(outputs, tuple(size), mode="bilinear", align_corners=False)
+        return resize(outputs, size)
     return torch.nn.functional.interpolate(outputs[:, None], tuple(size), mode="nearest-exact")[:, 0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -19,7 +20,7 @@ from sward.config import TrainingConfig
 from sward.data import DatasetInfo, denormalise
 from sward.data.transforms import resize_image
 from sward.deploy import export
-from sward.deploy.metadata import Metadata, evaluation_size
+from sward.deploy.metadata import Metadata
 from sward.deploy.network import DeployedNetwork, Input, Output
 from sward.deploy.precision import CALIBRATION_IMAGES, Precision, check_precision, convert
 from sward.deploy.predictor import Checkpoint, Predictor, as_input, find_run, labels_at, load
@@ -154,18 +155,7 @@ def export_run(
         raise ValueError(f"calibrate must be at least 1, got {calibrate}")
     folder, weights = find_run(run, checkpoint)
     config, info, network = load_run(folder, weights)
-    metadata = Metadata(
-        config.model,
-        info.name,
-        info.classes,
-        info.palette,
-        evaluation_size(config),
-        config.dataset.image_range,
-        input=input,
-        output=output,
-        fixed_size=size,
-        source=load(run, checkpoint=checkpoint).metadata.source,
-    )
+    metadata = dataclasses.replace(Metadata.of_run(config, info, weights), input=input, output=output, fixed_size=size)
     config.dataset.root = root or config.dataset.root
     # Before the export, which takes longer: a data set that is not there is found out at once.
     images = None if check == 0 else evaluation_images(config, split, check)
