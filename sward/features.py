@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sward.layouts import Format, Layout, check_choice, describe, layouts, resolve, select, whole_patches
+from sward.layouts import Format, Layout, check_choice, describe, layouts, resolve, select, without_doubt
 
 
 class FeatureTaps:
@@ -171,12 +171,10 @@ class FeatureTaps:
             if now:
                 self._known[layer] = now[0]
                 return True
-        candidates = self._candidates(layer, output, images)
-        whole = [each for each in candidates if each.format != "tokens" or whole_patches(each, images[-2:])]  # type: ignore[arg-type]
-        if len(whole) == 1:
-            self._known[layer] = whole[0]
-            return True
-        return False
+        only = without_doubt(self._candidates(layer, output, images), images)
+        if only is not None:
+            self._known[layer] = only
+        return only is not None
 
     def _candidates(self, layer: str, output: Tensor, images: tuple[int, ...]) -> list[Layout]:
         prefix_tokens = self._prefix_tokens
@@ -217,11 +215,10 @@ class FeatureTaps:
         """Return the raw outputs for blank images of another size; None if the network does not accept it."""
         (network,) = self._network
         blank = images.new_zeros(shape)
-        training = [(module, module.training) for module in network.modules()]
         devices = [images.device] if images.device.type == "cuda" else []
+        eagerly = torch.compiler.set_stance("force_eager")
         try:
-            network.eval()
-            with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            with evaluating(network), torch.no_grad(), torch.random.fork_rng(devices), eagerly:
                 if self._image_keyword is None:
                     network(blank)
                 else:
@@ -232,8 +229,6 @@ class FeatureTaps:
             return None
         finally:
             self._running = False
-            for module, mode in training:
-                module.training = mode
 
     def _start(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         self._caught = {}
@@ -287,7 +282,7 @@ def map_channels(
 
 
 @contextlib.contextmanager
-def evaluating(network: nn.Module):  # type: ignore[no-untyped-def]
+def evaluating(network: nn.Module) -> Iterator[None]:
     """Put every module of a network into eval mode, and back into its own mode afterwards."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sward.features import evaluating, own_prefix_tokens
-from sward.layouts import Layout, layouts, logits_of, resolve, whole_patches
+from sward.layouts import Layout, layouts, logits_of, resolve, without_doubt
 
 ENCODER_NAMES = ("levels", "trunk", "encoder", "backbone", "features")
 """Names under which networks keep the part that is distilled; the first that exists counts."""
@@ -189,10 +189,9 @@ def _layout(
     images, second = (1, 3, *size), (1, 3, *double)
     own = own_prefix_tokens(network, name) if output.dim() == 3 else None
     prefix_tokens = "auto" if own is None else own
-    ways = layouts(output, images, prefix_tokens=prefix_tokens)  # type: ignore[arg-type]
-    whole = [way for way in ways if way.format != "tokens" or whole_patches(way, size)]
-    if len(whole) == 1:
-        return whole[0]
+    only = without_doubt(layouts(output, images, prefix_tokens=prefix_tokens), images)  # type: ignore[arg-type]
+    if only is not None:
+        return only
     ways = resolve(output, images, None if larger is None else (larger, second), prefix_tokens=prefix_tokens)  # type: ignore[arg-type]
     return ways[0] if len(ways) == 1 else None
 

@@ -71,9 +71,9 @@ def select(output: Any, choice: int | str, name: str) -> Tensor:
         held = dict(enumerate(output))
         choice = choice + len(output) if isinstance(choice, int) and choice < 0 else choice
     else:
-        raise ValueError(f"{name} must return a tensor, or a tuple or dictionary of tensors, got {_kind(output)}")
+        raise ValueError(f"{name} must return a tensor, or a tuple or dictionary of tensors, got {describe(output)}")
     if not isinstance(held.get(choice), Tensor):
-        listed = ", ".join(f"{key!r}: {_kind(value)}" for key, value in held.items())
+        listed = ", ".join(f"{key!r}: {describe(value)}" for key, value in held.items())
         raise ValueError(f"select must name a tensor in the output of {name}, got {choice!r}; it holds {{{listed}}}")
     return held[choice]
 
@@ -180,18 +180,22 @@ def _token_grid(tokens: int, size: tuple[int, int]) -> tuple[int, int] | None:
     return min(fitting, key=lambda grid: abs(grid[0] * size[1] - grid[1] * size[0]), default=None)
 
 
-def whole_patches(layout: Layout, size: tuple[int, int]) -> bool:
-    """Return whether the grid divides the image into square patches without a rest."""
+def without_doubt(found: list[Layout], images: tuple[int, ...]) -> Layout | None:
+    """Return the one way to read an output of images with the shape `images`; None if there are several or none.
+
+    Tokens count only if they divide the image into square patches without a rest.
+    """
+    whole = [way for way in found if way.format != "tokens" or _whole_patches(way, (images[-2], images[-1]))]
+    return whole[0] if len(whole) == 1 else None
+
+
+def _whole_patches(layout: Layout, size: tuple[int, int]) -> bool:
     (rows, columns), (height, width) = layout.grid, size
     return height % rows == 0 and width % columns == 0 and height // rows == width // columns
 
 
-def describe(output: Any) -> str:
+def describe(value: Any) -> str:
     """Describe an output in an error message."""
-    return _kind(output)
-
-
-def _kind(value: Any) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
