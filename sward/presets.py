@@ -188,19 +188,20 @@ def _small(
     return make
 
 
-def _small_polyps(dataset_name: str, title: str, split_by: str) -> Callable[[], Preset]:
-    split = "split by sequence" if split_by == "sequence" else "random split"
+def _small_unext(
+    description: str, dataset: str, metric: Literal["mean_iou", "dice"], split_by: str | None = None
+) -> Callable[[], Preset]:
     return _small(
-        f"{title} at 128x128, {split}, ViT-S/14 to UNeXt, two cores",
+        description,
         "unext",
-        DatasetConfig(name=dataset_name, image_size=(128, 128), split_by=split_by),
+        DatasetConfig(name=dataset, image_size=(128, 128), split_by=split_by),
         batch=8,
         epochs=60,
         teacher_size=(224, 224),
         token_stride=14,
         teacher_epochs=45,
         schedule="cosine",
-        metric="dice",
+        metric=metric,
     )
 
 
@@ -211,20 +212,15 @@ _PRESETS: dict[str, Callable[[], Preset]] = {
     "colondb-resunetpp": _polyps("cvc_colondb", "resunetpp", "ResUNet++"),
     "colondb-unext": _polyps("cvc_colondb", "unext", "UNeXt"),
     "demo": _demo,
-    "own": _small(
-        "your own folder of images and masks, ViT-S/14 to UNeXt (docs/own_data.md)",
-        "unext",
-        DatasetConfig(name="folder", image_size=(128, 128)),
-        batch=8,
-        epochs=60,
-        teacher_size=(224, 224),
-        token_stride=14,
-        teacher_epochs=45,
-        schedule="cosine",
-        metric="mean_iou",
+    "own": _small_unext(
+        "your own folder of images and masks, ViT-S/14 to UNeXt (docs/own_data.md)", "folder", "mean_iou"
     ),
-    "clinicdb-small": _small_polyps("cvc_clinicdb", "CVC-ClinicDB", "sequence"),
-    "colondb-small": _small_polyps("cvc_colondb", "CVC-ColonDB", "ratio"),
+    "clinicdb-small": _small_unext(
+        "CVC-ClinicDB at 128x128, split by sequence, ViT-S/14 to UNeXt, two cores", "cvc_clinicdb", "dice", "sequence"
+    ),
+    "colondb-small": _small_unext(
+        "CVC-ColonDB at 128x128, random split, ViT-S/14 to UNeXt, two cores", "cvc_colondb", "dice", "ratio"
+    ),
     "camvid-small": _small(
         "CamVid at 128x160, ViT-S/14 to DeepLabV3+ MobileNetV3-Small, two cores",
         "mbv3s_deeplabv3plus",
