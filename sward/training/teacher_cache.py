@@ -58,9 +58,8 @@ class TrunkCache:
     """
 
     def __init__(self, trunk: nn.Module, folder: Path) -> None:
-        settings = {name: str(value) for name, value in vars(trunk).items() if isinstance(value, int | float | tuple)}
         self.trunk = trunk
-        self.files = FeatureFiles(folder / _name(settings, trunk))
+        self.files = FeatureFiles(folder / _name(trunk, trunk))
 
     @torch.compiler.disable
     def __call__(self, images: Tensor) -> list[Tensor]:
@@ -145,16 +144,16 @@ class FeatureFiles:
 
 def fingerprint(teacher: FrozenTeacher) -> str:
     """Hash everything that determines a teacher's features besides the image: weights, settings and layers."""
-    # Every plain attribute, so that settings added to the teacher later are included.
+    return _name(teacher, teacher.network)
+
+
+def _name(settled: FrozenTeacher | nn.Module, network: nn.Module) -> str:
+    # Every plain attribute, so that settings added later are included.
     settings = {
         name: str(value)
-        for name, value in vars(teacher).items()
+        for name, value in vars(settled).items()
         if value is None or isinstance(value, str | int | float | tuple | torch.dtype)
     }
-    return _name(settings, teacher.network)
-
-
-def _name(settings: dict[str, str], network: nn.Module) -> str:
     decisive = [FORMAT, settings, type(network).__qualname__, teacher_fingerprint(network)]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:24]
 
