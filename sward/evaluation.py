@@ -61,20 +61,14 @@ class Evaluation:
         """Inverse of `to_dict`: None becomes nan. Ignores other entries, such as those that `evaluate_run` adds."""
         newer = ("per_image", "mean_dice", "class_dice")
         found = {each.name: scores[each.name] for each in fields(cls) if each.name not in newer}
-        found["mean_dice"] = math.nan if scores.get("mean_dice") is None else scores["mean_dice"]
-        found["class_dice"] = {
-            name: math.nan if dice is None else dice for name, dice in scores.get("class_dice", {}).items()
-        }
+        found["mean_dice"] = _number(scores.get("mean_dice"))
+        found["class_dice"] = {name: _number(dice) for name, dice in scores.get("class_dice", {}).items()}
+        found["class_iou"] = {name: _number(iou) for name, iou in scores["class_iou"].items()}
         if scores.get("per_image") is not None:
-            found["per_image"] = {
-                name: [math.nan if value is None else value for value in values]
-                for name, values in scores["per_image"].items()
-            }
-        found["class_iou"] = {name: math.nan if iou is None else iou for name, iou in scores["class_iou"].items()}
+            found["per_image"] = {name: list(map(_number, values)) for name, values in scores["per_image"].items()}
         overlaps = ("dice", "iou", "pooled_dice") if len(scores["class_iou"]) == 2 else ()
         for name in ("mean_iou", "mean_accuracy", *overlaps):
-            if found[name] is None:
-                found[name] = math.nan
+            found[name] = _number(found[name])
         return cls(**found)
 
     def score(self, metric: str) -> float:
@@ -89,6 +83,10 @@ class Evaluation:
                 f"metric must be 'mean_iou' or 'mean_dice' unless the data set has two classes, got {metric!r}"
             )
         return -math.inf if math.isnan(value) else value
+
+
+def _number(stored: float | None) -> float:
+    return math.nan if stored is None else stored
 
 
 def predicted_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:

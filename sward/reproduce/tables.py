@@ -14,9 +14,6 @@ from sward.reproduce.paired import paired_bootstrap, paired_t
 from sward.reproduce.rendering import Column, Comparison, FilledTable, Mean, Value
 from sward.reproduce.study import Study
 
-PAIRED = " - alone (95 %)"
-"""End of the header of differences to the student alone."""
-
 HEALTH = (
     ("rank of V_t", 1, "value_rank"),
     ("|cos| of V_t", 2, "value_cosine"),
@@ -48,12 +45,14 @@ def fill(
         notes: sentences to print below the standard notes.
         costs: output of `model_costs`; None omits those columns.
     """
+    comparisons: set[int] = set()
     columns = [Column("method"), Column("runs", 0)]
     if costs is not None:
         columns += [Column("params (M)"), Column("FLOPs (G)")]
     for test in table.tests:
         columns += [Column(f"{test.title} {header}") for header, _ in test.metrics]
-        columns.append(Column(f"{test.title} {test.metrics[0][0]}{PAIRED}"))
+        comparisons.add(len(columns))
+        columns.append(Column(f"{test.title} {test.metrics[0][0]} - alone (95 %)"))
         if test.paper is not None:
             columns += [Column(f"{header} ({test.paper})") for header, _ in test.metrics]
     if table.costs:
@@ -90,15 +89,14 @@ def fill(
         rows.append(tuple(values))
     kept = [
         index
-        for index, column in enumerate(columns)
-        if not column.header.endswith(PAIRED) or any(row[index] is not None for row in rows)
+        for index in range(len(columns))
+        if index not in comparisons or any(row[index] is not None for row in rows)
     ]
-    paired = any(columns[index].header.endswith(PAIRED) for index in kept)
     return FilledTable(
         table.caption,
         tuple(columns[index] for index in kept),
         tuple(tuple(row[index] for index in kept) for row in rows),
-        (*_standing_notes(table, with_costs=costs is not None, paired=paired), *notes),
+        (*_standing_notes(table, with_costs=costs is not None, paired=bool(comparisons & {*kept})), *notes),
         frozenset((row, kept.index(column)) for row, column in gains & _best_students(table, rows)),
     )
 
