@@ -32,7 +32,7 @@ def load_trunk_checkpoint(model: nn.Module, path: str | Path) -> None:
     Raises:
         FileNotFoundError: if the file does not exist.
         ValueError: if the model has no trunk, or the file is not a checkpoint, has the layout of the `transformers`
-            library, lacks trunk tensors, has unexpected or non-finite ones, or fits a trunk of another size. The model is
+            library, lacks trunk tensors, has unexpected ones or nan, or fits a trunk of another size. The model is
             unchanged.
     """
     trunk = getattr(model, "trunk", None)
