@@ -22,6 +22,7 @@ from sward.losses.recipes import (
     TeacherProjections,
 )
 from sward.losses.task import TaskName
+from sward.tensor_layouts import Format, TapArguments
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """`fp32` computes everything in float32; the others use autocast and keep weights and optimiser in float32."""
@@ -130,6 +131,22 @@ class OptimizerConfig:
 
 
 @dataclass
+class TapConfig:
+    """How the layers of a network that are compared arrange their output; see `sward.features.FeatureTaps`."""
+
+    format: Format = "auto"
+    """`"nchw"`, `"nhwc"` or `"tokens"`; `"auto"` finds it from the shapes."""
+    prefix_tokens: int | Literal["auto"] = "auto"
+    """Class and register tokens in front of the tokens of the grid."""
+    select: int | str = -1
+    """Which item of a tuple (index) or dictionary (key) holds the map."""
+
+    def arguments(self) -> TapArguments:
+        """Return the fields as keyword arguments of `sward.features.FeatureTaps`."""
+        return {"format": self.format, "prefix_tokens": self.prefix_tokens, "select": self.select}
+
+
+@dataclass
 class TeacherConfig:
     """The frozen network that is distilled."""
 
@@ -142,7 +159,8 @@ class TeacherConfig:
     options: dict[str, int | str] = field(default_factory=dict)
     """Options of its builder, on the command line as `--teacher.options KEY=VALUE ...`."""
     weights: Path | None = None
-    """Checkpoint of the whole network `name`, instead of the run of `sward train-teacher`."""
+    """Checkpoint of the whole network `name`, in the formats of `model_weights`, instead of the run of `sward
+    train-teacher`. A `transformers:` folder brings its own."""
     image_size: tuple[int, int] | None = None
     """Height and width of the images that the teacher sees: the student's views (same crop, flips and colours), sampled
     at this size, with the same aspect ratio. None uses `dataset.image_size`."""
@@ -152,6 +170,8 @@ class TeacherConfig:
     """Folder that caches the teacher's features of each view of an image; needs `dataset.views`. None has no cache."""
     precision: Precision = "fp32"
     """Precision of the teacher's forward pass; independent of the student's."""
+    taps: TapConfig = field(default_factory=TapConfig)
+    """How its layers arrange their output."""
     normalization: TeacherNormalization = "none"
     """Standardise the feature maps that other methods than sward read; see `sward.teacher_normalization` for sward."""
 
@@ -202,8 +222,10 @@ class TrainingConfig:
     model_options: dict[str, int | str] = field(default_factory=dict)
     """Options of the network's builder, on the command line as `--model-options KEY=VALUE ...`."""
     model_weights: str | None = None
-    """Initial weights: a checkpoint file of the whole network, `"imagenet"` (smp, torchvision and timm encoders), or
-    `"none"` or None for random ones. A frozen trunk is refused random weights unless this is `"random"`."""
+    """Initial weights: a file of the whole network (`torch.save` or safetensors; the state dict at the top level or
+    under `model`, `state_dict` or `model_state_dict`; prefixes such as `module.` are stripped), `"imagenet"` (smp,
+    torchvision and timm encoders), or `"none"` or None for random ones. A frozen trunk is refused random weights unless
+    this is `"random"`."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     """Images and labels."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -305,6 +327,8 @@ class DistillationConfig(TrainingConfig):
     On the command line, options for single fields of `sward` override it."""
     sward: SWARDConfig = field(default_factory=SWARDConfig)
     """Settings of `"sward"`."""
+    student_taps: TapConfig = field(default_factory=TapConfig)
+    """How the student's layers arrange their output."""
     unlabelled: tuple[Path, ...] = ()
     """Folders of images without masks. The teacher is distilled on them too; the task loss, PDR and all terms that need
     labels see the labelled images only."""
@@ -373,7 +397,8 @@ class TeacherTrainingConfig(TrainingConfig):
     """A teacher's run."""
 
     trunk_checkpoint: Path | None = None
-    """Pretrained weights of the trunk: a SAM 2.1, MedSAM2, timm or DINOv2 checkpoint."""
+    """Pretrained weights of the trunk: a SAM 2.1, MedSAM2, timm or DINOv2 checkpoint (`torch.save` or safetensors;
+    prefixes such as `image_encoder.trunk.` are stripped)."""
     train_trunk: bool = False
     """Train the trunk too. By default it stays frozen and only the head is trained, as in the paper."""
     cache: Path | None = None
