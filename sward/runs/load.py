@@ -100,7 +100,7 @@ def distillation_pair(
         num_classes=info.num_classes,
         ignore_index=info.ignore_index,
         settings=settings,
-        unlabelled=bool(config.unlabelled),
+        unlabelled=config.unlabelled_per_step > 0,
         standardize_teacher=config.teacher.normalization != "none",
         masks=config.teacher_masks,
         seed=config.seed,
@@ -195,6 +195,8 @@ def build_split(
         views=settings.views if train else None,
         teacher_size=teacher_size,
         image_range=settings.image_range,
+        labelled_share=settings.labelled_share if train else 1.0,
+        share_seed=settings.split_seed,
         folder_options=settings.folder_options,
     )
 
