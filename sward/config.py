@@ -67,8 +67,9 @@ class DatasetConfig:
     image_size: tuple[int, int] = (128, 128)
     """Height and width in pixels of the training images."""
     split_by: str | None = None
-    """For polyps `"sequence"`, `"ratio"` or the path of a list file; for a `folder` without splits, shares of train,
-    val and test such as `80/10/10` or the path of a list (short: `--split`). None uses the data set's own split."""
+    """For polyps `"sequence"`, `"ratio"`, `"parity"` (ColonDB) or the path of a list file; for a `folder` without
+    splits, shares of train, val and test such as `80/10/10` or the path of a list (short: `--split`). None uses the
+    data set's own split."""
     num_classes: int | None = None
     """Number of classes of a `folder` whose classes have no names; the other data sets define their own."""
     classes: tuple[str, ...] = ()
@@ -83,7 +84,10 @@ class DatasetConfig:
     masks: str | None = None
     """For a `folder`, the pattern of its masks, such as `masks/{split}/{name}_mask.png` (short: `--masks`)."""
     split_seed: int = 0
-    """For a `folder`, the seed of a split that is drawn."""
+    """The seed of a `folder`'s split that is drawn, and of the frames of `labelled_share`."""
+    labelled_share: float = 1.0
+    """Share of the training masks to use, drawn by hash of the frames' names (short: `--labelled-share`). A student
+    with a teacher takes the other frames as unlabelled images; other runs leave them out."""
     group_by: str | None = None
     """For a `folder` whose split is drawn, keep groups of frames together: a regular expression that finds the group
     in a frame's name, or a CSV file with the columns `frame_id` and `group` (short: `--group-by`)."""
@@ -330,15 +334,16 @@ class DistillationConfig(TrainingConfig):
     student_taps: TapConfig = field(default_factory=TapConfig)
     """How the student's layers arrange their output."""
     unlabelled: tuple[Path, ...] = ()
-    """Folders of images without masks. The teacher is distilled on them too; the task loss, PDR and all terms that need
-    labels see the labelled images only."""
+    """Folders of images without masks, or text files with the path of one image per line. The teacher is distilled on
+    them too; the task loss, PDR and all terms that need labels see the labelled images only."""
     unlabelled_batch: int | None = None
     """Unlabelled images per step, over all processes, beside `batch` labelled ones; None takes as many as `batch`."""
 
     @property
     def unlabelled_per_step(self) -> int:
         """Number of unlabelled images per step."""
-        return (self.unlabelled_batch or self.batch) if self.unlabelled else 0
+        has_some = self.unlabelled or (self.dataset.labelled_share < 1 and self.distillation != "none")
+        return (self.unlabelled_batch or self.batch) if has_some else 0
 
     @property
     def teacher_image_size(self) -> tuple[int, int]:
@@ -363,7 +368,7 @@ class DistillationConfig(TrainingConfig):
             raise ValueError(
                 "unlabelled must be empty where distillation is 'none', since nothing would learn from them"
             )
-        if self.unlabelled_batch is not None and (self.unlabelled_batch < 1 or not self.unlabelled):
+        if self.unlabelled_batch is not None and (self.unlabelled_batch < 1 or not self.unlabelled_per_step):
             raise ValueError(
                 f"unlabelled_batch must be at least 1 with unlabelled and None without, got {self.unlabelled_batch}"
             )

@@ -174,7 +174,7 @@ def _check_data(
 
 
 def _unlabelled(config: DistillationConfig, train_set: SegmentationDataset) -> UnlabelledImages | None:
-    if not config.unlabelled:
+    if not config.unlabelled_per_step:
         return None
     images = UnlabelledImages(config.unlabelled, train_set, config.dataset.image_size, config.seed)
     if len(images) < config.unlabelled_per_step:
