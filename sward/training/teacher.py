@@ -46,8 +46,11 @@ class FrozenTeacher:
         precision = contextlib.nullcontext() if self.precision is None else autocast(images.device, self.precision)
         with torch.inference_mode(), precision:
             output = self.network(images)
-            caught = self.taps.collect()
+            found = self.taps.collect()
             if LOGITS in self.layers:
-                caught[LOGITS] = logits_of(output, "teacher")
-        # Copied outside of inference mode: autograd may not keep a tensor that was made inside.
-        return {layer: caught[layer].to(self.dtype or caught[layer].dtype, copy=True) for layer in self.layers}
+                found[LOGITS] = logits_of(output, "teacher")
+        # Autograd may not keep a tensor that was made in inference mode. Maps from a cache were not.
+        return {
+            layer: found[layer].to(self.dtype or found[layer].dtype, copy=found[layer].is_inference())
+            for layer in self.layers
+        }
