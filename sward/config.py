@@ -23,6 +23,7 @@ from sward.losses.recipes import (
     TeacherProjections,
 )
 from sward.losses.task import TaskName
+from sward.tensor_layouts import Format, TapArguments
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """`fp32` computes everything in float32; the others use autocast and keep weights and optimiser in float32."""
@@ -79,8 +80,9 @@ class DatasetConfig:
     image_size: tuple[int, int] = (128, 128)
     """Height and width in pixels of the training images."""
     split_by: str | None = None
-    """For polyps `"sequence"`, `"ratio"` or the path of a list file; for a `folder` without splits, shares of train,
-    val and test such as `80/10/10` or the path of a list (short: `--split`). None uses the data set's own split."""
+    """For polyps `"sequence"`, `"ratio"`, `"parity"` (ColonDB) or the path of a list file; for a `folder` without
+    splits, shares of train, val and test such as `80/10/10` or the path of a list (short: `--split`). None uses the
+    data set's own split."""
     num_classes: int | None = None
     """Number of classes of a `folder` whose classes have no names; the other data sets define their own."""
     classes: tuple[str, ...] = ()
@@ -95,7 +97,10 @@ class DatasetConfig:
     masks: str | None = None
     """For a `folder`, the pattern of its masks, such as `masks/{split}/{name}_mask.png` (short: `--masks`)."""
     split_seed: int = 0
-    """For a `folder`, the seed of a split that is drawn."""
+    """The seed of a `folder`'s split that is drawn, and of the frames of `labelled_share`."""
+    labelled_share: float = 1.0
+    """Share of the training masks to use, drawn by hash of the frames' names (short: `--labelled-share`). A student
+    with a teacher takes the other frames as unlabelled images; other runs leave them out."""
     group_by: str | None = None
     """For a `folder` whose split is drawn, keep groups of frames together: a regular expression that finds the group
     in a frame's name, or a CSV file with the columns `frame_id` and `group` (short: `--group-by`)."""
@@ -143,6 +148,22 @@ class OptimizerConfig:
 
 
 @dataclass
+class TapConfig:
+    """How the layers of a network that are compared arrange their output; see `sward.features.FeatureTaps`."""
+
+    format: Format = "auto"
+    """`"nchw"`, `"nhwc"` or `"tokens"`; `"auto"` finds it from the shapes."""
+    prefix_tokens: int | Literal["auto"] = "auto"
+    """Class and register tokens in front of the tokens of the grid."""
+    select: int | str = -1
+    """Which item of a tuple (index) or dictionary (key) holds the map."""
+
+    def arguments(self) -> TapArguments:
+        """Return the fields as keyword arguments of `sward.features.FeatureTaps`."""
+        return {"format": self.format, "prefix_tokens": self.prefix_tokens, "select": self.select}
+
+
+@dataclass
 class TeacherConfig:
     """The frozen network that is distilled."""
 
@@ -155,7 +176,8 @@ class TeacherConfig:
     options: dict[str, int | str] = field(default_factory=dict)
     """Options of its builder, on the command line as `--teacher.options KEY=VALUE ...`."""
     weights: Path | None = None
-    """Checkpoint of the whole network `name`, instead of the run of `sward train-teacher`."""
+    """Checkpoint of the whole network `name`, in the formats of `model_weights`, instead of the run of `sward
+    train-teacher`. A `transformers:` folder brings its own."""
     image_size: tuple[int, int] | None = None
     """Height and width of the images that the teacher sees: the student's views (same crop, flips and colours), sampled
     at this size, with the same aspect ratio. None uses `dataset.image_size`."""
@@ -165,6 +187,8 @@ class TeacherConfig:
     """Folder that caches the teacher's features of each view of an image; needs `dataset.views`. None has no cache."""
     precision: Precision = "fp32"
     """Precision of the teacher's forward pass; independent of the student's."""
+    taps: TapConfig = field(default_factory=TapConfig)
+    """How its layers arrange their output."""
     normalization: TeacherNormalization = "none"
     """Standardise the feature maps that other methods than sward read; see `sward.teacher_normalization` for sward."""
 
@@ -227,8 +251,10 @@ class TrainingConfig:
     model_options: dict[str, int | str] = field(default_factory=dict)
     """Options of the network's builder, on the command line as `--model-options KEY=VALUE ...`."""
     model_weights: str | None = None
-    """Initial weights: a checkpoint file of the whole network, `"imagenet"` (smp, torchvision and timm encoders), or
-    `"none"` or None for random ones. A frozen trunk is refused random weights unless this is `"random"`."""
+    """Initial weights: a file of the whole network (`torch.save` or safetensors; the state dict at the top level or
+    under `model`, `state_dict` or `model_state_dict`; prefixes such as `module.` are stripped), `"imagenet"` (smp,
+    torchvision and timm encoders), or `"none"` or None for random ones. A frozen trunk is refused random weights unless
+    this is `"random"`."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     """Images and labels."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -338,16 +364,19 @@ class DistillationConfig(TrainingConfig):
     On the command line, options for single fields of `sward` override it."""
     sward: SWARDConfig = field(default_factory=SWARDConfig)
     """Settings of `"sward"`."""
+    student_taps: TapConfig = field(default_factory=TapConfig)
+    """How the student's layers arrange their output."""
     unlabelled: tuple[Path, ...] = ()
-    """Folders of images without masks. The teacher is distilled on them too; the task loss, PDR and all terms that need
-    labels see the labelled images only."""
+    """Folders of images without masks, or text files with the path of one image per line. The teacher is distilled on
+    them too; the task loss, PDR and all terms that need labels see the labelled images only."""
     unlabelled_batch: int | None = None
     """Unlabelled images per step, over all processes, beside `batch` labelled ones; None takes as many as `batch`."""
 
     @property
     def unlabelled_per_step(self) -> int:
         """Number of unlabelled images per step."""
-        return (self.unlabelled_batch or self.batch) if self.unlabelled else 0
+        has_some = self.unlabelled or (self.dataset.labelled_share < 1 and self.distillation != "none")
+        return (self.unlabelled_batch or self.batch) if has_some else 0
 
     @property
     def teacher_image_size(self) -> tuple[int, int]:
@@ -376,7 +405,7 @@ class DistillationConfig(TrainingConfig):
             raise ValueError(
                 "unlabelled must be empty where distillation is 'none', since nothing would learn from them"
             )
-        if self.unlabelled_batch is not None and (self.unlabelled_batch < 1 or not self.unlabelled):
+        if self.unlabelled_batch is not None and (self.unlabelled_batch < 1 or not self.unlabelled_per_step):
             raise ValueError(
                 f"unlabelled_batch must be at least 1 with unlabelled and None without, got {self.unlabelled_batch}"
             )
@@ -410,7 +439,8 @@ class TeacherTrainingConfig(TrainingConfig):
     """A teacher's run."""
 
     trunk_checkpoint: Path | None = None
-    """Pretrained weights of the trunk: a SAM 2.1, MedSAM2, timm or DINOv2 checkpoint."""
+    """Pretrained weights of the trunk: a SAM 2.1, MedSAM2, timm or DINOv2 checkpoint (`torch.save` or safetensors;
+    prefixes such as `image_encoder.trunk.` are stripped)."""
     train_trunk: bool = False
     """Train the trunk too. By default it stays frozen and only the head is trained, as in the paper."""
     cache: Path | None = None

@@ -282,6 +282,18 @@ def _list(words: list[str]) -> None:
     print("\n".join(listed[words[0]]))
 
 
+@_command("completion", "print a script that completes this command line in bash or zsh")
+def _completion(words: list[str]) -> None:
+    from sward.cli.completion import SHELLS, script
+
+    if words in (["-h"], ["--help"]):
+        print("usage: source <(sward completion bash)\n       source <(sward completion zsh)")
+        return
+    if len(words) != 1 or words[0] not in SHELLS:
+        raise ValueError(f"completion must be followed by {' or '.join(SHELLS)}, got {' '.join(words) or 'nothing'}")
+    print(script(words[0], list(COMMANDS)), end="")
+
+
 @_command("layers", "list the layers of a network that can be distilled")
 def _layers(words: list[str]) -> None:
     from sward.cli.layers import Layers, show

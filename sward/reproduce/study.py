@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sward import presets
+from sward import atomic, data, presets
 from sward.config import (
     MASK_METHODS,
     DistillationConfig,
@@ -21,8 +21,9 @@ from sward.config import (
     to_json,
 )
 from sward.data import DatasetNotFoundError
+from sward.data.files import PairedFiles
 from sward.evaluation import Evaluation
-from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, teacher_of
+from sward.reproduce.experiments import TEACHER, EvaluationSet, Frames, Run, teacher_of
 from sward.reproduce.options import Options
 from sward.runs import (
     evaluate_run,
@@ -111,6 +112,8 @@ class Study:
         config.teacher.run = self.folder(teacher, 0).path
         if run.distillation in MASK_METHODS:
             config.teacher.masks = self.masks_file(run)
+        if run.unlabelled is not None:
+            config.unlabelled = (self.unlabelled_list(run, run.unlabelled),)
         for name, value in run.overrides.items():
             _set(config, name, value)
         if config.dataset.views is not None:
@@ -120,6 +123,11 @@ class Study:
     def masks_file(self, run: Run) -> Path:
         """Return the file of MasKD's tokens or FreeKD's prompts on the teacher of `run`."""
         return self.folder(teacher_of(run.preset), 0).path.with_name(f"{run.distillation}.pt")
+
+    def unlabelled_list(self, run: Run, frames: Frames) -> Path:
+        """Return the file that lists the unlabelled images of `run`; `train` writes it."""
+        name = "-".join(filter(None, ("unlabelled", frames.dataset, frames.split_by, frames.split)))
+        return self.options.output / run.preset / f"{name}.txt"
 
     def masks_config(self, run: Run, method: MaskMethod) -> MaskTrainingConfig:
         """Return the configuration for learning the masks of `run`."""
@@ -213,13 +221,15 @@ class Study:
                 for test in tests:
                     if test.dataset is None:
                         continue
-                    config.dataset.name, config.dataset.split_by = test.dataset, None
+                    config.dataset.name, config.dataset.split_by = test.dataset, test.split_by
                     try:
                         build_split(config, test.split, train=False)
                     except DatasetNotFoundError as error:
                         if not test.optional:
                             raise
                         notes.append(f"{test.title} is empty: {error}")
+            if run.unlabelled is not None:
+                self._unlabelled_images(run.unlabelled)
         return list(dict.fromkeys(notes))
 
     def run_all(self, schedule: list[tuple[Run, int]]) -> Iterator[tuple[Run, int]]:
@@ -238,6 +248,8 @@ class Study:
         folder = self.folder(run, seed)
         if isinstance(config, DistillationConfig) and config.distillation in MASK_METHODS:
             self._learn_masks(run)
+        if run.unlabelled is not None:
+            self._list_unlabelled(run, run.unlabelled)
         config.resume = folder.last.exists()
         device = choose_device(config.device)
         is_fresh = forget_peak_memory(device)
@@ -260,10 +272,10 @@ class Study:
         if self.cost(run, seed) is None:
             return None
         folder, checkpoint = self.folder(run, seed), test.checkpoint(run)
-        root = self.options.data
-        path = evaluation_file(folder.path, test.dataset, test.split, root=root, checkpoint=checkpoint)
+        place = {"root": self.options.data, "split_by": test.split_by}
+        path = evaluation_file(folder.path, test.dataset, test.split, **place, checkpoint=checkpoint)
         # Earlier versions wrote the scores of all weights to the file of the best ones.
-        for file in (path, evaluation_file(folder.path, test.dataset, test.split, root=root)):
+        for file in (path, evaluation_file(folder.path, test.dataset, test.split, **place)):
             stored = read_json(dict, file) if file.exists() else {}
             if stored.get("checkpoint") == checkpoint:
                 return Evaluation.from_dict(stored)
@@ -272,7 +284,7 @@ class Study:
                 folder.path,
                 split=test.split,
                 dataset=test.dataset,
-                root=root,
+                **place,
                 checkpoint=checkpoint,
                 device=self.options.device,
             )
@@ -280,6 +292,18 @@ class Study:
             if not test.optional:
                 raise
             return None
+
+    def _unlabelled_images(self, frames: Frames) -> list[Path]:
+        found = data.build(
+            frames.dataset, frames.split, train=False, root=self.options.data, split_by=frames.split_by, packed="none"
+        )
+        assert isinstance(found, PairedFiles)
+        return [pair.image.absolute() for pair in found.pairs]
+
+    def _list_unlabelled(self, run: Run, frames: Frames) -> None:
+        path = self.unlabelled_list(run, frames)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(path, "".join(f"{image}\n" for image in self._unlabelled_images(frames)).encode())
 
     def _learn_masks(self, run: Run) -> None:
         method: MaskMethod = "maskd" if run.distillation == "maskd" else "freekd"

@@ -24,6 +24,7 @@ from sward.runs.load import (
     build_datasets,
     build_network,
     build_split,
+    check_teacher_logits,
     choose_device,
     distillation_pair,
     load_teacher,
@@ -75,14 +76,16 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
         teacher_weights = teacher_fingerprint(network)[:16]
         network = _placed(network, config, device)
         pair = distillation_pair(config, student, name, network, info)
-        config = _with_layers(config, pair)
         loss = methods.build(config.distillation, pair).to(device)
+        check_teacher_logits(config.teacher, info, config.distillation, loss.teacher_taps)
+        config = _with_layers(config, pair, loss)
         teacher = frozen = FrozenTeacher(
             network,
             loss.teacher_taps,
             precision=config.teacher.precision,
             # Without autocast, the loss cannot combine the maps of a float32 student with maps of another dtype.
             dtype=torch.float32 if config.precision == "fp32" else None,
+            taps=config.teacher.taps,
         )
     try_step(student, task.to(device), loss, frozen, config, info)
     if frozen is not None:
@@ -99,14 +102,17 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
     )
 
 
-def _with_layers(config: DistillationConfig, pair: methods.DistillationPair) -> DistillationConfig:
-    """Print the layers that MWAD will compare, and return the configuration with them."""
-    if config.distillation != "sward":
-        return config
+def _with_layers(
+    config: DistillationConfig, pair: methods.DistillationPair, loss: DistillationLoss
+) -> DistillationConfig:
+    """Print the layers that the method compares, and return the configuration with those of MWAD."""
     student, teacher = pair.student_layers.stages, pair.teacher_layers.stages
+    of_sward = config.distillation == "sward"
     if distributed.is_main():
-        for side, names in (("student", student), ("teacher", teacher)):
-            print(f"{side} layers: {' '.join(names)}")
+        print(f"student layers: {' '.join(student if of_sward else loss.student_taps)}")
+        print(f"teacher layers: {' '.join(teacher if of_sward else loss.teacher_taps)}")
+    if not of_sward:
+        return config
     return dataclasses.replace(
         config, sward=dataclasses.replace(config.sward, student_layers=student, teacher_layers=teacher)
     )
@@ -135,13 +141,16 @@ def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> Train
     torch.manual_seed(config.seed)
     network = build_network(config, train_set.info.num_classes)
     if config.trunk_checkpoint is not None:
-        models.load_trunk_checkpoint(network, config.trunk_checkpoint)
+        matched = models.load_trunk_checkpoint(network, config.trunk_checkpoint)
+        if distributed.is_main():
+            print(f"trunk weights: {matched}")
     if not config.train_trunk:
         if not isinstance(network, Teacher):
             raise ValueError(
                 f"train_trunk must be True for model {config.model!r}, got False; it has no trunk to freeze"
             )
-        if config.trunk_checkpoint is None and config.model_weights in (None, "none"):
+        brought = models.own_weights(config.model, train_set.info.num_classes) != "none"
+        if config.trunk_checkpoint is None and config.model_weights in (None, "none") and not brought:
             raise ValueError(
                 "trunk_checkpoint must name the weights of a frozen trunk, got None; train the trunk too with "
                 "--train-trunk, or keep random features with --model-weights random"
@@ -175,7 +184,7 @@ def _check_data(
 
 
 def _unlabelled(config: DistillationConfig, train_set: SegmentationDataset) -> UnlabelledImages | None:
-    if not config.unlabelled:
+    if not config.unlabelled_per_step:
         return None
     images = UnlabelledImages(config.unlabelled, train_set, config.dataset.image_size, config.seed)
     if len(images) < config.unlabelled_per_step:
@@ -259,7 +268,11 @@ def _fit(
         run.keep_labels({split: found.summary(train_set.info.classes) for split, found in counts.items()})
         run.keep_frames(frames)
         step_module = TrainingStep(
-            network, task.to(next(network.parameters()).device), loss, precision=config.precision
+            network,
+            task.to(next(network.parameters()).device),
+            loss,
+            precision=config.precision,
+            taps=config.student_taps if isinstance(config, DistillationConfig) else None,
         )
         if config.compile:
             # In place, which keeps the keys of the state dict; after opening the taps, so that they are traced.
@@ -301,6 +314,7 @@ def train_masks(config: MaskTrainingConfig) -> Path:
     choice = layers.default_layers(name, teacher, config.dataset.image_size)
     masks = methods.new_masks(config.method, teacher, choice, config.dataset.image_size).to(device)
     tap = methods.mask_tap(config.method, choice)
+    check_teacher_logits(config.teacher, dataset.info, config.method, (tap,))
     stream = batches(dataset, config.batch, seed=config.seed, workers=config.dataset.workers)
     path = config.output or masks_path(config.preset, config.method)
     make_folder(path.parent)
