@@ -516,8 +516,15 @@ def _build(kind: Any, value: Any, name: str = "") -> Any:
     """Return `value`, as read from JSON, as the type `kind` of the field `name`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        choices = [choice for choice in arguments if choice is not type(None)]
-        return None if value is None and len(choices) < len(arguments) else _build(choices[0], value, name)
+        if value is None and type(None) in arguments:
+            return None
+        problems = []
+        for choice in (each for each in arguments if each is not type(None)):
+            try:
+                return _build(choice, value, name)
+            except ValueError as error:
+                problems.append(error)
+        raise problems[0]
     if origin is tuple and isinstance(value, (list, tuple)):
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(value) == len(kinds):
