@@ -17,6 +17,7 @@ SHORT = {
     "--images": "--dataset.images",
     "--masks": "--dataset.masks",
     "--split": "--dataset.split-by",
+    "--labelled-share": "--dataset.labelled-share",
     "--split-seed": "--dataset.split-seed",
     "--group-by": "--dataset.group-by",
     "--student-layers": "--sward.student-layers",

@@ -34,7 +34,8 @@ def load_trunk_checkpoint(model: nn.Module, path: str | Path) -> str:
     Raises:
         FileNotFoundError: if the file does not exist.
         ValueError: if the model has no trunk, or the file is not a checkpoint, has the layout of the `transformers`
-            library, lacks trunk tensors, has unexpected ones, or fits a trunk of another size. The model is unchanged.
+            library, lacks trunk tensors, has unexpected or non-finite ones, or fits a trunk of another size. The model
+            is unchanged.
     """
     trunk = getattr(model, "trunk", None)
     if not isinstance(trunk, nn.Module):
@@ -61,6 +62,7 @@ def load_trunk_checkpoint(model: nn.Module, path: str | Path) -> str:
             f"{path} holds {key!r} with shape {list(tensors[key].shape)}, "
             f"but the model's trunk has {list(targets[key][1].shape)}"
         )
+    check_finite(tensors, path)
     trunk.load_state_dict({key: tensors[canonical] for canonical, (key, _) in targets.items()}, strict=True)
     return f"{len(targets)} tensors from {path}" + (f", prefix {prefix!r} stripped" if prefix else "")
 
@@ -91,6 +93,13 @@ def read_state(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict; it must map names to tensors, at the top level or under 'model'")
     return content
+
+
+def check_finite(state: Mapping[str, Any], path: Path) -> None:
+    """Raise a ValueError that names the first tensor of a file with nan or infinity in it."""
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"{name} in {path} must be finite, got nan or infinity")
 
 
 def _trunk_tensors(state: Mapping[str, Any], path: Path, wanted: Collection[str]) -> tuple[dict[str, Tensor], str]:

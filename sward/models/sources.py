@@ -389,7 +389,7 @@ def load_weights(network: nn.Module, path: Path) -> str:
         FileNotFoundError: if there is no file.
         ValueError: if names or shapes do not match, or a tensor is not finite.
     """
-    from sward.models.checkpoints import read_state
+    from sward.models.checkpoints import check_finite, read_state
 
     state: dict[str, Tensor] = {key: value for key, value in read_state(path).items() if isinstance(value, Tensor)}
     inner = network.network if isinstance(network, Segmenter) else network
@@ -411,8 +411,7 @@ def load_weights(network: nn.Module, path: Path) -> str:
     for key, value in state.items():
         if value.shape != wanted[key].shape:
             raise ValueError(f"{key} in {path} must have shape {tuple(wanted[key].shape)}, got {tuple(value.shape)}")
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ValueError(f"{key} in {path} must be finite, got nan or infinity")
+    check_finite(state, path)
     inner.load_state_dict(state)
     return f"{len(state)} tensors from {path}" + (f", prefix {stripped!r} stripped" if stripped else "")
 

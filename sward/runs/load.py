@@ -103,7 +103,7 @@ def distillation_pair(
         settings=settings,
         student_taps=config.student_taps,
         teacher_taps=config.teacher.taps,
-        unlabelled=bool(config.unlabelled),
+        unlabelled=config.unlabelled_per_step > 0,
         standardize_teacher=config.teacher.normalization != "none",
         masks=config.teacher_masks,
         seed=config.seed,
@@ -221,6 +221,8 @@ def build_split(
         views=settings.views if train else None,
         teacher_size=teacher_size,
         image_range=settings.image_range,
+        labelled_share=settings.labelled_share if train else 1.0,
+        share_seed=settings.split_seed,
         folder_options=settings.folder_options,
     )
 

@@ -56,8 +56,11 @@ class FrozenTeacher:
             caught = self.taps.collect()
             if LOGITS in self.layers:
                 caught[LOGITS] = logits_of(output, "teacher")
-        # Copied outside of inference mode: autograd may not keep a tensor that was made inside.
-        return {layer: caught[layer].to(self.dtype or caught[layer].dtype, copy=True) for layer in self.layers}
+        # Autograd may not keep a tensor that was made in inference mode. Maps from a cache were not.
+        return {
+            layer: caught[layer].to(self.dtype or caught[layer].dtype, copy=caught[layer].is_inference())
+            for layer in self.layers
+        }
 
     def _levels_suffice(self) -> bool:
         """Return whether no layer that is asked for lies in the head of a `Teacher`."""
