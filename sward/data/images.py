@@ -12,6 +12,7 @@ Every image goes through one rule, in training, prediction and packs:
 
 from __future__ import annotations
 
+import io
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -58,8 +59,12 @@ class CorruptFileError(ValueError):
     """An image or mask file is damaged or not an image. The message names the file."""
 
 
-def open_image(path: Path) -> Image:
+def open_image(path: Path, content: bytes | None = None) -> Image:
     """Open and decode a file of one page and apply its EXIF orientation.
+
+    Args:
+        path: the file.
+        content: the bytes of the file, if it is not on a disk; `path` is then its name.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -68,9 +73,10 @@ def open_image(path: Path) -> Image:
     """
     from PIL import Image, ImageOps
 
-    check_file(path)
+    if content is None:
+        check_file(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             pages = getattr(image, "n_frames", 1)
             # A phone appends a preview or a depth map to a photo and calls the file MPO; its first page is the photo.
             several = pages > 1 and image.format != "MPO"
@@ -102,13 +108,16 @@ def check_file(path: Path) -> None:
         raise ValueError(f"image {path} must be a file, got a broken link")
 
 
-def read_image(path: str | Path, value_range: tuple[float, float] | None = None) -> Tensor:
+def read_image(
+    path: str | Path, value_range: tuple[float, float] | None = None, *, content: bytes | None = None
+) -> Tensor:
     """Read an image file as `[3, H, W]` uint8 RGB, by the rule of this module.
 
     Args:
         path: the file.
         value_range: the values that become 0 and 255 in images with more than 8 bits per channel; other images are not
             scaled.
+        content: the bytes of the file, if it is not on a disk; `path` is then its name.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -116,7 +125,7 @@ def read_image(path: str | Path, value_range: tuple[float, float] | None = None)
         ValueError: the file has several pages, or more than 8 bits per channel without a range or outside of it.
     """
     path = Path(path)
-    image = open_image(path)
+    image = open_image(path, content)
     if image.mode in _WIDE:
         pixels = _scaled(np.asarray(image), path, value_range)
         return torch.from_numpy(pixels).expand(3, -1, -1).contiguous()

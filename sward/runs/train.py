@@ -13,6 +13,7 @@ from sward.config import DistillationConfig, MaskTrainingConfig, TeacherTraining
 from sward.data import DatasetInfo, SegmentationDataset
 from sward.data.check import LabelCounts, check_splits
 from sward.data.masks import parse_values
+from sward.data.shards import ImageShards, is_shards
 from sward.data.unlabelled import UnlabelledImages
 from sward.losses import DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
 from sward.losses.task import TaskLoss, median_frequency_weights
@@ -164,16 +165,25 @@ def _check_data(
     return check_splits({"train": train_set, "val": validation_set}, skip_corrupt=config.on_corrupt == "skip")
 
 
-def _unlabelled(config: DistillationConfig, train_set: SegmentationDataset) -> UnlabelledImages | None:
+def _unlabelled(config: DistillationConfig, train_set: SegmentationDataset) -> UnlabelledImages | ImageShards | None:
     if not config.unlabelled_per_step:
         return None
+    distributed.share_of(config.unlabelled_per_step)
+    kinds = {is_shards(str(source)) for source in config.unlabelled}
+    if True in kinds:
+        if len(kinds) > 1 or config.dataset.labelled_share < 1:
+            raise ValueError(
+                "unlabelled must be tar files alone, got other images too; put those into tar files as well"
+            )
+        shards = ImageShards(config.unlabelled, train_set, config.dataset.image_size, config.seed)
+        shards.check(distributed.world_size(), config.dataset.workers)
+        return shards
     images = UnlabelledImages(config.unlabelled, train_set, config.dataset.image_size, config.seed)
     if len(images) < config.unlabelled_per_step:
         raise ValueError(
             f"unlabelled_batch must be at most {len(images)}, the number of unlabelled images, got "
             f"{config.unlabelled_per_step}"
         )
-    distributed.share_of(config.unlabelled_per_step)
     return images
 
 
@@ -222,7 +232,7 @@ def _fit(
     validation_set: SegmentationDataset,
     run: RunFolder,
     teacher: FrozenTeacher | TeacherCache | None,
-    unlabelled: UnlabelledImages | None = None,
+    unlabelled: UnlabelledImages | ImageShards | None = None,
 ) -> TrainingResult:
     if config.sync_batch_norm:
         network = distributed.synchronise_batch_norm(network)
