@@ -366,9 +366,10 @@ class DistillationConfig(TrainingConfig):
     """Settings of `"sward"`."""
     student_taps: TapConfig = field(default_factory=TapConfig)
     """How the student's layers arrange their output."""
-    unlabelled: tuple[Path, ...] = ()
-    """Folders of images without masks, or text files with the path of one image per line. The teacher is distilled on
-    them too; the task loss, PDR and all terms that need labels see the labelled images only."""
+    unlabelled: tuple[str, ...] = ()
+    """Folders of images without masks, text files with the path of one image per line, or tar files to stream, as
+    `shards/{000..999}.tar` or `pipe:COMMAND`. The teacher is distilled on them too; the task loss, PDR and all terms
+    that need labels see the labelled images only."""
     unlabelled_batch: int | None = None
     """Unlabelled images per step, over all processes, beside `batch` labelled ones; None takes as many as `batch`."""
 

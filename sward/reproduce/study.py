@@ -114,7 +114,7 @@ class Study:
         if run.distillation in MASK_METHODS:
             config.teacher.masks = self.masks_file(run)
         if run.unlabelled is not None:
-            config.unlabelled = (self.unlabelled_list(run, run.unlabelled),)
+            config.unlabelled = (str(self.unlabelled_list(run, run.unlabelled)),)
         for name, value in run.overrides.items():
             _set(config, name, value)
         if config.dataset.views is not None:
