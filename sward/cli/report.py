@@ -197,7 +197,7 @@ def _predictions(runs: Sequence[ReportedRun], folder: Path, root: Path | None) -
             _, _, network = load_run(run.folder.path)
             columns[run.title] = [predict_sample(network, sample) for sample in samples]
         images = [dataset.read(index)[0] for index in chosen]
-        path = prediction_grid(images, columns, dataset.info, folder / f"{name}.png")
+        path = prediction_grid(images, columns, dataset.info, folder / f"predictions{len(pages)}.png")
         pages.append(_figure(path, f"{name}, validation split, best weights"))
     return "".join(pages)
 

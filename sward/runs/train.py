@@ -32,6 +32,7 @@ from sward.runs.load import (
     student_run,
     teacher_run,
 )
+from sward.runs.trial import try_step
 from sward.training.batches import batches
 from sward.training.loop import TrainingResult, fit
 from sward.training.progress import Progress
@@ -69,7 +70,7 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
     # Build the student first, so that a seed gives it the same weights with and without distillation.
     torch.manual_seed(config.seed)
     student = _placed(build_network(config, info.num_classes), config, device)
-    loss, teacher_weights = None, None
+    loss, teacher_weights, frozen = None, None, None
     teacher: FrozenTeacher | TeacherCache | None = None
     if config.distillation != "none":
         name, network = load_teacher(config.teacher, config.preset, info)
@@ -79,7 +80,7 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
         loss = methods.build(config.distillation, pair).to(device)
         check_teacher_logits(config.teacher, info, config.distillation, loss.teacher_taps)
         config = _with_layers(config, pair, loss)
-        teacher = FrozenTeacher(
+        teacher = frozen = FrozenTeacher(
             network,
             loss.teacher_taps,
             precision=config.teacher.precision,
@@ -87,13 +88,15 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
             dtype=torch.float32 if config.precision == "fp32" else None,
             taps=config.teacher.taps,
         )
+    try_step(student, task.to(device), loss, frozen, config, info)
+    if frozen is not None:
         if config.compile:
-            network.compile()
+            frozen.network.compile()
         if config.teacher.cache is not None:
-            if isinstance(network, Teacher):
-                network.trunk_cache = TrunkCache(network.trunk, config.teacher.cache)
+            if isinstance(frozen.network, Teacher):
+                frozen.network.trunk_cache = TrunkCache(frozen.network.trunk, config.teacher.cache)
             else:
-                teacher = TeacherCache(teacher, config.teacher.cache)
+                teacher = TeacherCache(frozen, config.teacher.cache)
     run = RunFolder(config.output or student_run(config))
     return _fit(
         student, loss, task, counts, config, train_set, validation_set, run, teacher, unlabelled, teacher_weights
@@ -155,6 +158,7 @@ def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> Train
             )
         network.freeze_trunk()
     network = _placed(network, config, device)
+    try_step(network, task.to(device), None, None, config, train_set.info)
     if config.cache is not None:
         assert isinstance(network, Teacher)
         network.trunk_cache = TrunkCache(network.trunk, config.cache)
