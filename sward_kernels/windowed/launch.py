@@ -136,7 +136,7 @@ def _arguments(
 def _launch(plan: Plan, grid: WindowGrid, images: int, arguments: dict[str, Any]) -> None:
     groups = images * math.ceil(grid.windows / plan.windows_per_program)
     device = arguments["student"].device
-    most_registers = max_registers(family_of(device))
+    most_registers = max_registers(family_of(device), plan.tiles)
     options = {"maxnreg": most_registers} if most_registers else {}
     with device_guard(device):
         plan.kernel[(groups * plan.programs_per_group,)](
