@@ -15,6 +15,7 @@ from sward.data import DatasetInfo, SegmentationDataset
 from sward.data.check import LabelCounts, check_splits
 from sward.data.frames import digest, frame_sums, known_images
 from sward.data.masks import parse_values
+from sward.data.shards import ImageShards, is_shards
 from sward.data.unlabelled import UnlabelledImages
 from sward.losses import DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
 from sward.losses.masks import teacher_fingerprint
@@ -183,16 +184,25 @@ def _check_data(
     return check_splits({"train": train_set, "val": validation_set}, skip_corrupt=config.on_corrupt == "skip")
 
 
-def _unlabelled(config: DistillationConfig, train_set: SegmentationDataset) -> UnlabelledImages | None:
+def _unlabelled(config: DistillationConfig, train_set: SegmentationDataset) -> UnlabelledImages | ImageShards | None:
     if not config.unlabelled_per_step:
         return None
+    distributed.share_of(config.unlabelled_per_step)
+    kinds = {is_shards(str(source)) for source in config.unlabelled}
+    if True in kinds:
+        if len(kinds) > 1 or config.dataset.labelled_share < 1:
+            raise ValueError(
+                "unlabelled must be tar files alone, got other images too; put those into tar files as well"
+            )
+        shards = ImageShards(config.unlabelled, train_set, config.dataset.image_size, config.seed)
+        shards.check(distributed.world_size(), config.dataset.workers)
+        return shards
     images = UnlabelledImages(config.unlabelled, train_set, config.dataset.image_size, config.seed)
     if len(images) < config.unlabelled_per_step:
         raise ValueError(
             f"unlabelled_batch must be at most {len(images)}, the number of unlabelled images, got "
             f"{config.unlabelled_per_step}"
         )
-    distributed.share_of(config.unlabelled_per_step)
     return images
 
 
@@ -241,7 +251,7 @@ def _fit(
     validation_set: SegmentationDataset,
     run: RunFolder,
     teacher: FrozenTeacher | TeacherCache | None,
-    unlabelled: UnlabelledImages | None = None,
+    unlabelled: UnlabelledImages | ImageShards | None = None,
     teacher_weights: str | None = None,
 ) -> TrainingResult:
     if config.sync_batch_norm:
@@ -250,7 +260,7 @@ def _fit(
     # The weights above were drawn from the same seed in every process; dropout differs between processes.
     seed_generators(distributed.rank_seed(config.seed))
     frames = {"train": frame_sums(train_set), "val": frame_sums(validation_set)}
-    if unlabelled is not None:
+    if isinstance(unlabelled, UnlabelledImages):
         frames["unlabelled"] = frame_sums(unlabelled)
     both = known_images(frames["train"], frames["val"])
     if both and distributed.is_main():
