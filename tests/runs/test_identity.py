@@ -15,8 +15,8 @@ from PIL import Image
 from sward.cli.main import main
 from sward.config import DatasetConfig, DistillationConfig, TeacherConfig, TeacherTrainingConfig
 from sward.data.frames import PIECE, WHOLE, frame_sums
-from sward.runs import evaluate_run, evaluation_file, load, train_student, train_teacher
 from sward.runs import evaluate as evaluate_module
+from sward.runs import evaluate_run, evaluation_file, load, train_student, train_teacher
 from sward.training import checkpoints
 from tests.support.folder_data import build, write_pairs
 from tests.support.training_runs import small
@@ -174,5 +174,3 @@ def test_weights_that_are_not_finite_are_refused_by_name(trained: Path) -> None:
     torch.save(state, path)
     with pytest.raises(ValueError, match=rf"{name} in .*best\.pt must be finite, got nan or infinity"):
         load.load_run(trained / "run")
-
-
