@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,10 +30,12 @@ from sward.config import (
 from sward.data import EvaluationTransform, SegmentationDataset
 from sward.evaluation import evaluate
 from sward.runs import train_masks, train_student, train_teacher
-from sward.training import FrozenTeacher
+from sward.training import FrozenTeacher, loop
+from sward.training.interruption import TrainingInterrupted
 from tests.support.training_runs import (
     SERVER,
     SPLITS,
+    assert_equal_runs,
     checkpoint,
     records,
     small,
@@ -140,12 +145,36 @@ def one_process(folder: Path) -> None:
         train_student(case(folder, name, folder / "one" / name))
 
 
+def train_on_shards(folder: Path, name: str) -> None:
+    """Four steps on unlabelled images from tar files; `"resumed"` is stopped after two of them."""
+    config = case(folder, "sward", folder / "shards" / name)
+    config.iterations, config.unlabelled_batch = 4, 4
+    config.unlabelled = (f"{folder}/{{0..3}}.tar",)
+    config.dataset = dataclasses.replace(DATASET, workers=1)
+    if name == "resumed":
+        remember = loop.LossWatch.remember
+
+        def stop(self: loop.LossWatch, step: int, *rest: Any) -> None:
+            remember(self, step, *rest)
+            if step == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+        loop.LossWatch.remember = stop
+        with pytest.raises(TrainingInterrupted):
+            train_student(config)
+        loop.LossWatch.remember = remember
+        config.resume = True
+    train_student(config)
+
+
 def one_of_two(rank: int, folder: Path) -> None:
     prepare()
     os.environ["RANK"] = str(rank)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     for name in CASES:
         train_student(case(folder, name, folder / "two" / name))
+    for name in ("whole", "resumed"):
+        train_on_shards(folder, name)
     torch.save(scores(dist.group.WORLD), folder / f"rank{rank}.pt")
     # One image on the first process, two on the other.
     mine = teacher_maps()[:1] if rank == 0 else teacher_maps()[1:]
@@ -158,6 +187,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher, masks for the methods that need them, and every case trained by one process and by two."""
     folder = tmp_path_factory.mktemp("distributed")
     write_images(folder / "images")
+    for shard in range(4):
+        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
+            for number in range(shard, 5):
+                archive.add(folder / f"images/{number}.png", f"{number}.png")
     with pytest.MonkeyPatch.context() as patch:
         use_few_images(patch)
         train_teacher(
@@ -183,6 +216,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 process.kill()  # the others would wait for the one that failed
     assert [process.exitcode for process in processes] == [0, 0, 0]
     return folder
+
+
+def test_two_processes_resume_on_the_same_streamed_images(folder: Path) -> None:
+    assert_equal_runs(folder / "shards/whole", folder / "shards/resumed")
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "shift" not in name])
