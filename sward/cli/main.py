@@ -293,10 +293,12 @@ def _evaluate(words: list[str]) -> None:
         checkpoint=options.checkpoint,
         batch=options.batch,
         device=options.device,
+        tile=options.tile,
+        overlap=options.overlap,
     )
     dataset = options.dataset or RunFolder(options.run).read()[0].dataset.name
     printing.print_evaluation(result, f"{dataset}, {options.split} split, {result.images} images")
-    path = evaluation_file(options.run, dataset, options.split)
+    path = evaluation_file(options.run, dataset, options.split, options.tile)
     print(f"written: {path}")
 
 
@@ -361,7 +363,7 @@ def _reproduce(words: list[str]) -> None:
 @_command("report", "write one HTML page about one or more runs")
 def _report(words: list[str]) -> None:
     options = _parse(Report, "report", words)
-    from sward.cli.report import write_report
+    from sward.reporting.page import write_report
 
     print(f"written: {write_report(options.runs, options.output, root=options.root)}")
 

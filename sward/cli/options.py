@@ -38,9 +38,13 @@ class Evaluate:
     checkpoint: Literal["best", "last"] = "best"
     """Which weights to use."""
     batch: int = 8
-    """Images per forward pass."""
+    """Images per forward pass; always one with tiles."""
     device: str | None = None
     """Device to run on; the GPU if there is one."""
+    tile: tuple[int, int] | None = None
+    """Height and width of tiles at the images' own resolution; by default images are resized as in the run."""
+    overlap: int | None = None
+    """Pixels that neighbouring tiles share; a quarter of the tile by default."""
 
 
 @dataclass
