@@ -101,7 +101,8 @@ def test_a_page_compares_the_best_student_with_its_teacher_and_itself_alone(fami
     # Differences 20, 18 and 22: mean 20, standard deviation 2, t(2) = 4.303.
     half = 4.303 * 2 / 3**0.5
     assert page.more == [
-        "unext + SWARD: 62.0 of 80.0 % Dice on 31 images (camvid-test, best weights), the best of 2 distilled students.",
+        "unext + SWARD: 62.0 of 80.0 % Dice on 31 images (camvid-test, best weights), "
+        "the best of 2 distilled students.",
         f"The teacher adds +20.0 [{20 - half:.1f}, {20 + half:.1f}] points of Dice, 3 seeds, 95 % interval.",
     ]
     assert "Added for comparison: teacher, none-seed0, none-seed1, none-seed2." in page.text
