@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from sward.data.check import count_labels
 from sward.data.files import PairedFiles
 from sward.reporting.runs import ReportedRun
 from sward.runs.load import build_split
+from sward.training.run_folder import read_json
 
 SPLITS = ("train", "val", "test")
 
@@ -64,7 +64,7 @@ def counts_of_run(run: ReportedRun) -> list[SplitCounts]:
     """Return the counts that a run wrote when it began; empty if it wrote none."""
     if not run.folder.labels.exists():
         return []
-    stored = json.loads(run.folder.labels.read_text(encoding="utf-8"))
+    stored = read_json(dict, run.folder.labels)
     found = []
     for split, counts in stored.items():
         pixels = [counts.get(f"pixels of {name}", 0) for name in run.info.classes]

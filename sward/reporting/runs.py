@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Literal
 from sward.config import DistillationConfig, TrainingConfig, differences
 from sward.data import DatasetInfo
 from sward.reproduce.experiments import METHOD_TITLES
-from sward.training.run_folder import RunFolder
+from sward.training.run_folder import RunFolder, read_json
 
 Role = Literal["teacher", "alone", "distilled"]
 """`"alone"`: a student without distillation."""
@@ -83,19 +82,12 @@ def _read(path: Path, title: str) -> ReportedRun:
     if folder.split.exists():
         config.dataset.split_by = str(folder.split)
     evaluations = {
-        file.stem.removeprefix("evaluation-"): _scores(file) for file in sorted(path.glob("evaluation-*.json"))
+        file.stem.removeprefix("evaluation-"): read_json(dict, file) for file in sorted(path.glob("evaluation-*.json"))
     }
     validated = [record for record in folder.records() if "validation" in record]
     if validated:
         evaluations = {VALIDATION: validated[-1]["validation"], **evaluations}
     return ReportedRun(title, folder, config, info, evaluations)
-
-
-def _scores(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} must be valid JSON, got {error}; write it again with 'sward evaluate'") from error
 
 
 def _titles(paths: Sequence[Path]) -> list[str]:

@@ -76,6 +76,7 @@ def decisive(groups: Sequence[Group]) -> str | None:
 
     def rank(name: str) -> tuple[int, int]:
         missing = sum(not _scored(group, name) for group in groups)
+        # Scores on data elsewhere, of other weights or in tiles have longer names and come last.
         return missing, order.index(name) if name in order else len(order)
 
     return min(evaluations(groups), key=rank, default=None)

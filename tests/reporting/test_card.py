@@ -24,6 +24,7 @@ def score_on_test(folder: Path, dice: float) -> None:
 
 
 def student(folder: Path, seed: int, dice: float | None) -> Path:
+    folder.mkdir(parents=True)
     RunFolder(folder).start(DistillationConfig(seed=seed), INFO)
     if dice is not None:
         score_on_test(folder, dice)
@@ -42,6 +43,7 @@ def test_scores_have_an_interval_where_several_seeds_lie_beside_each_other(tmp_p
     assert "mean over 3 seeds with 95 % intervals" in sections(write_card(one))["Scores"]
     # Another recipe is another network, and damaged neighbours do no harm.
     config = DistillationConfig(seed=3, epochs=7)
+    (tmp_path / "longer").mkdir()
     RunFolder(tmp_path / "longer").start(config, INFO)
     score_on_test(tmp_path / "longer", 0.9)
     (tmp_path / "broken").mkdir()
@@ -57,6 +59,7 @@ def test_a_card_names_data_teacher_licence_and_what_it_is_not_for(tmp_path: Path
     config = TeacherTrainingConfig(
         model="medsam2_hiera_tiny_resunetpp", trunk_checkpoint=Path("/weights/MedSAM2_latest.pt"), seed=5
     )
+    (tmp_path / "teacher").mkdir()
     RunFolder(tmp_path / "teacher").start(config, INFO)
     score_on_test(tmp_path / "teacher", 0.8)
     folder = student(tmp_path / "sward-seed0", 0, None)

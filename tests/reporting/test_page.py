@@ -52,6 +52,7 @@ def write_run(
 ) -> Path:
     """A run without weights, with a line of its log at half time and one at the end."""
     run = RunFolder(path)
+    path.mkdir()
     kind = TeacherTrainingConfig if changes.pop("teacher", False) else DistillationConfig
     nowhere = DatasetConfig(name="camvid", root=path.parent / "nowhere")
     run.start(kind(dataset=nowhere, optimizer=OptimizerConfig(lr=lr), **changes), INFO)
@@ -410,4 +411,4 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "paths must be distinct run folders" in capsys.readouterr().err
     (folder / "evaluation-camvid-test.json").write_text("{")
     assert main(["report", str(folder)]) == 2
-    assert "evaluation-camvid-test.json must be valid JSON" in capsys.readouterr().err
+    assert "evaluation-camvid-test.json is damaged: " in capsys.readouterr().err

@@ -42,6 +42,7 @@ def make_run(folder: Path, image_size: tuple[int, int] = (64, 64), network: type
     )
     info = data.describe("scenes")
     run = RunFolder(folder)
+    folder.mkdir(parents=True)
     run.start(config, info)
     built: Any = network(info.num_classes).eval()
     nn.init.normal_(built.classifier.weight, generator=torch.Generator().manual_seed(3))
