@@ -157,7 +157,8 @@ def _section(name: str, groups: Sequence[Group], folder: Path, root: Path | None
         drawable = [each for each in groups if costs[each.title] is not None]
         if drawable:
             evaluation = decisive(groups)
-            split = "test" if "test" in splits and evaluation == f"{groups[0].config.dataset.name}-test" else "val"
+            is_test = evaluation is not None and first_scores(groups, evaluation).get("split") == "test"
+            split = "test" if is_test and "test" in splits else "val"
             judged = _judged(drawable, evaluation)
             section.predictions = pictures.predictions(drawable, judged, split, root, folder)
     section.card = _card(counts)

@@ -71,13 +71,16 @@ def decisive(groups: Sequence[Group]) -> str | None:
 
     None if no run has been scored.
     """
-    dataset = groups[0].config.dataset.name
-    order = [f"{dataset}-test", f"{dataset}-val", VALIDATION]
+    own = groups[0].config.dataset.name
 
-    def rank(name: str) -> tuple[int, int]:
+    def rank(name: str) -> tuple[int, int, int]:
         missing = sum(not _scored(group, name) for group in groups)
-        # Scores on data elsewhere, of other weights or in tiles have longer names and come last.
-        return missing, order.index(name) if name in order else len(order)
+        stored = first_scores(groups, name)
+        if name == VALIDATION:
+            return missing, 2, 0
+        known = {"test": 0, "val": 1} if stored.get("dataset") == own and "tile" not in stored else {}
+        # Scores of other weights, or on data elsewhere, have longer names.
+        return missing, known.get(stored.get("split", ""), 3), len(name)
 
     return min(evaluations(groups), key=rank, default=None)
 

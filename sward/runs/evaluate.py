@@ -124,7 +124,7 @@ def evaluation_file(
         FileNotFoundError, ValueError: if there is no run in `path`, or its files are damaged.
     """
     own = RunFolder(path).read()[0].dataset
-    name = f"evaluation-{dataset or own.name}-{split}"
+    name = f"evaluation-{_short(dataset or own.name)}-{_short(split)}"
     if checkpoint != "best":
         name += f"-{checkpoint}"
     if split_by is not None and split_by != own.split_by:
@@ -139,7 +139,7 @@ def evaluation_file(
 def _short(value: str) -> str:
     """Return a file name for a word or a path; paths of one name differ by a checksum."""
     path = Path(value)
-    if path.name == value and not path.suffix:
+    if path.name == value and not path.suffix and value != "..":
         return value
     return f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}"
 

@@ -66,7 +66,13 @@ def write_run(
 
 
 def score_on_test(folder: Path, dice: float) -> None:
-    stored = {**scores(dice, dice, dice, dice), "images": 31, "checkpoint": "best"}
+    stored = {
+        **scores(dice, dice, dice, dice),
+        "images": 31,
+        "checkpoint": "best",
+        "dataset": "camvid",
+        "split": "test",
+    }
     (folder / "evaluation-camvid-test.json").write_text(json.dumps(stored))
 
 
