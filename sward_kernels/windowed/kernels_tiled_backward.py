@@ -313,7 +313,7 @@ def query_gradients(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS, do_not_specialize_on_alignment=["upstream"])
 def backward_tiled_kernel(
     student, teacher, upstream, statistics, student_gradient, teacher_gradient,
     shift, shift_y, shift_x, height, width, statistic_stride,

@@ -152,7 +152,7 @@ def problem_of(qkv_student: Tensor, qkv_teacher: Tensor, window_size: int, terms
         window_size=window_size,
         dim=qkv_student.shape[1] // 3,
         dtype=qkv_student.dtype,
-        precision=product_precision(qkv_student.dtype, family),
+        precision=product_precision(qkv_student.dtype, family, qkv_student.device),
         family=family,
         student_layout=Layout.of(qkv_student),
         teacher_layout=Layout.of(qkv_teacher),
