@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
 
@@ -16,13 +16,14 @@ def examples(few: int, many: int) -> Any:
 
 
 def for_each(strategy: SearchStrategy[Any], count: int, check: Callable[[Any], None]) -> None:
-    """Call `check` with `count` values of `strategy`, and with ever smaller ones of the first that fails."""
+    """Call `check` with `count` values of `strategy` until one fails."""
 
     @settings(
         max_examples=count,
         derandomize=True,
         database=None,
         deadline=None,
+        phases=[Phase.generate],  # A run of seconds per example is too much to search for a smaller one.
         suppress_health_check=list(HealthCheck),
         print_blob=False,
     )
