@@ -113,6 +113,8 @@ def _polyps(dataset_name: str, student: str, student_title: str) -> Callable[[],
 
 def _demo() -> Preset:
     dataset = DatasetConfig(name="scenes", image_size=(64, 64))
+    # As many scenes as the teacher takes in: it sees each once, and none of its student's.
+    endless = dataclasses.replace(dataset, count=2**20, series=1)
     optimizer = OptimizerConfig(lr=2e-3, schedule="cosine", warmup=20)
     return Preset(
         "generated scenes, hiera_demo to UNeXt, minutes on two cores",
@@ -124,16 +126,16 @@ def _demo() -> Preset:
             iterations=400,
             evaluate_every=2,
             teacher=TeacherConfig(name="hiera_demo"),
-            # At 64 pixels the deepest map is 2x2, too few pixels for prototypes, so PDR uses the map at stride 8.
-            sward=SWARDConfig(embed_dim=32, pdr_layer="encoder.2"),
+            # At 64 pixels the stages have 16, 8, 4 and 2 pixels per side. The deepest has too few for prototypes, so
+            # PDR uses the map at stride 8.
+            sward=SWARDConfig(window_size=(8, 8, 4, 2), embed_dim=32, pdr_layer="encoder.2"),
         ),
         TeacherTrainingConfig(
             model="hiera_demo",
-            dataset=dataset,
+            dataset=endless,
             optimizer=optimizer,
             batch=8,
-            iterations=500,
-            evaluate_every=2,
+            iterations=600,
             train_trunk=True,
         ),
     )

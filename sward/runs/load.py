@@ -195,6 +195,8 @@ def build_split(
         views=settings.views if train else None,
         teacher_size=teacher_size,
         image_range=settings.image_range,
+        count=settings.count if split == "train" else None,
+        series=settings.series,
         folder_options=settings.folder_options,
     )
 
