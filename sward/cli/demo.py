@@ -31,7 +31,7 @@ from sward.training.run_folder import RunFolder, make_folder
 
 LABELLED = 24
 """Labelled images of the student."""
-UNLABELLED = 512
+UNLABELLED = 1024
 """Images without labels that SWARD sees too."""
 UNLABELLED_SERIES = 1000
 """Seed of `sward.data.scenes.render` for the images without labels; no split and no teacher uses it."""

@@ -19,7 +19,7 @@ from sward.figures.curves import training_curves
 from sward.figures.predictions import prediction_grid
 from sward.runs import load_run
 from sward.runs.load import build_split, stored_split
-from sward.training.run_folder import RunFolder, make_folder
+from sward.training.run_folder import RunFolder, make_folder, read_json
 
 IMAGES = 4
 VALIDATION = "last validation during training"
@@ -104,8 +104,7 @@ def _read(path: Path, title: str) -> ReportedRun:
     config, info = folder.read()
     config.dataset.split_by = stored_split(path) or config.dataset.split_by
     evaluations = {
-        file.stem.removeprefix("evaluation-"): json.loads(file.read_text(encoding="utf-8"))
-        for file in sorted(path.glob("evaluation-*.json"))
+        file.stem.removeprefix("evaluation-"): read_json(dict, file) for file in sorted(path.glob("evaluation-*.json"))
     }
     validated = [record for record in folder.records() if "validation" in record]
     if validated:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import Literal
 
+from sward import atomic
+from sward.config import TrainingConfig
+from sward.data import SegmentationDataset
+from sward.data.frames import digest, frame_sums, known_images
 from sward.evaluation import Evaluation, evaluate
 from sward.runs.load import build_split, choose_device, load_run, stored_split
 from sward.training.progress import Progress
+from sward.training.run_folder import RunFolder, make_folder
 
 
 def evaluate_run(
@@ -23,6 +30,8 @@ def evaluate_run(
     device: str | None = None,
 ) -> Evaluation:
     """Score a run and write the scores to `evaluation_file(path, ...)`.
+
+    Warns if frames of the split were trained on, or if the folder of the run is read-only: then nothing is written.
 
     Args:
         path: run folder.
@@ -41,6 +50,7 @@ def evaluate_run(
         raise ValueError(f"batch must be at least 1, got {batch}")
     config, info, network = load_run(path, checkpoint)
     target = choose_device(device)
+    file = evaluation_file(path, dataset, split, root=root, split_by=split_by, checkpoint=checkpoint)
     settings = config.dataset
     # The frames that this run left for validation and testing, even if the folder has changed since.
     settings.split_by = stored_split(path) or settings.split_by
@@ -54,14 +64,85 @@ def evaluate_run(
             f"dataset must have the classes of the run, {list(info.classes)}, "
             f"got {settings.name!r} with {list(images.info.classes)}"
         )
+    is_writable = _is_writable(path)
+    identity = _identity(RunFolder(path), config, images, split, checkpoint)
     with Progress(f"evaluate on {settings.name}, {split}", -(-len(images) // batch)) as progress:
         result = evaluate(network.to(target), images, batch=batch, device=target, advance=progress.advance)
-    scores = {"dataset": settings.name, "split": split, "split_by": settings.split_by, "checkpoint": checkpoint}
-    text = json.dumps({**scores, **result.to_dict_with_images()}, indent=2, allow_nan=False)
-    evaluation_file(path, settings.name, split).write_text(text + "\n", encoding="utf-8")
+    if is_writable:
+        text = json.dumps({**identity, **result.to_dict_with_images()}, indent=2, allow_nan=False)
+        atomic.write(file, f"{text}\n".encode())
     return result
 
 
-def evaluation_file(path: Path, dataset: str, split: str) -> Path:
-    """Return the file that holds the scores of the run in `path` on a split of a data set."""
-    return path / f"evaluation-{dataset}-{split}.json"
+def evaluation_file(
+    path: Path,
+    dataset: str | None = None,
+    split: str = "val",
+    *,
+    root: Path | None = None,
+    split_by: str | None = None,
+    checkpoint: Literal["best", "last"] = "best",
+) -> Path:
+    """Return the file for the scores of the run in `path`; every argument that changes scores changes its name.
+
+    The plain name `evaluation-DATASET-SPLIT.json` belongs to the best weights on the data and the split of the run.
+
+    Args:
+        path: run folder.
+        dataset, split, root, split_by, checkpoint: as in `evaluate_run`.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no run in `path`, or its files are damaged.
+    """
+    own = RunFolder(path).read()[0].dataset
+    name = f"evaluation-{dataset or own.name}-{split}"
+    if checkpoint != "best":
+        name += f"-{checkpoint}"
+    if split_by is not None and split_by != own.split_by:
+        name += f"-by-{_short(split_by)}"
+    if root is not None and (own.root is None or root.resolve() != own.root.resolve()):
+        name += f"-in-{_short(str(root.resolve()))}"
+    return path / f"{name}.json"
+
+
+def _short(value: str) -> str:
+    """Return a file name for a word or a path; paths of one name differ by a checksum."""
+    path = Path(value)
+    if path.name == value and not path.suffix:
+        return value
+    return f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}"
+
+
+def _is_writable(path: Path) -> bool:
+    try:
+        make_folder(path)
+    except (ValueError, OSError) as error:
+        reason = str(error).partition("; ")[0]
+        warnings.warn(f"{reason}; the scores are printed and not stored", stacklevel=3)
+        return False
+    return True
+
+
+def _identity(
+    run: RunFolder, config: TrainingConfig, images: SegmentationDataset, split: str, checkpoint: str
+) -> dict[str, str | None]:
+    """Return what the scores belong to, and warn of frames that the run was trained on."""
+    settings = config.dataset
+    weights = (run.best if checkpoint == "best" else run.last).read_bytes()
+    sums = frame_sums(images)
+    seen = known_images(run.read_frames().get("train", {}), sums)
+    if seen and split != "train":
+        warnings.warn(
+            f"{len(seen)} of the {len(sums)} images of the split {split} were trained on, so their scores say nothing "
+            f"about new images; the first is {seen[0]}",
+            stacklevel=3,
+        )
+    return {
+        "dataset": settings.name,
+        "split": split,
+        "split_by": settings.split_by,
+        "root": None if settings.root is None else str(settings.root.absolute()),
+        "frames": digest(sums) if sums else None,
+        "checkpoint": checkpoint,
+        "weights": hashlib.sha256(weights).hexdigest()[:16],
+    }

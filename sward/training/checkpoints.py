@@ -88,8 +88,11 @@ def load_model(model: torch.nn.Module, path: Path) -> None:
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if the file is damaged, or was saved from another network or with another number of classes.
+        ValueError: if the file is damaged, holds weights that are not finite, or was saved from another network or with
+            another number of classes.
     """
+    from sward.models.checkpoints import check_finite
+
     state = load(path)
     try:
         model.load_state_dict(state["model"])
@@ -98,3 +101,6 @@ def load_model(model: torch.nn.Module, path: Path) -> None:
         raise ValueError(
             f"{path} does not fit {type(model).__name__}; it was saved from another model: {detail}"
         ) from error
+    # Parameters and statistics alone: other buffers, such as masks of attention, may hold infinity on purpose.
+    learned = {name for name, _ in model.named_parameters()}
+    check_finite({key: state["model"][key] for key in model.state_dict() if key in learned or "running_" in key}, path)

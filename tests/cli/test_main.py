@@ -63,8 +63,8 @@ def test_a_recipe_sets_what_no_other_option_does(words: list[str]) -> None:
         normalize=False,
         embed_dim=32,
         pdr_layer="encoder.2",
-        student_layers=("encoder.1", "encoder.2", "encoder.3", "encoder.4"),
-        teacher_layers=("levels.0", "levels.1", "levels.2", "levels.3"),
+        student_layers=("encoder.1", "encoder.2", "encoder.3", "up.3"),
+        teacher_layers=("levels.0", "levels.1", "levels.2", "head.fuse"),
     )
     with pytest.raises(SystemExit):
         main(["train", "demo", "--recipe", "best"])
