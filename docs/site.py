@@ -22,9 +22,7 @@ def on_files(files: Files, config: Any) -> Files:
     for pattern in FILES:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
-            files.append(
-                File.generated(config, name, abs_src_path=str(path), inclusion=InclusionLevel.INCLUDED)
-            )
+            files.append(File.generated(config, name, abs_src_path=str(path), inclusion=InclusionLevel.INCLUDED))
     return files
 
 

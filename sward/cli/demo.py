@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +39,10 @@ SPLIT = "test"
 """The split that is scored. The settings were chosen on scenes of other seeds."""
 GRID_ROWS = 6
 
-INTRODUCTION = f"""A transformer learns from generated scenes without end; a small network from {LABELLED} of them, alone and
-with SWARD, which also sees {UNLABELLED} scenes without labels. A few minutes on two cores; nothing is downloaded."""
+INTRODUCTION = (
+    f"A transformer learns from generated scenes without end; a small network from {LABELLED} of them, alone and with\n"
+    f"SWARD, which also sees {UNLABELLED} scenes without labels. A few minutes on two cores; nothing is downloaded."
+)
 
 TITLES = {"teacher": "teacher", "none": "student alone", "sward": "student + SWARD"}
 
@@ -131,7 +133,9 @@ def run(
         images=len(build_split(teacher, SPLIT, train=False)),
         gain=paired_t(differences),
         grid=_grid(shown, output / "predictions.png"),
-        report=write_report([output / name for name in ("sward-seed0", "alone-seed0", "teacher")], output / "report.html"),
+        report=write_report(
+            [output / name for name in ("sward-seed0", "alone-seed0", "teacher")], output / "report.html"
+        ),
         exported=exported,
     )
 
@@ -180,7 +184,7 @@ class _AtOnce(Executor):
 
 
 @contextlib.contextmanager
-def _executor(processes: int) -> Any:
+def _executor(processes: int) -> Iterator[Executor]:
     if processes == 1:
         yield _AtOnce()
         return
@@ -217,9 +221,7 @@ def _train(config: TeacherTrainingConfig | DistillationConfig) -> _Finished:
     return _Finished(scores.mean_iou, trained.seconds)
 
 
-def _reported(
-    configs: list[Any], started: list[Future[_Finished]], say: Callable[[str], None]
-) -> list[_Finished]:
+def _reported(configs: list[Any], started: list[Future[_Finished]], say: Callable[[str], None]) -> list[_Finished]:
     finished = []
     for config, future in zip(configs, started, strict=True):
         result = future.result()

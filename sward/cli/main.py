@@ -127,9 +127,7 @@ def _demo(words: list[str]) -> None:
     from sward.cli import demo
 
     print(demo.INTRODUCTION)
-    result = demo.run(
-        options.output, seeds=options.seeds, iterations=options.iterations, processes=options.processes
-    )
+    result = demo.run(options.output, seeds=options.seeds, iterations=options.iterations, processes=options.processes)
     printing.print_demo(result)
 
 

@@ -1,9 +1,9 @@
 """`scenes`: generated images with pixel labels, used by `sward demo` and the tests; needs no download.
 
-Large shapes of four textures lie on a clouded ground: `stripes`, `checks`, `dots` and `rings`. Shapes with random blocks
-of the same scale belong to the background. Colours are random and every texture has two of them, so neither colour nor a
-patch of a few pixels says the class; the arrangement over several periods does. Shapes hide each other, and a lighting
-gradient, soft shadows and noise cover the whole image.
+Large shapes of four textures lie on a clouded ground: `stripes`, `checks`, `dots` and `rings`. Shapes with random
+blocks of the same scale belong to the background. Colours are random and every texture has two of them, so neither
+colour nor a patch of a few pixels says the class; the arrangement over several periods does. Shapes hide each other,
+and a lighting gradient, soft shadows and noise cover the whole image.
 """
 
 from __future__ import annotations

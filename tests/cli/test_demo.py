@@ -36,10 +36,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, s
         yield folder, printed.getvalue(), [str(each.message) for each in caught]
 
 
-def test_demo_ends_with_a_table_an_interval_a_checked_file_and_three_files_to_open(finished: tuple[Path, str, list[str]]) -> None:
+def test_demo_ends_with_a_table_an_interval_a_checked_file_and_three_files_to_open(
+    finished: tuple[Path, str, list[str]],
+) -> None:
     folder, printed, _ = finished
     scores = {
-        run: 100 * json.loads((folder / run / "evaluation-scenes-test-last.json").read_text())["mean_iou"] for run in RUNS
+        run: 100 * json.loads((folder / run / "evaluation-scenes-test-last.json").read_text())["mean_iou"]
+        for run in RUNS
     }
     for name, runs in (("student alone", "alone"), ("student + SWARD", "sward")):
         both = [scores[f"{runs}-seed{seed}"] for seed in (0, 1)]

@@ -100,7 +100,6 @@ def test_every_method_trains_from_the_command_line(method: str, capsys: pytest.C
     assert (Path("runs/demo") / f"{method}-seed0" / "checkpoints" / "last.pt").exists()
 
 
-
 def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
