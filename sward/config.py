@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -371,9 +370,10 @@ class DistillationConfig(TrainingConfig):
     """Settings of `"sward"`."""
     student_taps: TapConfig = field(default_factory=TapConfig)
     """How the student's layers arrange their output."""
-    unlabelled: tuple[Path, ...] = ()
-    """Folders of images without masks, or text files with the path of one image per line. The teacher is distilled on
-    them too; the task loss, PDR and all terms that need labels see the labelled images only."""
+    unlabelled: tuple[str, ...] = ()
+    """Folders of images without masks, text files with the path of one image per line, or tar files to stream, as
+    `shards/{000..999}.tar` or `pipe:COMMAND`. The teacher is distilled on them too; the task loss, PDR and all terms
+    that need labels see the labelled images only."""
     unlabelled_batch: int | None = None
     """Unlabelled images per step, over all processes, beside `batch` labelled ones; None takes as many as `batch`."""
 
@@ -521,13 +521,15 @@ def _build(kind: Any, value: Any, name: str = "") -> Any:
     """Return `value`, as read from JSON, as the type `kind` of the field `name`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        choices = [choice for choice in arguments if choice is not type(None)]
-        if value is None and len(choices) < len(arguments):
+        if value is None and type(None) in arguments:
             return None
-        for choice in choices[1:]:
-            with contextlib.suppress(ValueError):
+        problems = []
+        for choice in (each for each in arguments if each is not type(None)):
+            try:
                 return _build(choice, value, name)
-        return _build(choices[0], value, name)
+            except ValueError as error:
+                problems.append(error)
+        raise problems[0]
     if origin is tuple and isinstance(value, (list, tuple)):
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(value) == len(kinds):

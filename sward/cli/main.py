@@ -299,6 +299,8 @@ def _evaluate(words: list[str]) -> None:
         "root": options.root,
         "split_by": options.split_by,
         "checkpoint": options.checkpoint,
+        "tile": options.tile,
+        "overlap": options.overlap,
     }
     result = evaluate_run(options.run, **scored, batch=options.batch, device=options.device)
     dataset = options.dataset or RunFolder(options.run).read()[0].dataset.name
@@ -369,7 +371,7 @@ def _reproduce(words: list[str]) -> None:
 @_command("report", "write one HTML page about one or more runs")
 def _report(words: list[str]) -> None:
     options = _parse(Report, "report", words)
-    from sward.cli.report import write_report
+    from sward.reporting.page import write_report
 
     print(f"written: {write_report(options.runs, options.output, root=options.root)}")
 

@@ -78,7 +78,7 @@ class BackboneTrunk(nn.Module):
     """A backbone of the transformers library that returns four maps.
 
     Args:
-        network: from `transformers.AutoBackbone`, with four output stages.
+        network: a backbone of the transformers library with four output stages.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -253,13 +253,17 @@ def _transformers(place: str, num_classes: int, options: Mapping[str, Any], imag
             return kind.from_config(config)
         with _quiet("transformers"):
             return kind.from_pretrained(folder, ignore_mismatched_sizes=True, **local)
-    stages = list(config.stage_names)[1:]
+    stages = list(getattr(config, "stage_names", []))[1:]
     if len(stages) < 4:
         raise ValueError(f"transformers:{place} must have at least four stages, got {len(stages)}")
     config.out_features = [stages[round(len(stages) * quarter / 4) - 1] for quarter in (1, 2, 3, 4)]
-    kind = transformers.AutoBackbone
+    # Not AutoBackbone: its from_pretrained asks the hub about local folders too.
+    kinds = transformers.models.auto.modeling_auto.MODEL_FOR_BACKBONE_MAPPING
+    if type(config) not in kinds:
+        raise ValueError(f"transformers:{place} must be a backbone or segment, got {type(config).__name__}")
+    kind = kinds[type(config)]
     with _quiet("transformers"):
-        backbone = kind.from_pretrained(folder, **local) if _has_weights(folder) else kind.from_config(config)
+        backbone = kind.from_pretrained(folder, **local) if _has_weights(folder) else kind(config)
     trunk = BackboneTrunk(backbone)
     return Teacher(trunk, MultiLevelHead(trunk.channels, num_classes, width=min(128, trunk.channels[-1])))
 

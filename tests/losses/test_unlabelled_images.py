@@ -49,10 +49,12 @@ def test_cirkds_memory_holds_embeddings_of_labelled_images_only() -> None:
         torch.manual_seed(0)
         loss = peers.PEERS["cirkd"](3, 5, 2)
         loss(inputs)
-        memories.append({name: buffer for name, buffer in loss.named_buffers() if "queue" in name})
-    assert memories[0]
-    for name, buffer in memories[0].items():
-        assert torch.equal(buffer, memories[1][name]), name
+        memories.append((loss.region_queue.state(), loss.pixel_queue.state()))
+    (regions, pixels), (regions_of_part, pixels_of_part) = memories
+    assert max(regions["counts"]) == LABELLED
+    for name, stored in regions.items():
+        torch.testing.assert_close(stored, regions_of_part[name])
+    assert torch.equal(pixels["counts"], pixels_of_part["counts"])
 
 
 def swards(labels: Tensor | None, gamma: float = 1.0) -> tuple[SWARDLoss, Tensor, Tensor, Tensor]:

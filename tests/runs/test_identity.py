@@ -15,8 +15,8 @@ from PIL import Image
 from sward.cli.main import main
 from sward.config import DatasetConfig, DistillationConfig, TeacherConfig, TeacherTrainingConfig
 from sward.data.frames import PIECE, WHOLE, frame_sums
-from sward.runs import evaluate_run, evaluation_file, load, train_student, train_teacher
 from sward.runs import evaluate as evaluate_module
+from sward.runs import evaluate_run, evaluation_file, load, train_student, train_teacher
 from sward.training import checkpoints
 from tests.support.folder_data import build, write_pairs
 from tests.support.training_runs import small
@@ -59,7 +59,7 @@ def test_a_checkpoint_is_not_continued_on_other_data(trained: Path) -> None:
     """The fingerprint lies in the checkpoint, not only beside it."""
     (trained / "run/frames.json").unlink()
     repaint(trained / "data/images/train/train1.png")
-    with pytest.raises(ValueError, match="the train data must be that with which the run in .* began, got another one"):
+    with pytest.raises(ValueError, match=r"the train data must be that with which the run in .* began, got another"):
         train_student(on_folder(trained / "data", trained / "run", resume=True, iterations=4))
 
 
@@ -101,7 +101,7 @@ def test_a_run_is_not_resumed_with_another_teacher(tmp_path: Path) -> None:
         )  # fmt: skip
 
     train_student(student("one"))
-    with pytest.raises(ValueError, match="the teacher must be that with which the run in .* began, got another one"):
+    with pytest.raises(ValueError, match=r"the teacher must be that with which the run in .* began, got another one"):
         train_student(student("other", resume=True))
     train_student(student("one", resume=True))
 
@@ -174,5 +174,3 @@ def test_weights_that_are_not_finite_are_refused_by_name(trained: Path) -> None:
     torch.save(state, path)
     with pytest.raises(ValueError, match=rf"{name} in .*best\.pt must be finite, got nan or infinity"):
         load.load_run(trained / "run")
-
-
