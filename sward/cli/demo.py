@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from sward import presets
-from sward.cli.report import write_report
 from sward.config import DistillationConfig, TeacherConfig, TeacherTrainingConfig
 from sward.data.scenes import render
 from sward.deploy.export import require_onnx
@@ -23,6 +22,7 @@ from sward.deploy.proof import Exported, export_run
 from sward.evaluation import predict_sample
 from sward.figures.predictions import prediction_grid
 from sward.models.flops import complexity
+from sward.reporting.page import write_report
 from sward.reproduce.paired import Difference, paired_t
 from sward.runs import evaluate_run, load_run, train_student, train_teacher
 from sward.runs.load import build_split
@@ -72,7 +72,7 @@ class DemoResult:
     grid: Path
     """Picture of images, truth and predictions."""
     report: Path
-    """HTML page about the runs of the first seed."""
+    """HTML page about all runs."""
     exported: Exported
     """The distilled student of the first seed as ONNX file, and its check."""
 
@@ -128,14 +128,13 @@ def run(
     exported = export_run(
         output / "sward-seed0", output / "student.onnx", checkpoint="last", split=SPLIT, overwrite=True
     )
+    folders = [config.output for config in (*distilled, *alone, teacher) if config.output is not None]
     return DemoResult(
         rows=[_row(kind, config, results[kind]) for kind, config in shown.items()],
         images=len(build_split(teacher, SPLIT, train=False)),
         gain=paired_t(differences),
         grid=_grid(shown, output / "predictions.png"),
-        report=write_report(
-            [output / name for name in ("sward-seed0", "alone-seed0", "teacher")], output / "report.html"
-        ),
+        report=write_report(folders, output / "report.html"),
         exported=exported,
     )
 
@@ -151,7 +150,7 @@ def _configurations(
     if iterations is not None:
         teacher.iterations = student.iterations = iterations
     alone = [
-        dataclasses.replace(student, seed=seed, distillation="none", output=output / f"alone-seed{seed}")
+        dataclasses.replace(student, seed=seed, distillation="none", output=output / f"none-seed{seed}")
         for seed in range(seeds)
     ]
     distilled = [

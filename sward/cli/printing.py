@@ -91,7 +91,7 @@ def print_demo(result: Any) -> None:
     print_export(result.exported)
     print(
         f"\nopen these three files:\n  {result.grid}  what the networks see\n"
-        f"  {result.report}  scores, curves and settings of the runs\n"
+        f"  {result.report}  scores with intervals, costs, curves and settings of the runs\n"
         f"  {result.exported.path}  the distilled network, for ONNX Runtime or https://netron.app"
     )
 

@@ -17,7 +17,7 @@ from sward.cli import demo
 from sward.cli.main import main
 from tests.support.training_runs import use_few_images
 
-RUNS = ("teacher", "alone-seed0", "alone-seed1", "sward-seed0", "sward-seed1")
+RUNS = ("teacher", "none-seed0", "none-seed1", "sward-seed0", "sward-seed1")
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +44,12 @@ def test_demo_ends_with_a_table_an_interval_a_checked_file_and_three_files_to_op
         run: 100 * json.loads((folder / run / "evaluation-scenes-test-last.json").read_text())["mean_iou"]
         for run in RUNS
     }
-    for name, runs in (("student alone", "alone"), ("student + SWARD", "sward")):
+    for name, runs in (("student alone", "none"), ("student + SWARD", "sward")):
         both = [scores[f"{runs}-seed{seed}"] for seed in (0, 1)]
         line = next(line for line in printed.splitlines() if name in line)
         assert f" {sum(both) / 2:.1f} " in line
         assert f"{both[0]:.1f}  {both[1]:.1f}" in line
-    gains = [scores[f"sward-seed{seed}"] - scores[f"alone-seed{seed}"] for seed in (0, 1)]
+    gains = [scores[f"sward-seed{seed}"] - scores[f"none-seed{seed}"] for seed in (0, 1)]
     half = 12.706 * abs(gains[0] - gains[1]) / 2  # Student's t with one degree of freedom, two values
     mean = sum(gains) / 2
     assert f"SWARD gains {mean:+.1f} points of mIoU, 95 % interval [{mean - half:.1f}, {mean + half:.1f}]" in printed
@@ -64,7 +64,7 @@ def test_demo_ends_with_a_table_an_interval_a_checked_file_and_three_files_to_op
 
 def test_nobody_learns_from_the_scenes_of_another_role(finished: tuple[Path, str, list[str]]) -> None:
     folder, _, _ = finished
-    teacher, alone, sward = (_configuration(folder / run) for run in ("teacher", "alone-seed0", "sward-seed0"))
+    teacher, alone, sward = (_configuration(folder / run) for run in ("teacher", "none-seed0", "sward-seed0"))
     assert teacher["dataset"]["series"] != alone["dataset"]["series"] == sward["dataset"]["series"]
     assert alone["dataset"]["count"] == sward["dataset"]["count"] == demo.LABELLED
     assert teacher["dataset"]["count"] > 1000 * teacher["batch"]  # more than it takes in: it sees none twice
