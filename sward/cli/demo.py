@@ -121,7 +121,11 @@ def run(
         students = _reported([*alone, *distilled], started, say)
         results |= {"none": students[:seeds], "sward": students[seeds:]}
 
-    shown = {"teacher": teacher, "none": alone[0], "sward": distilled[0]}
+    shown: dict[str, TeacherTrainingConfig | DistillationConfig] = {
+        "teacher": teacher,
+        "none": alone[0],
+        "sward": distilled[0],
+    }
     differences = [
         with_sward.mean_iou - without.mean_iou for with_sward, without in zip(results["sward"], results["none"])
     ]
