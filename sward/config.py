@@ -110,6 +110,10 @@ class DatasetConfig:
     """Loader processes; 0 loads in the training process. Results do not depend on it."""
     packed: str = "auto"
     """Pack to read: `"auto"` (the one in the data set's folder, if any), `"none"` (decode the files) or a path."""
+    count: int | None = None
+    """For `scenes`, the number of training images; None generates 1024."""
+    series: int = 0
+    """For `scenes`, the series of the training images: a teacher can learn from another one than its student."""
     views: int | None = None
     """Fixed augmented views per image, one per epoch in turn; None draws new ones each epoch."""
 
