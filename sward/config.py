@@ -110,6 +110,10 @@ class DatasetConfig:
     """Loader processes; 0 loads in the training process. Results do not depend on it."""
     packed: str = "auto"
     """Pack to read: `"auto"` (the one in the data set's folder, if any), `"none"` (decode the files) or a path."""
+    count: int | None = None
+    """For `scenes`, the number of training images; None generates 1024."""
+    series: int = 0
+    """For `scenes`, the series of the training images: a teacher can learn from another one than its student."""
     views: int | None = None
     """Fixed augmented views per image, one per epoch in turn; None draws new ones each epoch."""
 
@@ -331,6 +335,11 @@ class TrainingConfig:
         _check_number("label_smoothing", self.label_smoothing, 0, below=1)
         _check_number("optimizer.lr", optimizer.lr)
         _check_number("optimizer.weight_decay", optimizer.weight_decay, 0)
+        if optimizer.lr * optimizer.weight_decay > 1:
+            raise ValueError(
+                f"optimizer.weight_decay must be at most 1 / optimizer.lr, {1 / optimizer.lr:g}, got "
+                f"{optimizer.weight_decay:g}; a step would turn the sign of every weight"
+            )
         _check_number("optimizer.power", optimizer.power, 0)
         _check_number("optimizer.warmup", optimizer.warmup, 0)
         _check_number("optimizer.clip_norm", optimizer.clip_norm)
@@ -366,9 +375,10 @@ class DistillationConfig(TrainingConfig):
     """Settings of `"sward"`."""
     student_taps: TapConfig = field(default_factory=TapConfig)
     """How the student's layers arrange their output."""
-    unlabelled: tuple[Path, ...] = ()
-    """Folders of images without masks, or text files with the path of one image per line. The teacher is distilled on
-    them too; the task loss, PDR and all terms that need labels see the labelled images only."""
+    unlabelled: tuple[str, ...] = ()
+    """Folders of images without masks, text files with the path of one image per line, or tar files to stream, as
+    `shards/{000..999}.tar` or `pipe:COMMAND`. The teacher is distilled on them too; the task loss, PDR and all terms
+    that need labels see the labelled images only."""
     unlabelled_batch: int | None = None
     """Unlabelled images per step, over all processes, beside `batch` labelled ones; None takes as many as `batch`."""
 
@@ -516,8 +526,15 @@ def _build(kind: Any, value: Any, name: str = "") -> Any:
     """Return `value`, as read from JSON, as the type `kind` of the field `name`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        choices = [choice for choice in arguments if choice is not type(None)]
-        return None if value is None and len(choices) < len(arguments) else _build(choices[0], value, name)
+        if value is None and type(None) in arguments:
+            return None
+        problems = []
+        for choice in (each for each in arguments if each is not type(None)):
+            try:
+                return _build(choice, value, name)
+            except ValueError as error:
+                problems.append(error)
+        raise problems[0]
     if origin is tuple and isinstance(value, (list, tuple)):
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(value) == len(kinds):

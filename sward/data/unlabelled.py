@@ -31,10 +31,10 @@ class UnlabelledImages(PairedFiles):
     """
 
     def __init__(
-        self, sources: Sequence[Path], like: SegmentationDataset, image_size: tuple[int, int], seed: int
+        self, sources: Sequence[str | Path], like: SegmentationDataset, image_size: tuple[int, int], seed: int
     ) -> None:
         pairs = list(like.unlabelled) if isinstance(like, PairedFiles) else []
-        for source in sources:
+        for source in map(Path, sources):
             images = list_tree(source) if source.is_dir() else _listed(source)
             if not images:
                 raise DatasetNotFoundError(
@@ -43,7 +43,7 @@ class UnlabelledImages(PairedFiles):
             pairs += [Pair(f"{source.name}/{name}", image, image) for name, image in images.items()]
         assert isinstance(like.transform, TrainingTransform)
         super().__init__(
-            like.info, sources[0] if sources else Path(), pairs, like.transform.at(image_size), stream_seed(seed)
+            like.info, Path(sources[0]) if sources else Path(), pairs, like.transform.at(image_size), stream_seed(seed)
         )
         self.views, self.teacher_transform = like.views, like.teacher_transform
         if isinstance(like, PairedFiles):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ class Study:
         if run.distillation in MASK_METHODS:
             config.teacher.masks = self.masks_file(run)
         if run.unlabelled is not None:
-            config.unlabelled = (self.unlabelled_list(run, run.unlabelled),)
+            config.unlabelled = (str(self.unlabelled_list(run, run.unlabelled)),)
         for name, value in run.overrides.items():
             _set(config, name, value)
         if config.dataset.views is not None:
@@ -272,10 +273,11 @@ class Study:
         if self.cost(run, seed) is None:
             return None
         folder, checkpoint = self.folder(run, seed), test.checkpoint(run)
-        place = {"root": self.options.data, "split_by": test.split_by}
-        path = evaluation_file(folder.path, test.dataset, test.split, **place, checkpoint=checkpoint)
+        file_of = functools.partial(
+            evaluation_file, folder.path, test.dataset, test.split, root=self.options.data, split_by=test.split_by
+        )
         # Earlier versions wrote the scores of all weights to the file of the best ones.
-        for file in (path, evaluation_file(folder.path, test.dataset, test.split, **place)):
+        for file in (file_of(checkpoint=checkpoint), file_of()):
             stored = read_json(dict, file) if file.exists() else {}
             if stored.get("checkpoint") == checkpoint:
                 return Evaluation.from_dict(stored)
@@ -284,7 +286,8 @@ class Study:
                 folder.path,
                 split=test.split,
                 dataset=test.dataset,
-                **place,
+                split_by=test.split_by,
+                root=self.options.data,
                 checkpoint=checkpoint,
                 device=self.options.device,
             )

@@ -15,6 +15,7 @@ from sward.data import DatasetInfo, SegmentationDataset
 from sward.data.check import LabelCounts, check_splits
 from sward.data.frames import digest, frame_sums, known_images
 from sward.data.masks import parse_values
+from sward.data.shards import ImageShards, is_shards
 from sward.data.unlabelled import UnlabelledImages
 from sward.losses import DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
 from sward.losses.masks import teacher_fingerprint
@@ -31,10 +32,11 @@ from sward.runs.load import (
     student_run,
     teacher_run,
 )
+from sward.runs.trial import try_step
 from sward.training.batches import batches
 from sward.training.loop import TrainingResult, fit
 from sward.training.progress import Progress
-from sward.training.run_folder import RunFolder, make_folder
+from sward.training.run_folder import RunFolder, make_folder, require_tensorboard
 from sward.training.state import seed_generators
 from sward.training.step import TrainingStep
 from sward.training.teacher import FrozenTeacher
@@ -50,6 +52,8 @@ def train_student(config: DistillationConfig) -> TrainingResult:
     config.check()
     _make_root_absolute(config)
     models.check_name(config.model)
+    if config.tensorboard:
+        require_tensorboard()
     if config.distillation != "none":
         methods.check_name(config.distillation)
     device = choose_device(config.device)
@@ -68,7 +72,7 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
     # Build the student first, so that a seed gives it the same weights with and without distillation.
     torch.manual_seed(config.seed)
     student = _placed(build_network(config, info.num_classes), config, device)
-    loss, teacher_weights = None, None
+    loss, teacher_weights, frozen = None, None, None
     teacher: FrozenTeacher | TeacherCache | None = None
     if config.distillation != "none":
         name, network = load_teacher(config.teacher, config.preset, info)
@@ -78,7 +82,7 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
         loss = methods.build(config.distillation, pair).to(device)
         check_teacher_logits(config.teacher, info, config.distillation, loss.teacher_taps)
         config = _with_layers(config, pair, loss)
-        teacher = FrozenTeacher(
+        teacher = frozen = FrozenTeacher(
             network,
             loss.teacher_taps,
             precision=config.teacher.precision,
@@ -86,13 +90,15 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
             dtype=torch.float32 if config.precision == "fp32" else None,
             taps=config.teacher.taps,
         )
+    try_step(student, task.to(device), loss, frozen, config, info)
+    if frozen is not None:
         if config.compile:
-            network.compile()
+            frozen.network.compile()
         if config.teacher.cache is not None:
-            if isinstance(network, Teacher):
-                network.trunk_cache = TrunkCache(network.trunk, config.teacher.cache)
+            if isinstance(frozen.network, Teacher):
+                frozen.network.trunk_cache = TrunkCache(frozen.network.trunk, config.teacher.cache)
             else:
-                teacher = TeacherCache(teacher, config.teacher.cache)
+                teacher = TeacherCache(frozen, config.teacher.cache)
     run = RunFolder(config.output or student_run(config))
     return _fit(
         student, loss, task, counts, config, train_set, validation_set, run, teacher, unlabelled, teacher_weights
@@ -124,6 +130,8 @@ def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
     config.check()
     _make_root_absolute(config)
     models.check_name(config.model)
+    if config.tensorboard:
+        require_tensorboard()
     device = choose_device(config.device)
     with distributed.joined(device):
         return _train_teacher(config, device)
@@ -154,6 +162,7 @@ def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> Train
             )
         network.freeze_trunk()
     network = _placed(network, config, device)
+    try_step(network, task.to(device), None, None, config, train_set.info)
     if config.cache is not None:
         assert isinstance(network, Teacher)
         network.trunk_cache = TrunkCache(network.trunk, config.cache)
@@ -179,16 +188,25 @@ def _check_data(
     return check_splits({"train": train_set, "val": validation_set}, skip_corrupt=config.on_corrupt == "skip")
 
 
-def _unlabelled(config: DistillationConfig, train_set: SegmentationDataset) -> UnlabelledImages | None:
+def _unlabelled(config: DistillationConfig, train_set: SegmentationDataset) -> UnlabelledImages | ImageShards | None:
     if not config.unlabelled_per_step:
         return None
+    distributed.share_of(config.unlabelled_per_step)
+    kinds = {is_shards(str(source)) for source in config.unlabelled}
+    if True in kinds:
+        if len(kinds) > 1 or config.dataset.labelled_share < 1:
+            raise ValueError(
+                "unlabelled must be tar files alone, got other images too; put those into tar files as well"
+            )
+        shards = ImageShards(config.unlabelled, train_set, config.dataset.image_size, config.seed)
+        shards.check(distributed.world_size(), config.dataset.workers)
+        return shards
     images = UnlabelledImages(config.unlabelled, train_set, config.dataset.image_size, config.seed)
     if len(images) < config.unlabelled_per_step:
         raise ValueError(
             f"unlabelled_batch must be at most {len(images)}, the number of unlabelled images, got "
             f"{config.unlabelled_per_step}"
         )
-    distributed.share_of(config.unlabelled_per_step)
     return images
 
 
@@ -237,7 +255,7 @@ def _fit(
     validation_set: SegmentationDataset,
     run: RunFolder,
     teacher: FrozenTeacher | TeacherCache | None,
-    unlabelled: UnlabelledImages | None = None,
+    unlabelled: UnlabelledImages | ImageShards | None = None,
     teacher_weights: str | None = None,
 ) -> TrainingResult:
     if config.sync_batch_norm:
@@ -246,7 +264,7 @@ def _fit(
     # The weights above were drawn from the same seed in every process; dropout differs between processes.
     seed_generators(distributed.rank_seed(config.seed))
     frames = {"train": frame_sums(train_set), "val": frame_sums(validation_set)}
-    if unlabelled is not None:
+    if isinstance(unlabelled, UnlabelledImages):
         frames["unlabelled"] = frame_sums(unlabelled)
     both = known_images(frames["train"], frames["val"])
     if both and distributed.is_main():
@@ -273,7 +291,7 @@ def _fit(
         if config.compile:
             # In place, which keeps the keys of the state dict; after opening the taps, so that they are traced.
             network.compile()
-        return fit(
+        result = fit(
             step_module,
             config,
             train_set,
@@ -283,6 +301,12 @@ def _fit(
             unlabelled=unlabelled,
             identity=identity,
         )
+        if distributed.is_main():
+            # Imported here: cards build on runs.
+            from sward.reporting.card import write_card
+
+            write_card(run.path)
+        return result
 
 
 def train_masks(config: MaskTrainingConfig) -> Path:

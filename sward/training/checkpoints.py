@@ -96,7 +96,7 @@ def load_model(model: torch.nn.Module, path: Path) -> None:
     state = load(path)
     try:
         model.load_state_dict(state["model"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise ValueError(
             f"{path} does not fit {type(model).__name__}; it was saved from another model: {detail}"

@@ -17,9 +17,10 @@ from torch.optim.swa_utils import update_bn
 from sward import distributed
 from sward.config import OptimizerConfig, TrainingConfig
 from sward.data import SegmentationDataset
-from sward.data.unlabelled import join
+from sward.data.shards import ImageShards
+from sward.data.unlabelled import UnlabelledImages, join
 from sward.evaluation import Evaluation, evaluate
-from sward.training.batches import batches
+from sward.training.batches import batches, unlabelled_batches
 from sward.training.interruption import Interruption, TrainingInterrupted
 from sward.training.observation import CollapseWatch, LossWatch, Throughput, losses_of, peak_memory
 from sward.training.progress import Progress
@@ -63,7 +64,7 @@ def fit(
     run: RunFolder,
     *,
     teacher: Callable[[Tensor], dict[str, Tensor]] | None = None,
-    unlabelled: SegmentationDataset | None = None,
+    unlabelled: UnlabelledImages | ImageShards | None = None,
     identity: Mapping[str, str] | None = None,
 ) -> TrainingResult:
     """Train `step_module` as `config` says; the run folder can be resumed and evaluated.
@@ -103,10 +104,9 @@ def fit(
         pin_memory=device.type == "cuda",
     )
     if unlabelled is not None:
-        extra = batches(
+        extra = unlabelled_batches(
             unlabelled,
             config.unlabelled_per_step,
-            seed=unlabelled.seed,
             workers=config.dataset.workers,
             start=state.step,
             pin_memory=device.type == "cuda",

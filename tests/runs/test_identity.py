@@ -59,7 +59,7 @@ def test_a_checkpoint_is_not_continued_on_other_data(trained: Path) -> None:
     """The fingerprint lies in the checkpoint, not only beside it."""
     (trained / "run/frames.json").unlink()
     repaint(trained / "data/images/train/train1.png")
-    with pytest.raises(ValueError, match="the train data must be that with which the run in .* began, got another one"):
+    with pytest.raises(ValueError, match=r"the train data must be that with which the run in .* began, got another"):
         train_student(on_folder(trained / "data", trained / "run", resume=True, iterations=4))
 
 
@@ -101,7 +101,7 @@ def test_a_run_is_not_resumed_with_another_teacher(tmp_path: Path) -> None:
         )  # fmt: skip
 
     train_student(student("one"))
-    with pytest.raises(ValueError, match="the teacher must be that with which the run in .* began, got another one"):
+    with pytest.raises(ValueError, match=r"the teacher must be that with which the run in .* began, got another one"):
         train_student(student("other", resume=True))
     train_student(student("one", resume=True))
 
