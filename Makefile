@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # sam2's optional CUDA extension serves mask post-processing only; nothing here calls it.
 export SAM2_BUILD_CUDA = 0
 
-.PHONY: demo test test-all lint bench report cov clean
+.PHONY: demo test test-all test-minimum lint bench report cov clean
 
 demo: $(READY)
 	$(BIN)/sward demo
@@ -18,6 +18,18 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest tests/ -m "slow or not slow"
+
+# The oldest versions that pyproject.toml allows, in an environment of their own; tests of what touches other packages most.
+MINIMUM := .venv-minimum
+test-minimum: export OMP_NUM_THREADS ?= 1
+test-minimum: $(MINIMUM)/.ready
+	$(MINIMUM)/bin/python -m pytest tests/runs tests/models tests/data tests/training/test_checkpoints.py tests/losses/test_objective.py
+
+$(MINIMUM)/.ready: pyproject.toml tests/support/oldest_versions.py
+	test -x $(MINIMUM)/bin/python || $(PYTHON) -m venv $(MINIMUM)
+	$(MINIMUM)/bin/python tests/support/oldest_versions.py > $(MINIMUM)/constraints.txt
+	$(MINIMUM)/bin/python -m pip install --disable-pip-version-check -q -c $(MINIMUM)/constraints.txt -e ".[all]"
+	touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -42,4 +54,4 @@ $(READY): setup.py pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(MINIMUM)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sward.layouts import Format, Layout, check_choice, describe, layouts, resolve, select, without_doubt
+from sward.tensor_layouts import Format, Layout, check_choice, describe, layouts, resolve, select, without_doubt
 
 
 class FeatureTaps:

@@ -18,6 +18,9 @@ from sward.config import (
     TeacherTrainingConfig,
 )
 
+CLINICDB_FRAMES = 428
+"""Training frames of ClinicDB split by sequence."""
+
 
 @dataclass
 class Preset:
@@ -205,6 +208,25 @@ def _small_unext(
     )
 
 
+def _few_masks(share: float) -> Callable[[], Preset]:
+    """`clinicdb-small` with a share of the masks: as many steps, and as many between validations."""
+    percent = f"{share:.0%}".replace("%", " %")
+
+    def make() -> Preset:
+        preset = _PRESETS["clinicdb-small"]()
+        preset.description = f"clinicdb-small with {percent} of its training masks, the other frames unlabelled"
+        for config in (preset.student, preset.teacher):
+            assert config.epochs is not None
+            assert config.evaluate_every is not None
+            full, short = (frames // config.batch for frames in (CLINICDB_FRAMES, round(share * CLINICDB_FRAMES)))
+            config.iterations, config.epochs = config.epochs * full, None
+            config.evaluate_every = config.evaluate_every * full // short
+            config.dataset = dataclasses.replace(config.dataset, labelled_share=share)
+        return preset
+
+    return make
+
+
 _PRESETS: dict[str, Callable[[], Preset]] = {
     "cityscapes-mbv3": _cityscapes,
     "clinicdb-resunetpp": _polyps("cvc_clinicdb", "resunetpp", "ResUNet++"),
@@ -218,6 +240,8 @@ _PRESETS: dict[str, Callable[[], Preset]] = {
     "clinicdb-small": _small_unext(
         "CVC-ClinicDB at 128x128, split by sequence, ViT-S/14 to UNeXt, two cores", "cvc_clinicdb", "dice", "sequence"
     ),
+    "clinicdb-small-25": _few_masks(0.25),
+    "clinicdb-small-10": _few_masks(0.1),
     "colondb-small": _small_unext(
         "CVC-ColonDB at 128x128, random split, ViT-S/14 to UNeXt, two cores", "cvc_colondb", "dice", "ratio"
     ),

@@ -38,9 +38,13 @@ class Evaluate:
     checkpoint: Literal["best", "last"] = "best"
     """Which weights to use."""
     batch: int = 8
-    """Images per forward pass."""
+    """Images per forward pass; always one with tiles."""
     device: str | None = None
     """Device to run on; the GPU if there is one."""
+    tile: tuple[int, int] | None = None
+    """Height and width of tiles at the images' own resolution; by default images are resized as in the run."""
+    overlap: int | None = None
+    """Pixels that neighbouring tiles share; a quarter of the tile by default."""
 
 
 @dataclass
@@ -105,16 +109,17 @@ class Export:
     calibrate: int = 64
     """Training images that set the ranges of int8."""
     force: bool = False
-    """Keep a file that fails the proof."""
+    """Keep a file that fails the proof, with every layer of an int8 file in int8."""
     overwrite: bool = False
     """Replace an existing file."""
 
 
 @dataclass
 class Report:
-    """Write one HTML page about one or more runs: scores, curves, classes, predictions, configuration, environment.
+    """Write one HTML page about one or more runs, for people who decide: what the student keeps, costs and gets wrong.
 
-    The images are embedded, so the page works offline.
+    The teacher and the student alone are added where they lie beside the runs. The images are embedded, so the page
+    works offline.
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]

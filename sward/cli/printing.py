@@ -57,7 +57,10 @@ def print_export(exported: Any) -> None:
         )
         print(f"largest difference of {metadata.output}: {proof.largest_difference:.2g}")
         print(f"pixels of another class: {100 * proof.differing_pixels:.4f} %")
+    for layer, loss in exported.refused.items():
+        print(f"layer {layer} stays fp32: in int8 it alone loses {100 * loss:.2f} points of mIoU; --force quantises it")
     print(f"written: {exported.path} ({exported.path.stat().st_size / 1e6:.2f} MB)\nwritten: {exported.proof_path}")
+    print(f"written: {exported.card_path}")
 
 
 def _percent(value: float | None) -> str:

@@ -133,6 +133,8 @@ def build(
     views: int | None = None,
     teacher_size: Sequence[int] | None = None,
     image_range: tuple[float, float] | None = None,
+    labelled_share: float = 1.0,
+    share_seed: int = 0,
     folder_options: FolderOptions | None = None,
 ) -> SegmentationDataset:
     """Build a data set.
@@ -160,6 +162,9 @@ def build(
             than the student; samples are then `TeacherSample`s. None returns `Sample`s.
         image_range: the values that become black and white in images with more than 8 bits per channel; None refuses
             such images.
+        labelled_share: share of the frames whose masks are used, in (0, 1]; the others are left out. For training sets
+            of files only.
+        share_seed: another number draws other frames for `labelled_share`.
         folder_options: `folder` only: its classes, mask values, layout and how its split is drawn.
 
     Raises:
@@ -178,6 +183,12 @@ def build(
         raise ValueError(
             f"on_corrupt must be 'stop' for evaluation, got {on_corrupt!r}; skipping images would change the score"
         )
+    if not 0 < labelled_share <= 1:
+        raise ValueError(f"labelled_share must be above 0 and at most 1, got {labelled_share:g}")
+    if labelled_share != 1 and (not train or name == "scenes"):
+        raise ValueError(
+            f"labelled_share must be 1 for evaluation and for scenes, which are generated, got {labelled_share:g}"
+        )
     dataset: SegmentationDataset
     if name == "scenes":
         if packed not in ("auto", "none"):
@@ -187,6 +198,8 @@ def build(
         dataset = _from_files(
             info, _root(root), split, size, split_by=split_by, train=train, seed=seed, options=folder_options
         )
+        if labelled_share != 1:
+            dataset.use_masks_of(labelled_share, share_seed)
         dataset.set_on_corrupt(on_corrupt)
         dataset.image_range = _checked(image_range)
         dataset.use_pack(packed)

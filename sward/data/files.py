@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sward.data.images import SUFFIXES, CorruptFileError, check_file, open_image, read_image
+from sward.data.lists import choose_share
 from sward.data.masks import indices, list_values
 from sward.data.packed import PackedFrames, find_pack
 from sward.data.sample import DatasetInfo, DatasetNotFoundError, Pair, SegmentationDataset, Transform
@@ -59,6 +60,8 @@ class PairedFiles(SegmentationDataset):
         super().__init__(info, transform, seed)
         self.folder = folder
         self.pairs = list(pairs)
+        # Frames of this split whose masks are not used.
+        self.unlabelled: list[Pair] = []
         self.on_corrupt: OnCorrupt = "stop"
         self.image_range: tuple[float, float] | None = None
         self.packed: PackedFrames | None = None
@@ -72,6 +75,12 @@ class PairedFiles(SegmentationDataset):
     def decoding(self) -> str:
         """What decides the pixels and labels read from a file, besides the file: a pack holds it."""
         return "" if self.image_range is None else f"image_range {self.image_range[0]:g} {self.image_range[1]:g}"
+
+    def use_masks_of(self, share: float, seed: int) -> None:
+        """Keep a share of the frames, drawn by hash of their names, and move the others to `unlabelled`."""
+        chosen = choose_share([pair.name for pair in self.pairs], share, seed=seed)
+        self.unlabelled = [pair for pair in self.pairs if pair.name not in chosen]
+        self.pairs = [pair for pair in self.pairs if pair.name in chosen]
 
     def use_pack(self, where: str) -> None:
         """Select the pack to read from: `"auto"`, `"none"` or a path; see `sward.data.packed.find_pack`."""

@@ -218,12 +218,14 @@ class MWADLoss(nn.Module):
         return result._replace(context=result.context * scale)
 
     def _project_teacher(self, index: int, teacher: Tensor, size: tuple[int, int]) -> Tensor:
-        if self.standardization:
-            teacher = cast(Standardization, self.standardization[index]).normalize(teacher)
         phi = cast(ChannelProjection, self.phi[index])
         theta = cast(ChannelProjection, self.theta_teacher[index])
         enlarges = size[0] * size[1] > teacher.shape[-2] * teacher.shape[-1]
-        features = teacher if enlarges else resize(teacher, size)
+        grid = (teacher.shape[-2], teacher.shape[-1]) if enlarges else size
+        if self.standardization:
+            features = cast(Standardization, self.standardization[index]).normalize(teacher, grid)
+        else:
+            features = resize(teacher, grid)
         pixels = features.shape[0] * features.shape[-2] * features.shape[-1]
         teacher_channels, student_channels, width = phi.in_channels, phi.out_channels, theta.out_channels
         one_by_one = pixels * student_channels * (teacher_channels + width)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,10 @@ from torch.optim.swa_utils import update_bn
 from sward import distributed
 from sward.config import OptimizerConfig, TrainingConfig
 from sward.data import SegmentationDataset
-from sward.data.unlabelled import join
+from sward.data.shards import ImageShards
+from sward.data.unlabelled import UnlabelledImages, join
 from sward.evaluation import Evaluation, evaluate
-from sward.training.batches import batches
+from sward.training.batches import batches, unlabelled_batches
 from sward.training.interruption import Interruption, TrainingInterrupted
 from sward.training.observation import CollapseWatch, LossWatch, Throughput, losses_of, peak_memory
 from sward.training.progress import Progress
@@ -63,14 +64,17 @@ def fit(
     run: RunFolder,
     *,
     teacher: Callable[[Tensor], dict[str, Tensor]] | None = None,
-    unlabelled: SegmentationDataset | None = None,
+    unlabelled: UnlabelledImages | ImageShards | None = None,
+    identity: Mapping[str, str] | None = None,
 ) -> TrainingResult:
     """Train `step_module` as `config` says; the run folder can be resumed and evaluated.
 
     With `unlabelled`, every step also sees `config.unlabelled_per_step` of these images, whose labels are all ignored.
     Resumes from the newest intact checkpoint in `run`, if there is one. Every process of a group must call this.
+    Checkpoints keep `identity`, the checksums of the data and the teacher, and are refused where it differs.
 
     Raises:
+        ValueError: if a checkpoint belongs to another configuration, other data or another teacher.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after writing a checkpoint.
         NonFiniteLossError: if the loss is infinite or nan; nothing is saved after that.
     """
@@ -78,11 +82,17 @@ def fit(
     steps, epoch = config.steps(len(train_set)), len(train_set) // config.batch
     validate_every = epoch * config.evaluate_every if config.evaluate_every else steps
     learnable = [parameter for parameter in step_module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learnable, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay)
+    # On a CPU the fused update reads and writes each tensor once; the default takes a pass per operation.
+    optimizer = torch.optim.AdamW(
+        learnable,
+        lr=config.optimizer.lr,
+        weight_decay=config.optimizer.weight_decay,
+        fused=True if device.type == "cpu" else None,
+    )
     schedule = LambdaLR(optimizer, learning_rate(config.optimizer, steps))
     scaler = torch.amp.GradScaler(device.type, enabled=step_module.precision == "fp16")
     state = TrainingState(
-        step_module.model, step_module.distillation, optimizer, schedule, scaler, config.optimizer.clip_norm
+        step_module.model, step_module.distillation, optimizer, schedule, scaler, config.optimizer.clip_norm, identity
     )
     state.restore(run)
     stream = batches(
@@ -94,10 +104,9 @@ def fit(
         pin_memory=device.type == "cuda",
     )
     if unlabelled is not None:
-        extra = batches(
+        extra = unlabelled_batches(
             unlabelled,
             config.unlabelled_per_step,
-            seed=unlabelled.seed,
             workers=config.dataset.workers,
             start=state.step,
             pin_memory=device.type == "cuda",
@@ -118,7 +127,8 @@ def fit(
             features = {} if teacher is None else teacher(seen)
             output = replica(images, labels, features, diagnose=logs)
             gradient_norm = state.update(output.loss, measure=logs)
-            watch.remember(state.step, output, batch.names)
+            taught = {f"the teacher's map {layer!r}": maps for layer, maps in features.items()}
+            watch.remember(state.step, output, batch.names, {"the image": images, **taught})
             progress.advance()
             # Several processes exchange signals only at log steps, where they synchronise anyway.
             stop = interruption.agreed() if logs or distributed.world_size() == 1 else None

@@ -170,7 +170,7 @@ def _prepared(
     batch, _, height, width = qkv_student.shape
     groups = batch * -(-WindowGrid(height, width, window_size).windows // plan.windows_per_program)
     known = _known_arguments(plan, qkv_student, qkv_teacher, terms) | {"statistic_stride": statistic_stride}
-    most_registers = max_registers(problem.family)
+    most_registers = max_registers(problem.family, plan.tiles)
     options = {"maxnreg": most_registers} if most_registers else {}
     programs = groups * plan.programs_per_group
     return PreparedLaunch(problem, plan.kernel, programs, plan.tiles.num_warps, known, **options)

@@ -198,6 +198,7 @@ def test_a_run_leaves_what_the_documentation_lists(run: Path) -> None:
         "dataset.json",
         "environment.json",
         "metrics.jsonl",
+        "MODEL_CARD.md",
         "checkpoints",
     }
 

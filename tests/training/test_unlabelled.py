@@ -1,14 +1,17 @@
 """Images without masks: which terms see them, and that the labelled images stay the same."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from sward import data
-from sward.config import DistillationConfig
+from sward.config import DatasetConfig, DistillationConfig
 from sward.data import DatasetNotFoundError
 from sward.data.unlabelled import UnlabelledImages, join, stream_seed
 from sward.losses import CWDLoss, KDLoss, MWADLoss, PDRLoss, SegmentationCrossEntropy, SWARDLoss
@@ -45,8 +48,22 @@ def test_every_image_below_the_folders_is_taken_and_has_no_label(images: Path) -
     )
     (images / "empty").mkdir()
     for folder in (images / "empty", images / "nowhere"):
-        with pytest.raises(DatasetNotFoundError, match=r"must name folders of images, got .*, which holds none"):
+        with pytest.raises(
+            DatasetNotFoundError, match=r"must name folders of images or lists of them, got .*, which holds none"
+        ):
             UnlabelledImages([images, folder], scenes(), (32, 32), seed=0)
+
+
+def test_a_list_names_images_relative_to_itself(images: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "some.txt"
+    listed.write_text("photos/b/1.png\n\n  photos/a/3.png\n", encoding="utf-8")
+    dataset = UnlabelledImages([listed, images / "a"], scenes(), (32, 32), seed=0)
+    assert [pair.image for pair in dataset.pairs[:2]] == [images / "b/1.png", images / "a/3.png"]
+    assert len(dataset) == 7
+    assert len({pair.name for pair in dataset.pairs}) == 7
+    listed.write_text("photos/b/1.png\nphotos/c/1.png\n", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*photos/c/1.png, which .*some.txt names"):
+        UnlabelledImages([listed], scenes(), (32, 32), seed=0)
 
 
 def test_labelled_images_come_first_and_are_those_of_a_run_without(images: Path) -> None:
@@ -109,13 +126,42 @@ def test_a_run_steps_on_both(images: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(
         loop.LossWatch,
         "remember",
-        lambda self, step, output, names: seen.append(names) or remember(self, step, output, names),
+        lambda self, step, output, names, *maps: seen.append(names) or remember(self, step, output, names, *maps),
     )
     train_student(small(tmp_path / "run", iterations=3, unlabelled=(images,), unlabelled_batch=2))
     assert [len(names) for names in seen] == [6, 6, 6]
     assert all(name.startswith("photos/") for names in seen for name in names[4:])
     assert len({name for names in seen for name in names[4:]}) == 6
     assert len(records(tmp_path / "run")) > 3
+
+
+def test_frames_whose_masks_are_not_used_are_unlabelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "set"
+    write_images(root / "images", 10)
+    for number in range(10):
+        (root / "masks").mkdir(exist_ok=True)
+        pixels = np.zeros((48, 56), np.uint8)
+        pixels[10:30, 10:40] = 1
+        Image.fromarray(pixels).save(root / f"masks/{number}.png")
+    folder = DatasetConfig(
+        name="folder", root=root, image_size=(64, 64), num_classes=2, split_by="80/20", labelled_share=0.5
+    )
+    seen: list[tuple[list[str], torch.Tensor]] = []
+    step = loop.join
+    monkeypatch.setattr(loop, "join", lambda *both: seen.append((step(*both).names, step(*both).labels)) or step(*both))
+    monkeypatch.setattr(
+        UnlabelledImages, "read_mask", lambda self, pair: pytest.fail("the mask of an unlabelled frame was read")
+    )
+    train_student(small(tmp_path / "run", dataset=folder, iterations=2))
+    labelled, others = ({name for names, _ in seen for name in names[part]} for part in (slice(4), slice(4, None)))
+    assert len(labelled) == len(others) == 4
+    assert not labelled & others
+    assert all((labels[4:] == 255).all() and (labels[:4] != 255).any() for _, labels in seen)
+    counted = json.loads((tmp_path / "run/labels.json").read_text())
+    assert counted["train"]["masks"] == 4
+    seen.clear()
+    train_student(small(tmp_path / "alone", dataset=folder, iterations=2, distillation="none"))
+    assert not seen
 
 
 @pytest.mark.parametrize(
