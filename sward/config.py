@@ -110,6 +110,10 @@ class DatasetConfig:
     """Loader processes; 0 loads in the training process. Results do not depend on it."""
     packed: str = "auto"
     """Pack to read: `"auto"` (the one in the data set's folder, if any), `"none"` (decode the files) or a path."""
+    count: int | None = None
+    """For `scenes`, the number of training images; None generates 1024."""
+    series: int = 0
+    """For `scenes`, the series of the training images: a teacher can learn from another one than its student."""
     views: int | None = None
     """Fixed augmented views per image, one per epoch in turn; None draws new ones each epoch."""
 
@@ -331,6 +335,11 @@ class TrainingConfig:
         _check_number("label_smoothing", self.label_smoothing, 0, below=1)
         _check_number("optimizer.lr", optimizer.lr)
         _check_number("optimizer.weight_decay", optimizer.weight_decay, 0)
+        if optimizer.lr * optimizer.weight_decay > 1:
+            raise ValueError(
+                f"optimizer.weight_decay must be at most 1 / optimizer.lr, {1 / optimizer.lr:g}, got "
+                f"{optimizer.weight_decay:g}; a step would turn the sign of every weight"
+            )
         _check_number("optimizer.power", optimizer.power, 0)
         _check_number("optimizer.warmup", optimizer.warmup, 0)
         _check_number("optimizer.clip_norm", optimizer.clip_norm)
