@@ -335,6 +335,11 @@ class TrainingConfig:
         _check_number("label_smoothing", self.label_smoothing, 0, below=1)
         _check_number("optimizer.lr", optimizer.lr)
         _check_number("optimizer.weight_decay", optimizer.weight_decay, 0)
+        if optimizer.lr * optimizer.weight_decay > 1:
+            raise ValueError(
+                f"optimizer.weight_decay must be at most 1 / optimizer.lr, {1 / optimizer.lr:g}, got "
+                f"{optimizer.weight_decay:g}; a step would turn the sign of every weight"
+            )
         _check_number("optimizer.power", optimizer.power, 0)
         _check_number("optimizer.warmup", optimizer.warmup, 0)
         _check_number("optimizer.clip_norm", optimizer.clip_norm)

@@ -162,7 +162,7 @@ def _configurations(
             student,
             seed=seed,
             teacher=TeacherConfig(run=output / "teacher"),
-            unlabelled=(output / "unlabelled",),
+            unlabelled=(str(output / "unlabelled"),),
             output=output / f"sward-seed{seed}",
         )
         for seed in range(seeds)

@@ -252,4 +252,11 @@ def choose_device(name: str | None) -> torch.device:
                 f"{distributed.local_rank()}; lower --nproc-per-node or use --device cpu"
             )
         return torch.device("cuda", distributed.local_rank())
+    try:
+        torch.ones(1, device=device).item()
+    except Exception as error:  # each kind of device raises errors of its own
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device must be one that torch can compute on here, such as 'cpu', got {name!r}: {reason}"
+        ) from error
     return device

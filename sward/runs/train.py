@@ -36,7 +36,7 @@ from sward.runs.trial import try_step
 from sward.training.batches import batches
 from sward.training.loop import TrainingResult, fit
 from sward.training.progress import Progress
-from sward.training.run_folder import RunFolder, make_folder
+from sward.training.run_folder import RunFolder, make_folder, require_tensorboard
 from sward.training.state import seed_generators
 from sward.training.step import TrainingStep
 from sward.training.teacher import FrozenTeacher
@@ -52,6 +52,8 @@ def train_student(config: DistillationConfig) -> TrainingResult:
     config.check()
     _make_root_absolute(config)
     models.check_name(config.model)
+    if config.tensorboard:
+        require_tensorboard()
     if config.distillation != "none":
         methods.check_name(config.distillation)
     device = choose_device(config.device)
@@ -128,6 +130,8 @@ def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
     config.check()
     _make_root_absolute(config)
     models.check_name(config.model)
+    if config.tensorboard:
+        require_tensorboard()
     device = choose_device(config.device)
     with distributed.joined(device):
         return _train_teacher(config, device)
