@@ -15,7 +15,7 @@ from sward.data.check import LabelCounts, check_splits
 from sward.data.masks import parse_values
 from sward.data.shards import ImageShards, is_shards
 from sward.data.unlabelled import UnlabelledImages
-from sward.losses import DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
+from sward.losses import LOGITS, DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
 from sward.losses.task import TaskLoss, median_frequency_weights
 from sward.models.teachers import Teacher
 from sward.runs.load import (
@@ -73,9 +73,11 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
         pair = distillation_pair(config, student, name, network, info)
         config = _with_layers(config, pair)
         loss = methods.build(config.distillation, pair).to(device)
+        # The teacher's own classes are labels too, if they are wanted.
+        logits = () if config.pseudo_labels is None else (LOGITS,)
         teacher = FrozenTeacher(
             network,
-            loss.teacher_taps,
+            tuple(dict.fromkeys((*loss.teacher_taps, *logits))),
             precision=config.teacher.precision,
             # Without autocast, the loss cannot combine the maps of a float32 student with maps of another dtype.
             dtype=torch.float32 if config.precision == "fp32" else None,
@@ -178,7 +180,9 @@ def _unlabelled(config: DistillationConfig, train_set: SegmentationDataset) -> U
         shards = ImageShards(config.unlabelled, train_set, config.dataset.image_size, config.seed)
         shards.check(distributed.world_size(), config.dataset.workers)
         return shards
-    images = UnlabelledImages(config.unlabelled, train_set, config.dataset.image_size, config.seed)
+    images = UnlabelledImages(
+        config.unlabelled, train_set, config.dataset.image_size, config.seed, packed=config.dataset.packed
+    )
     if len(images) < config.unlabelled_per_step:
         raise ValueError(
             f"unlabelled_batch must be at most {len(images)}, the number of unlabelled images, got "
