@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from sward_kernels.standardization import channel_moments, standardize
+
 
 def aligned_size(first: Tensor, second: Tensor) -> tuple[int, int]:
     """The common grid of two `[B, C, H, W]` maps: `(min H, min W)` (Eq. 3)."""
@@ -142,6 +144,15 @@ class Standardization(nn.Module):
         computed in float32. A channel that is constant up to rounding gives zeros. Before the first map in training
         mode the map is returned as it is.
 
+    Examples:
+        >>> import torch
+        >>> from sward.alignment import Standardization
+        >>> standardize = Standardization(channels=1)
+        >>> standardize(torch.tensor([[[[1.0, 3.0]]]])).flatten()
+        tensor([-1.,  1.])
+        >>> standardize.eval()(torch.tensor([[[[5.0]]]])).flatten()  # mean 2, standard deviation 1 so far
+        tensor([3.])
+
     Attributes:
         count: int64, positions seen so far.
         mean: `[channels]`, of all positions.
@@ -168,9 +179,7 @@ class Standardization(nn.Module):
     @torch.no_grad()
     def update(self, features: Tensor) -> None:
         """Add all positions of a map, and those of the other processes' maps, to the statistics."""
-        variance, mean = (
-            each.double() for each in torch.var_mean(_at_least_float32(features), dim=(0, 2, 3), correction=0)
-        )
+        mean, variance = channel_moments(features)
         count = torch.full_like(mean[:1], features.numel() // features.shape[1])
         # Sums add up over processes; in float64 their difference does not cancel.
         sums = torch.cat([count, count * mean, count * (variance + mean.square())])
@@ -186,11 +195,11 @@ class Standardization(nn.Module):
         self.mean.copy_(self.mean + share * change)
         self.count.add_(count.long())
 
-    def normalize(self, features: Tensor) -> Tensor:
-        """Normalise with the statistics as they are."""
+    def normalize(self, features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Normalise with the statistics as they are, and resize to `size` where it is given (as `resize` does)."""
         spread = self.variance.sqrt()
         scale = torch.where(spread > _CONSTANT * self.mean.abs(), 1 / spread, 0.0)
-        return (_at_least_float32(features) - self.mean[:, None, None]) * scale[:, None, None]
+        return standardize(features, self.mean, scale, size or (features.shape[-2], features.shape[-1]))
 
     def extra_repr(self) -> str:
         return str(len(self.mean))
@@ -198,7 +207,3 @@ class Standardization(nn.Module):
 
 _CONSTANT = 1e-6
 """Spread over mean of a channel that counts as constant: what rounding to float32 leaves of one."""
-
-
-def _at_least_float32(features: Tensor) -> Tensor:
-    return features if features.dtype == torch.float64 else features.float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from sward.losses.recipes import (
     TeacherProjections,
 )
 from sward.losses.task import TaskName
+from sward.tensor_layouts import Format, TapArguments
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """`fp32` computes everything in float32; the others use autocast and keep weights and optimiser in float32."""
@@ -53,6 +55,18 @@ NEEDS_VIEWS = (
     "dataset.views must be set with {}, got None; every epoch would draw new crops and flips, --dataset.views N draws "
     "N fixed augmented views per image"
 )
+
+
+def _check_number(
+    name: str, value: float | None, least: float | None = None, *, above: float = 0, below: float = math.inf
+) -> None:
+    """Raise a ValueError unless `value` is None or in the range; nan and infinity are in none."""
+    if value is None or ((value > above if least is None else value >= least) and value < below):
+        return
+    condition = f"above {above}" if least is None else f"at least {least}"
+    if value >= below:
+        condition += " and finite" if below == math.inf else f" and below {below}"
+    raise ValueError(f"{name} must be {condition}, got {value}")
 
 
 @dataclass
@@ -96,6 +110,10 @@ class DatasetConfig:
     """Loader processes; 0 loads in the training process. Results do not depend on it."""
     packed: str = "auto"
     """Pack to read: `"auto"` (the one in the data set's folder, if any), `"none"` (decode the files) or a path."""
+    count: int | None = None
+    """For `scenes`, the number of training images; None generates 1024."""
+    series: int = 0
+    """For `scenes`, the series of the training images: a teacher can learn from another one than its student."""
     views: int | None = None
     """Fixed augmented views per image, one per epoch in turn; None draws new ones each epoch."""
 
@@ -134,6 +152,22 @@ class OptimizerConfig:
 
 
 @dataclass
+class TapConfig:
+    """How the layers of a network that are compared arrange their output; see `sward.features.FeatureTaps`."""
+
+    format: Format = "auto"
+    """`"nchw"`, `"nhwc"` or `"tokens"`; `"auto"` finds it from the shapes."""
+    prefix_tokens: int | Literal["auto"] = "auto"
+    """Class and register tokens in front of the tokens of the grid."""
+    select: int | str = -1
+    """Which item of a tuple (index) or dictionary (key) holds the map."""
+
+    def arguments(self) -> TapArguments:
+        """Return the fields as keyword arguments of `sward.features.FeatureTaps`."""
+        return {"format": self.format, "prefix_tokens": self.prefix_tokens, "select": self.select}
+
+
+@dataclass
 class TeacherConfig:
     """The frozen network that is distilled."""
 
@@ -146,7 +180,8 @@ class TeacherConfig:
     options: dict[str, int | str] = field(default_factory=dict)
     """Options of its builder, on the command line as `--teacher.options KEY=VALUE ...`."""
     weights: Path | None = None
-    """Checkpoint of the whole network `name`, instead of the run of `sward train-teacher`."""
+    """Checkpoint of the whole network `name`, in the formats of `model_weights`, instead of the run of `sward
+    train-teacher`. A `transformers:` folder brings its own."""
     image_size: tuple[int, int] | None = None
     """Height and width of the images that the teacher sees: the student's views (same crop, flips and colours), sampled
     at this size, with the same aspect ratio. None uses `dataset.image_size`."""
@@ -156,6 +191,8 @@ class TeacherConfig:
     """Folder that caches the teacher's features of each view of an image; needs `dataset.views`. None has no cache."""
     precision: Precision = "fp32"
     """Precision of the teacher's forward pass; independent of the student's."""
+    taps: TapConfig = field(default_factory=TapConfig)
+    """How its layers arrange their output."""
     normalization: TeacherNormalization = "none"
     """Standardise the feature maps that other methods than sward read; see `sward.teacher_normalization` for sward."""
 
@@ -193,6 +230,18 @@ class SWARDConfig:
     normalize: bool = RECOMMENDED.normalize
     """L2-normalise PDR's features first."""
 
+    def check(self) -> None:
+        """Raise a ValueError if a field has an invalid value."""
+        for name, weights in (("weights", self.weights), ("terms", self.terms), ("pdr_terms", self.pdr_terms)):
+            for weight in weights:
+                _check_number(f"sward.{name}", weight, 0)
+        if not self.window_size:
+            raise ValueError("sward.window_size must be one number or one per stage, got none")
+        for side in self.window_size:
+            _check_number("sward.window_size", side, 1)
+        _check_number("sward.embed_dim", self.embed_dim, 1)
+        _check_number("sward.margin", self.margin, 0)
+
 
 @dataclass
 class TrainingConfig:
@@ -206,8 +255,10 @@ class TrainingConfig:
     model_options: dict[str, int | str] = field(default_factory=dict)
     """Options of the network's builder, on the command line as `--model-options KEY=VALUE ...`."""
     model_weights: str | None = None
-    """Initial weights: a checkpoint file of the whole network, `"imagenet"` (smp, torchvision and timm encoders), or
-    `"none"` or None for random ones. A frozen trunk is refused random weights unless this is `"random"`."""
+    """Initial weights: a file of the whole network (`torch.save` or safetensors; the state dict at the top level or
+    under `model`, `state_dict` or `model_state_dict`; prefixes such as `module.` are stripped), `"imagenet"` (smp,
+    torchvision and timm encoders), or `"none"` or None for random ones. A frozen trunk is refused random weights unless
+    this is `"random"`."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     """Images and labels."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -264,21 +315,34 @@ class TrainingConfig:
                 "exactly one of iterations and epochs must be set, "
                 f"got iterations={self.iterations} and epochs={self.epochs}"
             )
-        lengths = {
-            "batch": self.batch,
-            "iterations": self.iterations,
-            "epochs": self.epochs,
-            "batch_norm_images": self.batch_norm_images,
-            "log_every": self.log_every,
-            "checkpoint_every": self.checkpoint_every,
-        }
-        for name, value in lengths.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.optimizer.lr <= 0:
-            raise ValueError(f"optimizer.lr must be positive, got {self.optimizer.lr}")
-        if self.optimizer.clip_norm is not None and self.optimizer.clip_norm <= 0:
-            raise ValueError(f"optimizer.clip_norm must be positive, got {self.optimizer.clip_norm}")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        dataset, optimizer = self.dataset, self.optimizer
+        height, width = dataset.image_size
+        _check_number("dataset.image_size", min(height, width), 1)
+        _check_number("dataset.num_classes", dataset.num_classes, 2)
+        _check_number("dataset.workers", dataset.workers, 0)
+        _check_number("dataset.views", dataset.views, 1)
+        _check_number("batch", self.batch, 1)
+        _check_number("iterations", self.iterations, 1)
+        _check_number("epochs", self.epochs, 1)
+        _check_number("seed", self.seed, 0)
+        _check_number("evaluate_every", self.evaluate_every, 1)
+        _check_number("batch_norm_images", self.batch_norm_images, 1)
+        _check_number("log_every", self.log_every, 1)
+        _check_number("checkpoint_every", self.checkpoint_every, 1)
+        _check_number("label_smoothing", self.label_smoothing, 0, below=1)
+        _check_number("optimizer.lr", optimizer.lr)
+        _check_number("optimizer.weight_decay", optimizer.weight_decay, 0)
+        if optimizer.lr * optimizer.weight_decay > 1:
+            raise ValueError(
+                f"optimizer.weight_decay must be at most 1 / optimizer.lr, {1 / optimizer.lr:g}, got "
+                f"{optimizer.weight_decay:g}; a step would turn the sign of every weight"
+            )
+        _check_number("optimizer.power", optimizer.power, 0)
+        _check_number("optimizer.warmup", optimizer.warmup, 0)
+        _check_number("optimizer.clip_norm", optimizer.clip_norm)
 
     @property
     def unlabelled_per_step(self) -> int:
@@ -309,6 +373,8 @@ class DistillationConfig(TrainingConfig):
     On the command line, options for single fields of `sward` override it."""
     sward: SWARDConfig = field(default_factory=SWARDConfig)
     """Settings of `"sward"`."""
+    student_taps: TapConfig = field(default_factory=TapConfig)
+    """How the student's layers arrange their output."""
     unlabelled: tuple[str, ...] = ()
     """Folders of images without masks, text files with the path of one image per line, or tar files to stream, as
     `shards/{000..999}.tar` or `pipe:COMMAND`. The teacher is distilled on them too; the task loss, PDR and all terms
@@ -344,6 +410,10 @@ class DistillationConfig(TrainingConfig):
     def check(self) -> None:
         """Validate the fields; a teacher cache also needs fixed views, since it can only reuse repeated images."""
         super().check()
+        if self.distillation != "none":
+            self.sward.check()
+            if self.teacher.image_size is not None:
+                _check_number("teacher.image_size", min(self.teacher.image_size), 1)
         if self.unlabelled and self.distillation == "none":
             raise ValueError(
                 "unlabelled must be empty where distillation is 'none', since nothing would learn from them"
@@ -387,7 +457,8 @@ class TeacherTrainingConfig(TrainingConfig):
     """A teacher's run."""
 
     trunk_checkpoint: Path | None = None
-    """Pretrained weights of the trunk: a SAM 2.1, MedSAM2, timm or DINOv2 checkpoint."""
+    """Pretrained weights of the trunk: a SAM 2.1, MedSAM2, timm or DINOv2 checkpoint (`torch.save` or safetensors;
+    prefixes such as `image_encoder.trunk.` are stripped)."""
     train_trunk: bool = False
     """Train the trunk too. By default it stays frozen and only the head is trained, as in the paper."""
     cache: Path | None = None
@@ -447,37 +518,71 @@ def from_json(kind: type[Config], text: str) -> Config:
     """Deserialise a dataclass of type `kind` from the output of `to_json`.
 
     Raises:
-        ValueError: if the text is not a JSON object, or names a field that `kind` does not have.
+        ValueError: if the text is not a JSON object, or a field does not exist, is missing or has a value of another
+            type.
     """
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"the configuration is not valid JSON: {error}") from error
-    if kind is TeacherTrainingConfig and "options" in values:
+        raise ValueError(f"it must be JSON, got an error: {error}") from error
+    if kind is TeacherTrainingConfig and isinstance(values, dict) and "options" in values:
         values["model_options"] = values.pop("options")  # The name in configurations of early versions.
     return _build(kind, values)
 
 
-def _build(kind: Any, value: Any) -> Any:
+def _build(kind: Any, value: Any, name: str = "") -> Any:
+    """Return `value`, as read from JSON, as the type `kind` of the field `name`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return (
-            None if value is None else _build(next(choice for choice in arguments if choice is not type(None)), value)
-        )
-    if origin is tuple:
+        if value is None and type(None) in arguments:
+            return None
+        problems = []
+        for choice in (each for each in arguments if each is not type(None)):
+            try:
+                return _build(choice, value, name)
+            except ValueError as error:
+                problems.append(error)
+        raise problems[0]
+    if origin is tuple and isinstance(value, (list, tuple)):
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        return tuple(_build(each, item) for each, item in zip(kinds, value))
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if len(value) == len(kinds):
+            return tuple(_build(each, item, name) for each, item in zip(kinds, value))
+        raise ValueError(f"{name} must be {len(kinds)} values, got {len(value)}")
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         unknown = set(value) - set(hints)
         if unknown:
             raise ValueError(
-                f"{kind.__name__} has no field {sorted(unknown)[0]!r}; it was written by another version of sward"
+                f"{kind.__name__} has no field {sorted(map(str, unknown))[0]!r}; it was written by another version of "
+                "sward"
             )
-        return kind(**{name: _build(hints[name], item) for name, item in value.items()})
-    if kind is float and isinstance(value, str):
-        return float(value)  # YAML reads 1e-3 as a string.
-    return Path(value) if kind is Path else value
+        prefix = f"{name}." if name else ""
+        for each in dataclasses.fields(kind):
+            if each.name not in value and each.default is each.default_factory is dataclasses.MISSING:
+                raise ValueError(f"{prefix}{each.name} must be given, got nothing")
+        return kind(**{key: _build(hints[key], item, f"{prefix}{key}") for key, item in value.items()})
+    if origin is Literal and value in arguments:
+        return value
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 as a string.
+        except ValueError:
+            pass
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if (kind in (int, str, bool) and type(value) is kind) or (dict in (kind, origin) and isinstance(value, dict)):
+        return value
+    raise ValueError(f"{name or kind.__name__} must be {_expected(kind, origin, arguments)}, got {value!r}")
+
+
+def _expected(kind: Any, origin: Any, arguments: tuple[Any, ...]) -> str:
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin is tuple:
+        return "a list of values"
+    if dict in (kind, origin) or dataclasses.is_dataclass(kind):
+        return "a mapping of names to values"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}[kind]
 
 
 def differences(stored: Any, wanted: Any) -> list[str]:

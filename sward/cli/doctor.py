@@ -8,6 +8,7 @@ import torch
 
 from sward.training.run_folder import environment
 from sward_kernels.prototypes import native as prototypes
+from sward_kernels.standardization import native as standardization
 from sward_kernels.windowed import native as windowed_distillation
 
 OPTIONAL = {
@@ -44,6 +45,9 @@ def _implementations() -> list[tuple[str, str]]:
         reason = library.why_not()
         choice = "native (C++) in fp32" if reason is None else f"eager instead of native ({reason})"
         found.append((f"{loss}, CPU tensors", f"{choice}; eager {otherwise} and in other dtypes"))
+    reason = standardization.LIBRARY.why_not()
+    choice = "native (C++) in fp32" if reason is None else f"PyTorch instead of native ({reason})"
+    found.append(("standardised teacher, CPU tensors", f"{choice}; PyTorch in other dtypes"))
     found.append(("CIRKD, CPU tensors", "eager"))
     if not torch.cuda.is_available():
         return found

@@ -85,11 +85,24 @@ def apply_words(config: DistillationConfig | TeacherTrainingConfig | MaskTrainin
                 config.sward.teacher_layers = ()
             if value_of("--teacher.options", words) is None:
                 config.teacher.options = {}
+            _check_teacher(teacher, words)
     dataset = value_of("--dataset.name", words)
     if dataset is not None and dataset != config.dataset.name:
         config.dataset.split_by, config.dataset.num_classes, config.dataset.packed = None, None, "auto"
         config.dataset.root = None
     return left
+
+
+def _check_teacher(name: str, words: list[str]) -> None:
+    """Raise a ValueError if a teacher is named but another one would be loaded."""
+    if value_of("--teacher.run", words) is not None:
+        raise ValueError(f"teacher.name must be left out with --teacher.run, got {name!r}; the run names its network")
+    given = value_of("--teacher.weights", words) is not None or "--teacher.untrained" in words
+    if not given and not name.startswith("transformers:"):
+        raise ValueError(
+            f"teacher.weights must be a file for the teacher {name!r}, got None; or try it with --teacher.untrained, "
+            "or train it with 'sward train-teacher --model' and leave out --teacher.name"
+        )
 
 
 def _take_options(option: str, words: list[str], holder: Any, field: str = "options") -> list[str]:

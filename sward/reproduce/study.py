@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from sward.config import (
     TeacherConfig,
     TeacherTrainingConfig,
     differences,
-    from_json,
     to_json,
 )
 from sward.data import DatasetNotFoundError
@@ -36,7 +36,7 @@ from sward.runs import (
 from sward.runs.load import build_datasets, build_split, choose_device
 from sward.training.observation import forget_peak_memory, peak_memory
 from sward.training.progress import Progress
-from sward.training.run_folder import RunFolder
+from sward.training.run_folder import RunFolder, read_json
 
 State = Literal["finished", "started", "new"]
 
@@ -266,17 +266,19 @@ class Study:
     def cost(self, run: Run, seed: int) -> Cost | None:
         """Return the cost of the run; None before it is finished."""
         path = self.folder(run, seed).path / "cost.json"
-        return Cost(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        return read_json(Cost, path) if path.exists() else None
 
     def evaluation(self, run: Run, seed: int, test: EvaluationSet) -> Evaluation | None:
         """Return the scores of a run, computed once; None before it is finished or if the test images are missing."""
         if self.cost(run, seed) is None:
             return None
         folder, checkpoint = self.folder(run, seed), test.checkpoint(run)
-        dataset = test.dataset or folder.read()[0].dataset.name
-        path = evaluation_file(folder.path, dataset, test.split)
-        if path.exists():
-            stored = json.loads(path.read_text(encoding="utf-8"))
+        file_of = functools.partial(
+            evaluation_file, folder.path, test.dataset, test.split, root=self.options.data, split_by=test.split_by
+        )
+        # Earlier versions wrote the scores of all weights to the file of the best ones.
+        for file in (file_of(checkpoint=checkpoint), file_of()):
+            stored = read_json(dict, file) if file.exists() else {}
             if stored.get("checkpoint") == checkpoint:
                 return Evaluation.from_dict(stored)
         try:
@@ -312,7 +314,7 @@ class Study:
         path = self.masks_file(run)
         record = path.with_suffix(".json")
         if path.exists() and record.exists():
-            different = differences(from_json(MaskTrainingConfig, record.read_text(encoding="utf-8")), config)
+            different = differences(read_json(MaskTrainingConfig, record), config)
             if different:
                 raise ValueError(
                     f"{path} holds masks learned with another configuration: {different[0]}; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,13 +67,16 @@ def fit(
     *,
     teacher: Callable[[Tensor], dict[str, Tensor]] | None = None,
     unlabelled: UnlabelledImages | ImageShards | None = None,
+    identity: Mapping[str, str] | None = None,
 ) -> TrainingResult:
     """Train `step_module` as `config` says; the run folder can be resumed and evaluated.
 
     With `unlabelled`, every step also sees `config.unlabelled_per_step` of these images, whose labels are all ignored.
     Resumes from the newest intact checkpoint in `run`, if there is one. Every process of a group must call this.
+    Checkpoints keep `identity`, the checksums of the data and the teacher, and are refused where it differs.
 
     Raises:
+        ValueError: if a checkpoint belongs to another configuration, other data or another teacher.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after writing a checkpoint.
         NonFiniteLossError: if the loss is infinite or nan; nothing is saved after that.
     """
@@ -81,11 +84,17 @@ def fit(
     steps, epoch = config.steps(len(train_set)), len(train_set) // config.batch
     validate_every = epoch * config.evaluate_every if config.evaluate_every else steps
     learnable = [parameter for parameter in step_module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learnable, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay)
+    # On a CPU the fused update reads and writes each tensor once; the default takes a pass per operation.
+    optimizer = torch.optim.AdamW(
+        learnable,
+        lr=config.optimizer.lr,
+        weight_decay=config.optimizer.weight_decay,
+        fused=True if device.type == "cpu" else None,
+    )
     schedule = LambdaLR(optimizer, learning_rate(config.optimizer, steps))
     scaler = torch.amp.GradScaler(device.type, enabled=step_module.precision == "fp16")
     state = TrainingState(
-        step_module.model, step_module.distillation, optimizer, schedule, scaler, config.optimizer.clip_norm
+        step_module.model, step_module.distillation, optimizer, schedule, scaler, config.optimizer.clip_norm, identity
     )
     state.restore(run)
     stream = batches(
@@ -130,7 +139,8 @@ def fit(
                 )
             output = replica(images, labels, features, diagnose=logs)
             gradient_norm = state.update(output.loss, measure=logs)
-            watch.remember(state.step, output, batch.names)
+            taught = {f"the teacher's map {layer!r}": maps for layer, maps in features.items()}
+            watch.remember(state.step, output, batch.names, {"the image": images, **taught})
             progress.advance()
             # Several processes exchange signals only at log steps, where they synchronise anyway.
             stop = interruption.agreed() if logs or distributed.world_size() == 1 else None

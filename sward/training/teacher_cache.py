@@ -79,8 +79,9 @@ class FeatureFiles:
     so an entry does not depend on its batch, and a run gives the same weights from an empty cache, from a full one and
     after a resume.
 
-    Entries are written atomically and verified on reading; a damaged one raises a warning and is computed again.
-    Several processes may share a folder. If the disk is full, training continues without new entries.
+    Entries are written atomically, and verified when this object reads them first; a damaged one raises a warning and
+    is computed again. Several processes may share a folder. If the disk is full, training continues without new
+    entries.
 
     Args:
         folder: named after everything besides the image that decides the features.
@@ -94,6 +95,7 @@ class FeatureFiles:
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.hits = self.misses = 0
+        self._verified: set[str] = set()
         self._full = False
 
     def batch(self, images: Tensor, compute: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -104,12 +106,15 @@ class FeatureFiles:
             compute: `[1, 3, H, W]` -> name -> `[1, C, h, w]`, called for an image without an entry.
         """
         entries = [self._features(image, compute) for image in images]
-        return {name: torch.stack([entry[name] for entry in entries]).to(images.device) for name in entries[0]}
+        # Also under a caller's inference mode: autograd may not keep a tensor that is made in it.
+        with torch.inference_mode(False):
+            return {name: torch.stack([entry[name] for entry in entries]).to(images.device) for name in entries[0]}
 
     def _features(self, image: Tensor, compute: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
         path = self.folder / f"{_digest(image, image.device.type, *_autocast(image.device))}.features"
         try:
-            entry = _read(path)
+            entry = _read(path, verify=path.name not in self._verified)
+            self._verified.add(path.name)
             self.hits += 1
             return entry
         except FileNotFoundError:
@@ -169,10 +174,12 @@ def _digest(tensor: Tensor, *more: str) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    content = path.read_bytes()
-    payload = memoryview(content)[_CHECKSUM_BYTES:]
-    if zlib.crc32(payload) != int.from_bytes(content[:_CHECKSUM_BYTES], "big"):
-        raise ValueError("wrong checksum")
-    entry: dict[str, Tensor] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+def _read(path: Path, *, verify: bool) -> dict[str, Tensor]:
+    with path.open("rb", buffering=0) as file:
+        checksum = file.read(_CHECKSUM_BYTES)
+        if verify and zlib.crc32(file.read()) != int.from_bytes(checksum, "big"):
+            raise ValueError("wrong checksum")
+        # Read from the file straight into the tensors.
+        file.seek(_CHECKSUM_BYTES)
+        entry: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
     return entry

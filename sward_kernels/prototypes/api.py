@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from sward_kernels.fallback import cannot_load, require_known, warn_once
 from sward_kernels.labels import class_indices_op
 from sward_kernels.prototypes import closed_form, eager, native, reference
 from sward_kernels.prototypes.passes import Passes
+from sward_kernels.registration import without_autocast
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "compiled", "native", "triton")
 
@@ -90,7 +92,7 @@ def prototype_discrimination(
     _check(features, labels)
     arguments = (features, labels, num_classes, margin, terms, ignore_index, normalize, process_group)
     # Every implementation chooses its own precision; autocast would lower it in the middle of the formulas.
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device):
         if implementation == "reference":
             classes = class_indices_op(labels, num_classes, ignore_index)
             loss, *values, prototypes, counts = reference.prototype_discrimination(
@@ -110,7 +112,8 @@ def _choose_passes(implementation: str, features: Tensor, num_classes: int, norm
         wanted = "native" if native.serves(features, normalize) else "eager"
     try:
         if wanted == "triton":
-            return _triton_passes(features, num_classes)
+            passes = _triton_passes(features, num_classes)
+            return _or_eager(passes) if implementation == "auto" else passes
         if wanted == "native":
             native.require_support(features, normalize)
             return native.passes
@@ -119,6 +122,22 @@ def _choose_passes(implementation: str, features: Tensor, num_classes: int, norm
             raise
         warn_once(f"prototype_discrimination runs eager instead of {wanted}: {reason}", stacklevel=4)
     return eager.passes
+
+
+def _or_eager(triton: Passes) -> Passes:
+    """The passes of triton, and those of eager, with a warning, where Triton turns out to be unable to compile one."""
+
+    def choose(first: Callable[..., Any], second: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            try:
+                return first(*arguments)
+            except NotImplementedError as reason:
+                warn_once(f"prototype_discrimination runs eager instead of triton: {reason}", stacklevel=2)
+                return second(*arguments)
+
+        return run
+
+    return Passes(choose(triton.statistics, eager.passes.statistics), choose(triton.gradient, eager.passes.gradient))
 
 
 def _triton_passes(features: Tensor, num_classes: int) -> Passes:

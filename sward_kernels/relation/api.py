@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sward_kernels.fallback import cannot_load, require_known, warn_once
-from sward_kernels.registration import register
+from sward_kernels.registration import register, without_autocast
 from sward_kernels.relation import eager, reference
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "triton")
@@ -51,14 +51,14 @@ def relational_kl(
     check_implementation(implementation)
     _check(student, teacher, temperature)
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    with torch.autocast(student.device.type, enabled=False):
+    with without_autocast(student.device):
         student_units = F.normalize(student.to(dtype), dim=-1)
         teacher_units = F.normalize(teacher.detach().to(dtype), dim=-1)
         if implementation == "auto":
             implementation = "triton" if student.is_cuda else "eager"  # ROCm tensors are "cuda" tensors too
             if implementation == "triton":
                 try:
-                    return _triton()(student_units, teacher_units, temperature)
+                    return _triton()(student_units, teacher_units, temperature, falls_back=True)
                 except NotImplementedError as reason:
                     warn_once(f"relational_kl runs eager instead of triton: {reason}")
                     implementation = "eager"
@@ -126,7 +126,7 @@ class _GradientInForward(torch.autograd.Function):
         return gradient * upstream, None, None, None
 
 
-def _triton() -> Callable[[Tensor, Tensor, float], Tensor]:
+def _triton() -> Callable[..., Tensor]:
     try:
         from sward_kernels.relation import launch
     except ImportError as error:

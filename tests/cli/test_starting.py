@@ -9,6 +9,7 @@ import pytest
 
 from sward import presets
 from sward.cli.main import main
+from sward.cli.own_data import expand
 from sward.cli.starting import apply_words, read_config, value_of, write_config
 from sward.config import DistillationConfig
 
@@ -56,6 +57,12 @@ def test_options_of_networks_are_key_value_pairs() -> None:
     assert student.teacher.options == {"c": -2}
     with pytest.raises(ValueError, match="--model-options must be followed by KEY=VALUE, got 'a'"):
         apply_words(student, ["--model-options", "a", "3"])
+
+
+def test_options_of_the_student_may_be_spelled_as_those_of_the_teacher() -> None:
+    assert expand(["--model.options", "a=3", "--model.weights=none", "--student-layers", "x"]) == [
+        *("--model-options", "a=3", "--model-weights=none", "--sward.student-layers", "x")
+    ]
 
 
 def test_the_last_value_counts() -> None:

@@ -48,6 +48,14 @@ def padded_by_hand(network: nn.Module, images: Tensor) -> Tensor:
     return network(nn.functional.pad(normalise(images), padding, mode="replicate"))[..., :height, :width]
 
 
+def test_networks_that_are_not_registered_are_written_too(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(), nn.Conv2d(4, len(CLASSES), 1)).eval()
+    write_network(network, metadata("package.module:function"), tmp_path / "student.pt2")
+    images = photos(2, 40, 50)
+    found = sward.load(tmp_path / "student.pt2").forward(images)
+    torch.testing.assert_close(found, padded_by_hand(network, images), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", models.names("student"))
 def test_onnx_file_equals_the_network_at_any_size(name: str, tmp_path: Path) -> None:
     network = randomised(name)

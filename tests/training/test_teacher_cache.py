@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sward import data
+from sward import data, models
 from sward.config import DatasetConfig, DistillationConfig, MaskTrainingConfig, SWARDConfig, TeacherConfig
 from sward.losses import LOGITS
 from sward.runs import train_masks, train_student
 from sward.runs.load import build_split
-from sward.training import FrozenTeacher
-from sward.training.teacher_cache import TeacherCache
+from sward.training import FrozenTeacher, teacher_cache
+from sward.training.teacher_cache import TeacherCache, TrunkCache
 
 
 class Network(nn.Module):
@@ -243,3 +243,28 @@ def test_masks_are_learned_on_what_the_teacher_will_see(tmp_path: Path, monkeypa
     train_masks(config)
     assert seen == [(2, 3, 96, 96)]
     assert config.dataset.image_size == (64, 64)
+
+
+def test_maps_from_the_trunks_cache_may_be_kept_by_autograd(tmp_path: Path) -> None:
+    network = models.build("hiera_demo", 2)
+    network.trunk_cache = TrunkCache(network.trunk, tmp_path)
+    teacher = FrozenTeacher(network, ["levels.3", LOGITS])
+    images = torch.randn(2, 3, 32, 32)
+    for _ in range(2):  # computed, then read
+        maps = teacher(images)
+        weight = torch.ones((), requires_grad=True)
+        (maps["levels.3"] * weight).sum().backward()
+        torch.testing.assert_close(weight.grad, maps["levels.3"].sum())
+        (maps[LOGITS] * weight).sum().backward()
+
+
+def test_an_entry_is_verified_when_it_is_read_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, images = Network(), torch.randn(2, 3, 32, 48)
+    cache(tmp_path, network)(images)
+    sums = []
+    crc32 = teacher_cache.zlib.crc32
+    monkeypatch.setattr(teacher_cache.zlib, "crc32", lambda content: sums.append(len(content)) or crc32(content))
+    kept = cache(tmp_path, network)
+    first, again = kept(images), kept(images)
+    assert len(sums) == 2
+    assert all(torch.equal(first[layer], again[layer]) for layer in LAYERS)

@@ -153,7 +153,7 @@ def test_a_run_steps_on_both(images: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(
         loop.LossWatch,
         "remember",
-        lambda self, step, output, names: seen.append(names) or remember(self, step, output, names),
+        lambda self, step, output, names, *maps: seen.append(names) or remember(self, step, output, names, *maps),
     )
     train_student(small(tmp_path / "run", iterations=3, unlabelled=(images,), unlabelled_batch=2))
     assert [len(names) for names in seen] == [6, 6, 6]
