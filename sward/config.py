@@ -381,6 +381,9 @@ class DistillationConfig(TrainingConfig):
     that need labels see the labelled images only."""
     unlabelled_batch: int | None = None
     """Unlabelled images per step, over all processes, beside `batch` labelled ones; None takes as many as `batch`."""
+    pseudo_labels: float | None = None
+    """Probability from which the teacher's class is the label of an unlabelled pixel, for the task loss and all terms
+    that need labels; None leaves unlabelled images without labels."""
 
     @property
     def unlabelled_per_step(self) -> int:
@@ -418,6 +421,11 @@ class DistillationConfig(TrainingConfig):
         if self.unlabelled_batch is not None and (self.unlabelled_batch < 1 or not self.unlabelled_per_step):
             raise ValueError(
                 f"unlabelled_batch must be at least 1 with unlabelled and None without, got {self.unlabelled_batch}"
+            )
+        if self.pseudo_labels is not None and not (0 < self.pseudo_labels <= 1 and self.unlabelled_per_step):
+            raise ValueError(
+                "pseudo_labels must be above 0 and at most 1 with unlabelled images and None without, got "
+                f"{self.pseudo_labels:g}"
             )
         (height, width), (tall, wide) = self.dataset.image_size, self.teacher_image_size
         if tall * width != wide * height:
