@@ -38,7 +38,7 @@ class _Kernel:
     function = 0
     packed_metadata = None
 
-    def launch_metadata(self, *_: object) -> None: ...
+    def launch_metadata(self, *_: object) -> object: ...
 
     def run(self, *_: object) -> None: ...
 
@@ -68,7 +68,7 @@ def install() -> list[str]:
 
     triton.runtime.driver.set_active(_Driver())
     triton.runtime.jit.JITFunction._do_compile = compile_nothing
-    launching.require_gpu = lambda _: None
+    launching.require_gpu = lambda tensor: None
     targets.family_of = lambda _: "hopper"  # type: ignore[assignment]
     labels.require_classes = lambda *_: None  # on a GPU nothing is checked
     torch.set_num_threads(1)

@@ -99,7 +99,7 @@ def _ranking(cubin: bytes, configuration: Configuration, target: Target, occupan
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [_nvidia_tools() / "nvdisasm", "-c", "-hex", path]
+        command = [str(_nvidia_tools() / "nvdisasm"), "-c", "-hex", str(path)]
         code = decode(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert configuration.loop_steps is not None
     order = code.executed(configuration.loop_steps)
@@ -175,7 +175,8 @@ def _nvidia_resources(compiled: Any) -> Row:
             source = Path(folder) / "kernel.ptx"
             source.write_text(ptx)
             architecture = re.search(r"\.target ([^\s,]+)", ptx)[1]  # type: ignore[index]
-            command = [str(tools / "ptxas"), "-v", "--regAllocOptLevel=2", f"--gpu-name={architecture}", str(source)]
+            ptxas = tools / ("ptxas-blackwell" if int(re.findall(r"\d+", architecture)[0]) >= 100 else "ptxas")
+            command = [str(ptxas), "-v", "--regAllocOptLevel=2", f"--gpu-name={architecture}", str(source)]
             log = subprocess.run([*command, "-o", os.devnull], capture_output=True, text=True, check=True).stderr
             spill = max(map(int, re.findall(r"(\d+) bytes spill stores", log)), default=0)
     loads = re.findall(r"\bld\.global\S*", ptx)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,11 @@ from sward.data import EvaluationTransform, SegmentationDataset
 from sward.evaluation import evaluate
 from sward.runs import train_masks, train_student, train_teacher
 from sward.training import FrozenTeacher, loop
+from sward.training.interruption import TrainingInterrupted
 from tests.support.training_runs import (
     SERVER,
     SPLITS,
+    assert_equal_runs,
     checkpoint,
     records,
     small,
@@ -144,12 +148,37 @@ def one_process(folder: Path) -> None:
         train_student(case(folder, name, folder / "one" / name))
 
 
+def train_on_shards(folder: Path, name: str) -> None:
+    """Four steps on unlabelled images from tar files; `"resumed"` is stopped after two of them."""
+    config = case(folder, "sward", folder / "shards" / name)
+    config.iterations, config.unlabelled_batch = 4, 4
+    config.unlabelled = (f"{folder}/{{0..3}}.tar",)
+    config.dataset = dataclasses.replace(DATASET, workers=1)
+    if name == "resumed":
+        remember = loop.LossWatch.remember
+
+        def stop(self: loop.LossWatch, step: int, *rest: Any) -> None:
+            remember(self, step, *rest)
+            if step == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+        loop.LossWatch.remember = stop
+        with pytest.raises(TrainingInterrupted):
+            train_student(config)
+        loop.LossWatch.remember = remember
+        config.resume = True
+    train_student(config)
+
+
 def one_of_several(rank: int, processes: int, folder: Path) -> None:
     prepare()
     os.environ["RANK"] = str(rank)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
     for name in CASES:
         train_student(case(folder, name, folder / "several" / name))
+    if processes == 2:
+        for name in ("whole", "resumed"):
+            train_on_shards(folder, name)
     torch.save(scores(dist.group.WORLD), folder / f"rank{rank}.pt")
     # One image more on the first process than on the last.
     mine = teacher_maps().tensor_split(processes)[rank]
@@ -167,6 +196,10 @@ def folder(processes: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher, masks for the methods that need them, and every case trained by one process and by several."""
     folder = tmp_path_factory.mktemp("distributed")
     write_images(folder / "images")
+    for shard in range(4):
+        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
+            for number in range(shard, 5):
+                archive.add(folder / f"images/{number}.png", f"{number}.png")
     with pytest.MonkeyPatch.context() as patch:
         use_few_images(patch)
         train_teacher(
@@ -192,6 +225,12 @@ def folder(processes: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 process.kill()  # the others would wait for the one that failed
     assert [process.exitcode for process in running] == [0] * (processes + 1)
     return folder
+
+
+def test_two_processes_resume_on_the_same_streamed_images(folder: Path, processes: int) -> None:
+    if processes != 2:
+        pytest.skip("the four shards are streamed by two processes only")
+    assert_equal_runs(folder / "shards/whole", folder / "shards/resumed")
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "shift" not in name])

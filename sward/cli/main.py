@@ -121,28 +121,14 @@ def _is_file(word: str) -> bool:
     return word.endswith(SUFFIXES)
 
 
-@_command("demo", "train teacher, baseline and SWARD on generated scenes and print one table")
+@_command("demo", "see what distillation gains with few labels, on generated scenes, in minutes")
 def _demo(words: list[str]) -> None:
     options = _parse(Demo, "demo", words)
     from sward.cli import demo
 
-    result = demo.run(options.output, seed=options.seed, iterations=options.iterations)
-    printing.print_table(
-        "scenes, validation split",
-        ("network", "params (M)", "GFLOPs", "mIoU (%)", "mAcc (%)", "train (s)"),
-        [
-            (
-                row.name,
-                f"{row.params / 1e6:.2f}",
-                f"{row.flops / 1e9:.3f}",
-                f"{100 * row.mean_iou:.2f}",
-                f"{100 * row.mean_accuracy:.2f}",
-                f"{row.seconds:.0f}",
-            )
-            for row in result.rows
-        ],
-    )
-    print(f"predictions: {result.grid}\ncurves:      {result.curves}")
+    print(demo.INTRODUCTION)
+    result = demo.run(options.output, seeds=options.seeds, iterations=options.iterations, processes=options.processes)
+    printing.print_demo(result)
 
 
 @_command("train", "train a student, alone or with a teacher")
@@ -313,6 +299,8 @@ def _evaluate(words: list[str]) -> None:
         "root": options.root,
         "split_by": options.split_by,
         "checkpoint": options.checkpoint,
+        "tile": options.tile,
+        "overlap": options.overlap,
     }
     result = evaluate_run(options.run, **scored, batch=options.batch, device=options.device)
     dataset = options.dataset or RunFolder(options.run).read()[0].dataset.name
@@ -383,7 +371,7 @@ def _reproduce(words: list[str]) -> None:
 @_command("report", "write one HTML page about one or more runs")
 def _report(words: list[str]) -> None:
     options = _parse(Report, "report", words)
-    from sward.cli.report import write_report
+    from sward.reporting.page import write_report
 
     print(f"written: {write_report(options.runs, options.output, root=options.root)}")
 

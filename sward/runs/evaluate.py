@@ -6,12 +6,14 @@ import hashlib
 import json
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sward import atomic
 from sward.config import TrainingConfig
-from sward.data import SegmentationDataset
+from sward.data import EvaluationTransform, SegmentationDataset
 from sward.data.frames import digest, frame_sums, known_images
+from sward.deploy.network import DeployedNetwork
+from sward.deploy.tiles import TiledNetwork, check_tile
 from sward.evaluation import Evaluation, evaluate
 from sward.runs.load import build_split, choose_device, load_run, stored_split
 from sward.training.progress import Progress
@@ -28,8 +30,10 @@ def evaluate_run(
     checkpoint: Literal["best", "last"] = "best",
     batch: int = 8,
     device: str | None = None,
+    tile: tuple[int, int] | None = None,
+    overlap: int | None = None,
 ) -> Evaluation:
-    """Score a run and write the scores to `evaluation_file(path, ...)`.
+    """Score a run and write the scores to `evaluation_file(path, ...)` and into its model card.
 
     Warns if frames of the split were trained on, or if the folder of the run is read-only: then nothing is written.
 
@@ -42,15 +46,29 @@ def evaluate_run(
         checkpoint: which weights to score.
         batch: images per forward pass.
         device: device to run on; None uses the GPU if there is one.
+        tile: height and width of overlapping tiles at each image's own resolution, one image at a time; None resizes
+            images as the run does.
+        overlap: pixels that neighbouring tiles share; None takes a quarter of the tile.
 
     Raises:
-        ValueError, FileNotFoundError: if the run or data set does not exist, the classes differ, or `batch` is below 1.
+        ValueError, FileNotFoundError: if the run or data set does not exist, the classes differ, `batch` is below 1, or
+            the tile or overlap is wrong.
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
+    check_tile(tile, overlap)
     config, info, network = load_run(path, checkpoint)
     target = choose_device(device)
-    file = evaluation_file(path, dataset, split, root=root, split_by=split_by, checkpoint=checkpoint)
+    file = evaluation_file(
+        path,
+        dataset,
+        split,
+        root=root,
+        split_by=split_by,
+        checkpoint=checkpoint,
+        tile=tile,
+        overlap=overlap,
+    )
     settings = config.dataset
     # The frames that this run left for validation and testing, even if the folder has changed since.
     settings.split_by = stored_split(path) or settings.split_by
@@ -65,12 +83,21 @@ def evaluate_run(
             f"got {settings.name!r} with {list(images.info.classes)}"
         )
     is_writable = _is_writable(path)
-    identity = _identity(RunFolder(path), config, images, split, checkpoint)
+    identity: dict[str, Any] = _identity(RunFolder(path), config, images, split, checkpoint)
+    if tile is not None:
+        # The wrapped network pads tiles to its multiple, as `sward predict --tile` does.
+        tiled = TiledNetwork(DeployedNetwork(network, input="normalised"), tile, overlap)
+        network, images.transform, batch = tiled, EvaluationTransform(), 1
+        identity |= {"tile": tile, "overlap": tiled.overlap}
     with Progress(f"evaluate on {settings.name}, {split}", -(-len(images) // batch)) as progress:
         result = evaluate(network.to(target), images, batch=batch, device=target, advance=progress.advance)
     if is_writable:
         text = json.dumps({**identity, **result.to_dict_with_images()}, indent=2, allow_nan=False)
         atomic.write(file, f"{text}\n".encode())
+        # Imported here: cards build on runs.
+        from sward.reporting.card import write_card
+
+        write_card(path)
     return result
 
 
@@ -82,6 +109,8 @@ def evaluation_file(
     root: Path | None = None,
     split_by: str | None = None,
     checkpoint: Literal["best", "last"] = "best",
+    tile: tuple[int, int] | None = None,
+    overlap: int | None = None,
 ) -> Path:
     """Return the file for the scores of the run in `path`; every argument that changes scores changes its name.
 
@@ -89,7 +118,7 @@ def evaluation_file(
 
     Args:
         path: run folder.
-        dataset, split, root, split_by, checkpoint: as in `evaluate_run`.
+        dataset, split, root, split_by, checkpoint, tile, overlap: as in `evaluate_run`.
 
     Raises:
         FileNotFoundError, ValueError: if there is no run in `path`, or its files are damaged.
@@ -102,6 +131,8 @@ def evaluation_file(
         name += f"-by-{_short(split_by)}"
     if root is not None and (own.root is None or root.resolve() != own.root.resolve()):
         name += f"-in-{_short(str(root.resolve()))}"
+    if tile is not None:
+        name += f"-tile-{tile[0]}x{tile[1]}" + ("" if overlap is None else f"-overlap-{overlap}")
     return path / f"{name}.json"
 
 

@@ -221,6 +221,8 @@ def build_split(
         views=settings.views if train else None,
         teacher_size=teacher_size,
         image_range=settings.image_range,
+        count=settings.count if split == "train" else None,
+        series=settings.series,
         labelled_share=settings.labelled_share if train else 1.0,
         share_seed=settings.split_seed,
         folder_options=settings.folder_options,

@@ -163,7 +163,7 @@ class PreparedLaunch:
         if _failures and self.problem in _failures:
             raise NotImplementedError(_failures[self.problem])
         values = self._arguments.copy()
-        variant = []
+        variant: list[Hashable] = []
         for name, value in arguments.items():
             values[self._places[name]] = value
             if isinstance(value, Tensor):

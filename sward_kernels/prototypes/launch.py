@@ -125,8 +125,8 @@ def _prepared(
     kernel: str, features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
 ) -> tuple[PreparedLaunch, dict[str, Any], _Problem]:
     """The launch of the `"statistics"` or `"gradient"` kernel, its constants, and what they were made from."""
-    key = (kernel, features.shape, features.stride(), labels.stride(), features.dtype, features.device)
-    key = (*key, num_classes, ignore_index, normalize)
+    layout = (features.shape, features.stride(), labels.stride(), features.dtype, features.device)
+    key = (kernel, *layout, num_classes, ignore_index, normalize)
     found = _launches.get(key)
     if found is not None:
         return found
