@@ -67,6 +67,17 @@ class MWADLoss(nn.Module):
             that `torch.compile` can trace without a graph break.
         implementation: passed to `sward_kernels.windowed_distillation`.
 
+    Examples:
+        >>> import torch
+        >>> from sward.losses import MWADLoss
+        >>> mwad = MWADLoss(student_channels=(16, 32), teacher_channels=(96, 192), window_size=(8, 4), embed_dim=32)
+        >>> student = [torch.randn(2, 16, 16, 16, requires_grad=True), torch.randn(2, 32, 8, 8, requires_grad=True)]
+        >>> teacher = [torch.randn(2, 96, 16, 16), torch.randn(2, 192, 8, 8)]
+        >>> out = mwad(student, teacher)
+        >>> out.loss.backward()
+        >>> tuple(student[0].grad.shape), len(out.stages)
+        ((2, 16, 16, 16), 2)
+
     Shapes:
         student_features: list of `[B, C_s, H_s, W_s]`; teacher_features: list of `[B, C_t, H_t, W_t]`. Any floating
         dtype, which may differ from map to map: outside autocast, maps are computed in the dtype of this module's
