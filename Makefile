@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # sam2's optional CUDA extension serves mask post-processing only; nothing here calls it.
 export SAM2_BUILD_CUDA = 0
 
-.PHONY: demo test test-all test-minimum lint bench report cov clean
+.PHONY: demo test test-all test-minimum lint docs bench report cov clean
 
 demo: $(READY)
 	$(BIN)/sward demo
@@ -35,6 +35,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site in site/; a broken link or an unknown name is an error. Needs no network.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # More options of pytest-benchmark: make bench OPTIONS=--benchmark-compare
 bench: $(READY)

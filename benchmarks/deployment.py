@@ -4,11 +4,13 @@
     python benchmarks/deployment.py --models unext --sizes 256 --threads 1
     python benchmarks/deployment.py --photo 3000 4000              # memory and seams of tiles on one large image
 
-A stopped run resumes: cases that the CSV file has from this processor are not measured again (`--again` does). Weights
-are random: they change neither time nor memory. Before anything is timed, every file is compared with PyTorch on the
-same image (logits to 1e-4; int8 has no such bound, its accuracy is what `sward export --int8` proves on data).
+It starts no case after `--minutes`, and resumes: cases that the CSV file has from this processor and this torch are not
+measured again, unless with `--again`. Most of the time of a first run is compilation, which torch caches for the next.
+
+Weights are random: they change neither time nor memory. Before anything is timed, every file is compared with PyTorch
+on the same image (logits to 1e-4; int8 has no such bound, its accuracy is what `sward export --int8` proves on data).
 Variants of a case are timed in turn, round by round; their medians go to `deployment_cpu.csv` and `.md` in
-`benchmarks/results`. Most of the time of a first run is compilation, which torch caches for the next.
+`benchmarks/results`.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sward import models
 from sward.deploy import int8
@@ -55,57 +57,65 @@ def main() -> None:
     rows = [] if arguments.again else _stored(arguments.results)
     done = {tuple(row[name] for name in KEY) for row in rows}
     # Small images first: what is still missing if the run is stopped are the few long cases.
-    for size in arguments.sizes:
-        for name in arguments.models:
-            cases = {threads: _key(name, size, threads) for threads in arguments.threads}
-            open_cases = [threads for threads, key in cases.items() if key not in done]
-            if not open_cases:
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                for key, found in _measure(name, size, open_cases, arguments, Path(folder)):
-                    rows += [dict(zip(KEY, key), **each) for each in found]
-                    _write(rows, arguments.results)
+    cases = [
+        (size, name, threads) for size in arguments.sizes for name in arguments.models for threads in arguments.threads
+    ]
+    missing = [case for case in cases if _key(*case) not in done]
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for number, case in enumerate(missing):
+            if time.perf_counter() - begin > 60 * arguments.minutes:
+                print(f"stopped: {len(missing) - number} of {len(cases)} cases are left; run the same command again")
+                break
+            rows += [dict(zip(KEY, _key(*case)), **each) for each in _measure(*case, arguments, Path(folder))]
+            _write(rows, arguments.results)
     print(f"written: {arguments.results}\nwritten: {arguments.results.with_suffix('.md')}")
+    print(f"{time.perf_counter() - begin:.0f} s")
 
 
-def _key(name: str, size: int, threads: int) -> tuple[str, ...]:
+def _key(size: int, name: str, threads: int) -> tuple[str, ...]:
     return (processor(), torch.__version__, name, str(size), str(threads))
 
 
 @torch.no_grad()
-def _measure(
-    name: str, size: int, threads: Iterable[int], arguments: argparse.Namespace, folder: Path
-) -> Iterable[tuple[tuple[str, ...], list[Row]]]:
+def _measure(size: int, name: str, threads: int, arguments: argparse.Namespace, folder: Path) -> list[Row]:
+    torch.set_num_threads(threads)
+    torch.compiler.reset()
     torch.manual_seed(0)
     network = models.build(name, 2).eval()
-    fixed = (size, size) if models.describe(name).role == "teacher" else None
-    metadata = Metadata(name, "none", ("background", "object"), ((0, 0, 0), (255, 0, 0)), None, fixed_size=fixed)
-    files = {"onnx": folder / "plain.onnx", "onnx int8": folder / "int8.onnx"}
-    written = write_network(network, metadata, files["onnx"])
-    ranges = iter([_photo_of(size, size)[0] for _ in range(2)])
-    quantised = int8.quantise(int8.prepare(files["onnx"]), written, ranges)
-    save(quantised, replace(written, precision="int8"), files["onnx int8"])
     image = _photo_of(size, size)
+    files = _export(network, name, size, folder)
     eager = DeployedNetwork(network)
-    for count in threads:
-        torch.set_num_threads(count)
-        torch.compiler.reset()
-        variants: dict[str, Callable[[], object]] = {"eager": partial(eager, image)}
-        expected = eager(image)
-        compiled = torch.compile(eager, dynamic=False)
-        torch.testing.assert_close(compiled(image), expected, atol=1e-4, rtol=0)
-        variants["compiled"] = partial(compiled, image)
-        for variant, file in files.items():
-            variants[variant] = partial(onnx_session(file, count).run, None, {"images": image.numpy()})
-        (found,) = onnx_session(files["onnx"], count).run(None, {"images": image.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=0)
-        rows = []
-        for variant, times in _times(variants, arguments.rounds, arguments.seconds).items():
-            megabytes = f"{files[variant].stat().st_size / 1e6:.2f}" if variant in files else ""
-            median = f"{statistics.median(times):.2f}"
-            rows.append({"variant": variant, "milliseconds": median, "rounds": str(len(times)), "file_MB": megabytes})
-            print(name, size, count, variant, median, sep="\t", flush=True)
-        yield _key(name, size, count), rows
+    expected = eager(image)
+    compiled = torch.compile(eager, dynamic=False)
+    sessions = {variant: onnx_session(file, threads) for variant, file in files.items()}
+    (found,) = sessions["onnx"].run(None, {"images": image.numpy()})
+    for values in (compiled(image), torch.from_numpy(found)):
+        torch.testing.assert_close(values, expected, atol=1e-4, rtol=0)
+    variants: dict[str, Callable[[], object]] = {"eager": partial(eager, image), "compiled": partial(compiled, image)}
+    for variant, session in sessions.items():
+        variants[variant] = partial(session.run, None, {"images": image.numpy()})
+    rows = []
+    for variant, times in _times(variants, arguments.rounds, arguments.seconds).items():
+        megabytes = f"{files[variant].stat().st_size / 1e6:.2f}" if variant in files else ""
+        median = f"{statistics.median(times):.2f}"
+        rows.append({"variant": variant, "milliseconds": median, "rounds": str(len(times)), "file_MB": megabytes})
+        print(name, size, threads, variant, median, sep="\t", flush=True)
+    return rows
+
+
+def _export(network: nn.Module, name: str, size: int, folder: Path) -> dict[str, Path]:
+    """Write the files of a network once; a teacher's are limited to one size."""
+    fixed = (size, size) if name in models.names("teacher") else None
+    stem = name if fixed is None else f"{name}-{size}"
+    files = {"onnx": folder / f"{stem}.onnx", "onnx int8": folder / f"{stem}-int8.onnx"}
+    if not files["onnx int8"].exists():
+        metadata = Metadata(name, "none", ("background", "object"), ((0, 0, 0), (255, 0, 0)), None, fixed_size=fixed)
+        written = write_network(network, metadata, files["onnx"])
+        ranges = iter([_photo_of(size, size)[0] for _ in range(2)])
+        quantised = int8.quantise(int8.prepare(files["onnx"]), written, ranges)
+        save(quantised, replace(written, precision="int8"), files["onnx int8"])
+    return files
 
 
 def _times(variants: dict[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -222,7 +232,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", type=int, default=[128, 256, 512])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=6.0, help="of timing per case, after at least 3 rounds")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing per case, after at least 3 rounds")
+    parser.add_argument("--minutes", type=float, default=10.5, help="start no case after this time")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--again", action="store_true", help="measure cases again that the results have")
     parser.add_argument("--photo", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"))

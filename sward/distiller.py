@@ -44,9 +44,21 @@ class DistillerOutput(NamedTuple):
 class Distiller(nn.Module):
     """Train `student` on the labels and on what `teacher` computes.
 
-        distiller = Distiller(student, teacher, num_classes=19).to(device)
-        optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)
-        distiller(images, labels).backward()
+    Examples:
+        >>> import torch
+        >>> from sward import Distiller, models
+        >>> student, teacher = models.build("unext", 3), models.build("hiera_demo", 3)
+        >>> distiller = Distiller(student, teacher, num_classes=3, image_size=(64, 64), window_size=(4, 4, 2, 2))
+        >>> distiller.student_layers
+        ('encoder.1', 'encoder.2', 'encoder.3', 'encoder.4')
+        >>> optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)
+        >>> out = distiller(torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64)))
+        >>> out.backward()
+        >>> optimizer.step()
+        >>> out.loss.shape, out.logits.shape
+        (torch.Size([]), torch.Size([2, 3, 64, 64]))
+        >>> {"task", "attention", "value", "context"} <= set(out.terms)
+        True
 
     `parameters()` and `state_dict()` hold the student and what the method learns. The teacher is no submodule: it stays
     in eval mode, gets no gradients, and is left out of checkpoints and of `DistributedDataParallel`; `to` moves it too.

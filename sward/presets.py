@@ -116,6 +116,8 @@ def _polyps(dataset_name: str, student: str, student_title: str) -> Callable[[],
 
 def _demo() -> Preset:
     dataset = DatasetConfig(name="scenes", image_size=(64, 64))
+    # As many scenes as the teacher takes in: it sees each once, and none of its student's.
+    endless = dataclasses.replace(dataset, count=2**20, series=1)
     optimizer = OptimizerConfig(lr=2e-3, schedule="cosine", warmup=20)
     return Preset(
         "generated scenes, hiera_demo to UNeXt, minutes on two cores",
@@ -124,19 +126,25 @@ def _demo() -> Preset:
             dataset=dataset,
             optimizer=optimizer,
             batch=8,
-            iterations=400,
+            iterations=300,
             evaluate_every=2,
             teacher=TeacherConfig(name="hiera_demo"),
-            # At 64 pixels the deepest map is 2x2, too few pixels for prototypes, so PDR uses the map at stride 8.
-            sward=SWARDConfig(embed_dim=32, pdr_layer="encoder.2"),
+            # Windows fit the maps, which have 16, 8, 4 and 32 pixels per side at this size; the deepest stage, 2x2, is
+            # too small to compare, and the decoder's last skip takes its place. PDR needs a map of many pixels too.
+            sward=SWARDConfig(
+                student_layers=("encoder.1", "encoder.2", "encoder.3", "up.3"),
+                teacher_layers=("levels.0", "levels.1", "levels.2", "head.fuse"),
+                window_size=(8, 8, 4, 8),
+                embed_dim=32,
+                pdr_layer="encoder.2",
+            ),
         ),
         TeacherTrainingConfig(
             model="hiera_demo",
-            dataset=dataset,
+            dataset=endless,
             optimizer=optimizer,
             batch=8,
             iterations=500,
-            evaluate_every=2,
             train_trunk=True,
         ),
     )

@@ -33,6 +33,8 @@ _STUDENT = {
     "--teacher.untrained": "or with random ones",
     "--student-layers LAYER ...": "of sward; see 'sward layers MODEL'",
     "--teacher-layers LAYER ...": "one per student layer",
+    "--teacher.taps.prefix-tokens N": "read its layers so; also .format and .select,",
+    "--student-taps.format NAME": "if their shapes leave a doubt",
 }
 _TEACHER = {
     "--trunk-checkpoint FILE": "weights of the trunk alone, see below",

@@ -121,28 +121,14 @@ def _is_file(word: str) -> bool:
     return word.endswith(SUFFIXES)
 
 
-@_command("demo", "train teacher, baseline and SWARD on generated scenes and print one table")
+@_command("demo", "see what distillation gains with few labels, on generated scenes, in minutes")
 def _demo(words: list[str]) -> None:
     options = _parse(Demo, "demo", words)
     from sward.cli import demo
 
-    result = demo.run(options.output, seed=options.seed, iterations=options.iterations)
-    printing.print_table(
-        "scenes, validation split",
-        ("network", "params (M)", "GFLOPs", "mIoU (%)", "mAcc (%)", "train (s)"),
-        [
-            (
-                row.name,
-                f"{row.params / 1e6:.2f}",
-                f"{row.flops / 1e9:.3f}",
-                f"{100 * row.mean_iou:.2f}",
-                f"{100 * row.mean_accuracy:.2f}",
-                f"{row.seconds:.0f}",
-            )
-            for row in result.rows
-        ],
-    )
-    print(f"predictions: {result.grid}\ncurves:      {result.curves}")
+    print(demo.INTRODUCTION)
+    result = demo.run(options.output, seeds=options.seeds, iterations=options.iterations, processes=options.processes)
+    printing.print_demo(result)
 
 
 @_command("train", "train a student, alone or with a teacher")

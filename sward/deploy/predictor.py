@@ -160,6 +160,15 @@ def load(path: str | Path, *, checkpoint: Checkpoint = "best", device: str | Non
         FileNotFoundError: if there is no such run or file.
         ValueError: if it is damaged, or was not written by this library.
         ModuleNotFoundError: if an ONNX file is given and `onnxruntime` is not installed.
+
+    Examples:
+        >>> import sward
+        >>> network = sward.load(run)  # a run folder, or a file such as runs/demo/student.onnx
+        >>> network.classes
+        ('background', 'stripes', 'checks', 'dots', 'rings')
+        >>> mask = network.predict(photo)  # a PIL image of 100 x 70 pixels
+        >>> mask.shape, mask.dtype
+        ((70, 100), dtype('uint8'))
     """
     path = Path(path)
     if path.suffix in (".onnx", ".pt2"):

@@ -313,6 +313,8 @@ def _quiet(library: str) -> Iterator[None]:
 
 def _function(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
     module_name, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
+        raise ValueError(f"model {name!r} must be written as 'package.module:function', got no such names")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         # The console script does not look into the current folder, where a user's module lies.
         sys.path.insert(0, str(Path.cwd()))

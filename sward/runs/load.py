@@ -221,6 +221,8 @@ def build_split(
         views=settings.views if train else None,
         teacher_size=teacher_size,
         image_range=settings.image_range,
+        count=settings.count if split == "train" else None,
+        series=settings.series,
         labelled_share=settings.labelled_share if train else 1.0,
         share_seed=settings.split_seed,
         folder_options=settings.folder_options,
@@ -250,4 +252,11 @@ def choose_device(name: str | None) -> torch.device:
                 f"{distributed.local_rank()}; lower --nproc-per-node or use --device cpu"
             )
         return torch.device("cuda", distributed.local_rank())
+    try:
+        torch.ones(1, device=device).item()
+    except Exception as error:  # each kind of device raises errors of its own
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device must be one that torch can compute on here, such as 'cpu', got {name!r}: {reason}"
+        ) from error
     return device

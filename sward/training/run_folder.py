@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 
 from sward import atomic, distributed
-from sward.config import DistillationConfig, TeacherTrainingConfig, TrainingConfig, differences, from_json, to_json
+from sward.config import DistillationConfig, TeacherTrainingConfig, TrainingConfig
+from sward.config_json import differences, from_json, to_json
 from sward.data import DatasetInfo
 from sward.data.frames import difference
 from sward.data.lists import assignment_text
@@ -78,7 +79,6 @@ class RunFolder:
 
         Raises:
             ValueError: if the folder holds a run and `config.resume` is not set, or a run with another configuration.
-            ModuleNotFoundError: if `config.tensorboard` is set and the package `tensorboard` is not installed.
         """
         if config.tensorboard:
             self._tensorboard = _TensorBoard(self.path / "tensorboard")
@@ -256,16 +256,22 @@ def make_folder(path: Path) -> None:
         raise ValueError(f"cannot write to {path} ({error.strerror}); choose another --output") from error
 
 
+def require_tensorboard() -> None:
+    """Raise a ModuleNotFoundError that names the package if TensorBoard's files cannot be written."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "--tensorboard needs the package tensorboard; install it with 'pip install tensorboard'"
+        ) from error
+
+
 class _TensorBoard:
     """Write the numbers of `metrics.jsonl` as TensorBoard events; nested names are joined by slashes."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                "--tensorboard needs the package tensorboard; install it with 'pip install tensorboard'"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._folder, self._open = folder, SummaryWriter
         self._writer: SummaryWriter | None = None
 

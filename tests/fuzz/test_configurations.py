@@ -137,6 +137,8 @@ def test_a_configuration_trains_or_is_refused(count: int, workplace: Path, capsy
             outcomes["trained"] += 1
             shutil.rmtree(output)
             return
+        if code == 1 and "is not finite" in error and "--optimizer.lr" in chosen:
+            return  # Any rate may be too high; nothing but the loss tells.
         assert code == 2, f"{words}: {error}"
         sentences = [line for line in error.splitlines() if line.startswith("sward train")]
         assert len(sentences) == 1, f"{words}: {error}"

@@ -51,10 +51,10 @@ def test_cirkds_memory_holds_embeddings_of_labelled_images_only() -> None:
         loss(inputs)
         memories.append((loss.region_queue.state(), loss.pixel_queue.state()))
     (regions, pixels), (regions_of_part, pixels_of_part) = memories
-    assert max(regions["counts"]) == LABELLED
-    for name, stored in regions.items():
-        torch.testing.assert_close(stored, regions_of_part[name])
-    assert torch.equal(pixels["counts"], pixels_of_part["counts"])
+    assert regions["filled"].tolist() == [LABELLED, LABELLED]
+    torch.testing.assert_close(regions["rows"], regions_of_part["rows"])
+    assert torch.equal(regions["filled"], regions_of_part["filled"])
+    assert torch.equal(pixels["filled"], pixels_of_part["filled"])
 
 
 def swards(labels: Tensor | None, gamma: float = 1.0) -> tuple[SWARDLoss, Tensor, Tensor, Tensor]:
