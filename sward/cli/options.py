@@ -151,7 +151,7 @@ class DataPack:
     """
 
     name: Annotated[str, tyro.conf.Positional]
-    """Data set: cityscapes, cvc_clinicdb, cvc_colondb, camvid or folder."""
+    """Data set: cityscapes, cvc_clinicdb, cvc_colondb, camvid or folder; or unlabelled, for a folder of images."""
     root: Path | None = None
     """Folder that holds the data set; None looks in $SWARD_DATA, then in ./data."""
     output: Path | None = None

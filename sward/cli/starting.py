@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sward.config import DistillationConfig, MaskTrainingConfig, SWARDConfig, TeacherTrainingConfig, from_json, to_json
+from sward.config import DistillationConfig, MaskTrainingConfig, SWARDConfig, TeacherTrainingConfig
+from sward.config_json import from_json, to_json
 from sward.losses.recipes import RECIPES
 
 Config = TypeVar("Config", DistillationConfig, TeacherTrainingConfig)

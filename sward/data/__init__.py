@@ -15,7 +15,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sward.data import camvid, cityscapes, folder, polyps, scenes
+from sward.data import camvid, cityscapes, folder, polyps, scenes, unlabelled
 from sward.data.files import OnCorrupt, PairedFiles
 from sward.data.folder import FolderOptions
 from sward.data.images import CorruptFileError, read_image
@@ -235,6 +235,8 @@ def build_for_packing(
 ) -> list[PairedFiles]:
     """Build every split of a data set for `sward.data.packing.pack`; arguments as in `build`.
 
+    The name may also be `unlabelled`, for all images of the folder `root`.
+
     Args:
         split_by: polyps only; None packs every frame, a list only the frames in it.
 
@@ -242,8 +244,12 @@ def build_for_packing(
         DatasetNotFoundError: the data set is missing or incomplete, or has no split.
         ValueError: unknown name, or `scenes`, which has no files.
     """
-    info = describe(name, num_classes=num_classes, folder_options=folder_options)
     where = _root(root)
+    if name == unlabelled.INFO.name:
+        images = unlabelled.UnlabelledFolder(where)
+        images.image_range = _checked(image_range)
+        return [images]
+    info = describe(name, num_classes=num_classes, folder_options=folder_options)
     size = default_image_size(name)
     if name == "scenes":
         raise ValueError("name must be a data set of files, got 'scenes'; scenes are generated and need no pack")

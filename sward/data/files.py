@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -192,13 +193,20 @@ def pair_by_name(images: Path, masks: Path) -> list[Pair]:
     pairs = []
     for name, image in list_images(images).items():
         if name not in available:
-            near = [path.name for other, path in available.items() if name.lower() in other.lower()][:3]
+            near = [path.name for path in similar(name, available)][:3]
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ValueError(f"image {image} has no mask; {masks} holds no image file named {name}{hint}")
         pairs.append(Pair(name, image, available.pop(name)))
     if available:
         warnings.warn(f"masks without an image in {masks}: {shortened(list(available))}", stacklevel=2)
     return pairs
+
+
+def similar(name: str, available: Mapping[str, Path]) -> list[Path]:
+    """Return the files whose name holds `name` in any case, but not as a part of a longer number: not 13 for 3."""
+    before, after = (r"(?<!\d)" if name[:1].isdigit() else ""), (r"(?!\d)" if name[-1:].isdigit() else "")
+    pattern = re.compile(before + re.escape(name) + after, re.IGNORECASE)
+    return [path for other, path in available.items() if pattern.search(other)]
 
 
 def shortened(names: Sequence[str], most: int = 3) -> str:

@@ -17,7 +17,7 @@ from sward.data.frames import digest, frame_sums, known_images
 from sward.data.masks import parse_values
 from sward.data.shards import ImageShards, is_shards
 from sward.data.unlabelled import UnlabelledImages
-from sward.losses import DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
+from sward.losses import LOGITS, DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
 from sward.losses.masks import teacher_fingerprint
 from sward.losses.task import TaskLoss, median_frequency_weights
 from sward.models.teachers import Teacher
@@ -80,11 +80,15 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
         network = _placed(network, config, device)
         pair = distillation_pair(config, student, name, network, info)
         loss = methods.build(config.distillation, pair).to(device)
-        check_teacher_logits(config.teacher, info, config.distillation, loss.teacher_taps)
+        # The teacher's own classes are labels too, if they are wanted.
+        logits = () if config.pseudo_labels is None else (LOGITS,)
+        caught = tuple(dict.fromkeys((*loss.teacher_taps, *logits)))
+        asking = config.distillation if LOGITS in loss.teacher_taps else "pseudo_labels"
+        check_teacher_logits(config.teacher, info, asking, caught)
         config = _with_layers(config, pair, loss)
         teacher = frozen = FrozenTeacher(
             network,
-            loss.teacher_taps,
+            caught,
             precision=config.teacher.precision,
             # Without autocast, the loss cannot combine the maps of a float32 student with maps of another dtype.
             dtype=torch.float32 if config.precision == "fp32" else None,
@@ -201,7 +205,9 @@ def _unlabelled(config: DistillationConfig, train_set: SegmentationDataset) -> U
         shards = ImageShards(config.unlabelled, train_set, config.dataset.image_size, config.seed)
         shards.check(distributed.world_size(), config.dataset.workers)
         return shards
-    images = UnlabelledImages(config.unlabelled, train_set, config.dataset.image_size, config.seed)
+    images = UnlabelledImages(
+        config.unlabelled, train_set, config.dataset.image_size, config.seed, packed=config.dataset.packed
+    )
     if len(images) < config.unlabelled_per_step:
         raise ValueError(
             f"unlabelled_batch must be at most {len(images)}, the number of unlabelled images, got "

@@ -15,15 +15,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 
 from sward import distributed
-from sward.config import OptimizerConfig, TrainingConfig
+from sward.config import DistillationConfig, OptimizerConfig, TrainingConfig
 from sward.data import SegmentationDataset
 from sward.data.shards import ImageShards
 from sward.data.unlabelled import UnlabelledImages, join
 from sward.evaluation import Evaluation, evaluate
+from sward.losses import LOGITS
 from sward.training.batches import batches, unlabelled_batches
 from sward.training.interruption import Interruption, TrainingInterrupted
 from sward.training.observation import CollapseWatch, LossWatch, Throughput, losses_of, peak_memory
 from sward.training.progress import Progress
+from sward.training.pseudo_labels import pseudo_labels
 from sward.training.run_folder import RunFolder
 from sward.training.state import TrainingState
 from sward.training.step import StepOutput, TrainingStep
@@ -112,6 +114,7 @@ def fit(
             pin_memory=device.type == "cuda",
         )
         stream = (join(*both) for both in zip(stream, extra))
+    confidence = config.pseudo_labels if isinstance(config, DistillationConfig) else None
     replica = distributed.replicate(step_module.train(), device)
     collapse = CollapseWatch()
     evaluation, watch, throughput = None, LossWatch(), Throughput(config.batch, state.step, state.stopwatch.read())
@@ -125,6 +128,15 @@ def fit(
             images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
             seen = images if batch.teacher_images is None else batch.teacher_images.to(device, non_blocking=True)
             features = {} if teacher is None else teacher(seen)
+            share = None
+            if confidence is not None:
+                labels, share = pseudo_labels(
+                    labels,
+                    features[LOGITS],
+                    unlabelled=distributed.share_of(config.unlabelled_per_step),
+                    confidence=confidence,
+                    ignore_index=train_set.info.ignore_index,
+                )
             output = replica(images, labels, features, diagnose=logs)
             gradient_norm = state.update(output.loss, measure=logs)
             taught = {f"the teacher's map {layer!r}": maps for layer, maps in features.items()}
@@ -136,6 +148,8 @@ def fit(
                 watch.check()
             if logs:
                 record = log_record(state, output, gradient_norm, throughput, device)
+                if share is not None:
+                    record["pseudo_labelled_share"] = distributed.mean(share[None]).item()
                 run.log(record)
                 collapse.look(record.get("diagnostics", {}))
                 progress.note(f"loss {record['loss']:.3f}")

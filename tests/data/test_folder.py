@@ -83,6 +83,19 @@ def test_a_mask_with_another_name_is_suggested(tmp_path: Path, write: Write) -> 
         find_layout(tmp_path).pairs()
 
 
+def test_no_mask_is_suggested_for_a_part_of_its_number(tmp_path: Path, write: Write) -> None:
+    for number in (1, 13):
+        write_frame(write, tmp_path / f"images/{number}.png", tmp_path / f"masks/{number}.png")
+    write_frame(write, tmp_path / "images/3.png", tmp_path / "masks/3_truth.png")
+    with pytest.raises(
+        ValueError, match=r"3\.png has no mask; .* --masks 'masks/\{name\}_truth\.png' would take 3_truth"
+    ):
+        find_layout(tmp_path).pairs()
+    (tmp_path / "masks/3_truth.png").unlink()
+    with pytest.raises(ValueError, match=r"3\.png has no mask; .* no image file named 3$"):
+        find_layout(tmp_path).pairs()
+
+
 def test_trees_join_folders_to_names(tmp_path: Path, write: Write) -> None:
     for path in ("b.png", "a/2.png", "a/10.png", ".hidden/x.png"):
         write(tmp_path / path, MASK)
