@@ -117,7 +117,7 @@ def test_masks_beside_the_images_are_left_out_and_named(folder: Path) -> None:
     with pytest.warns(UserWarning, match=r"two suffixes are left out, such as 0.seg.png in .*010.tar$") as caught:
         names = next(iter(stream(folder, "010.tar", batch=4))).names
     assert Counter(names) == {"010.tar/0": 2, "010.tar/1": 2}
-    assert len(caught) == 1
+    assert sum("two suffixes" in str(warning.message) for warning in caught) == 1
 
 
 def test_commands_write_shards(folder: Path) -> None:
