@@ -38,7 +38,7 @@ lint: $(READY)
 
 # The site in site/; a broken link or an unknown name is an error. Needs no network.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # More options of pytest-benchmark: make bench OPTIONS=--benchmark-compare
 bench: $(READY)

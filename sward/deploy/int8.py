@@ -56,6 +56,9 @@ def quantise(prepared: Any, metadata: Metadata, images: Iterator[Tensor], *, kee
             per_channel=True,
             op_types_to_quantize=QUANTISED,
             nodes_to_exclude=list(keep),
+            # A layer that stays fp32 must not read what its predecessor rounded to 8 bits. Without such layers, rounded
+            # outputs let ONNX Runtime compute all of a layer in int8.
+            extra_options={"OpTypesToExcludeOutputQuantization": QUANTISED if keep else []},
         )
         return onnx.load(after)
 

@@ -157,7 +157,7 @@ def export_run(
         ModuleNotFoundError: if a package for ONNX is not installed.
     """
     tolerance = TOLERANCES[precision] if tolerance is None else tolerance
-    check_arguments(path, check, tolerance, overwrite)
+    check_arguments(path, check, tolerance, overwrite, size)
     check_precision(precision, path)
     if calibrate < 1:
         raise ValueError(f"calibrate must be at least 1, got {calibrate}")
@@ -240,9 +240,13 @@ class Quantisation:
         return image if size is None else resize_image(image, size)
 
 
-def check_arguments(path: Path, check: int | None, tolerance: float, overwrite: bool) -> None:
+def check_arguments(
+    path: Path, check: int | None, tolerance: float, overwrite: bool, size: tuple[int, int] | None
+) -> None:
     """Raise ValueError for arguments of `export_run` that cannot work, before any work."""
     export.check_path(path)
+    if size is not None and min(size) < 1:
+        raise ValueError(f"size must be two positive numbers, got {size[0]} {size[1]}")
     if check is not None and check < 0:
         raise ValueError(f"check must be at least 0, got {check}")
     if not tolerance >= 0:

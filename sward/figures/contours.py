@@ -41,7 +41,7 @@ def contour_grid(
         columns: title -> one predicted label map `[h, w]` per image.
         truth: one label map per image.
         info: classes and colours.
-        path: path of the PNG; an SVG is written beside it.
+        path: path of the PNG.
         names: titles of the rows.
 
     Returns:
@@ -56,7 +56,7 @@ def contour_grid(
         axis.set_title(title, fontsize=9, wrap=True)
     maps_shown = [*truth, *(each for maps in columns.values() for each in maps)]
     _legend(figure, info, maps_shown, has_predictions=bool(columns))
-    return save_figure(figure, path)
+    return save_figure(figure, path, vector=False)
 
 
 def labelled_images(
@@ -68,7 +68,7 @@ def labelled_images(
         _panel(axis, image, labels, None, info)
         axis.set_title(name, fontsize=8)
     _legend(figure, info, truth, has_predictions=False)
-    return save_figure(figure, path)
+    return save_figure(figure, path, vector=False)
 
 
 def _grid(rows: int, columns: int, image: Tensor) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from sward import atomic
-from sward.config import to_json
+from sward.config_json import to_json
 from sward.data import DatasetNotFoundError
 from sward.reporting import pictures
 from sward.reporting.costs import Cost, cost_of, this_cpu

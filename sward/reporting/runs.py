@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sward.config import DistillationConfig, TrainingConfig, differences
+from sward.config import DistillationConfig, TrainingConfig
+from sward.config_json import differences
 from sward.data import DatasetInfo
 from sward.reproduce.experiments import METHOD_TITLES
 from sward.training.run_folder import RunFolder, read_json

@@ -18,9 +18,8 @@ from sward.config import (
     MaskTrainingConfig,
     TeacherConfig,
     TeacherTrainingConfig,
-    differences,
-    to_json,
 )
+from sward.config_json import differences, to_json
 from sward.data import DatasetNotFoundError
 from sward.data.files import PairedFiles
 from sward.evaluation import Evaluation

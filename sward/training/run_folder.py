@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 
 from sward import atomic, distributed
-from sward.config import DistillationConfig, TeacherTrainingConfig, TrainingConfig, differences, from_json, to_json
+from sward.config import DistillationConfig, TeacherTrainingConfig, TrainingConfig
+from sward.config_json import differences, from_json, to_json
 from sward.data import DatasetInfo
 from sward.data.frames import difference
 from sward.data.lists import assignment_text

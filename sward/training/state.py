@@ -111,7 +111,8 @@ class TrainingState:
         run.drop_records_after(self.step)
 
     def _check_identity(self, state: Mapping[str, Any], run: RunFolder) -> None:
-        for name, before in state.get("identity", {}).items():
+        identity = state.get("identity", {})
+        for name, before in identity.items() if isinstance(identity, dict) else ():
             now = self.identity.get(name, before)
             if now != before:
                 raise ValueError(
@@ -136,6 +137,9 @@ class TrainingState:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned. A process that did not exist then keeps its fresh generators."""
+        for name in ("step", "seconds", "best_score"):
+            if not isinstance(state[name], (int, float)) or (name == "step" and state[name] not in range(2**62)):
+                raise ValueError(f"its {name} must be a number, got {state[name]!r}")
         self.model.load_state_dict(state["model"])
         if self.distillation is not None:
             self.distillation.load_state_dict(state["distillation"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from sward_kernels.arguments import are_weights, require_tensor, shown
 from sward_kernels.fallback import cannot_load, require_known, warn_once
 from sward_kernels.labels import class_indices_op
 from sward_kernels.prototypes import closed_form, eager, native, reference
@@ -89,7 +89,7 @@ def prototype_discrimination(
     Source: SWARD, Eq. 16-19. Differentiable once (twice with `"reference"`).
     """
     check_settings(num_classes, margin, terms, implementation)
-    _check(features, labels)
+    _check(features, labels, ignore_index, normalize)
     arguments = (features, labels, num_classes, margin, terms, ignore_index, normalize, process_group)
     # Every implementation chooses its own precision; autocast would lower it in the middle of the formulas.
     with without_autocast(features.device):
@@ -154,15 +154,21 @@ def check_settings(num_classes: int, margin: float, terms: tuple[float, float], 
     require_known(implementation, IMPLEMENTATIONS)
     if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
         raise ValueError(f"num_classes must be an int of at least 1, got {num_classes!r}")
-    if not (math.isfinite(margin) and margin >= 0):
-        raise ValueError(f"margin must be a finite number of at least 0, got {margin}")
-    if len(terms) != 2 or not all(math.isfinite(weight) and weight >= 0 for weight in terms):
+    if not are_weights((margin,), 1):
+        raise ValueError(f"margin must be a finite number of at least 0, got {shown(margin)}")
+    if not are_weights(terms, 2):
         raise ValueError(
-            f"terms must be two finite numbers of at least 0, for separation and compactness, got {tuple(terms)}"
+            f"terms must be two finite numbers of at least 0, for separation and compactness, got {shown(terms)}"
         )
 
 
-def _check(features: Tensor, labels: Tensor) -> None:
+def _check(features: Tensor, labels: Tensor, ignore_index: int, normalize: bool) -> None:
+    require_tensor("features", features)
+    require_tensor("labels", labels)
+    if not isinstance(ignore_index, int):
+        raise ValueError(f"ignore_index must be an int, got {ignore_index!r}")
+    if not isinstance(normalize, bool):
+        raise ValueError(f"normalize must be True or False, got {normalize!r}")
     if features.dim() != 4 or 0 in features.shape:
         raise ValueError(f"features must be a non-empty [B, C, H, W], got shape {tuple(features.shape)}")
     if not features.is_floating_point():

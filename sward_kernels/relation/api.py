@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sward_kernels.arguments import are_weights, require_tensor, shown
 from sward_kernels.fallback import cannot_load, require_known, warn_once
 from sward_kernels.registration import register, without_autocast
 from sward_kernels.relation import eager, reference
@@ -44,8 +45,8 @@ def relational_kl(
         also under autocast: a temperature of 0.1 multiplies their rounding errors by ten.
 
     Raises:
-        ValueError: for shapes, dtypes or devices that do not fit, a temperature that is not positive, or an unknown
-            implementation.
+        ValueError: for shapes, dtypes or devices that do not fit, a temperature that is not positive and finite, or an
+            unknown implementation.
         NotImplementedError: if triton is named explicitly and cannot run this call.
     """
     check_implementation(implementation)
@@ -78,6 +79,7 @@ def check_implementation(implementation: str) -> None:
 
 def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
     for name, tensor in (("student", student), ("teacher", teacher)):
+        require_tensor(name, tensor)
         if tensor.dim() != 3 or 0 in tensor.shape:
             raise ValueError(f"{name} must be a non-empty [B, P, C] tensor, got shape {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
@@ -89,8 +91,8 @@ def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
         )
     if student.device != teacher.device:
         raise ValueError(f"student and teacher must be on the same device, got {student.device} and {teacher.device}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    if not are_weights((temperature,), 1) or temperature == 0:
+        raise ValueError(f"temperature must be a positive finite number, got {shown(temperature)}")
 
 
 def _fake(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sward_kernels.arguments import are_weights, require_tensor, shown
 from sward_kernels.fallback import cannot_load, require_known, warn_once
 from sward_kernels.registration import without_autocast
 from sward_kernels.windowed import eager, gradient_in_forward, native, reference
@@ -145,14 +145,15 @@ def check_implementation(implementation: str) -> None:
 
 def check_terms(terms: Terms) -> None:
     """Raise ValueError for weights of terms that `windowed_distillation` does not take."""
-    if len(terms) != 3 or not all(0 <= weight < math.inf for weight in terms):
+    if not are_weights(terms, 3):
         raise ValueError(
-            f"terms must be three finite numbers of at least 0, for attention, value and context, got {tuple(terms)}"
+            f"terms must be three finite numbers of at least 0, for attention, value and context, got {shown(terms)}"
         )
 
 
 def _check_maps(qkv_student: Tensor, qkv_teacher: Tensor) -> None:
     for name, qkv in (("qkv_student", qkv_student), ("qkv_teacher", qkv_teacher)):
+        require_tensor(name, qkv)
         if qkv.dim() != 4 or 0 in qkv.shape or qkv.shape[1] % 3:
             raise ValueError(
                 f"{name} must be a non-empty [B, 3 * D, H, W] with queries, keys and values stacked on the channel "
@@ -188,9 +189,10 @@ def _check_window(window_size: int, shift: Shift, device: torch.device) -> None:
         if device.type != "cpu" or torch.compiler.is_compiling():
             return
         shift = shift.tolist()
-    if len(shift) != 2 or not all(isinstance(offset, int) and 0 <= offset < window_size for offset in shift):
+    is_pair = isinstance(shift, (tuple, list)) and len(shift) == 2
+    if not is_pair or not all(isinstance(offset, int) and 0 <= offset < window_size for offset in shift):
         raise ValueError(
-            f"shift must be two ints (dy, dx), each at least 0 and below window_size={window_size}, got {tuple(shift)}"
+            f"shift must be two ints (dy, dx), each at least 0 and below window_size={window_size}, got {shown(shift)}"
         )
 
 

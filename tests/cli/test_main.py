@@ -11,7 +11,8 @@ from PIL import Image
 
 from sward import data, methods, presets
 from sward.cli.main import COMMANDS, main
-from sward.config import DistillationConfig, SWARDConfig, TeacherTrainingConfig, from_json, to_json
+from sward.config import DistillationConfig, SWARDConfig, TeacherTrainingConfig
+from sward.config_json import from_json, to_json
 from sward.losses import RECIPES
 
 TINY = ["--dataset.image-size", "64", "64", "--batch", "2", "--iterations", "2"]

@@ -10,7 +10,6 @@ from PIL import Image
 
 from tests.support.deployable import make_run, register
 
-# With the photo's own resolution as one tile, UNeXt needs more than twice as much.
 LARGEST_MIB = 1200
 """Largest resident size of `sward predict --tile 512 512` on 4000 x 3000 pixels, Python and torch included."""
 
@@ -30,6 +29,7 @@ print(peak_memory(torch.device("cpu")))
 """
 
 
+@pytest.mark.slow
 def test_a_photo_of_12_million_pixels_needs_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch)
     make_run(tmp_path / "run")

@@ -101,6 +101,7 @@ def test_a_loss_in_dice_alone_fails_the_proof(run: Path, tmp_path: Path) -> None
         (["-o", "new.onnx", "--check", "-1"], "check must be at least 0, got -1"),
         (["-o", "new.onnx", "--tolerance", "-1"], "tolerance must be at least 0, got -1.0"),
         (["-o", "new.onnx", "--split", "nowhere"], "nowhere"),
+        (["-o", "new.onnx", "--size", "0", "64"], "size must be two positive numbers, got 0 64"),
     ],
 )
 def test_wrong_arguments_are_refused_before_any_work(

@@ -72,7 +72,7 @@ def test_changed_bytes_are_noticed_or_do_no_harm(count: int, run: Path, kept: di
     for_each(changes, count, check)
 
 
-@examples(25, 600)
+@examples(12, 600)
 @pytest.mark.usefixtures("few_images")
 def test_other_contents_are_refused(count: int, run: Path, kept: dict[Path, bytes]) -> None:
     path = run / "checkpoints" / "last.pt"

@@ -52,7 +52,7 @@ def write_run(
 ) -> Path:
     """A run without weights, with a line of its log at half time and one at the end."""
     run = RunFolder(path)
-    path.mkdir()
+    path.mkdir(parents=True)
     kind = TeacherTrainingConfig if changes.pop("teacher", False) else DistillationConfig
     nowhere = DatasetConfig(name="camvid", root=path.parent / "nowhere")
     run.start(kind(dataset=nowhere, optimizer=OptimizerConfig(lr=lr), **changes), INFO)

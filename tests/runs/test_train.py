@@ -76,7 +76,7 @@ def test_mistakes_are_found_before_any_work(tmp_path: Path) -> None:
         (dict(model=":"), "model ':' must be written as 'package.module:function'"),
         (dict(model="a b:c"), "model 'a b:c' must be written as 'package.module:function'"),
         (
-            dict(dataset=DatasetConfig(image_size=(32, 32)), batch=1, model="resunetpp"),
+            dict(dataset=DatasetConfig(image_size=(32, 32)), batch=1, distillation="none"),
             "batch must be at least 2 for batch norm",
         ),
         (dict(device="tpu9"), "device must be a torch device such as 'cpu' or 'cuda', got 'tpu9'"),
