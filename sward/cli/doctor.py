@@ -58,7 +58,8 @@ def _implementations() -> list[tuple[str, str]]:
         ("standardised teacher", standardization.LIBRARY, "PyTorch", "in other dtypes"),
     ):
         reason = library.why_not()
-        choice = "native (C++) in fp32" if reason is None else f"{otherwise} instead of native ({reason})"
+        dtypes = "fp32, bf16 and fp16" if part == "MWAD" else "fp32"
+        choice = f"native (C++) in {dtypes}" if reason is None else f"{otherwise} instead of native ({reason})"
         found.append((f"{part}, CPU tensors", f"{choice}; {otherwise} {elsewhere}"))
     reason = colours.LIBRARY.why_not()
     choice = "native (C++)" if reason is None else f"torchvision instead of native ({reason})"

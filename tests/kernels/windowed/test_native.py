@@ -310,7 +310,19 @@ def test_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fresh().why_not() == "Could not determine home directory."
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes_are_refused_by_name(dtype: torch.dtype) -> None:
-    with pytest.raises(NotImplementedError, match=f"takes fp32 maps on a CPU, got {dtype}"):
-        windowed_distillation(*maps_like((1, 6, 4, 4), dtype=dtype), 4, implementation="native")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_maps_are_computed_in_32(dtype: torch.dtype) -> None:
+    for layout in LAYOUTS.values():
+        student, teacher = (layout(each) for each in maps_like((2, 27, 13, 19), dtype=dtype))
+        actual = check(student, teacher, 8, (3, 5))
+        assert actual.result.loss.dtype == torch.float32
+        assert torch.equal(
+            actual.result.loss, run(student.float(), teacher.float(), 8, (3, 5), implementation="native").result.loss
+        )
+    auto = run(student, teacher, 8, (3, 5), implementation="auto")
+    assert_same(auto, actual, 0.0)
+
+
+def test_other_dtypes_are_refused_by_name() -> None:
+    with pytest.raises(NotImplementedError, match=r"takes maps of fp32, bf16 or fp16 on a CPU, got torch\.float64"):
+        windowed_distillation(*maps_like((1, 6, 4, 4), dtype=torch.float64), 4, implementation="native")
