@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # sam2's optional CUDA extension serves mask post-processing only; nothing here calls it.
 export SAM2_BUILD_CUDA = 0
 
-.PHONY: demo test test-all lint bench report cov clean
+.PHONY: demo test test-all test-minimum lint docs bench report cov clean
 
 demo: $(READY)
 	$(BIN)/sward demo
@@ -19,10 +19,26 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/python -m pytest tests/ -m "slow or not slow"
 
+# The oldest versions that pyproject.toml allows, in an environment of their own; tests of what touches other packages most.
+MINIMUM := .venv-minimum
+test-minimum: export OMP_NUM_THREADS ?= 1
+test-minimum: $(MINIMUM)/.ready
+	$(MINIMUM)/bin/python -m pytest tests/runs tests/models tests/data tests/training/test_checkpoints.py tests/losses/test_objective.py
+
+$(MINIMUM)/.ready: pyproject.toml tests/support/oldest_versions.py
+	test -x $(MINIMUM)/bin/python || $(PYTHON) -m venv $(MINIMUM)
+	$(MINIMUM)/bin/python tests/support/oldest_versions.py > $(MINIMUM)/constraints.txt
+	$(MINIMUM)/bin/python -m pip install --disable-pip-version-check -q -c $(MINIMUM)/constraints.txt -e ".[all]"
+	touch $@
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site in site/; a broken link or an unknown name is an error. Needs no network.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # More options of pytest-benchmark: make bench OPTIONS=--benchmark-compare
 bench: $(READY)
@@ -42,4 +58,4 @@ $(READY): setup.py pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(MINIMUM)

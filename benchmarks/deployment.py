@@ -1,113 +1,225 @@
-"""Latency of the students: PyTorch eager and compiled, ONNX fp32 and int8, on this CPU.
+"""Latency of the students and of `hiera_demo`: PyTorch eager and compiled, ONNX fp32 and int8, on this CPU.
 
-    python benchmarks/deployment.py                                # every student
+    python benchmarks/deployment.py                                # every network, size and number of threads
     python benchmarks/deployment.py --models unext --sizes 256 --threads 1
     python benchmarks/deployment.py --photo 3000 4000              # memory and seams of tiles on one large image
 
+It starts no case after `--minutes`, and resumes: cases that the CSV file has from this processor and this torch are not
+measured again, unless with `--again`. Most of the time of a first run is compilation, which torch caches for the next.
+
 Weights are random: they change neither time nor memory. Before anything is timed, every file is compared with PyTorch
 on the same image (logits to 1e-4; int8 has no such bound, its accuracy is what `sward export --int8` proves on data).
-Variants are timed in turn, round by round; the medians go to `benchmarks/results/deployment_cpu.csv`.
+Variants of a case are timed in turn, round by round; their medians go to `deployment_cpu.csv` and `.md` in
+`benchmarks/results`.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import resource
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sward import models
+from sward.deploy import int8
 from sward.deploy.export import write_network
 from sward.deploy.metadata import Metadata
 from sward.deploy.network import DeployedNetwork
-from sward.deploy.precision import convert
-from sward.deploy.predictor import onnx_session
-from sward.deploy.tiles import blended_bands
+from sward.deploy.precision import save
+from sward.deploy.predictor import load, onnx_session
+from sward.reporting.costs import processor
+from sward.training.observation import peak_memory
 
 RESULTS = Path(__file__).parent / "results" / "deployment_cpu.csv"
-COLUMNS = ("model", "size", "threads", "variant", "milliseconds", "file_MB")
+KEY = ("processor", "torch", "model", "size", "threads")
+COLUMNS = (*KEY, "variant", "milliseconds", "rounds", "file_MB")
+VARIANTS = ("eager", "compiled", "onnx", "onnx int8")
+Row = dict[str, str]
 
 
 def main() -> None:
     arguments = _arguments()
     if arguments.photo:
-        _photo(arguments.models[0], *arguments.photo)
+        _photo(arguments)
         return
-    rows: list[tuple[object, ...]] = []
+    rows = [] if arguments.again else _stored(arguments.results)
+    done = {tuple(row[name] for name in KEY) for row in rows}
+    # Small images first: what is still missing if the run is stopped are the few long cases.
+    cases = [
+        (size, name, threads) for size in arguments.sizes for name in arguments.models for threads in arguments.threads
+    ]
+    missing = [case for case in cases if _key(*case) not in done]
+    begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        for name in arguments.models:
-            rows += _model(name, arguments, Path(folder))
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([COLUMNS, *rows])
-    print(f"written: {RESULTS}")
+        for number, case in enumerate(missing):
+            if time.perf_counter() - begin > 60 * arguments.minutes:
+                print(f"stopped: {len(missing) - number} of {len(cases)} cases are left; run the same command again")
+                break
+            rows += [dict(zip(KEY, _key(*case)), **each) for each in _measure(*case, arguments, Path(folder))]
+            _write(rows, arguments.results)
+    print(f"written: {arguments.results}\nwritten: {arguments.results.with_suffix('.md')}")
+    print(f"{time.perf_counter() - begin:.0f} s")
 
 
-def _model(name: str, arguments: argparse.Namespace, folder: Path) -> list[tuple[object, ...]]:
-    torch.manual_seed(0)
-    network = models.build(name, 2).eval()
-    metadata = Metadata(name, "none", ("background", "object"), ((0, 0, 0), (255, 0, 0)), None)
-    plain, quantised = folder / f"{name}.onnx", folder / f"{name}-int8.onnx"
-    written = write_network(network, metadata, plain)
-    quantised.write_bytes(plain.read_bytes())
-    convert(quantised, written, "int8", iter([_photo_of(256, 256)[0] for _ in range(4)]))
-    sizes = {"onnx": plain.stat().st_size / 1e6, "onnx int8": quantised.stat().st_size / 1e6}
-    eager = DeployedNetwork(network)
-    compiled = torch.compile(eager, dynamic=False)
-    rows: list[tuple[object, ...]] = []
-    for threads in arguments.threads:
-        torch.set_num_threads(threads)
-        sessions = {"onnx": onnx_session(plain, threads), "onnx int8": onnx_session(quantised, threads)}
-        for size in arguments.sizes:
-            image = _photo_of(size, size)
-            variants: dict[str, Callable[[], object]] = {
-                "eager": partial(eager, image),
-                "compiled": partial(compiled, image),
-            }
-            for variant, session in sessions.items():
-                variants[variant] = partial(session.run, None, {"images": image.numpy()})
-            with torch.no_grad():
-                expected = eager(image)
-                torch.testing.assert_close(compiled(image), expected, atol=1e-4, rtol=0)
-                found = torch.from_numpy(sessions["onnx"].run(None, {"images": image.numpy()})[0])
-                torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-                for variant, median in _medians(variants, arguments.rounds).items():
-                    rows.append((name, size, threads, variant, f"{median:.2f}", f"{sizes.get(variant, 0):.2f}"))
-                    print(*rows[-1], sep="\t", flush=True)
-    return rows
-
-
-def _medians(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds + 1):
-        for name, run in variants.items():
-            begin = time.perf_counter()
-            run()
-            if number:  # the first round warms up
-                times[name].append(1000 * (time.perf_counter() - begin))
-    return {name: statistics.median(each) for name, each in times.items()}
+def _key(size: int, name: str, threads: int) -> tuple[str, ...]:
+    return (processor(), torch.__version__, name, str(size), str(threads))
 
 
 @torch.no_grad()
-def _photo(name: str, height: int, width: int) -> None:
-    """Print the memory that tiles add, and their largest difference from the whole image."""
+def _measure(size: int, name: str, threads: int, arguments: argparse.Namespace, folder: Path) -> list[Row]:
+    torch.set_num_threads(threads)
+    torch.compiler.reset()
     torch.manual_seed(0)
-    network = DeployedNetwork(models.build(name, 2))
-    image = _photo_of(height, width)[0]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    bands = [band for _, band in blended_bands(network, image, (512, 512), 128)]
-    added = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"{name}, {height} x {width} in tiles of 512 with an overlap of 128: {added:.0f} MiB above the image")
-    difference = (torch.cat(bands, dim=1) - network(image[None])[0]).abs()
-    print(f"difference from the whole image: largest {difference.max():.3g}, median {difference.median():.3g}")
+    network = models.build(name, 2).eval()
+    image = _photo_of(size, size)
+    files = _export(network, name, size, folder)
+    eager = DeployedNetwork(network)
+    expected = eager(image)
+    compiled = torch.compile(eager, dynamic=False)
+    sessions = {variant: onnx_session(file, threads) for variant, file in files.items()}
+    (found,) = sessions["onnx"].run(None, {"images": image.numpy()})
+    for values in (compiled(image), torch.from_numpy(found)):
+        torch.testing.assert_close(values, expected, atol=1e-4, rtol=0)
+    variants: dict[str, Callable[[], object]] = {"eager": partial(eager, image), "compiled": partial(compiled, image)}
+    for variant, session in sessions.items():
+        variants[variant] = partial(session.run, None, {"images": image.numpy()})
+    rows = []
+    for variant, times in _times(variants, arguments.rounds, arguments.seconds).items():
+        megabytes = f"{files[variant].stat().st_size / 1e6:.2f}" if variant in files else ""
+        median = f"{statistics.median(times):.2f}"
+        rows.append({"variant": variant, "milliseconds": median, "rounds": str(len(times)), "file_MB": megabytes})
+        print(name, size, threads, variant, median, sep="\t", flush=True)
+    return rows
+
+
+def _export(network: nn.Module, name: str, size: int, folder: Path) -> dict[str, Path]:
+    """Write the files of a network once; a teacher's are limited to one size."""
+    fixed = (size, size) if name in models.names("teacher") else None
+    stem = name if fixed is None else f"{name}-{size}"
+    files = {"onnx": folder / f"{stem}.onnx", "onnx int8": folder / f"{stem}-int8.onnx"}
+    if not files["onnx int8"].exists():
+        metadata = Metadata(name, "none", ("background", "object"), ((0, 0, 0), (255, 0, 0)), None, fixed_size=fixed)
+        written = write_network(network, metadata, files["onnx"])
+        ranges = iter([_photo_of(size, size)[0] for _ in range(2)])
+        quantised = int8.quantise(int8.prepare(files["onnx"]), written, ranges)
+        save(quantised, replace(written, precision="int8"), files["onnx int8"])
+    return files
+
+
+def _times(variants: dict[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Time the variants in turn: at least 3 rounds, at most `rounds` or `seconds`, after one to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    start = time.perf_counter()
+    for number in range(rounds + 1):
+        if number > 3 and time.perf_counter() - start > seconds:
+            break
+        for name, run in variants.items():
+            begin = time.perf_counter()
+            run()
+            if number:
+                times[name].append(1000 * (time.perf_counter() - begin))
+    return times
+
+
+def _stored(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _write(rows: list[Row], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    path.with_suffix(".md").write_text(_markdown(rows), encoding="utf-8")
+
+
+def _markdown(rows: list[Row]) -> str:
+    """One table per processor and number of threads: median milliseconds per image, and the size of the files."""
+    lines = ["Median milliseconds per image; `python benchmarks/deployment.py`.", ""]
+    for key in dict.fromkeys((row["processor"], row["torch"], row["threads"]) for row in rows):
+        lines += [f"**{key[0]}, threads: {key[2]}** (torch {key[1]})", ""]
+        lines.append("| network | pixels | eager | compiled | ONNX fp32 | ONNX int8 | ONNX fp32 MB | ONNX int8 MB |")
+        lines.append(f"|---|{'---:|' * 7}")
+        mine = [row for row in rows if (row["processor"], row["torch"], row["threads"]) == key]
+        for name, size in sorted({(row["model"], int(row["size"])) for row in mine}):
+            case = {row["variant"]: row for row in mine if (row["model"], row["size"]) == (name, str(size))}
+            times = [case[variant]["milliseconds"] for variant in VARIANTS]
+            sizes = [case[variant]["file_MB"] for variant in ("onnx", "onnx int8")]
+            lines.append(f"| {' | '.join([name, f'{size} x {size}', *times, *sizes])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+# Runs in a process of its own: the peak is that of the process.
+PREDICT = """
+import sys
+from pathlib import Path
+import torch
+from sward.cli.predict import predict_images
+from sward.training.observation import peak_memory
+source, image, output, tile = sys.argv[1:5]
+print(peak_memory(torch.device("cpu")))
+tiles = {} if tile == "0" else {"tile": (int(tile), int(tile))}
+list(predict_images(Path(source), [Path(image)], Path(output), overwrite=True, **tiles))
+print(peak_memory(torch.device("cpu")))
+"""
+
+
+@torch.no_grad()
+def _photo(arguments: argparse.Namespace) -> None:
+    """Print the memory of `sward predict --tile` on one large image, and the difference from the whole image."""
+    from PIL import Image
+
+    height, width = arguments.photo
+    with tempfile.TemporaryDirectory() as folder:
+        photo, source = Path(folder) / "photo.png", arguments.run
+        pixels = _photo_of(height // 8, width // 8)[0].permute(1, 2, 0).numpy()
+        with Image.fromarray(pixels) if arguments.image is None else Image.open(arguments.image) as given:
+            given.convert("RGB").resize((width, height), Image.Resampling.BICUBIC).save(photo)
+        if source is None:
+            source = Path(folder) / "student.onnx"
+            torch.manual_seed(0)
+            metadata = Metadata("unext", "none", ("background", "object"), ((0, 0, 0), (255, 0, 0)), None)
+            write_network(models.build("unext", 2).eval(), metadata, source)
+        words = [sys.executable, "-c", PREDICT, str(source), str(photo), folder, str(arguments.tile)]
+        begin = time.perf_counter()
+        done = subprocess.run(words, check=True, capture_output=True, text=True, env={**os.environ})
+        before, after = (int(word) / 2**20 for word in done.stdout.split())
+        print(f"{source}, {height} x {width} in tiles of {arguments.tile}: {time.perf_counter() - begin:.0f} s")
+        print(f"largest resident size: {after:.0f} MiB, {after - before:.0f} of them above the libraries")
+        if arguments.seams:
+            _seams(load(source), photo, arguments.tile)
+
+
+def _seams(predictor: Any, photo: Path, tile: int) -> None:
+    pixels = predictor.read(photo)
+    whole = predictor.forward(pixels[None])[0]
+    for overlap in (0, tile // 8, tile // 4, tile // 2):
+        tiled = torch.cat([band for _, band in predictor.bands(pixels, (tile, tile), overlap)], dim=1)
+        difference = (tiled - whole).abs()
+        pixels_differ = (tiled.argmax(0) != whole.argmax(0)).double().mean().item()
+        print(
+            f"overlap {overlap}: largest difference of logits {difference.max():.3g} (of a range of "
+            f"{whole.max() - whole.min():.3g}), median {difference.median():.2g}, pixels of another class "
+            f"{100 * pixels_differ:.3f} %"
+        )
+    print(f"largest resident size with the whole image: {(peak_memory(torch.device('cpu')) or 0) / 2**20:.0f} MiB")
 
 
 def _photo_of(height: int, width: int) -> Tensor:
@@ -116,11 +228,19 @@ def _photo_of(height: int, width: int) -> Tensor:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(models.names("student")))
+    parser.add_argument("--models", nargs="+", default=[*models.names("student"), "hiera_demo"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[128, 256, 512])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing per case, after at least 3 rounds")
+    parser.add_argument("--minutes", type=float, default=10.5, help="start no case after this time")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--again", action="store_true", help="measure cases again that the results have")
     parser.add_argument("--photo", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--tile", type=int, default=512, help="side of the tiles of --photo")
+    parser.add_argument("--run", type=Path, help="run or exported file for --photo; by default UNeXt, untrained")
+    parser.add_argument("--image", type=Path, help="image for --photo, resized to it; by default noise")
+    parser.add_argument("--seams", action="store_true", help="compare tiles with the whole image; needs its memory")
     return parser.parse_args()
 
 

@@ -1,10 +1,11 @@
 """One way to time, weigh and check several implementations of one operation side by side.
 
 A benchmark script describes each workload as a `Case` and each implementation as a `Provider`; `measure` does the
-rest and `Session` prints and saves it. Three rules hold for every number that comes out of here:
+rest and `Session` prints and saves it. Four rules hold for every number that comes out of here:
 
 * Correctness first. Every provider is compared with the case's float64 oracle before anything is timed. While one
   provider of a case is wrong, no speed-up of that case is printed and the script exits with code 1.
+* The device's time. On a GPU, the time that Python takes to launch a call is not in its time.
 * One run. Providers are timed in turn, round by round, so that a slow spell of the machine hits all of them.
 * No invented numbers. Without a GPU the Triton kernels are not timed, and the banner says so.
 """
@@ -15,6 +16,7 @@ import csv
 import datetime
 import gc
 import platform
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +27,8 @@ from torch import Tensor
 
 # Larger than the last-level cache of every GPU in use, so that no provider finds its input cached by the one before.
 _CACHE_FLUSH_BYTES = 256 * 2**20
+# Seconds; a call whose host needs longer waits for the device, or is bound by the host in any case.
+_LONGEST_HOST_TIME = 0.05
 
 
 @dataclass(frozen=True)
@@ -115,18 +119,69 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def _time_once(run: Callable[[], object], device: torch.device, flush: Tensor | None) -> float:
-    if flush is None:
+def device_milliseconds(run: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """Return the median time of `run()` on the device, host time excluded; on a CPU, of the call.
+
+    The first call, which may compile, is not timed.
+    """
+    run()
+    timer = _Timer(device)
+    timer(run)
+    return statistics.median(timer(run) for _ in range(rounds))
+
+
+class _Timer:
+    """Measures one call in milliseconds. On a GPU this is the time of what the call launches, not of launching it.
+
+    A device that waits for the host would measure Python. So it is kept busy while the host prepares: first it flushes
+    its cache, then it waits for longer than the host took before, and only then comes the event that starts the clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flush: Tensor | None = None
+        self._cycles_per_second = 0.0
+        self._host_seconds: dict[Callable[[], object], float] = {}
+        if device.type == "cuda":
+            self._flush = torch.empty(_CACHE_FLUSH_BYTES, dtype=torch.int8, device=device)
+            self._cycles_per_second = self._measure_clock()
+
+    def _measure_clock(self) -> float:
+        """Return the cycles of `torch.cuda._sleep` in a second."""
+        cycles = 10_000_000
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(cycles)
+        begin.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return cycles / begin.elapsed_time(end) * 1e3
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        if self._flush is None:
+            start = time.perf_counter()
+            run()
+            return (time.perf_counter() - start) * 1e3
+        if run not in self._host_seconds:
+            self._host_seconds[run] = self._host_time(run)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._flush.zero_()
+        torch.cuda._sleep(int(self._cycles_per_second * (2 * self._host_seconds[run] + 1e-4)))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return begin.elapsed_time(end)
+
+    def _host_time(self, run: Callable[[], object]) -> float:
+        """Return the seconds until `run` has launched everything; a call that waits for the device takes them all."""
+        run()
+        torch.cuda.synchronize(self.device)
         start = time.perf_counter()
         run()
-        return (time.perf_counter() - start) * 1e3
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    flush.zero_()
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize(device)
-    return begin.elapsed_time(end)
+        seconds = time.perf_counter() - start
+        torch.cuda.synchronize(self.device)
+        return min(seconds, _LONGEST_HOST_TIME)
 
 
 def measure(
@@ -144,9 +199,7 @@ def measure(
     """
     errors = {provider.name: worst_error(provider.run(), case.oracle) for provider in providers}
     memory = {provider.name: peak_extra_bytes(provider.run, device) for provider in providers}
-    flush = None
-    if device.type == "cuda":
-        flush = torch.empty(_CACHE_FLUSH_BYTES, dtype=torch.int8, device=device)
+    timer = _Timer(device)
     times: dict[str, list[float]] = {provider.name: [] for provider in providers}
     gc.collect()
     gc.disable()
@@ -156,7 +209,7 @@ def measure(
             if index >= 3 and time.perf_counter() - started > max_seconds:
                 break
             for provider in providers:
-                times[provider.name].append(_time_once(provider.run, device, flush))
+                times[provider.name].append(timer(provider.run))
     finally:
         gc.enable()
     quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)

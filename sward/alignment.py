@@ -144,6 +144,15 @@ class Standardization(nn.Module):
         computed in float32. A channel that is constant up to rounding gives zeros. Before the first map in training
         mode the map is returned as it is.
 
+    Examples:
+        >>> import torch
+        >>> from sward.alignment import Standardization
+        >>> standardize = Standardization(channels=1)
+        >>> standardize(torch.tensor([[[[1.0, 3.0]]]])).flatten()
+        tensor([-1.,  1.])
+        >>> standardize.eval()(torch.tensor([[[[5.0]]]])).flatten()  # mean 2, standard deviation 1 so far
+        tensor([3.])
+
     Attributes:
         count: int64, positions seen so far.
         mean: `[channels]`, of all positions.

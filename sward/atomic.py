@@ -27,19 +27,31 @@ def replacing(
         OSError: if the disk is full or not writable; the old file stays in place.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
+    with naming(path):
+        try:
+            with partial.open("wb") as file:
+                yield file
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            if keep is not None and path.exists():
+                path.replace(keep)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        if durable:
+            _sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the name of a file into errors of the operating system that have none, such as that of a full disk."""
     try:
-        with partial.open("wb") as file:
-            yield file
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            path.replace(keep)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    if durable:
-        _sync_folder(path.parent)
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def write(path: Path, content: bytes | memoryview, *, keep: Path | None = None) -> None:

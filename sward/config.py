@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import types
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from sward.data.files import OnCorrupt
 from sward.data.folder import FolderOptions
@@ -22,6 +21,7 @@ from sward.losses.recipes import (
     TeacherProjections,
 )
 from sward.losses.task import TaskName
+from sward.tensor_layouts import Format, TapArguments
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """`fp32` computes everything in float32; the others use autocast and keep weights and optimiser in float32."""
@@ -30,29 +30,22 @@ MaskMethod = Literal["maskd", "freekd"]
 """The methods that learn masks on the teacher before they distil it."""
 MASK_METHODS = typing.get_args(MaskMethod)
 
-UNCOMPARED = {
-    "resume",
-    "log_every",
-    "checkpoint_every",
-    "tensorboard",
-    "device",
-    "output",
-    "on_corrupt",
-    "dataset.root",
-    "dataset.workers",
-    "dataset.packed",
-    "teacher.run",
-    "teacher.masks",
-    "teacher.cache",
-    "cache",
-}
-"""Fields that do not change what a run computes; on resuming they may differ from those of the stored run."""
-
-
 NEEDS_VIEWS = (
     "dataset.views must be set with {}, got None; every epoch would draw new crops and flips, --dataset.views N draws "
     "N fixed augmented views per image"
 )
+
+
+def _check_number(
+    name: str, value: float | None, least: float | None = None, *, above: float = 0, below: float = math.inf
+) -> None:
+    """Raise a ValueError unless `value` is None or in the range; nan and infinity are in none."""
+    if value is None or ((value > above if least is None else value >= least) and value < below):
+        return
+    condition = f"above {above}" if least is None else f"at least {least}"
+    if value >= below:
+        condition += " and finite" if below == math.inf else f" and below {below}"
+    raise ValueError(f"{name} must be {condition}, got {value}")
 
 
 @dataclass
@@ -66,8 +59,9 @@ class DatasetConfig:
     image_size: tuple[int, int] = (128, 128)
     """Height and width in pixels of the training images."""
     split_by: str | None = None
-    """For polyps `"sequence"`, `"ratio"` or the path of a list file; for a `folder` without splits, shares of train,
-    val and test such as `80/10/10` or the path of a list (short: `--split`). None uses the data set's own split."""
+    """For polyps `"sequence"`, `"ratio"`, `"parity"` (ColonDB) or the path of a list file; for a `folder` without
+    splits, shares of train, val and test such as `80/10/10` or the path of a list (short: `--split`). None uses the
+    data set's own split."""
     num_classes: int | None = None
     """Number of classes of a `folder` whose classes have no names; the other data sets define their own."""
     classes: tuple[str, ...] = ()
@@ -82,7 +76,10 @@ class DatasetConfig:
     masks: str | None = None
     """For a `folder`, the pattern of its masks, such as `masks/{split}/{name}_mask.png` (short: `--masks`)."""
     split_seed: int = 0
-    """For a `folder`, the seed of a split that is drawn."""
+    """The seed of a `folder`'s split that is drawn, and of the frames of `labelled_share`."""
+    labelled_share: float = 1.0
+    """Share of the training masks to use, drawn by hash of the frames' names (short: `--labelled-share`). A student
+    with a teacher takes the other frames as unlabelled images; other runs leave them out."""
     group_by: str | None = None
     """For a `folder` whose split is drawn, keep groups of frames together: a regular expression that finds the group
     in a frame's name, or a CSV file with the columns `frame_id` and `group` (short: `--group-by`)."""
@@ -92,6 +89,10 @@ class DatasetConfig:
     """Loader processes; 0 loads in the training process. Results do not depend on it."""
     packed: str = "auto"
     """Pack to read: `"auto"` (the one in the data set's folder, if any), `"none"` (decode the files) or a path."""
+    count: int | None = None
+    """For `scenes`, the number of training images; None generates 1024."""
+    series: int = 0
+    """For `scenes`, the series of the training images: a teacher can learn from another one than its student."""
     views: int | None = None
     """Fixed augmented views per image, one per epoch in turn; None draws new ones each epoch."""
 
@@ -130,6 +131,22 @@ class OptimizerConfig:
 
 
 @dataclass
+class TapConfig:
+    """How the layers of a network that are compared arrange their output; see `sward.features.FeatureTaps`."""
+
+    format: Format = "auto"
+    """`"nchw"`, `"nhwc"` or `"tokens"`; `"auto"` finds it from the shapes."""
+    prefix_tokens: int | Literal["auto"] = "auto"
+    """Class and register tokens in front of the tokens of the grid."""
+    select: int | str = -1
+    """Which item of a tuple (index) or dictionary (key) holds the map."""
+
+    def arguments(self) -> TapArguments:
+        """Return the fields as keyword arguments of `sward.features.FeatureTaps`."""
+        return {"format": self.format, "prefix_tokens": self.prefix_tokens, "select": self.select}
+
+
+@dataclass
 class TeacherConfig:
     """The frozen network that is distilled."""
 
@@ -142,7 +159,8 @@ class TeacherConfig:
     options: dict[str, int | str] = field(default_factory=dict)
     """Options of its builder, on the command line as `--teacher.options KEY=VALUE ...`."""
     weights: Path | None = None
-    """Checkpoint of the whole network `name`, instead of the run of `sward train-teacher`."""
+    """Checkpoint of the whole network `name`, in the formats of `model_weights`, instead of the run of `sward
+    train-teacher`. A `transformers:` folder brings its own."""
     image_size: tuple[int, int] | None = None
     """Height and width of the images that the teacher sees: the student's views (same crop, flips and colours), sampled
     at this size, with the same aspect ratio. None uses `dataset.image_size`."""
@@ -152,6 +170,8 @@ class TeacherConfig:
     """Folder that caches the teacher's features of each view of an image; needs `dataset.views`. None has no cache."""
     precision: Precision = "fp32"
     """Precision of the teacher's forward pass; independent of the student's."""
+    taps: TapConfig = field(default_factory=TapConfig)
+    """How its layers arrange their output."""
     normalization: TeacherNormalization = "none"
     """Standardise the feature maps that other methods than sward read; see `sward.teacher_normalization` for sward."""
 
@@ -189,6 +209,18 @@ class SWARDConfig:
     normalize: bool = RECOMMENDED.normalize
     """L2-normalise PDR's features first."""
 
+    def check(self) -> None:
+        """Raise a ValueError if a field has an invalid value."""
+        for name, weights in (("weights", self.weights), ("terms", self.terms), ("pdr_terms", self.pdr_terms)):
+            for weight in weights:
+                _check_number(f"sward.{name}", weight, 0)
+        if not self.window_size:
+            raise ValueError("sward.window_size must be one number or one per stage, got none")
+        for side in self.window_size:
+            _check_number("sward.window_size", side, 1)
+        _check_number("sward.embed_dim", self.embed_dim, 1)
+        _check_number("sward.margin", self.margin, 0)
+
 
 @dataclass
 class TrainingConfig:
@@ -202,8 +234,10 @@ class TrainingConfig:
     model_options: dict[str, int | str] = field(default_factory=dict)
     """Options of the network's builder, on the command line as `--model-options KEY=VALUE ...`."""
     model_weights: str | None = None
-    """Initial weights: a checkpoint file of the whole network, `"imagenet"` (smp, torchvision and timm encoders), or
-    `"none"` or None for random ones. A frozen trunk is refused random weights unless this is `"random"`."""
+    """Initial weights: a file of the whole network (`torch.save` or safetensors; the state dict at the top level or
+    under `model`, `state_dict` or `model_state_dict`; prefixes such as `module.` are stripped), `"imagenet"` (smp,
+    torchvision and timm encoders), or `"none"` or None for random ones. A frozen trunk is refused random weights unless
+    this is `"random"`."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     """Images and labels."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -260,21 +294,34 @@ class TrainingConfig:
                 "exactly one of iterations and epochs must be set, "
                 f"got iterations={self.iterations} and epochs={self.epochs}"
             )
-        lengths = {
-            "batch": self.batch,
-            "iterations": self.iterations,
-            "epochs": self.epochs,
-            "batch_norm_images": self.batch_norm_images,
-            "log_every": self.log_every,
-            "checkpoint_every": self.checkpoint_every,
-        }
-        for name, value in lengths.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.optimizer.lr <= 0:
-            raise ValueError(f"optimizer.lr must be positive, got {self.optimizer.lr}")
-        if self.optimizer.clip_norm is not None and self.optimizer.clip_norm <= 0:
-            raise ValueError(f"optimizer.clip_norm must be positive, got {self.optimizer.clip_norm}")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        dataset, optimizer = self.dataset, self.optimizer
+        height, width = dataset.image_size
+        _check_number("dataset.image_size", min(height, width), 1)
+        _check_number("dataset.num_classes", dataset.num_classes, 2)
+        _check_number("dataset.workers", dataset.workers, 0)
+        _check_number("dataset.views", dataset.views, 1)
+        _check_number("batch", self.batch, 1)
+        _check_number("iterations", self.iterations, 1)
+        _check_number("epochs", self.epochs, 1)
+        _check_number("seed", self.seed, 0)
+        _check_number("evaluate_every", self.evaluate_every, 1)
+        _check_number("batch_norm_images", self.batch_norm_images, 1)
+        _check_number("log_every", self.log_every, 1)
+        _check_number("checkpoint_every", self.checkpoint_every, 1)
+        _check_number("label_smoothing", self.label_smoothing, 0, below=1)
+        _check_number("optimizer.lr", optimizer.lr)
+        _check_number("optimizer.weight_decay", optimizer.weight_decay, 0)
+        if optimizer.lr * optimizer.weight_decay > 1:
+            raise ValueError(
+                f"optimizer.weight_decay must be at most 1 / optimizer.lr, {1 / optimizer.lr:g}, got "
+                f"{optimizer.weight_decay:g}; a step would turn the sign of every weight"
+            )
+        _check_number("optimizer.power", optimizer.power, 0)
+        _check_number("optimizer.warmup", optimizer.warmup, 0)
+        _check_number("optimizer.clip_norm", optimizer.clip_norm)
 
     @property
     def unlabelled_per_step(self) -> int:
@@ -305,16 +352,23 @@ class DistillationConfig(TrainingConfig):
     On the command line, options for single fields of `sward` override it."""
     sward: SWARDConfig = field(default_factory=SWARDConfig)
     """Settings of `"sward"`."""
-    unlabelled: tuple[Path, ...] = ()
-    """Folders of images without masks. The teacher is distilled on them too; the task loss, PDR and all terms that need
-    labels see the labelled images only."""
+    student_taps: TapConfig = field(default_factory=TapConfig)
+    """How the student's layers arrange their output."""
+    unlabelled: tuple[str, ...] = ()
+    """Folders of images without masks, text files with the path of one image per line, or tar files to stream, as
+    `shards/{000..999}.tar` or `pipe:COMMAND`. The teacher is distilled on them too; the task loss, PDR and all terms
+    that need labels see the labelled images only."""
     unlabelled_batch: int | None = None
     """Unlabelled images per step, over all processes, beside `batch` labelled ones; None takes as many as `batch`."""
+    pseudo_labels: float | None = None
+    """Probability from which the teacher's class is the label of an unlabelled pixel, for the task loss and all terms
+    that need labels; None leaves unlabelled images without labels."""
 
     @property
     def unlabelled_per_step(self) -> int:
         """Number of unlabelled images per step."""
-        return (self.unlabelled_batch or self.batch) if self.unlabelled else 0
+        has_some = self.unlabelled or (self.dataset.labelled_share < 1 and self.distillation != "none")
+        return (self.unlabelled_batch or self.batch) if has_some else 0
 
     @property
     def teacher_image_size(self) -> tuple[int, int]:
@@ -335,13 +389,22 @@ class DistillationConfig(TrainingConfig):
     def check(self) -> None:
         """Validate the fields; a teacher cache also needs fixed views, since it can only reuse repeated images."""
         super().check()
+        if self.distillation != "none":
+            self.sward.check()
+            if self.teacher.image_size is not None:
+                _check_number("teacher.image_size", min(self.teacher.image_size), 1)
         if self.unlabelled and self.distillation == "none":
             raise ValueError(
                 "unlabelled must be empty where distillation is 'none', since nothing would learn from them"
             )
-        if self.unlabelled_batch is not None and (self.unlabelled_batch < 1 or not self.unlabelled):
+        if self.unlabelled_batch is not None and (self.unlabelled_batch < 1 or not self.unlabelled_per_step):
             raise ValueError(
                 f"unlabelled_batch must be at least 1 with unlabelled and None without, got {self.unlabelled_batch}"
+            )
+        if self.pseudo_labels is not None and not (0 < self.pseudo_labels <= 1 and self.unlabelled_per_step):
+            raise ValueError(
+                "pseudo_labels must be above 0 and at most 1 with unlabelled images and None without, got "
+                f"{self.pseudo_labels:g}"
             )
         (height, width), (tall, wide) = self.dataset.image_size, self.teacher_image_size
         if tall * width != wide * height:
@@ -373,7 +436,8 @@ class TeacherTrainingConfig(TrainingConfig):
     """A teacher's run."""
 
     trunk_checkpoint: Path | None = None
-    """Pretrained weights of the trunk: a SAM 2.1, MedSAM2, timm or DINOv2 checkpoint."""
+    """Pretrained weights of the trunk: a SAM 2.1, MedSAM2, timm or DINOv2 checkpoint (`torch.save` or safetensors;
+    prefixes such as `image_encoder.trunk.` are stripped)."""
     train_trunk: bool = False
     """Train the trunk too. By default it stays frozen and only the head is trained, as in the paper."""
     cache: Path | None = None
@@ -419,72 +483,3 @@ class MaskTrainingConfig:
 def masks_path(preset: str, method: str) -> Path:
     """Return the default path of a method's masks, used both to write and to load them."""
     return Path("runs") / preset / f"{method}.pt"
-
-
-Config = TypeVar("Config")
-
-
-def to_json(config: Any) -> str:
-    """Serialise a dataclass to JSON text, with paths as strings."""
-    return json.dumps(dataclasses.asdict(config), indent=2, default=str)
-
-
-def from_json(kind: type[Config], text: str) -> Config:
-    """Deserialise a dataclass of type `kind` from the output of `to_json`.
-
-    Raises:
-        ValueError: if the text is not a JSON object, or names a field that `kind` does not have.
-    """
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the configuration is not valid JSON: {error}") from error
-    if kind is TeacherTrainingConfig and "options" in values:
-        values["model_options"] = values.pop("options")  # The name in configurations of early versions.
-    return _build(kind, values)
-
-
-def _build(kind: Any, value: Any) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return (
-            None if value is None else _build(next(choice for choice in arguments if choice is not type(None)), value)
-        )
-    if origin is tuple:
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        return tuple(_build(each, item) for each, item in zip(kinds, value))
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        unknown = set(value) - set(hints)
-        if unknown:
-            raise ValueError(
-                f"{kind.__name__} has no field {sorted(unknown)[0]!r}; it was written by another version of sward"
-            )
-        return kind(**{name: _build(hints[name], item) for name, item in value.items()})
-    if kind is float and isinstance(value, str):
-        return float(value)  # YAML reads 1e-3 as a string.
-    return Path(value) if kind is Path else value
-
-
-def differences(stored: Any, wanted: Any) -> list[str]:
-    """Describe the differences between two configurations that change results, one phrase per field."""
-    return _differences(json.loads(to_json(stored)), json.loads(to_json(wanted)))
-
-
-def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for name in sorted({*stored, *wanted}):
-        old, new = stored.get(name), wanted.get(name)
-        if prefix + name in UNCOMPARED:
-            continue
-        if name in ("student_layers", "teacher_layers") and not (old and new):
-            # Empty means chosen when the run starts; a run that starts compares the chosen ones.
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{name}.")
-        elif name == "trunk_checkpoint" and old and new:
-            if Path(old).name != Path(new).name:
-                found.append(f"{prefix}{name} is {old}, not {new}")
-        elif old != new:
-            found.append(f"{prefix}{name} is {old}, not {new}")
-    return found

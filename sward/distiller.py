@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,12 @@ from torch.distributed import ProcessGroup
 
 from sward import layers, methods
 from sward.alignment import resize
-from sward.config import SWARDConfig
+from sward.config import SWARDConfig, TapConfig
 from sward.features import FeatureTaps, unknown_layer
 from sward.layers import LayerChoice
-from sward.layouts import logits_of
 from sward.losses import LOGITS, DistillationInputs, SegmentationCrossEntropy
 from sward.losses.recipes import RECIPES, RecipeName
+from sward.tensor_layouts import logits_of
 from sward.training.teacher import FrozenTeacher
 
 PROBE_SIZES = ((256, 256), (224, 224), (512, 512), (128, 128))
@@ -44,9 +44,21 @@ class DistillerOutput(NamedTuple):
 class Distiller(nn.Module):
     """Train `student` on the labels and on what `teacher` computes.
 
-        distiller = Distiller(student, teacher, num_classes=19).to(device)
-        optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)
-        distiller(images, labels).backward()
+    Examples:
+        >>> import torch
+        >>> from sward import Distiller, models
+        >>> student, teacher = models.build("unext", 3), models.build("hiera_demo", 3)
+        >>> distiller = Distiller(student, teacher, num_classes=3, image_size=(64, 64), window_size=(4, 4, 2, 2))
+        >>> distiller.student_layers
+        ('encoder.1', 'encoder.2', 'encoder.3', 'encoder.4')
+        >>> optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-3)
+        >>> out = distiller(torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64)))
+        >>> out.backward()
+        >>> optimizer.step()
+        >>> out.loss.shape, out.logits.shape
+        (torch.Size([]), torch.Size([2, 3, 64, 64]))
+        >>> {"task", "attention", "value", "context"} <= set(out.terms)
+        True
 
     `parameters()` and `state_dict()` hold the student and what the method learns. The teacher is no submodule: it stays
     in eval mode, gets no gradients, and is left out of checkpoints and of `DistributedDataParallel`; `to` moves it too.
@@ -61,6 +73,9 @@ class Distiller(nn.Module):
         student_layers: layers for MWAD, shallow to deep; of the other methods the last one replaces the default layer.
             None chooses, see `sward.layers.choose`.
         teacher_layers: the same for the teacher, one per student layer.
+        student_taps: how the student's layers arrange their output, such as `TapConfig(select=0)`, where that cannot be
+            found from the shapes.
+        teacher_taps: the same for the teacher.
         recipe: recipe of `"sward"`, see `sward.losses.recipes`.
         task: `(logits, labels) -> scalar`. Default: `SegmentationCrossEntropy(ignore_index)`.
         masks: file that `sward train-masks` or `sward.losses.save_masks` wrote, for `maskd` and `freekd`.
@@ -83,6 +98,8 @@ class Distiller(nn.Module):
         method: str = "sward",
         student_layers: Sequence[str] | None = None,
         teacher_layers: Sequence[str] | None = None,
+        student_taps: TapConfig | None = None,
+        teacher_taps: TapConfig | None = None,
         recipe: RecipeName = "recommended",
         task: Callable[[Tensor, Tensor], Tensor] | None = None,
         masks: str | Path | None = None,
@@ -118,6 +135,8 @@ class Distiller(nn.Module):
             num_classes=num_classes,
             ignore_index=ignore_index,
             settings=_settings(recipe, settings),
+            student_taps=student_taps or TapConfig(),
+            teacher_taps=teacher_taps or TapConfig(),
             masks=lambda: _masks(masks, method),
             process_group=process_group,
         )
@@ -129,9 +148,10 @@ class Distiller(nn.Module):
         """Layers of the student that MWAD compares."""
         self.teacher_layers = teacher_choice.stages
         """Layers of the teacher that MWAD compares."""
-        self._needs_labels = method == "cirkd" or (method == "sward" and pair.settings.weights[1] != 0)
-        self._teacher = FrozenTeacher(teacher, self.distillation.teacher_taps, precision=None)
-        self._taps = FeatureTaps(student, [tap for tap in self.distillation.student_taps if tap != LOGITS]).open()
+        self._ignore_index = ignore_index
+        self._teacher = FrozenTeacher(teacher, self.distillation.teacher_taps, precision=None, taps=teacher_taps)
+        layers_of_student = [tap for tap in self.distillation.student_taps if tap != LOGITS]
+        self._taps = FeatureTaps(student, layers_of_student, **pair.student_taps.arguments()).open()
         # Parameters of both networks may lie on a GPU already.
         self.distillation.to(next(student.parameters()).device)
 
@@ -147,25 +167,36 @@ class Distiller(nn.Module):
 
         Args:
             images: `[B, 3, H, W]`.
-            labels: `[B, H, W]` integers; None distils only.
+            labels: `[B, H, W]` integers. None distils only: no task loss, and no PDR in `"sward"`.
             teacher_images: the same views at the size that the teacher needs; None takes `images`.
 
         Raises:
-            ValueError: if the method needs labels and there are none, or as the losses do.
+            ValueError: if the method is `"cirkd"` and there are no labels, or as the losses do.
         """
-        if labels is None and self._needs_labels:
-            raise ValueError(f"labels must be given for method {self.method!r} with these weights, got None")
+        if labels is None and self.method == "cirkd":
+            raise ValueError("labels must be given for method 'cirkd', got None")
         seen = self._teacher(images if teacher_images is None else teacher_images)
         logits = logits_of(self.student(images), "student")
         if labels is not None and logits.shape[-2:] != labels.shape[-2:]:
             logits = resize(logits, (labels.shape[-2], labels.shape[-1]))
-        # Without labels every pixel counts: no method that is allowed here looks at the class.
-        classes = logits.new_zeros((len(logits), *logits.shape[-2:]), dtype=torch.long) if labels is None else labels
+        classes = self._no_labels(logits) if labels is None else labels
         output = self.distillation(DistillationInputs({**self._taps.collect(), LOGITS: logits}, seen, classes))
         if labels is None:
             return DistillerOutput(output.loss, logits, output.terms)
         task = self.task(logits, labels)
         return DistillerOutput(task + output.loss, logits, {"task": task.detach().float(), **output.terms})
+
+    def _no_labels(self, logits: Tensor) -> Tensor:
+        """Return labels with which PDR leaves out every pixel, and the other methods none."""
+        label = self._ignore_index if self.method == "sward" else 0
+        return torch.full((len(logits), *logits.shape[-2:]), label, device=logits.device)
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self, images: Tensor, labels: Tensor | None = None, *, teacher_images: Tensor | None = None
+        ) -> DistillerOutput:
+            """See `forward`; declared so that editors know the type of the output."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Distiller:
         super()._apply(fn, recurse)

@@ -26,6 +26,9 @@ def joined(device: torch.device) -> Iterator[None]:
     """Join the process group of `torchrun` (NCCL between GPUs, gloo between CPUs) and destroy it at the end.
 
     Does nothing for a single process, or if a group exists already.
+
+    Raises:
+        ConnectionError: in place of torch's errors if another process has died.
     """
     if launched_processes() == 1 or world_size() > 1:
         yield
@@ -44,7 +47,16 @@ def joined(device: torch.device) -> Iterator[None]:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     # Not in a `finally`: after an error the other processes may be waiting in a collective, and destroying the group
     # would wait for them.
-    yield
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        if not (isinstance(error, dist.DistError) or "gloo" in reason or "NCCL" in reason):
+            raise
+        raise ConnectionError(
+            "another process of the run must have ended, since this one lost its connection; see the messages of the "
+            f"others, and resume the run with --resume ({reason[:200]})"
+        ) from error
     dist.destroy_process_group()
 
 

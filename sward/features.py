@@ -13,15 +13,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sward.layouts import Format, Layout, check_choice, describe, layouts, resolve, select, without_doubt
+from sward.tensor_layouts import Format, Layout, check_choice, describe, layouts, resolve, select, without_doubt
 
 
 class FeatureTaps:
     """Forward hooks on named layers; leaving the context removes them.
 
-        with FeatureTaps(student, ["encoder.3", "encoder.4"]) as taps:
-            logits = student(images)
-            features = taps.collect()          # {"encoder.3": [B, C, H, W], ...}
+    Examples:
+        >>> import torch
+        >>> from sward import models
+        >>> from sward.features import FeatureTaps
+        >>> student = models.build("unext", 2).eval()
+        >>> with FeatureTaps(student, ["encoder.3", "encoder.4"]) as taps:
+        ...     logits = student(torch.randn(1, 3, 64, 64))
+        ...     maps = taps.collect()
+        >>> {layer: tuple(found.shape) for layer, found in maps.items()}
+        {'encoder.3': (1, 160, 4, 4), 'encoder.4': (1, 256, 2, 2)}
 
     The hooks stay between forward passes, so a training loop opens the taps once and collects once per step. Each
     forward pass of the network drops the maps of the one before: `collect` returns those of the latest pass, or raises.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sward.features import evaluating, own_prefix_tokens
-from sward.layouts import Layout, layouts, logits_of, resolve, without_doubt
+from sward.tensor_layouts import Layout, layouts, logits_of, resolve, without_doubt
 
 ENCODER_NAMES = ("levels", "trunk", "encoder", "backbone", "features")
 """Names under which networks keep the part that is distilled; the first that exists counts."""

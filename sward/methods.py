@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from sward.config import MaskMethod, SWARDConfig
+from sward.config import MaskMethod, SWARDConfig, TapConfig
 from sward.features import map_channels
 from sward.layers import LayerChoice
 from sward.losses import (
@@ -61,6 +61,10 @@ class DistillationPair:
     """Settings of `"sward"`."""
     masks: Callable[[], Path]
     """Returns the file of the masks for `"maskd"` and `"freekd"`, or raises."""
+    student_taps: TapConfig = field(default_factory=TapConfig)
+    """How the student's layers arrange their output."""
+    teacher_taps: TapConfig = field(default_factory=TapConfig)
+    """How the teacher's layers arrange their output."""
     unlabelled: bool = False
     """Whether images without labels are distilled too; then methods that can use every pixel do."""
     standardize_teacher: bool = False
@@ -71,6 +75,14 @@ class DistillationPair:
     """Source of the window shifts; None draws from torch's global generator."""
     process_group: ProcessGroup | None = None
     """Processes over which losses take their means and statistics."""
+
+    def student_channels(self, taps: Sequence[str]) -> list[int]:
+        """Return the channels of the student's maps at `taps`."""
+        return map_channels(self.student, taps, self.student_image_size, **self.student_taps.arguments())
+
+    def teacher_channels(self, taps: Sequence[str]) -> list[int]:
+        """Return the channels of the teacher's maps at `taps`."""
+        return map_channels(self.teacher, taps, self.teacher_image_size, **self.teacher_taps.arguments())
 
 
 def build(name: str, pair: DistillationPair) -> DistillationLoss:
@@ -87,8 +99,7 @@ def build(name: str, pair: DistillationPair) -> DistillationLoss:
     if not taps or name == "freekd":
         reason = "its prompts are learned on the maps as they are" if taps else "it reads the teacher's logits only"
         raise ValueError(f"teacher.normalization must be 'none' for the method {name!r}, got 'standardize'; {reason}")
-    channels = map_channels(pair.teacher, taps, pair.teacher_image_size)
-    return StandardizedTeacher(loss, channels, process_group=pair.process_group)
+    return StandardizedTeacher(loss, pair.teacher_channels(taps), process_group=pair.process_group)
 
 
 def check_name(name: str) -> None:
@@ -103,8 +114,8 @@ def check_name(name: str) -> None:
 def _sward(pair: DistillationPair) -> SWARDDistillation:
     settings, student_layers, teacher_layers = pair.settings, pair.student_layers.stages, pair.teacher_layers.stages
     mwad = MWADLoss(
-        map_channels(pair.student, student_layers, pair.student_image_size),
-        map_channels(pair.teacher, teacher_layers, pair.teacher_image_size),
+        pair.student_channels(student_layers),
+        pair.teacher_channels(teacher_layers),
         window_size=settings.window_size[0] if len(settings.window_size) == 1 else settings.window_size,
         embed_dim=settings.embed_dim,
         shift=settings.shift,
@@ -206,8 +217,8 @@ def _penultimate(pair: DistillationPair) -> tuple[str, str]:
 
 
 def _channels(pair: DistillationPair, student_layer: str, teacher_layer: str) -> tuple[int, int]:
-    (student,) = map_channels(pair.student, [student_layer], pair.student_image_size)
-    (teacher,) = map_channels(pair.teacher, [teacher_layer], pair.teacher_image_size)
+    (student,) = pair.student_channels([student_layer])
+    (teacher,) = pair.teacher_channels([teacher_layer])
     return student, teacher
 
 

@@ -27,6 +27,17 @@ class ConfusionMatrix:
         num_classes: number of classes K, at least 2.
         ignore_index: label value whose pixels are not counted.
         device: device of the counts; predictions and labels must be on it too.
+
+    Examples:
+        >>> import torch
+        >>> from sward.metrics import ConfusionMatrix
+        >>> matrix = ConfusionMatrix(num_classes=2)
+        >>> matrix.update(predictions=torch.tensor([[0, 1, 1, 1]]), labels=torch.tensor([[0, 0, 1, 255]]))
+        >>> matrix.counts
+        tensor([[1, 1],
+                [0, 1]])
+        >>> float(matrix.mean_iou())
+        0.5
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str | None = None) -> None:

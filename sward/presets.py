@@ -18,6 +18,9 @@ from sward.config import (
     TeacherTrainingConfig,
 )
 
+CLINICDB_FRAMES = 428
+"""Training frames of ClinicDB split by sequence."""
+
 
 @dataclass
 class Preset:
@@ -113,6 +116,8 @@ def _polyps(dataset_name: str, student: str, student_title: str) -> Callable[[],
 
 def _demo() -> Preset:
     dataset = DatasetConfig(name="scenes", image_size=(64, 64))
+    # As many scenes as the teacher takes in: it sees each once, and none of its student's.
+    endless = dataclasses.replace(dataset, count=2**20, series=1)
     optimizer = OptimizerConfig(lr=2e-3, schedule="cosine", warmup=20)
     return Preset(
         "generated scenes, hiera_demo to UNeXt, minutes on two cores",
@@ -121,19 +126,25 @@ def _demo() -> Preset:
             dataset=dataset,
             optimizer=optimizer,
             batch=8,
-            iterations=400,
+            iterations=300,
             evaluate_every=2,
             teacher=TeacherConfig(name="hiera_demo"),
-            # At 64 pixels the deepest map is 2x2, too few pixels for prototypes, so PDR uses the map at stride 8.
-            sward=SWARDConfig(embed_dim=32, pdr_layer="encoder.2"),
+            # Windows fit the maps, which have 16, 8, 4 and 32 pixels per side at this size; the deepest stage, 2x2, is
+            # too small to compare, and the decoder's last skip takes its place. PDR needs a map of many pixels too.
+            sward=SWARDConfig(
+                student_layers=("encoder.1", "encoder.2", "encoder.3", "up.3"),
+                teacher_layers=("levels.0", "levels.1", "levels.2", "head.fuse"),
+                window_size=(8, 8, 4, 8),
+                embed_dim=32,
+                pdr_layer="encoder.2",
+            ),
         ),
         TeacherTrainingConfig(
             model="hiera_demo",
-            dataset=dataset,
+            dataset=endless,
             optimizer=optimizer,
             batch=8,
             iterations=500,
-            evaluate_every=2,
             train_trunk=True,
         ),
     )
@@ -205,6 +216,25 @@ def _small_unext(
     )
 
 
+def _few_masks(share: float) -> Callable[[], Preset]:
+    """`clinicdb-small` with a share of the masks: as many steps, and as many between validations."""
+    percent = f"{share:.0%}".replace("%", " %")
+
+    def make() -> Preset:
+        preset = _PRESETS["clinicdb-small"]()
+        preset.description = f"clinicdb-small with {percent} of its training masks, the other frames unlabelled"
+        for config in (preset.student, preset.teacher):
+            assert config.epochs is not None
+            assert config.evaluate_every is not None
+            full, short = (frames // config.batch for frames in (CLINICDB_FRAMES, round(share * CLINICDB_FRAMES)))
+            config.iterations, config.epochs = config.epochs * full, None
+            config.evaluate_every = config.evaluate_every * full // short
+            config.dataset = dataclasses.replace(config.dataset, labelled_share=share)
+        return preset
+
+    return make
+
+
 _PRESETS: dict[str, Callable[[], Preset]] = {
     "cityscapes-mbv3": _cityscapes,
     "clinicdb-resunetpp": _polyps("cvc_clinicdb", "resunetpp", "ResUNet++"),
@@ -218,6 +248,8 @@ _PRESETS: dict[str, Callable[[], Preset]] = {
     "clinicdb-small": _small_unext(
         "CVC-ClinicDB at 128x128, split by sequence, ViT-S/14 to UNeXt, two cores", "cvc_clinicdb", "dice", "sequence"
     ),
+    "clinicdb-small-25": _few_masks(0.25),
+    "clinicdb-small-10": _few_masks(0.1),
     "colondb-small": _small_unext(
         "CVC-ColonDB at 128x128, random split, ViT-S/14 to UNeXt, two cores", "cvc_colondb", "dice", "ratio"
     ),

@@ -6,7 +6,9 @@ which is what autograd, `torch.compile` and autocast see.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +31,12 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     torch.library.register_fake(f"sward_kernels::{name}", fake, lib=_library)
     operator: torch._ops.OpOverload = getattr(torch.ops.sward_kernels, name).default
     return operator
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switch autocast off for `device`; free where it is off already."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()
 
 
 def constant_in_graphs(function: Function) -> Function:

@@ -2,7 +2,8 @@
 
 Each configuration is compiled ahead of time in a subprocess (Triton decides once per process whether it interprets),
 and its registers, spills, stack and shared memory are read from the compiler's output. Times are bounds from the data
-sheet's bandwidth, not measurements. Rows are stored in Triton's cache, so an interrupted report resumes.
+sheet's bandwidth, not measurements; cycles are counted or simulated (`simulation.py`). Rows are stored in Triton's
+cache, so an interrupted report resumes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sward_kernels.resources import Configuration, Row, resources_of
+from sward_kernels.simulation import LATENCIES, PIPES
 from sward_kernels.targets import TARGETS, Target
 
 OPERATIONS = {
@@ -36,11 +38,16 @@ COLUMNS = (
     "op", "pass", "target", "dtype", "precision", "layout", "window_size", "tokens", "dim", "tile", "num_warps",
     "registers", "spill_bytes", "stack_bytes", "shared_bytes", "shared_limit", "occupancy", "tensor_core_instructions",
     "vector_loads", "loads", "compile_seconds", "ideal_bytes", "flops", "unit", "bound_nanoseconds",
+    "device_memory_cycles", "multiplications", *(f"{pipe}_cycles" for pipe in PIPES), "bound_pipe", "bound_cycles",
+    "simulated_cycles",
 )  # fmt: skip
 """Keys of one row. `occupancy` is resident warps divided by the most possible; `spill_bytes` and `stack_bytes` are per
 thread; `vector_loads` are the 128-bit ones among `loads`; `compile_seconds` is processor time; `ideal_bytes` and
 `flops` are per `unit`; `bound_nanoseconds` is `ideal_bytes` divided by the data sheet's bandwidth of the whole device,
-a bound and not a measurement."""
+a bound and not a measurement. `multiplications` are those on tensor cores. The others after it are cycles of one
+multiprocessor per `unit`: what device memory takes at the data sheet's bandwidth, what each pipe takes at its full rate
+(`simulation.PIPES`; the largest is `bound_cycles`), and `simulated_cycles` with assumed latencies. They rank tiles, are
+None where a kernel is not simulated, and are not times."""
 
 
 def configurations(operation: str, target: str) -> list[Configuration]:
@@ -132,28 +139,14 @@ def _row(configuration: Configuration, target: Target) -> Row:
         "target": target.name,
         "num_warps": configuration.num_warps,
         "shared_limit": target.shared_limit,
-        "occupancy": round(
-            occupancy(target, configuration.num_warps, resources["registers"], resources["shared_bytes"]), 3
-        ),
         "ideal_bytes": configuration.ideal_bytes,
         "flops": configuration.flops,
         "unit": configuration.unit,
         "bound_nanoseconds": round(configuration.ideal_bytes / target.bandwidth * 1e9, 3),
+        "device_memory_cycles": round(
+            configuration.ideal_bytes / target.bandwidth * target.clock * target.multiprocessors
+        ),
     }
-
-
-def occupancy(target: Target, num_warps: int, registers: int, shared_bytes: int) -> float:
-    """Return the resident warps of a multiprocessor, limited by registers and shared memory, over its maximum."""
-    granularity = target.register_granularity
-    registers = (max(registers, 1) + granularity - 1) // granularity * granularity
-    reserved = 1024 if target.backend == "cuda" else 0  # the driver's share of shared memory per program
-    programs = min(
-        target.max_programs,
-        target.max_warps // num_warps,
-        target.registers // (registers * target.warp_size * num_warps),
-        target.shared_per_multiprocessor // max(shared_bytes + reserved, 1),
-    )
-    return programs * num_warps / target.max_warps
 
 
 # ---------------------------------------------------------------------------------------------------- the command line
@@ -169,7 +162,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
         dict(zip(keys, group))
         | {
             "rows": len(own),
-            "rows_with_a_spill": sum(row["spill_bytes"] > 0 or row["stack_bytes"] > 0 for row in own),
+            "most_stack_bytes": max(row["stack_bytes"] for row in own),
             "most_shared_bytes": max(row["shared_bytes"] for row in own),
             "shared_limit": own[0]["shared_limit"],
             "least_tensor_core_instructions": min(row["tensor_core_instructions"] for row in own),
@@ -191,10 +184,12 @@ def _table(rows: Sequence[Row], separator: str, rule: bool) -> str:
 
 
 NOTE = (
-    "bound_nanoseconds is ideal_bytes over the data sheet's bandwidth (" + ", ".join(
-        f"{target.name}: {target.device} {target.bandwidth / 1e12:g} TB/s" for target in TARGETS.values()
-    ) + "): a bound, not a measurement. Nothing here ran on a GPU."
-)  # fmt: skip
+    "bound_nanoseconds is ideal_bytes over the data sheet's bandwidth ("
+    + ", ".join(f"{target.name}: {target.device} {target.bandwidth / 1e12:g} TB/s" for target in TARGETS.values())
+    + "): a bound, not a measurement. simulated_cycles assume latencies that no GPU has confirmed ("
+    + ", ".join(f"{what}: {cycles}" for what, cycles in LATENCIES.items())
+    + "): they rank tiles, and are not times. Nothing here ran on a GPU."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -38,18 +38,32 @@ class Target:
     """Resident programs per multiprocessor."""
     bandwidth: float
     """Device-memory bandwidth in bytes per second, from the data sheet."""
+    l2_bytes: int
+    """Bytes of L2 cache that all multiprocessors share; 0 where each die has its own."""
+    multiprocessors: int
+    """Multiprocessors (AMD: compute units) of the device."""
+    clock: float
+    """Cycles per second of a multiprocessor, from the data sheet."""
 
 
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", "A100 SXM 80GB", "cuda", 80, 32, "ampere", 166912, 167936, 65536, 8, 64, 32, 2.039e12),
-        Target("sm_89", "L40S", "cuda", 89, 32, "ada", 101376, 102400, 65536, 8, 48, 24, 0.864e12),
-        Target("sm_90", "H100 SXM", "cuda", 90, 32, "hopper", 232448, 233472, 65536, 8, 64, 32, 3.35e12),
+        Target("sm_80", "A100 SXM 80GB", "cuda", 80, 32, "ampere", 166912, 167936, 65536, 8, 64, 32, 2.039e12,
+               40 * 2**20, 108, 1.41e9),
+        Target("sm_89", "L40S", "cuda", 89, 32, "ada", 101376, 102400, 65536, 8, 48, 24, 0.864e12,
+               96 * 2**20, 142, 2.52e9),
+        Target("sm_90", "H100 SXM", "cuda", 90, 32, "hopper", 232448, 233472, 65536, 8, 64, 32, 3.35e12,
+               50 * 2**20, 132, 1.755e9),
+        Target("sm_100", "B200", "cuda", 100, 32, "hopper", 232448, 233472, 65536, 8, 64, 32, 8e12,
+               126 * 2**20, 148, 1.965e9),
+        Target("sm_120", "RTX 5090", "cuda", 120, 32, "ada", 101376, 102400, 65536, 8, 48, 24, 1.792e12,
+               96 * 2**20, 170, 2.407e9),
         # A compute unit has four SIMDs of 512 64-lane registers; vector and accumulation registers share one file.
-        Target("gfx942", "MI300X", "hip", "gfx942", 64, "cdna", 65536, 65536, 131072, 8, 32, 32, 5.3e12),
+        Target("gfx942", "MI300X", "hip", "gfx942", 64, "cdna", 65536, 65536, 131072, 8, 32, 32, 5.3e12,
+               0, 304, 2.1e9),
     )
-}
+}  # fmt: skip
 
 
 @functools.cache
@@ -60,6 +74,6 @@ def family_of(device: torch.device) -> str:
     if torch.version.hip:
         return "cdna"
     capability = torch.cuda.get_device_capability(device)
-    if capability >= (9, 0):
-        return "hopper"
-    return "ada" if capability == (8, 9) else "ampere"
+    if capability >= (12, 0) or capability == (8, 9):  # gaming Blackwell has Ada's shared memory and instructions
+        return "ada"
+    return "hopper" if capability >= (9, 0) else "ampere"

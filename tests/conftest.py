@@ -5,7 +5,9 @@ test imports it: interpreted on a machine without a GPU, compiled on one with a 
 """
 
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 
 import torch
 
@@ -25,6 +27,15 @@ from tests.support.poison import poison_empty_tensors  # noqa: F401  (a fixture,
 def seeded() -> None:
     """Every test starts from the same global seed; no test depends on the order of the others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_launches() -> Iterator[None]:
+    """No test launches with the tiles that another test chose."""
+    yield
+    launching = sys.modules.get("sward_kernels.gpu.launching")
+    if launching is not None:
+        launching.forget_calls()
 
 
 @pytest.fixture

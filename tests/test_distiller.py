@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import sward
 from sward import Distiller, methods
+from sward.config import TapConfig
 from sward.features import FeatureTaps
 from sward.losses import DistillationInputs, ReceptiveTokens, SegmentationCrossEntropy, save_masks
 from sward.losses.freekd import FrequencyPrompts
@@ -117,8 +118,65 @@ def test_without_labels_it_distils_only() -> None:
     output.backward()
     with pytest.raises(ValueError, match="labels must be given for method 'cirkd'"):
         distiller(method="cirkd")(images)
-    with pytest.raises(ValueError, match="labels must be given for method 'sward'"):
-        distiller(recipe="paper")(images)
+
+
+def test_without_labels_sward_leaves_out_pdr() -> None:
+    made, (images, labels) = distiller(recipe="paper").eval(), batch()
+    without, labelled = made(images), made(images, labels)
+    assert labelled.terms["pdr"] > 0
+    assert without.terms["pdr"] == 0
+    torch.testing.assert_close(without.loss, 2 * labelled.terms["mwad"])
+    without.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in made.student.encoder.parameters())
+
+
+class Tokens(nn.Module):
+    """A transformer's shape: maps come as tokens behind eleven others, and the second block in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList([nn.Conv2d(3, 8, 16, 16), *(_Block(8) for _ in range(2))])
+        self.head = nn.Conv2d(8, 3, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.encoder[0](images)
+        tokens = torch.cat([maps.new_zeros(len(maps), 11, 8), maps.flatten(2).transpose(1, 2)], 1)
+        for block in self.encoder[1:]:
+            tokens = block(tokens)["tokens"]
+        return self.head(tokens[:, 11:].transpose(1, 2).unflatten(2, maps.shape[-2:]))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+        return {"tokens": self.linear(tokens), "logits": 0 * tokens}
+
+
+def test_outputs_that_no_shape_explains_are_read_as_told() -> None:
+    student, teacher, (images, labels) = Net(4), Tokens(), batch()
+    options: dict[str, Any] = {"num_classes": 3, "image_size": (64, 64), "window_size": (4,), "embed_dim": 8}
+    layers: dict[str, Any] = {"student_layers": ["encoder.3"], "teacher_layers": ["encoder.2"]}
+    with pytest.raises(ValueError, match="prefix_tokens"):
+        Distiller(student, teacher, **layers, **options)
+    told = TapConfig("tokens", prefix_tokens=11, select="tokens")
+    made = Distiller(student, teacher, teacher_taps=told, **layers, **options).eval()
+    loss = made(images, labels).loss
+    with FeatureTaps(teacher, ["encoder.2"], **told.arguments()) as taps:
+        teacher(images)
+        maps = taps.collect()["encoder.2"]
+    with torch.no_grad():
+        expected = teacher.encoder[2](teacher.encoder[1](_tokens(teacher, images))["tokens"])["tokens"]
+    torch.testing.assert_close(maps.flatten(2).transpose(1, 2), expected[:, 11:])
+    made.teacher.encoder[2].linear.bias.data[0] += 1
+    assert made(images, labels).loss != loss
+
+
+def _tokens(teacher: Tokens, images: Tensor) -> Tensor:
+    patches = teacher.encoder[0](images).flatten(2).transpose(1, 2)
+    return torch.cat([patches.new_zeros(len(patches), 11, 8), patches], 1)
 
 
 def test_copies_and_pickles_distil_on_their_own() -> None:

@@ -1,10 +1,15 @@
-"""One process and two with the same global batch, and `torchrun` with a process that dies."""
+"""One process and several with the same global batch, and processes that die."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from torch import Tensor, nn
 
 from sward import data, distributed, methods, models, runs
 from sward.alignment import Standardization
+from sward.cli.main import main
 from sward.config import (
     DatasetConfig,
     DistillationConfig,
@@ -27,10 +33,12 @@ from sward.config import (
 from sward.data import EvaluationTransform, SegmentationDataset
 from sward.evaluation import evaluate
 from sward.runs import train_masks, train_student, train_teacher
-from sward.training import FrozenTeacher
+from sward.training import FrozenTeacher, loop
+from sward.training.interruption import TrainingInterrupted
 from tests.support.training_runs import (
     SERVER,
     SPLITS,
+    assert_equal_runs,
     checkpoint,
     records,
     small,
@@ -66,7 +74,7 @@ def case(folder: Path, name: str, output: Path) -> DistillationConfig:
     if "paper" in name:
         config.use_recipe("paper")
     if "unlabelled" in name:
-        config.unlabelled, config.unlabelled_batch = (folder / "images",), 2
+        config.unlabelled, config.unlabelled_batch = (folder / "images",), 4
     return config
 
 
@@ -123,8 +131,8 @@ def scores(group: Any = None) -> dict[str, Any]:
 
 
 def teacher_maps() -> Tensor:
-    """Three images, channels of unequal scale."""
-    maps = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    """Five images, channels of unequal scale."""
+    maps = torch.randn(5, 2, 4, 5, generator=torch.Generator().manual_seed(0))
     return maps * torch.tensor([1.0, 500.0])[:, None, None] + torch.tensor([1000.0, 0.0])[:, None, None]
 
 
@@ -140,24 +148,58 @@ def one_process(folder: Path) -> None:
         train_student(case(folder, name, folder / "one" / name))
 
 
-def one_of_two(rank: int, folder: Path) -> None:
+def train_on_shards(folder: Path, name: str) -> None:
+    """Four steps on unlabelled images from tar files; `"resumed"` is stopped after two of them."""
+    config = case(folder, "sward", folder / "shards" / name)
+    config.iterations, config.unlabelled_batch = 4, 4
+    config.unlabelled = (f"{folder}/{{0..3}}.tar",)
+    config.dataset = dataclasses.replace(DATASET, workers=1)
+    if name == "resumed":
+        remember = loop.LossWatch.remember
+
+        def stop(self: loop.LossWatch, step: int, *rest: Any) -> None:
+            remember(self, step, *rest)
+            if step == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+        loop.LossWatch.remember = stop
+        with pytest.raises(TrainingInterrupted):
+            train_student(config)
+        loop.LossWatch.remember = remember
+        config.resume = True
+    train_student(config)
+
+
+def one_of_several(rank: int, processes: int, folder: Path) -> None:
     prepare()
     os.environ["RANK"] = str(rank)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
     for name in CASES:
-        train_student(case(folder, name, folder / "two" / name))
+        train_student(case(folder, name, folder / "several" / name))
+    if processes == 2:
+        for name in ("whole", "resumed"):
+            train_on_shards(folder, name)
     torch.save(scores(dist.group.WORLD), folder / f"rank{rank}.pt")
-    # One image on the first process, two on the other.
-    mine = teacher_maps()[:1] if rank == 0 else teacher_maps()[1:]
+    # One image more on the first process than on the last.
+    mine = teacher_maps().tensor_split(processes)[rank]
     torch.save(standardised(mine, dist.group.WORLD), folder / f"standardised{rank}.pt")
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def processes(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher, masks for the methods that need them, and every case trained by one process and by two."""
+def folder(processes: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, masks for the methods that need them, and every case trained by one process and by several."""
     folder = tmp_path_factory.mktemp("distributed")
     write_images(folder / "images")
+    for shard in range(4):
+        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
+            for number in range(shard, 5):
+                archive.add(folder / f"images/{number}.png", f"{number}.png")
     with pytest.MonkeyPatch.context() as patch:
         use_few_images(patch)
         train_teacher(
@@ -172,22 +214,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     method=method, dataset=DATASET, teacher=teacher, batch=4, steps=1, output=folder / f"{method}.pt"
                 )
             )
-    processes = [SERVER.Process(target=one_process, args=(folder,))]
-    processes += [SERVER.Process(target=one_of_two, args=(rank, folder)) for rank in range(2)]
-    for process in processes:
+    running = [SERVER.Process(target=one_process, args=(folder,))]
+    running += [SERVER.Process(target=one_of_several, args=(rank, processes, folder)) for rank in range(processes)]
+    for process in running:
         process.start()
-    while any(process.exitcode is None for process in processes):
+    while any(process.exitcode is None for process in running):
         time.sleep(0.1)
-        if any(process.exitcode for process in processes):
-            for process in processes:
+        if any(process.exitcode for process in running):
+            for process in running:
                 process.kill()  # the others would wait for the one that failed
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [process.exitcode for process in running] == [0] * (processes + 1)
     return folder
 
 
+def test_two_processes_resume_on_the_same_streamed_images(folder: Path, processes: int) -> None:
+    if processes != 2:
+        pytest.skip("the four shards are streamed by two processes only")
+    assert_equal_runs(folder / "shards/whole", folder / "shards/resumed")
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if "shift" not in name])
-def test_one_process_and_two_train_alike(folder: Path, name: str) -> None:
-    one, two = folder / "one" / name, folder / "two" / name
+def test_one_process_and_several_train_alike(folder: Path, name: str) -> None:
+    one, two = folder / "one" / name, folder / "several" / name
     for first, second in zip(records(one), records(two), strict=True):
         assert first["step"] == second["step"]
         if "loss" in first:
@@ -202,8 +250,10 @@ def test_one_process_and_two_train_alike(folder: Path, name: str) -> None:
                 torch.testing.assert_close(together[part][key], value, rtol=0, atol=TOLERANCE)
 
 
-def test_the_memory_of_two_processes_is_that_of_one(folder: Path) -> None:
-    alone, together = (checkpoint(folder / side / "cirkd")["distillation"]["_extra_state"] for side in ("one", "two"))
+def test_the_memory_of_several_processes_is_that_of_one(folder: Path) -> None:
+    alone, together = (
+        checkpoint(folder / side / "cirkd")["distillation"]["_extra_state"] for side in ("one", "several")
+    )
     assert alone["step"] == together["step"] == 5
     for bank in ("pixel_queue", "region_queue"):
         assert alone[bank]["pointer"].sum() > 0
@@ -211,26 +261,26 @@ def test_the_memory_of_two_processes_is_that_of_one(folder: Path) -> None:
             torch.testing.assert_close(together[bank][part], alone[bank][part], rtol=0, atol=1e-5)
 
 
-def test_each_process_draws_shifts_of_its_own(folder: Path) -> None:
+def test_each_process_draws_shifts_of_its_own(folder: Path, processes: int) -> None:
     name = "sward, one shift a process"
-    first, second = (states["loss"][0] for states in checkpoint(folder / "two" / name)["generators"])
+    drawn = [states["loss"][0] for states in checkpoint(folder / "several" / name)["generators"]]
     (alone,) = checkpoint(folder / "one" / name)["generators"]
-    assert torch.equal(first, alone["loss"][0])
-    assert not torch.equal(second, first)
+    assert torch.equal(drawn[0], alone["loss"][0])
+    assert len({tuple(state.tolist()) for state in drawn}) == processes
 
 
-def test_every_process_gets_exactly_the_scores_of_one(folder: Path) -> None:
-    first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2))
-    assert first == second == scores()
+def test_every_process_gets_exactly_the_scores_of_one(folder: Path, processes: int) -> None:
+    for rank in range(processes):
+        assert torch.load(folder / f"rank{rank}.pt", weights_only=True) == scores()
 
 
-def test_maps_are_standardised_over_all_processes(folder: Path) -> None:
-    first, second = (torch.load(folder / f"standardised{rank}.pt", weights_only=True) for rank in range(2))
+def test_maps_are_standardised_over_all_processes(folder: Path, processes: int) -> None:
+    each = [torch.load(folder / f"standardised{rank}.pt", weights_only=True) for rank in range(processes)]
     alone = standardised(teacher_maps())
-    torch.testing.assert_close(torch.cat([first.pop("maps"), second.pop("maps")]), alone.pop("maps"))
+    torch.testing.assert_close(torch.cat([one.pop("maps") for one in each]), alone.pop("maps"))
     for name, value in alone.items():
-        assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], value)
+        assert all(torch.equal(one[name], each[0][name]) for one in each)
+        torch.testing.assert_close(each[0][name], value)
 
 
 @pytest.mark.parametrize(
@@ -334,3 +384,42 @@ def test_torchrun_restarts_a_run_whose_process_died_and_it_goes_on(tmp_path: Pat
         assert threads or sys.platform != "linux"
     # Rank 0 alone speaks and writes: one table, one line a step.
     assert printed.count("best mean_iou on validation") == 1
+
+
+def one_that_may_die(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    data.scenes.SPLITS.update(SPLITS)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": (folder / "port").read_text()}
+    log_record = loop.log_record
+
+    def log(state: Any, *others: Any) -> dict[str, Any]:
+        if rank == 1 and state.step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return log_record(state, *others)
+
+    loop.log_record = log
+    with (folder / f"errors{rank}").open("w") as errors, contextlib.redirect_stderr(errors):
+        words = ["--dataset.image-size", "32", "32", "--batch", "4", "--iterations", "1000", "--log-every", "1"]
+        code = main(["train", "demo", "--distillation", "none", *words, "--output", str(folder / "run")])
+    sys.exit(code)
+
+
+def test_the_others_end_with_a_sentence_if_a_process_dies(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    running = [SERVER.Process(target=one_that_may_die, args=(rank, tmp_path)) for rank in range(2)]
+    for process in running:
+        process.start()
+    try:
+        running[1].join(300)
+        assert running[1].exitcode == -signal.SIGKILL
+        running[0].join(60)
+        assert running[0].exitcode == 1
+    finally:
+        for process in running:
+            process.kill()
+    errors = (tmp_path / "errors0").read_text()
+    assert "sward train (process 0): another process of the run must have ended, " in errors
+    assert "Traceback" not in errors

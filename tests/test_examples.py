@@ -14,11 +14,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from sward import Distiller
+from sward import Distiller, data
 
 ROOT = Path(__file__).parents[1]
 BATCHES = [(torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))) for _ in range(4)]
@@ -110,3 +112,27 @@ def test_the_library_imports_none_of_these_trainers() -> None:
     code = f"import sys, sward.distiller; print([name for name in ({others}) if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.usefixtures("few_images")
+def test_the_tutorial_distils_generated_scenes_and_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tutorial = importlib.import_module("examples.distil_your_own_pair")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(data.scenes.SPLITS, "test", 4)
+    tiny = ["--steps", "1", "--teacher-steps", "1"]
+    scores = tutorial.main(tiny)
+    assert list(scores) == ["teacher", "student alone", "student + SWARD"]
+    assert "student layers: encoder.0 encoder.1 encoder.2 encoder.3" in capsys.readouterr().out
+    tutorial.SmallUNet(5).load_state_dict(torch.load("student.pt"))
+
+    folder = tmp_path / "mine"
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for index in range(20):
+        image, labels = data.scenes.render(9, index, 64, 64)
+        Image.fromarray(image).save(folder / "images" / f"{index}.png")
+        Image.fromarray((labels > 0).astype(np.uint8) * 255).save(folder / "masks" / f"{index}.png")
+    tutorial.main([*tiny, "--data", str(folder), "--classes", "background,shape"])
+    tutorial.SmallUNet(2).load_state_dict(torch.load("student.pt"))

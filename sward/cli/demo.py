@@ -1,105 +1,257 @@
-"""`sward demo`: train a teacher, a baseline and a distilled student on generated images, in minutes on two cores."""
+"""`sward demo`: what distillation gains where few images have labels, on generated scenes, in minutes on two cores."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from PIL import Image
 
 from sward import presets
 from sward.config import DistillationConfig, TeacherConfig, TeacherTrainingConfig
-from sward.data import denormalise
+from sward.data.scenes import render
+from sward.deploy.export import require_onnx
+from sward.deploy.proof import Exported, export_run
 from sward.evaluation import predict_sample
-from sward.figures.curves import training_curves
 from sward.figures.predictions import prediction_grid
 from sward.models.flops import complexity
-from sward.runs import load_run, train_student, train_teacher
+from sward.reporting.page import write_report
+from sward.reproduce.paired import Difference, paired_t
+from sward.runs import evaluate_run, load_run, train_student, train_teacher
 from sward.runs.load import build_split
-from sward.training import TrainingResult
-from sward.training.run_folder import RunFolder
+from sward.training.interruption import TrainingInterrupted
+from sward.training.run_folder import RunFolder, make_folder
 
+LABELLED = 24
+"""Labelled images of the student."""
+UNLABELLED = 1024
+"""Images without labels that SWARD sees too."""
+UNLABELLED_SERIES = 1000
+"""Seed of `sward.data.scenes.render` for the images without labels; no split and no teacher uses it."""
+SPLIT = "test"
+"""The split that is scored. The settings were chosen on scenes of other seeds."""
 GRID_ROWS = 6
 
+INTRODUCTION = (
+    f"A transformer learns from generated scenes without end; a small network from {LABELLED} of them, alone and with\n"
+    f"SWARD, which also sees {UNLABELLED} scenes without labels. A few minutes on two cores; nothing is downloaded."
+)
 
-@dataclass
+TITLES = {"teacher": "teacher", "none": "student alone", "sward": "student + SWARD"}
+
+
+@dataclass(frozen=True)
 class DemoRow:
-    """One line of the demo's table; scores as fractions, seconds in the training loop."""
+    """One line of the demo's table."""
 
     name: str
     params: int
     flops: int
+    mean_iou: list[float]
+    """One fraction per seed."""
+    seconds: float
+    """Time in the training loop, mean over seeds."""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Scores and files of the demo."""
+
+    rows: list[DemoRow]
+    images: int
+    """Number of scored images."""
+    gain: Difference | None
+    """mIoU of the student with SWARD minus alone, paired by seed; None for one seed."""
+    grid: Path
+    """Picture of images, truth and predictions."""
+    report: Path
+    """HTML page about all runs."""
+    exported: Exported
+    """The distilled student of the first seed as ONNX file, and its check."""
+
+
+@dataclass(frozen=True)
+class _Finished:
     mean_iou: float
-    mean_accuracy: float
     seconds: float
 
 
-@dataclass
-class DemoResult:
-    """Results of the demo: the table, and the paths of the prediction grid and of the training curves."""
+def run(
+    output: Path = Path("runs/demo"),
+    *,
+    seeds: int = 4,
+    iterations: int | None = None,
+    processes: int = 2,
+    say: Callable[[str], None] = print,
+) -> DemoResult:
+    """Train a transformer on scenes without end, then a small network on few labels, alone and with SWARD.
 
-    rows: list[DemoRow]
-    grid: Path
-    curves: Path
-
-
-def run(output: Path = Path("runs/demo"), *, seed: int = 0, iterations: int | None = None) -> DemoResult:
-    """Train a transformer teacher on `scenes`, then the student alone and with SWARD from the same seed.
-
-    The results are reproducible on the same machine. Replaces an earlier demo in `output`.
+    Replaces an earlier demo in `output`.
 
     Args:
-        output: folder of the three runs and the figures.
-        seed: seed of all three runs.
+        output: folder of the runs, the pictures and the exported file.
+        seeds: number of students of each kind.
         iterations: steps of each run; None uses those of the preset `demo`.
+        processes: runs at a time, each in a process of its own; 1 trains in this process. Every run has one thread, so
+            that the scores do not depend on it and a second demo on the same machine has the same.
+        say: called with one line whenever a run is finished.
+
+    Raises:
+        ValueError: if `seeds` or `processes` is below 1.
+        ModuleNotFoundError: if a package for ONNX is not installed.
     """
-    preset = presets.get("demo")
-    teacher_config = dataclasses.replace(preset.teacher, seed=seed, output=output / "teacher")
-    baseline_config = dataclasses.replace(preset.student, seed=seed, distillation="none", output=output / "baseline")
-    sward_config = dataclasses.replace(
-        preset.student,
-        seed=seed,
-        output=output / "sward",
-        teacher=TeacherConfig(run=output / "teacher"),
-    )
-    configs: dict[str, TeacherTrainingConfig | DistillationConfig] = {
-        "teacher": teacher_config,
-        "baseline": baseline_config,
-        "SWARD": sward_config,
+    for name, value in (("seeds", seeds), ("processes", processes)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    require_onnx()
+    teacher, alone, distilled = _configurations(output, seeds, iterations)
+    _write_unlabelled(output / "unlabelled", teacher.dataset.image_size)
+    with _executor(processes) as executor:
+        first = executor.submit(_train, teacher)
+        started = [executor.submit(_train, config) for config in alone]
+        results = {"teacher": _reported([teacher], [first], say)}
+        started += [executor.submit(_train, config) for config in distilled]
+        students = _reported([*alone, *distilled], started, say)
+        results |= {"none": students[:seeds], "sward": students[seeds:]}
+
+    shown: dict[str, TeacherTrainingConfig | DistillationConfig] = {
+        "teacher": teacher,
+        "none": alone[0],
+        "sward": distilled[0],
     }
-    results = {}
-    for title, config in configs.items():
-        if iterations is not None:
-            config.iterations = iterations
-        RunFolder(config.output or output).forget_checkpoints()
-        results[title] = train_teacher(config) if isinstance(config, TeacherTrainingConfig) else train_student(config)
-
-    networks = {title: load_run(result.run, "last")[2] for title, result in results.items()}
-    size = sward_config.dataset.image_size
+    differences = [
+        with_sward.mean_iou - without.mean_iou for with_sward, without in zip(results["sward"], results["none"])
+    ]
+    exported = export_run(
+        output / "sward-seed0", output / "student.onnx", checkpoint="last", split=SPLIT, overwrite=True
+    )
+    folders = [config.output for config in (*distilled, *alone, teacher) if config.output is not None]
     return DemoResult(
-        rows=[_row(title, configs[title].model, result, size) for title, result in results.items()],
-        grid=_grid(networks, sward_config, output / "predictions.png"),
-        curves=training_curves({title: RunFolder(each.run) for title, each in results.items()}, output / "curves.png"),
+        rows=[_row(kind, config, results[kind]) for kind, config in shown.items()],
+        images=len(build_split(teacher, SPLIT, train=False)),
+        gain=paired_t(differences),
+        grid=_grid(shown, output / "predictions.png"),
+        report=write_report(folders, output / "report.html"),
+        exported=exported,
     )
 
 
-def _row(title: str, model: str, result: TrainingResult, size: tuple[int, int]) -> DemoRow:
-    cost = complexity(model, num_classes=len(result.evaluation.class_iou), image_size=size, paper_rule=False)
+def _configurations(
+    output: Path, seeds: int, iterations: int | None
+) -> tuple[TeacherTrainingConfig, list[DistillationConfig], list[DistillationConfig]]:
+    """Return the configurations of the teacher, of the students alone and of those with SWARD, one per seed."""
+    preset = presets.get("demo")
+    teacher = dataclasses.replace(preset.teacher, output=output / "teacher")
+    few = dataclasses.replace(preset.student.dataset, count=LABELLED)
+    student = dataclasses.replace(preset.student, dataset=few, evaluate_every=None)
+    if iterations is not None:
+        teacher.iterations = student.iterations = iterations
+    alone = [
+        dataclasses.replace(student, seed=seed, distillation="none", output=output / f"none-seed{seed}")
+        for seed in range(seeds)
+    ]
+    distilled = [
+        dataclasses.replace(
+            student,
+            seed=seed,
+            teacher=TeacherConfig(run=output / "teacher"),
+            unlabelled=(str(output / "unlabelled"),),
+            output=output / f"sward-seed{seed}",
+        )
+        for seed in range(seeds)
+    ]
+    return teacher, alone, distilled
+
+
+def _write_unlabelled(folder: Path, size: tuple[int, int]) -> None:
+    make_folder(folder)
+    for index in range(UNLABELLED):
+        image, _ = render(UNLABELLED_SERIES, index, *size)
+        Image.fromarray(image).save(folder / f"{index:04d}.png")
+
+
+class _AtOnce(Executor):
+    """Runs each call in this process when it is submitted."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments, **options))
+        return future
+
+
+@contextlib.contextmanager
+def _executor(processes: int) -> Iterator[Executor]:
+    if processes == 1:
+        yield _AtOnce()
+        return
+    # Not forked: threads of torch do not survive a fork.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as executor:
+        try:
+            yield executor
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _train(config: TeacherTrainingConfig | DistillationConfig) -> _Finished:
+    """Train with one thread and score the last weights; what the run prints goes to `log.txt` in its folder."""
+    assert config.output is not None
+    folder = RunFolder(config.output)
+    folder.forget_checkpoints()
+    make_folder(folder.path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with (
+            (folder.path / "log.txt").open("w", encoding="utf-8") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            trained = train_teacher(config) if isinstance(config, TeacherTrainingConfig) else train_student(config)
+            scores = evaluate_run(folder.path, split=SPLIT, checkpoint="last")
+    except TrainingInterrupted as stop:
+        # A plain one can travel to another process.
+        raise KeyboardInterrupt(str(stop)) from None
+    finally:
+        torch.set_num_threads(threads)
+    return _Finished(scores.mean_iou, trained.seconds)
+
+
+def _reported(configs: list[Any], started: list[Future[_Finished]], say: Callable[[str], None]) -> list[_Finished]:
+    finished = []
+    for config, future in zip(configs, started, strict=True):
+        result = future.result()
+        say(f"{config.output}: {100 * result.mean_iou:.1f} % mIoU, {result.seconds:.0f} s")
+        finished.append(result)
+    return finished
+
+
+def _row(kind: str, config: TeacherTrainingConfig | DistillationConfig, results: list[_Finished]) -> DemoRow:
+    classes = build_split(config, SPLIT, train=False).info.num_classes
+    cost = complexity(config.model, num_classes=classes, image_size=config.dataset.image_size, paper_rule=False)
     return DemoRow(
-        name=title,
+        name=TITLES[kind],
         params=cost.params,
         flops=cost.gemm_flops,
-        mean_iou=result.evaluation.mean_iou,
-        mean_accuracy=result.evaluation.mean_accuracy,
-        seconds=result.seconds,
+        mean_iou=[result.mean_iou for result in results],
+        seconds=sum(result.seconds for result in results) / len(results),
     )
 
 
-def _grid(networks: dict[str, nn.Module], config: DistillationConfig, path: Path) -> Path:
-    dataset = build_split(config, "val", train=False)
+def _grid(shown: dict[str, TeacherTrainingConfig | DistillationConfig], path: Path) -> Path:
+    dataset = build_split(shown["none"], SPLIT, train=False)
     samples = [dataset[index] for index in range(min(GRID_ROWS, len(dataset)))]
     columns = {"truth": [sample.labels for sample in samples]}
-    for title, network in networks.items():
-        columns[title] = [predict_sample(network, sample) for sample in samples]
-    return prediction_grid([denormalise(sample.image) for sample in samples], columns, dataset.info, path)
+    for kind, config in shown.items():
+        assert config.output is not None
+        network = load_run(config.output, "last")[2]
+        columns[TITLES[kind]] = [predict_sample(network, sample) for sample in samples]
+    images = [dataset.read(index)[0] for index in range(len(samples))]
+    return prediction_grid(images, columns, dataset.info, path)

@@ -8,7 +8,7 @@ from sward.models.sources import FORMS
 _SHARED = {
     "--model NAME": "the network, see below",
     "--model-options KEY=VALUE ...": "options of its builder",
-    "--model-weights FILE|imagenet|none": "its initial weights",
+    "--model-weights FILE|imagenet|none": "its initial weights, see below",
     "--dataset.name NAME": "the data set, see below",
     "--dataset.root FOLDER": "where it lies",
     "--dataset.image-size H W": "pixels of the training images",
@@ -31,12 +31,21 @@ _STUDENT = {
     "--teacher.name NAME": "or a teacher by name,",
     "--teacher.weights FILE": "with these weights,",
     "--teacher.untrained": "or with random ones",
-    "--sward.student-layers LAYER ...": "see 'sward layers MODEL'",
-    "--sward.teacher-layers LAYER ...": "one per student layer",
+    "--student-layers LAYER ...": "of sward; see 'sward layers MODEL'",
+    "--teacher-layers LAYER ...": "one per student layer",
+    "--teacher.taps.prefix-tokens N": "read its layers so; also .format and .select,",
+    "--student-taps.format NAME": "if their shapes leave a doubt",
 }
 _TEACHER = {
-    "--trunk-checkpoint FILE": "pretrained trunk: SAM 2.1, MedSAM2, timm or DINOv2",
+    "--trunk-checkpoint FILE": "weights of the trunk alone, see below",
     "--train-trunk": "train the trunk too",
+}
+
+_FILES = {
+    "FILE": "the whole network, from torch.save or as safetensors; at the top level or under model, state_dict or\n"
+    "  model_state_dict; with or without a prefix such as module.",
+    "imagenet": "the encoder, for smp:, torchvision: and timm:, from the library's cache or hub",
+    "none": "random; 'random' does so in a frozen trunk too",
 }
 
 
@@ -55,4 +64,8 @@ def short_help(command: str) -> str:
         del listed["methods"]
     lines.append("")
     lines += [f"{kind}: {', '.join(names)}" for kind, names in listed.items()]
+    lines += ["", "weights:", *(f"  {name}: {text}" for name, text in _FILES.items())]
+    lines.append("  transformers:FOLDER brings those of the folder")
+    if command != "train":
+        lines.append("  --trunk-checkpoint: SAM 2.1, MedSAM2, DINOv2, or timm's names for hiera and timm: networks")
     return "\n".join([*lines, "", f"All options with the values of a preset: sward {command} PRESET --help-all"])

@@ -8,6 +8,7 @@ an error, run `python -X dev -m sward COMMAND ...`.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -52,12 +53,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, FloatingPointError) as error:
         if sys.flags.dev_mode:
             raise
-        print(f"sward {name}{_process()}: {error}", file=sys.stderr)
+        print(f"sward {name}{_process()}: {_failure(error)}", file=sys.stderr)
         return RUN_FAILED
     except KeyboardInterrupt as stop:
         print(f"sward {name}{_process()}: {str(stop) or 'interrupted'}", file=sys.stderr)
         return getattr(stop, "exit_code", 130)
     return 0
+
+
+def _failure(error: Exception) -> str:
+    """Say what failed, and for a full disk what to do about it."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return str(error)
+    return (
+        f"the disk of {error.filename or 'the output'} must have space left, got {error.strerror!r}; free some and run "
+        "the command again, a training with --resume"
+    )
 
 
 def _process() -> str:
@@ -110,28 +121,14 @@ def _is_file(word: str) -> bool:
     return word.endswith(SUFFIXES)
 
 
-@_command("demo", "train teacher, baseline and SWARD on generated scenes and print one table")
+@_command("demo", "see what distillation gains with few labels, on generated scenes, in minutes")
 def _demo(words: list[str]) -> None:
     options = _parse(Demo, "demo", words)
     from sward.cli import demo
 
-    result = demo.run(options.output, seed=options.seed, iterations=options.iterations)
-    printing.print_table(
-        "scenes, validation split",
-        ("network", "params (M)", "GFLOPs", "mIoU (%)", "mAcc (%)", "train (s)"),
-        [
-            (
-                row.name,
-                f"{row.params / 1e6:.2f}",
-                f"{row.flops / 1e9:.3f}",
-                f"{100 * row.mean_iou:.2f}",
-                f"{100 * row.mean_accuracy:.2f}",
-                f"{row.seconds:.0f}",
-            )
-            for row in result.rows
-        ],
-    )
-    print(f"predictions: {result.grid}\ncurves:      {result.curves}")
+    print(demo.INTRODUCTION)
+    result = demo.run(options.output, seeds=options.seeds, iterations=options.iterations, processes=options.processes)
+    printing.print_demo(result)
 
 
 @_command("train", "train a student, alone or with a teacher")
@@ -271,6 +268,18 @@ def _list(words: list[str]) -> None:
     print("\n".join(listed[words[0]]))
 
 
+@_command("completion", "print a script that completes this command line in bash or zsh")
+def _completion(words: list[str]) -> None:
+    from sward.cli.completion import SHELLS, script
+
+    if words in (["-h"], ["--help"]):
+        print("usage: source <(sward completion bash)\n       source <(sward completion zsh)")
+        return
+    if len(words) != 1 or words[0] not in SHELLS:
+        raise ValueError(f"completion must be followed by {' or '.join(SHELLS)}, got {' '.join(words) or 'nothing'}")
+    print(script(words[0], list(COMMANDS)), end="")
+
+
 @_command("layers", "list the layers of a network that can be distilled")
 def _layers(words: list[str]) -> None:
     from sward.cli.layers import Layers, show
@@ -284,20 +293,21 @@ def _evaluate(words: list[str]) -> None:
     from sward.runs import evaluate_run, evaluation_file
     from sward.training.run_folder import RunFolder
 
-    result = evaluate_run(
-        options.run,
-        split=options.split,
-        dataset=options.dataset,
-        root=options.root,
-        split_by=options.split_by,
-        checkpoint=options.checkpoint,
-        batch=options.batch,
-        device=options.device,
-    )
+    scored: Any = {
+        "split": options.split,
+        "dataset": options.dataset,
+        "root": options.root,
+        "split_by": options.split_by,
+        "checkpoint": options.checkpoint,
+        "tile": options.tile,
+        "overlap": options.overlap,
+    }
+    result = evaluate_run(options.run, **scored, batch=options.batch, device=options.device)
     dataset = options.dataset or RunFolder(options.run).read()[0].dataset.name
     printing.print_evaluation(result, f"{dataset}, {options.split} split, {result.images} images")
-    path = evaluation_file(options.run, dataset, options.split)
-    print(f"written: {path}")
+    path = evaluation_file(options.run, **scored)
+    if path.exists():
+        print(f"written: {path}")
 
 
 @_command("predict", "write masks and overlays for image files")
@@ -361,7 +371,7 @@ def _reproduce(words: list[str]) -> None:
 @_command("report", "write one HTML page about one or more runs")
 def _report(words: list[str]) -> None:
     options = _parse(Report, "report", words)
-    from sward.cli.report import write_report
+    from sward.reporting.page import write_report
 
     print(f"written: {write_report(options.runs, options.output, root=options.root)}")
 

@@ -11,14 +11,17 @@ import tyro
 
 @dataclass
 class Demo:
-    """Train a transformer teacher on `scenes`, then the student alone and with SWARD from the same seed."""
+    """Show what distillation gains where few images have labels: a transformer trained on generated scenes without end,
+    a small network trained on 24 of them, alone and with SWARD, over several seeds."""
 
     output: Path = Path("runs/demo")
-    """Folder of the runs and the figures; replaces an earlier demo."""
-    seed: int = 0
-    """Seed of all three runs."""
+    """Folder of the runs, the pictures and the exported file; replaces an earlier demo."""
+    seeds: int = 4
+    """Number of students of each kind."""
     iterations: int | None = None
     """Steps of each run; set a small number for a quick look."""
+    processes: int = 2
+    """Runs at a time, each with one thread; the scores do not depend on it."""
 
 
 @dataclass
@@ -38,9 +41,13 @@ class Evaluate:
     checkpoint: Literal["best", "last"] = "best"
     """Which weights to use."""
     batch: int = 8
-    """Images per forward pass."""
+    """Images per forward pass; always one with tiles."""
     device: str | None = None
     """Device to run on; the GPU if there is one."""
+    tile: tuple[int, int] | None = None
+    """Height and width of tiles at the images' own resolution; by default images are resized as in the run."""
+    overlap: int | None = None
+    """Pixels that neighbouring tiles share; a quarter of the tile by default."""
 
 
 @dataclass
@@ -105,16 +112,17 @@ class Export:
     calibrate: int = 64
     """Training images that set the ranges of int8."""
     force: bool = False
-    """Keep a file that fails the proof."""
+    """Keep a file that fails the proof, with every layer of an int8 file in int8."""
     overwrite: bool = False
     """Replace an existing file."""
 
 
 @dataclass
 class Report:
-    """Write one HTML page about one or more runs: scores, curves, classes, predictions, configuration, environment.
+    """Write one HTML page about one or more runs, for people who decide: what the student keeps, costs and gets wrong.
 
-    The images are embedded, so the page works offline.
+    The teacher and the student alone are added where they lie beside the runs. The images are embedded, so the page
+    works offline.
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -143,7 +151,7 @@ class DataPack:
     """
 
     name: Annotated[str, tyro.conf.Positional]
-    """Data set: cityscapes, cvc_clinicdb, cvc_colondb, camvid or folder."""
+    """Data set: cityscapes, cvc_clinicdb, cvc_colondb, camvid or folder; or unlabelled, for a folder of images."""
     root: Path | None = None
     """Folder that holds the data set; None looks in $SWARD_DATA, then in ./data."""
     output: Path | None = None

@@ -17,10 +17,16 @@ SHORT = {
     "--images": "--dataset.images",
     "--masks": "--dataset.masks",
     "--split": "--dataset.split-by",
+    "--labelled-share": "--dataset.labelled-share",
     "--split-seed": "--dataset.split-seed",
     "--group-by": "--dataset.group-by",
+    "--student-layers": "--sward.student-layers",
+    "--teacher-layers": "--sward.teacher-layers",
+    # Spelled as --teacher.options and --teacher.weights are.
+    "--model.options": "--model-options",
+    "--model.weights": "--model-weights",
 }
-"""Short option -> the option of `DatasetConfig` that it stands for."""
+"""Short option -> the option that it stands for."""
 LISTS = ("--classes", "--mask-values", "--ignore-values", "--class-weights")
 """Options that take a list separated by commas."""
 

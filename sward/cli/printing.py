@@ -57,11 +57,43 @@ def print_export(exported: Any) -> None:
         )
         print(f"largest difference of {metadata.output}: {proof.largest_difference:.2g}")
         print(f"pixels of another class: {100 * proof.differing_pixels:.4f} %")
+    for layer, loss in exported.refused.items():
+        print(f"layer {layer} stays fp32: in int8 it alone loses {100 * loss:.2f} points of mIoU; --force quantises it")
     print(f"written: {exported.path} ({exported.path.stat().st_size / 1e6:.2f} MB)\nwritten: {exported.proof_path}")
+    print(f"written: {exported.card_path}")
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
+
+
+def print_demo(result: Any) -> None:
+    """Print the table, the interval, the check of the exported file and the files of a `sward.cli.demo.DemoResult`."""
+    rows = [
+        (
+            row.name,
+            f"{row.params / 1e6:.2f}",
+            f"{row.flops / 1e9:.3f}",
+            f"{100 * sum(row.mean_iou) / len(row.mean_iou):.1f}",
+            "  ".join(f"{100 * each:.1f}" for each in row.mean_iou),
+            f"{row.seconds:.0f}",
+        )
+        for row in result.rows
+    ]
+    print_table(
+        f"generated scenes, {result.images} test images",
+        ("network", "params (M)", "GFLOPs", "mIoU (%)", "per seed", "train (s)"),
+        rows,
+    )
+    if result.gain is not None:
+        mean, low, high = (100 * value for value in (result.gain.mean, result.gain.low, result.gain.high))
+        print(f"SWARD gains {mean:+.1f} points of mIoU, 95 % interval [{low:.1f}, {high:.1f}] (paired by seed)\n")
+    print_export(result.exported)
+    print(
+        f"\nopen these three files:\n  {result.grid}  what the networks see\n"
+        f"  {result.report}  scores with intervals, costs, curves and settings of the runs\n"
+        f"  {result.exported.path}  the distilled network, for ONNX Runtime or https://netron.app"
+    )
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

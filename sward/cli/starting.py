@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sward.config import DistillationConfig, MaskTrainingConfig, TeacherTrainingConfig, from_json, to_json
+from sward.config import DistillationConfig, MaskTrainingConfig, SWARDConfig, TeacherTrainingConfig
+from sward.config_json import from_json, to_json
 from sward.losses.recipes import RECIPES
 
 Config = TypeVar("Config", DistillationConfig, TeacherTrainingConfig)
@@ -59,12 +60,14 @@ def apply_words(config: DistillationConfig | TeacherTrainingConfig | MaskTrainin
     """Clear what the words of a command contradict in `config`, take their `KEY=VALUE` options, and return the rest.
 
     `--recipe` sets its fields, which other options then change. `--iterations` clears `epochs` and the reverse. Another
-    model, teacher or data set clears the options, layers and split that belong to the one before.
+    model, teacher or data set clears the options, layers, windows and split that belong to the one before.
     """
     if isinstance(config, DistillationConfig):
         for recipe in RECIPES:
             if value_of("--recipe", words) == recipe:
                 config.use_recipe(recipe)
+        if {word.partition("=")[0] for word in words} & {"--sward.student-layers", "--sward.teacher-layers"}:
+            _forget_stages(config.sward)
     left = _take_options("--teacher.options", words, config.teacher) if hasattr(config, "teacher") else words
     if not isinstance(config, MaskTrainingConfig):
         if value_of("--iterations", words) is not None and value_of("--epochs", words) is None:
@@ -75,21 +78,43 @@ def apply_words(config: DistillationConfig | TeacherTrainingConfig | MaskTrainin
         if model is not None and model != config.model:
             config.model_options, config.model_weights = {}, None
             if isinstance(config, DistillationConfig):
-                config.sward.student_layers, config.sward.pdr_layer = (), None
+                config.sward.pdr_layer = None
+                _forget_stages(config.sward)
         left = _take_options("--model-options", left, config, "model_options")
     if not isinstance(config, TeacherTrainingConfig):
         teacher = value_of("--teacher.name", words)
         if teacher is not None and teacher != config.teacher.name:
             config.teacher.weights = None
             if isinstance(config, DistillationConfig):
-                config.sward.teacher_layers = ()
+                _forget_stages(config.sward)
             if value_of("--teacher.options", words) is None:
                 config.teacher.options = {}
+            _check_teacher(teacher, words)
     dataset = value_of("--dataset.name", words)
     if dataset is not None and dataset != config.dataset.name:
         config.dataset.split_by, config.dataset.num_classes, config.dataset.packed = None, None, "auto"
         config.dataset.root = None
+        config.dataset.count, config.dataset.series = None, 0
     return left
+
+
+def _forget_stages(settings: SWARDConfig) -> None:
+    """Let the stages of another pair be chosen; windows per stage belong to the stages of the pair before."""
+    settings.student_layers = settings.teacher_layers = ()
+    if len(settings.window_size) > 1:
+        settings.window_size = SWARDConfig().window_size
+
+
+def _check_teacher(name: str, words: list[str]) -> None:
+    """Raise a ValueError if a teacher is named but another one would be loaded."""
+    if value_of("--teacher.run", words) is not None:
+        raise ValueError(f"teacher.name must be left out with --teacher.run, got {name!r}; the run names its network")
+    given = value_of("--teacher.weights", words) is not None or "--teacher.untrained" in words
+    if not given and not name.startswith("transformers:"):
+        raise ValueError(
+            f"teacher.weights must be a file for the teacher {name!r}, got None; or try it with --teacher.untrained, "
+            "or train it with 'sward train-teacher --model' and leave out --teacher.name"
+        )
 
 
 def _take_options(option: str, words: list[str], holder: Any, field: str = "options") -> list[str]:

@@ -15,7 +15,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sward.data import camvid, cityscapes, folder, polyps, scenes
+from sward.data import camvid, cityscapes, folder, polyps, scenes, unlabelled
 from sward.data.files import OnCorrupt, PairedFiles
 from sward.data.folder import FolderOptions
 from sward.data.images import CorruptFileError, read_image
@@ -128,11 +128,14 @@ def build(
     split_by: str | None = None,
     num_classes: int | None = None,
     count: int | None = None,
+    series: int = 0,
     packed: str = "auto",
     on_corrupt: OnCorrupt = "stop",
     views: int | None = None,
     teacher_size: Sequence[int] | None = None,
     image_range: tuple[float, float] | None = None,
+    labelled_share: float = 1.0,
+    share_seed: int = 0,
     folder_options: FolderOptions | None = None,
 ) -> SegmentationDataset:
     """Build a data set.
@@ -151,6 +154,7 @@ def build(
             `"80/10/10"` or the path of a list, where the folder has no splits of its own.
         num_classes: `folder` only; its number of classes, if `folder_options` names none.
         count: number of images, `scenes` only.
+        series: series of the training images, `scenes` only; see `scenes.Scenes`.
         packed: `"auto"` reads the pack in the data set's folder if there is one (`sward.data.packed`), `"none"` decodes
             the files, a path names a pack in another place. The samples are bit-identical.
         on_corrupt: what to do if an image or mask cannot be read: `"stop"` raises an error that names it, `"skip"`
@@ -160,11 +164,23 @@ def build(
             than the student; samples are then `TeacherSample`s. None returns `Sample`s.
         image_range: the values that become black and white in images with more than 8 bits per channel; None refuses
             such images.
+        labelled_share: share of the frames whose masks are used, in (0, 1]; the others are left out. For training sets
+            of files only.
+        share_seed: another number draws other frames for `labelled_share`.
         folder_options: `folder` only: its classes, mask values, layout and how its split is drawn.
 
     Raises:
         DatasetNotFoundError: the data set is missing or incomplete.
         ValueError: unknown name or split, an argument that this data set does not support, or a stale pack.
+
+    Examples:
+        >>> from sward import data
+        >>> scenes = data.build("scenes", "train", train=True, image_size=64, count=24)
+        >>> sample = scenes[0]
+        >>> len(scenes), tuple(sample.image.shape), tuple(sample.labels.shape)
+        (24, (3, 64, 64), (64, 64))
+        >>> scenes.info.classes
+        ('background', 'stripes', 'checks', 'dots', 'rings')
     """
     info = describe(name, num_classes=num_classes, folder_options=folder_options)
     size = parse_size(default_image_size(name) if image_size is None else image_size)
@@ -172,21 +188,31 @@ def build(
         raise ValueError(f"split_by must be None for {name}, got {split_by!r}; only polyps and folder can be split")
     if count is not None and name != "scenes":
         raise ValueError(f"count must be None for {name}, got {count}; only scenes are generated")
+    if series != 0 and name != "scenes":
+        raise ValueError(f"series must be 0 for {name}, got {series}; only scenes are generated")
     if views is not None and (views < 1 or not train):
         raise ValueError(f"views must be at least 1 for training sets and None otherwise, got {views}")
     if on_corrupt != "stop" and not train:
         raise ValueError(
             f"on_corrupt must be 'stop' for evaluation, got {on_corrupt!r}; skipping images would change the score"
         )
+    if not 0 < labelled_share <= 1:
+        raise ValueError(f"labelled_share must be above 0 and at most 1, got {labelled_share:g}")
+    if labelled_share != 1 and (not train or name == "scenes"):
+        raise ValueError(
+            f"labelled_share must be 1 for evaluation and for scenes, which are generated, got {labelled_share:g}"
+        )
     dataset: SegmentationDataset
     if name == "scenes":
         if packed not in ("auto", "none"):
             raise ValueError(f"packed must be 'auto' or 'none' for scenes, got {packed!r}; they are generated")
-        dataset = scenes.Scenes(split, size, train=train, seed=seed, count=count)
+        dataset = scenes.Scenes(split, size, train=train, seed=seed, count=count, series=series)
     else:
         dataset = _from_files(
             info, _root(root), split, size, split_by=split_by, train=train, seed=seed, options=folder_options
         )
+        if labelled_share != 1:
+            dataset.use_masks_of(labelled_share, share_seed)
         dataset.set_on_corrupt(on_corrupt)
         dataset.image_range = _checked(image_range)
         dataset.use_pack(packed)
@@ -209,6 +235,8 @@ def build_for_packing(
 ) -> list[PairedFiles]:
     """Build every split of a data set for `sward.data.packing.pack`; arguments as in `build`.
 
+    The name may also be `unlabelled`, for all images of the folder `root`.
+
     Args:
         split_by: polyps only; None packs every frame, a list only the frames in it.
 
@@ -216,8 +244,12 @@ def build_for_packing(
         DatasetNotFoundError: the data set is missing or incomplete, or has no split.
         ValueError: unknown name, or `scenes`, which has no files.
     """
-    info = describe(name, num_classes=num_classes, folder_options=folder_options)
     where = _root(root)
+    if name == unlabelled.INFO.name:
+        images = unlabelled.UnlabelledFolder(where)
+        images.image_range = _checked(image_range)
+        return [images]
+    info = describe(name, num_classes=num_classes, folder_options=folder_options)
     size = default_image_size(name)
     if name == "scenes":
         raise ValueError("name must be a data set of files, got 'scenes'; scenes are generated and need no pack")

@@ -1,7 +1,9 @@
-"""Read every mask once before a training starts: bad masks and missing classes are found before step 1.
+"""Look at every frame once before a training starts: what is wrong is found before step 1.
+
+Masks are read; of images the header, and whether the file ends early; and images of different splits are compared.
 
 What was found is kept in `$XDG_CACHE_HOME/sward` (default `~/.cache/sward`) with the size and the modification time of
-the files, so that the next run reads only masks that have changed.
+the files, so that the next run looks only at files that have changed.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 
 from sward import atomic, distributed
 from sward.data.files import PairedFiles
-from sward.data.images import CorruptFileError, check_depth, read_header
+from sward.data.images import CorruptFileError, Header, check_depth, check_end, open_image, read_header
 from sward.data.sample import Pair, SegmentationDataset
 
 
@@ -53,23 +55,59 @@ class LabelCounts:
 
 
 def check_splits(splits: Mapping[str, SegmentationDataset], *, skip_corrupt: bool = False) -> dict[str, LabelCounts]:
-    """Read every mask of the splits of a data set that have files; every process of a group must call this.
+    """Check every frame of the splits of a data set that have files; every process of a group must call this.
 
-    Warns of masks that are all background.
+    Warns of masks that are all background, and of images with the same bytes in two splits.
 
     Args:
         splits: name of the split -> data set. `"train"` must hold every class.
         skip_corrupt: leave out training masks that cannot be read.
 
     Raises:
-        ValueError: a mask is invalid or has another size than its image, or a class has no pixel in training.
+        ValueError: a mask is invalid or has another size than its image, an image is cut off, or a class has no pixel
+            in training.
     """
     found = {}
     for name, dataset in splits.items():
         if isinstance(dataset, PairedFiles):
             found[name] = count_labels(dataset, skip_corrupt=skip_corrupt and name == "train")
             _judge(name, dataset, found[name])
+    if distributed.is_main():
+        _warn_of_copies(splits)
     return found
+
+
+def find_copies(splits: Mapping[str, Sequence[Pair]]) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    """Return `(split, name)` twice for each image that has the same bytes as one of an earlier split.
+
+    Only files of equal size are read.
+    """
+    sized: dict[int, list[tuple[str, Pair]]] = {}
+    for split, pairs in splits.items():
+        for pair in pairs:
+            sized.setdefault(pair.image.stat().st_size, []).append((split, pair))
+    alike = [each for group in sized.values() if len({split for split, _ in group}) > 1 for each in group]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
+        digests = list(executor.map(lambda each: hashlib.sha256(each[1].image.read_bytes()).hexdigest(), alike))
+    first: dict[str, tuple[str, str]] = {}
+    found = []
+    for (split, pair), digest in zip(alike, digests):
+        other = first.setdefault(digest, (split, pair.name))
+        if other[0] != split:
+            found.append((other, (split, pair.name)))
+    return found
+
+
+def _warn_of_copies(splits: Mapping[str, SegmentationDataset]) -> None:
+    files = {name: dataset.pairs for name, dataset in splits.items() if isinstance(dataset, PairedFiles)}
+    found = find_copies(files)
+    if found:
+        (split, name), (other_split, other_name) = found[0]
+        warnings.warn(
+            f"{len(found)} images of {other_split} have the same bytes as images of {split}, such as {other_name} and "
+            f"{name}; their scores say little about new images",
+            stacklevel=3,
+        )
 
 
 def check_classes(datasets: Sequence[PairedFiles], *, skip_corrupt: bool = False) -> None:
@@ -116,11 +154,12 @@ def count_labels(dataset: PairedFiles, *, skip_corrupt: bool = False) -> LabelCo
 
 def _count(dataset: PairedFiles, pair: Pair) -> list[int]:
     labels = dataset.read_mask(pair)
-    header = read_header(pair.image)
-    # None: the header cannot be read; the loader says so when it comes to the image.
-    if header is not None:
-        check_depth(pair.image, header, dataset.image_range)
-        dataset.check_size(pair, (labels.shape[0], labels.shape[1]), header.size)
+    # Opening says why a header cannot be read.
+    header = read_header(pair.image) or Header.of(open_image(pair.image))
+    check_depth(pair.image, header, dataset.image_range)
+    if dataset.packed is None:
+        check_end(pair.image, header)
+    dataset.check_size(pair, (labels.shape[0], labels.shape[1]), header.size)
     counts = np.bincount(labels.ravel(), minlength=256)
     return [*counts[: dataset.info.num_classes].tolist(), int(counts[dataset.info.ignore_index])]
 
@@ -161,7 +200,8 @@ class _Store:
     """What was counted in the masks of one data set, in the user's cache folder."""
 
     def __init__(self, dataset: PairedFiles) -> None:
-        what = f"{dataset.folder.resolve()} {dataset.info.name} {dataset.info.num_classes} {dataset.decoding}"
+        # The number changes with what is checked.
+        what = f"2 {dataset.folder.resolve()} {dataset.info.name} {dataset.info.num_classes} {dataset.decoding}"
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self._path = base / "sward" / f"masks-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
         try:

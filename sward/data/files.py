@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sward.data.images import SUFFIXES, CorruptFileError, check_file, open_image, read_image
+from sward.data.lists import choose_share
 from sward.data.masks import indices, list_values
 from sward.data.packed import PackedFrames, find_pack
 from sward.data.sample import DatasetInfo, DatasetNotFoundError, Pair, SegmentationDataset, Transform
@@ -59,6 +61,8 @@ class PairedFiles(SegmentationDataset):
         super().__init__(info, transform, seed)
         self.folder = folder
         self.pairs = list(pairs)
+        # Frames of this split whose masks are not used.
+        self.unlabelled: list[Pair] = []
         self.on_corrupt: OnCorrupt = "stop"
         self.image_range: tuple[float, float] | None = None
         self.packed: PackedFrames | None = None
@@ -72,6 +76,12 @@ class PairedFiles(SegmentationDataset):
     def decoding(self) -> str:
         """What decides the pixels and labels read from a file, besides the file: a pack holds it."""
         return "" if self.image_range is None else f"image_range {self.image_range[0]:g} {self.image_range[1]:g}"
+
+    def use_masks_of(self, share: float, seed: int) -> None:
+        """Keep a share of the frames, drawn by hash of their names, and move the others to `unlabelled`."""
+        chosen = choose_share([pair.name for pair in self.pairs], share, seed=seed)
+        self.unlabelled = [pair for pair in self.pairs if pair.name not in chosen]
+        self.pairs = [pair for pair in self.pairs if pair.name in chosen]
 
     def use_pack(self, where: str) -> None:
         """Select the pack to read from: `"auto"`, `"none"` or a path; see `sward.data.packed.find_pack`."""
@@ -183,13 +193,20 @@ def pair_by_name(images: Path, masks: Path) -> list[Pair]:
     pairs = []
     for name, image in list_images(images).items():
         if name not in available:
-            near = [path.name for other, path in available.items() if name.lower() in other.lower()][:3]
+            near = [path.name for path in similar(name, available)][:3]
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ValueError(f"image {image} has no mask; {masks} holds no image file named {name}{hint}")
         pairs.append(Pair(name, image, available.pop(name)))
     if available:
         warnings.warn(f"masks without an image in {masks}: {shortened(list(available))}", stacklevel=2)
     return pairs
+
+
+def similar(name: str, available: Mapping[str, Path]) -> list[Path]:
+    """Return the files whose name holds `name` in any case, but not as a part of a longer number: not 13 for 3."""
+    before, after = (r"(?<!\d)" if name[:1].isdigit() else ""), (r"(?!\d)" if name[-1:].isdigit() else "")
+    pattern = re.compile(before + re.escape(name) + after, re.IGNORECASE)
+    return [path for other, path in available.items() if pattern.search(other)]
 
 
 def shortened(names: Sequence[str], most: int = 3) -> str:

@@ -12,6 +12,7 @@ Every image goes through one rule, in training, prediction and packs:
 
 from __future__ import annotations
 
+import io
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -48,6 +49,9 @@ LOSSY = ("JPEG", "MPO", "JPEG2000", "AVIF")
 # Errors that Pillow raises, depending on the format and on the kind of damage.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 _ORIENTATION = 0x0112
+_END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+_TAIL = 4096
+"""Bytes at the end of a file in which its mark is looked for; some programs write more behind it."""
 _WIDE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -55,8 +59,12 @@ class CorruptFileError(ValueError):
     """An image or mask file is damaged or not an image. The message names the file."""
 
 
-def open_image(path: Path) -> Image:
+def open_image(path: Path, content: bytes | None = None) -> Image:
     """Open and decode a file of one page and apply its EXIF orientation.
+
+    Args:
+        path: the file.
+        content: the bytes of the file, if it is not on a disk; `path` is then its name.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -65,9 +73,10 @@ def open_image(path: Path) -> Image:
     """
     from PIL import Image, ImageOps
 
-    check_file(path)
+    if content is None:
+        check_file(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             pages = getattr(image, "n_frames", 1)
             # A phone appends a preview or a depth map to a photo and calls the file MPO; its first page is the photo.
             several = pages > 1 and image.format != "MPO"
@@ -99,13 +108,16 @@ def check_file(path: Path) -> None:
         raise ValueError(f"image {path} must be a file, got a broken link")
 
 
-def read_image(path: str | Path, value_range: tuple[float, float] | None = None) -> Tensor:
+def read_image(
+    path: str | Path, value_range: tuple[float, float] | None = None, *, content: bytes | None = None
+) -> Tensor:
     """Read an image file as `[3, H, W]` uint8 RGB, by the rule of this module.
 
     Args:
         path: the file.
         value_range: the values that become 0 and 255 in images with more than 8 bits per channel; other images are not
             scaled.
+        content: the bytes of the file, if it is not on a disk; `path` is then its name.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -113,7 +125,7 @@ def read_image(path: str | Path, value_range: tuple[float, float] | None = None)
         ValueError: the file has several pages, or more than 8 bits per channel without a range or outside of it.
     """
     path = Path(path)
-    image = open_image(path)
+    image = open_image(path, content)
     if image.mode in _WIDE:
         pixels = _scaled(np.asarray(image), path, value_range)
         return torch.from_numpy(pixels).expand(3, -1, -1).contiguous()
@@ -137,6 +149,8 @@ class Header(NamedTuple):
     """Pillow's mode."""
     turned: bool
     """Whether an EXIF orientation rotates or mirrors the image."""
+    format: str
+    """Pillow's name of the file format."""
 
     @property
     def is_wide(self) -> bool:
@@ -149,7 +163,7 @@ class Header(NamedTuple):
         orientation = image.getexif().get(_ORIENTATION, 1)
         # These four exchange height and width.
         size = (image.width, image.height) if orientation in (5, 6, 7, 8) else (image.height, image.width)
-        return cls(size, image.mode, orientation != 1)
+        return cls(size, image.mode, orientation != 1, image.format or "")
 
 
 def read_header(path: Path) -> Header | None:
@@ -161,6 +175,20 @@ def read_header(path: Path) -> Header | None:
             return Header.of(image)
     except (*_DAMAGE, Image.DecompressionBombError):
         return None
+
+
+def check_end(path: Path, header: Header) -> None:
+    """Raise a CorruptFileError if a file ends before its image does, as after a download that broke off.
+
+    A JPEG or PNG file with the mark of its end is taken as whole, which costs no decoding; other files are decoded.
+    """
+    mark = _END_MARKS.get(header.format)
+    if mark is not None:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL))
+            if mark in file.read():
+                return
+    open_image(path)
 
 
 def check_depth(path: Path, header: Header, value_range: tuple[float, float] | None) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sward.data.files import list_images, natural_order
+from sward.data.files import list_images, natural_order, similar
 from sward.data.images import SUFFIXES
 from sward.data.lists import read_table
 from sward.data.sample import DatasetNotFoundError, Pair
@@ -218,7 +218,7 @@ def _is_mask(name: str, pattern: str) -> bool:
 
 def _no_mask(image: Path, name: str, folder: Path, masks: dict[str, Path]) -> str:
     stem = Path(name).name
-    near = [path.name for other, path in masks.items() if stem.lower() in other.lower()]
+    near = [path.name for path in similar(stem, masks)]
     hint = ""
     if near:
         # The shortest is the least changed one: 1_mask before 10_mask.

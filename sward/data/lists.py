@@ -121,6 +121,15 @@ def draw_splits(names: Sequence[str], ratio: str, *, seed: int = 0, group_by: st
     return {name: assigned[name] for name in names}
 
 
+def choose_share(names: Sequence[str], share: float, *, seed: int = 0) -> set[str]:
+    """Return the frames that make up a share of all, at least one, by the SHA-256 of the seed and their names.
+
+    A larger share with the same seed holds a smaller one.
+    """
+    ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest())
+    return set(ranked[: max(1, round(share * len(names)))])
+
+
 def assignment_text(assigned: Mapping[str, str]) -> str:
     """Return frame -> split as the text of a CSV file."""
     text = io.StringIO()

@@ -133,7 +133,8 @@ def indices(mask: Image, path: Path, *, lossy: bool = False) -> NDArray[np.integ
     """
     if mask.format in LOSSY and not lossy:
         raise ValueError(
-            f"mask {path} must be lossless (PNG) to hold class indices, got {mask.format}, which changes them"
+            f"mask {path} must be lossless (PNG) to hold class indices, got {mask.format}, which changes them; name "
+            "values that are far apart with --mask-values, such as 0,255"
         )
     if len(mask.getbands()) > 1:
         found = colours(mask, path)

@@ -1,13 +1,15 @@
 """CVC-ClinicDB (Bernal et al., CMIG 2015) and CVC-ColonDB (Bernal et al., Pattern Recognition 2012).
 
 Frames of one colonoscopy sequence look alike, so with a random split the network sees the test polyps during training.
-There are three ways to split:
+There are these ways to split:
 
 - `"sequence"` (default): no sequence is in two splits. ClinicDB has 428 / 75 / 109 frames, ColonDB 302 / 41 / 37. The
   lists are `lists/seq_{split}.txt` beside the images if they exist, else the table in `sward/data/splits`.
 - `"ratio"`: a random 80 / 10 / 10 split, as in the paper (ClinicDB 490 / 61 / 61; ColonDB 240 / 30 / 30 of the release
   with 300 frames, 304 / 38 / 38 of that with 380). The paper does not publish its split; this one is fixed: frames are
   ranked by the SHA-256 of their number, the first tenth is val, the second test.
+- `"parity"`, ColonDB only: frames of sequences with an even number are train (148), those of odd ones test (232), for
+  networks that learn from the images of one half and are tested on polyps of the other.
 - a path: either one text file per split, given with the placeholder `{split}` (`lists/my_{split}.txt`, one frame name
   per line), or one CSV file with the columns `frame_id` and `split`.
 """
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val", "test")
 ALL = "all"
+SPLITS_FOLDER = Path(__file__).parent / "splits"
 MASK_THRESHOLD = 127
 LAYOUTS = (
     ("images", "masks"),
@@ -87,7 +90,7 @@ class Polyps(PairedFiles):
             folder that contains it under one of the names `release.folders`.
         split: `train`, `val` or `test`; `all` has every frame, for networks trained on another data set.
         image_size: `(height, width)`.
-        split_by: `"sequence"`, `"ratio"` or a path; see the module docstring.
+        split_by: `"sequence"`, `"ratio"`, `"parity"` or a path; see the module docstring.
         train: use the training transform instead of the evaluation transform.
         seed: seed of the augmentation; the split does not depend on it.
 
@@ -126,8 +129,9 @@ class Polyps(PairedFiles):
 def _select(release: Release, folder: Path, frames: dict[str, Pair], split: str, split_by: str) -> list[Pair]:
     if split == ALL:
         return list(frames.values())
+    table = SPLITS_FOLDER / f"{release.info.name}_{split_by}.csv"
     if split_by not in ("sequence", "ratio"):
-        return _pick(frames, *listed(split_by, split))
+        return _pick(frames, *listed(str(table) if table.is_file() else split_by, split))
     if len(frames) not in release.frames:
         raise DatasetNotFoundError(
             f"{release.title} in {folder} is incomplete: it must have {' or '.join(map(str, release.frames))} images, "
@@ -138,7 +142,7 @@ def _select(release: Release, folder: Path, frames: dict[str, Pair], split: str,
     shipped = folder / "lists" / "seq_{split}.txt"
     if Path(str(shipped).format(split=split)).is_file():
         return _pick(frames, *listed(str(shipped), split))
-    table = Path(__file__).parent / "splits" / f"{release.info.name}.csv"
+    table = SPLITS_FOLDER / f"{release.info.name}.csv"
     wanted = set(listed(str(table), split)[0])
     known = {name for other in SPLITS for name in listed(str(table), other)[0]}
     unknown = next((name for name in frames if name not in known), None)

@@ -193,11 +193,15 @@ class SegmentationDataset(Dataset[Sample | TeacherSample], ABC):
         if not 0 <= index < len(self):
             raise IndexError(f"{self.info.name} has {len(self)} samples, so there is no sample {index}")
         image, labels, name = self.read(index)
+        return self.view(image, labels, name, self.epoch, index)
+
+    def view(self, image: Tensor, labels: Tensor, name: str, epoch: int, number: int) -> Sample | TeacherSample:
+        """Transform a frame under the random state of `(seed, epoch, number)`."""
         # torchvision draws from torch's global generator and takes no other. Only the CPU generator is seeded:
         # torch.manual_seed would reset the GPU's as well.
         with torch.random.fork_rng(devices=[]):
-            view = self.epoch if self.views is None else self.epoch % self.views
-            seed = sample_seed(self.seed, view, index)
+            view = epoch if self.views is None else epoch % self.views
+            seed = sample_seed(self.seed, view, number)
             torch.default_generator.manual_seed(seed)
             sample = Sample(*self.transform(image, labels), name)
             if self.teacher_transform is None:

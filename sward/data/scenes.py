@@ -1,16 +1,9 @@
 """`scenes`: generated images with pixel labels, used by `sward demo` and the tests; needs no download.
 
-Objects of four classes lie on a textured ground, and each class has a look-alike that belongs to the background. Colour
-and local patches do not distinguish the two; texture over several periods or arrangement over a distance does:
-
-| class | looks like | its background look-alike |
-|---|---|---|
-| `stripes` | large shape, parallel stripes | the same shape with random blocks of the same scale |
-| `checks` | large shape, regular checkerboard | the same |
-| `wire` | curve 2 pixels thin, across the image | scratch of the same profile, a tenth as long |
-| `beads` | small discs in a row of 5 to 8 | the same discs, scattered |
-
-Objects overlap and have random colours; a lighting gradient, soft shadows and noise cover the whole image.
+Large shapes of four textures lie on a clouded ground: `stripes`, `checks`, `dots` and `rings`. Shapes with random
+blocks of the same scale belong to the background. Colours are random and every texture has two of them, so neither
+colour nor a patch of a few pixels says the class; the arrangement over several periods does. Shapes hide each other,
+and a lighting gradient, soft shadows and noise cover the whole image.
 """
 
 from __future__ import annotations
@@ -30,10 +23,10 @@ Labels = NDArray[np.uint8]
 
 INFO = DatasetInfo(
     name="scenes",
-    classes=("background", "stripes", "checks", "wire", "beads"),
+    classes=("background", "stripes", "checks", "dots", "rings"),
     palette=((40, 44, 52), (230, 159, 0), (86, 180, 233), (240, 228, 66), (213, 94, 0)),
 )
-BACKGROUND, STRIPES, CHECKS, WIRE, BEADS = range(5)
+BACKGROUND, STRIPES, CHECKS, DOTS, RINGS = range(5)
 
 SPLITS = {"train": 1024, "val": 128, "test": 128}
 SMALLEST_SIDE = 32
@@ -49,13 +42,22 @@ class Scenes(SegmentationDataset):
         seed: seed of the flips. The images themselves do not depend on it, so runs with different seeds are scored on
             the same images.
         count: number of images; None for 1024 (train) or 128. A larger count adds images and keeps the others.
+        series: series of the training images; no image occurs in two series. A teacher can so learn from other scenes
+            than its student. The images of `val` and `test` are the same in every series.
 
     Raises:
-        ValueError: the split is unknown, the size below 32 or the count below 1.
+        ValueError: the split is unknown, the size below 32, the count below 1 or the series below 0.
     """
 
     def __init__(
-        self, split: str, image_size: tuple[int, int], *, train: bool, seed: int = 0, count: int | None = None
+        self,
+        split: str,
+        image_size: tuple[int, int],
+        *,
+        train: bool,
+        seed: int = 0,
+        count: int | None = None,
+        series: int = 0,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split must be train, val or test for scenes, got {split!r}")
@@ -63,16 +65,20 @@ class Scenes(SegmentationDataset):
             raise ValueError(f"image_size of scenes must be at least {SMALLEST_SIDE}, got {image_size}")
         if count is not None and count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
+        if series < 0:
+            raise ValueError(f"series must be 0 or more, got {series}")
         super().__init__(INFO, flip_training() if train else EvaluationTransform(), seed)
         self.split = split
         self.image_size = image_size
         self.count = SPLITS[split] if count is None else count
+        # Series of `render`: one per split, then one per further series of training images.
+        self.series = len(SPLITS) - 1 + series if split == "train" and series else list(SPLITS).index(split)
 
     def __len__(self) -> int:
         return self.count
 
     def read(self, index: int) -> tuple[Tensor, Tensor, str]:
-        image, labels = render(list(SPLITS).index(self.split), index, *self.image_size)
+        image, labels = render(self.series, index, *self.image_size)
         return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(labels), f"{self.split}-{index:05d}"
 
 
@@ -90,18 +96,13 @@ class _Painter:
         self.unit = min(height, width) / 128
         self.image = np.empty((height, width, 3), np.float32)
         self.labels = np.zeros((height, width), np.uint8)
-        self.beads: list[tuple[float, float]] = []
 
     def paint(self) -> tuple[Labels, Labels]:
         rng = self.rng
         self.ground()
-        kinds = [STRIPES, CHECKS, BACKGROUND, BACKGROUND, *rng.integers(0, 3, rng.integers(1, 4))]
+        kinds = [BACKGROUND, *rng.integers(0, INFO.num_classes, rng.integers(3, 6))]
         for kind in rng.permutation(kinds):
             self.shape(int(kind))
-        small = [self.wire] * rng.integers(1, 4) + [self.scratch] * rng.integers(3, 8)
-        small += [self.row_of_beads] * rng.integers(1, 4) + [self.lone_bead] * rng.integers(4, 10)
-        for place in rng.permutation(len(small)):
-            small[place]()
         return self.develop(), self.labels
 
     def colour(self) -> Floats:
@@ -118,9 +119,9 @@ class _Painter:
         self.image += 0.15 * self.smooth_noise(4) + 0.1 * self.smooth_noise(24)
 
     def shape(self, kind: int) -> None:
-        """Draw a filled, wobbly superellipse with stripes, checks or (background) random blocks of the same scale."""
+        """Draw a filled, wobbly superellipse with the texture of `kind`; that of the background is random blocks."""
         rng = self.rng
-        radii = rng.uniform(14, 30, 2) * self.unit
+        radii = rng.uniform(22, 40, 2) * self.unit
         centre_y, centre_x = rng.uniform(0, self.height), rng.uniform(0, self.width)
         reach = 1.5 * radii.max()
         top, bottom = _clip(centre_y - reach, centre_y + reach, self.height)
@@ -137,81 +138,27 @@ class _Painter:
         inside = distance < wobble
 
         # With less than 4 pixels per period, a small image would show no texture.
-        period = max(4.0, rng.uniform(5, 8) * self.unit)
+        period = max(4.0, rng.uniform(10, 14) * self.unit)
         u, v = _rotate(y, x, rng.uniform(0, math.pi))
         phase_u, phase_v = rng.uniform(0, 2, 2).astype(np.float32)
-        columns = np.floor(u * np.float32(2 / period) + phase_u).astype(np.int32)
-        rows = np.floor(v * np.float32(2 / period) + phase_v).astype(np.int32)
+        # Two columns and two rows of cells per period.
+        u, v = u * np.float32(2 / period) + phase_u, v * np.float32(2 / period) + phase_v
+        columns, rows = np.floor(u).astype(np.int32), np.floor(v).astype(np.int32)
         if kind == STRIPES:
             pattern = columns & 1
         elif kind == CHECKS:
             pattern = (columns ^ rows) & 1
+        elif kind == DOTS:
+            pattern = np.square(u % 2 - 1) + np.square(v % 2 - 1) < 0.6
+        elif kind == RINGS:
+            pattern = np.floor(np.hypot(y, x) * np.float32(2 / period) + phase_u).astype(np.int32) & 1
         else:
             blocks = rng.integers(0, 2, (64, 64))
             pattern = blocks[columns & 63, rows & 63]
         one = self.colour()
-        other = np.clip(one + rng.choice([-1, 1]) * rng.uniform(0.15, 0.4, 3).astype(np.float32), 0, 1)
+        other = np.clip(one + rng.choice([-1, 1]) * rng.uniform(0.25, 0.5, 3).astype(np.float32), 0, 1)
         self.image[top:bottom, left:right][inside] = np.where(pattern[inside][:, None], one, other)
         self.labels[top:bottom, left:right][inside] = kind
-
-    def wire(self) -> None:
-        """Draw a sagging curve from one side of the image to the opposite side."""
-        rng = self.rng
-        if rng.random() < 0.5:
-            ends = [[rng.uniform(0, self.height), 0], [rng.uniform(0, self.height), self.width]]
-        else:
-            ends = [[0, rng.uniform(0, self.width)], [self.height, rng.uniform(0, self.width)]]
-        self.curve(np.array(ends), rng.uniform(-0.4, 0.4), WIRE)
-
-    def scratch(self) -> None:
-        start = self.rng.uniform(0, 1, 2) * (self.height, self.width)
-        angle, length = self.rng.uniform(0, 2 * math.pi), self.rng.uniform(8, 16) * self.unit
-        end = start + length * np.array([math.sin(angle), math.cos(angle)])
-        self.curve(np.stack([start, end]), self.rng.uniform(-0.4, 0.4), BACKGROUND)
-
-    def curve(self, ends: NDArray[np.float64], sag: float, kind: int) -> None:
-        """Draw a thin parabola between two points; its depth is `sag` times their distance."""
-        chord = ends[1] - ends[0]
-        middle = ends.mean(0) + sag * np.array([-chord[1], chord[0]])
-        t = np.linspace(0, 1, 2 + int(2 * np.abs(chord).sum()))[:, None]
-        points = (1 - t) ** 2 * ends[0] + 2 * t * (1 - t) * middle + t**2 * ends[1]
-        radius = max(0.7, self.rng.uniform(0.6, 1.2) * self.unit)
-        self.stamp(points, radius, kind)
-
-    def row_of_beads(self) -> None:
-        rng = self.rng
-        count, spacing = rng.integers(5, 9), rng.uniform(8, 11) * self.unit
-        angle, bend = rng.uniform(0, 2 * math.pi), rng.uniform(-0.25, 0.25)
-        angles = angle + bend * np.arange(count)
-        steps = spacing * np.stack([np.sin(angles), np.cos(angles)], axis=1)
-        points = rng.uniform(0.15, 0.85, 2) * (self.height, self.width) + np.cumsum(steps, 0)
-        self.beads += [(y, x) for y, x in points]
-        self.stamp(points, self.bead_radius(), BEADS)
-
-    def lone_bead(self) -> None:
-        """Draw a bead far from all others, or none if a few random positions fail."""
-        for _ in range(8):
-            y, x = self.rng.uniform(0, 1, 2) * (self.height, self.width)
-            if all(math.hypot(y - other[0], x - other[1]) > 18 * self.unit for other in self.beads):
-                self.beads.append((y, x))
-                self.stamp(np.array([[y, x]]), self.bead_radius(), BACKGROUND)
-                return
-
-    def bead_radius(self) -> float:
-        return max(1.3, self.rng.uniform(2, 3.2) * self.unit)
-
-    def stamp(self, points: NDArray[np.float64], radius: float, kind: int) -> None:
-        """Draw discs of one colour around `points [N, 2]` (y, x)."""
-        reach = math.ceil(radius)
-        span = np.arange(-reach, reach + 1)
-        offsets = np.stack([span.repeat(span.size), np.tile(span, span.size)], axis=1)
-        cells = np.round(points).astype(np.int64)[:, None] + offsets
-        close = ((cells - points[:, None]) ** 2).sum(-1) <= radius**2
-        y, x = cells[close].T
-        visible = (y >= 0) & (y < self.height) & (x >= 0) & (x < self.width)
-        y, x = y[visible], x[visible]
-        self.image[y, x] = self.colour()
-        self.labels[y, x] = kind
 
     def develop(self) -> Labels:
         """Apply lighting from one side, shadows, slight blur and noise; return uint8."""

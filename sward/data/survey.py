@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sward.data.images import LOSSY, Header, open_image
+from sward.data.images import LOSSY, Header, check_end, open_image
 from sward.data.layouts import find_layout, table_pairs
 from sward.data.masks import TOLERANCE, UNCLEAR_SHARE, colours, indices
 from sward.data.sample import IGNORE_INDEX, Pair
@@ -156,6 +156,7 @@ def _look(pair: Pair) -> _Look:
             size, turned = header.size, header.turned
             if header.is_wide:
                 wide, highest = header.mode, float(np.asarray(image).max())
+        check_end(pair.image, header)
         mask = open_image(pair.mask)
         lossy = mask.format in LOSSY
         values = dict(_mask_values(mask, pair.mask))

@@ -11,43 +11,123 @@ from torch import Tensor
 from sward.data.files import PairedFiles
 from sward.data.images import read_image
 from sward.data.layouts import list_tree
-from sward.data.sample import Batch, DatasetNotFoundError, Pair, SegmentationDataset, sample_seed
-from sward.data.transforms import TrainingTransform
+from sward.data.packed import PackedFrames, find_pack
+from sward.data.sample import (
+    IGNORE_INDEX,
+    Batch,
+    DatasetInfo,
+    DatasetNotFoundError,
+    Pair,
+    SegmentationDataset,
+    sample_seed,
+)
+from sward.data.transforms import EvaluationTransform, TrainingTransform
+
+INFO = DatasetInfo("unlabelled", (), ())
+"""What the pack of a folder of unlabelled images says of it."""
+
+
+class UnlabelledFolder(PairedFiles):
+    """All images in a folder and below, without labels, to be packed.
+
+    Raises:
+        DatasetNotFoundError: the folder does not exist or holds no image.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(INFO, folder, _pairs(folder), EvaluationTransform((1, 1)), seed=0)
+
+    def read_files(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """Decode an image; its labels are all ignored."""
+        return _without_labels(read_image(pair.image, self.image_range))
 
 
 class UnlabelledImages(PairedFiles):
-    """All images in some folders and below, as training samples whose labels are all ignored.
+    """Images of folders and lists, as training samples whose labels are all ignored.
 
     Args:
-        folders: the folders.
+        sources: folders, of which all images in them and below are used, and text files with the path of one image per
+            line, relative to the file. The frames of `like` whose masks are not used come on top.
         like: the training set that they are mixed with; they get its classes, transforms, views and reading options.
         image_size: `(height, width)` of the samples.
         seed: seed of the run; order and augmentation draw from streams of their own.
+        packed: `"none"` decodes the files; otherwise folders are read from their packs, if they have one, and the
+            frames of `like` from the pack that `packed` names (see `sward.data.packed.find_pack`).
 
     Raises:
-        DatasetNotFoundError: a folder does not exist or holds no image.
+        DatasetNotFoundError: a source does not exist or names no image.
+        FileNotFoundError: an image of a list does not exist.
     """
 
     def __init__(
-        self, folders: Sequence[Path], like: SegmentationDataset, image_size: tuple[int, int], seed: int
+        self,
+        sources: Sequence[str | Path],
+        like: SegmentationDataset,
+        image_size: tuple[int, int],
+        seed: int,
+        *,
+        packed: str = "auto",
     ) -> None:
-        pairs = []
-        for folder in folders:
-            images = list_tree(folder) if folder.is_dir() else {}
-            if not images:
-                raise DatasetNotFoundError(f"unlabelled must name folders of images, got {folder}, which holds none")
-            pairs += [Pair(f"{folder.name}/{name}", image, image) for name, image in images.items()]
+        pairs = list(like.unlabelled) if isinstance(like, PairedFiles) else []
+        found = {source: _pairs(source) for source in map(Path, sources)}
+        pairs += [pair for part in found.values() for pair in part]
         assert isinstance(like.transform, TrainingTransform)
-        super().__init__(like.info, folders[0], pairs, like.transform.at(image_size), stream_seed(seed))
+        super().__init__(
+            like.info, Path(sources[0]) if sources else Path(), pairs, like.transform.at(image_size), stream_seed(seed)
+        )
         self.views, self.teacher_transform = like.views, like.teacher_transform
         if isinstance(like, PairedFiles):
             self.image_range = like.image_range
             self.set_on_corrupt(like.on_corrupt)
+        self._places: list[tuple[PackedFrames, int] | None] = []
+        if isinstance(like, PairedFiles) and like.unlabelled:
+            info = like.info
+            pack = find_pack(packed, info.name, info.num_classes, like.folder, like.unlabelled, decoding=like.decoding)
+            self._places += _places(pack, len(like.unlabelled))
+        for source, part in found.items():
+            pack = None
+            if packed != "none" and source.is_dir():
+                pack = find_pack("auto", INFO.name, INFO.num_classes, source, part, decoding=self.decoding)
+            self._places += _places(pack, len(part))
+
+    def _read(self, index: int) -> tuple[Tensor, Tensor, str]:
+        place = self._places[index]
+        if place is None or place[1] not in place[0]:
+            return super()._read(index)
+        frames, number = place
+        return *_without_labels(frames.read(number)[0]), self.pairs[index].name
 
     def read_files(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """Decode an image; its labels are all ignored."""
-        image = read_image(pair.image, self.image_range)
-        return image, torch.full(image.shape[1:], self.info.ignore_index, dtype=torch.uint8)
+        return _without_labels(read_image(pair.image, self.image_range))
+
+
+def _without_labels(image: Tensor) -> tuple[Tensor, Tensor]:
+    return image, torch.full(image.shape[1:], IGNORE_INDEX, dtype=torch.uint8)
+
+
+def _places(frames: PackedFrames | None, count: int) -> list[tuple[PackedFrames, int] | None]:
+    return [None] * count if frames is None else [(frames, number) for number in range(count)]
+
+
+def _pairs(source: Path) -> list[Pair]:
+    """Return the images of a folder or a list, each as its own mask."""
+    images = list_tree(source) if source.is_dir() else _listed(source)
+    if not images:
+        raise DatasetNotFoundError(
+            f"unlabelled must name folders of images or lists of them, got {source}, which holds none"
+        )
+    return [Pair(f"{source.name}/{name}", image, image) for name, image in images.items()]
+
+
+def _listed(path: Path) -> dict[str, Path]:
+    """Read a list of images as name -> file; empty where there is no file."""
+    lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
+    found = {line.strip(): path.parent / line.strip() for line in lines if line.strip()}
+    missing = next((image for image in found.values() if not image.is_file()), None)
+    if missing is not None:
+        raise FileNotFoundError(f"there is no file {missing}, which {path} names")
+    return found
 
 
 def stream_seed(seed: int) -> int:

@@ -43,7 +43,7 @@ def write_network(network: nn.Module, metadata: Metadata, path: Path) -> Metadat
         ModuleNotFoundError: if `onnx` or `onnxscript` is not installed.
     """
     check_path(path)
-    if metadata.fixed_size is None and models.describe(metadata.model).role == "teacher":
+    if metadata.fixed_size is None and metadata.model in models.names("teacher"):
         # torch.export takes minutes to find this out.
         raise ValueError(
             f"network {metadata.model} must be exported with a fixed size, got free height and width; "

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from sward import atomic
 from sward.deploy.metadata import Metadata
-from sward.deploy.predictor import as_input
 
 Precision = Literal["fp32", "fp16", "int8"]
 """Format of weights and activations."""
@@ -20,8 +15,8 @@ Precision = Literal["fp32", "fp16", "int8"]
 CALIBRATION_IMAGES = 64
 """Training images that set the ranges of int8 activations."""
 
-QUANTISED = ["Conv", "Gemm", "MatMul"]
-"""ONNX operators that int8 changes: those with weights. The others stay fp32."""
+SAMPLED_IMAGES = 8
+"""Calibration images on which single layers are judged."""
 
 
 def check_precision(precision: Precision, path: Path) -> None:
@@ -30,55 +25,22 @@ def check_precision(precision: Precision, path: Path) -> None:
         raise ValueError(f"output must end in .onnx for {precision}, got {path}")
 
 
-def convert(path: Path, metadata: Metadata, precision: Precision, images: Iterator[Tensor]) -> Metadata:
-    """Convert an fp32 ONNX file in place.
+def to_fp16(path: Path, metadata: Metadata) -> Metadata:
+    """Convert an fp32 ONNX file in place and return the metadata that it now holds.
 
-    Args:
-        path: file that `write_network` wrote.
-        metadata: its metadata.
-        precision: `"fp16"` or `"int8"`.
-        images: for int8: uint8 `[3, H, W]` images like those that the network will see.
-
-    Returns:
-        The metadata that the file now holds.
+    Input and output keep their types: users of the file notice nothing.
     """
-    metadata = replace(metadata, precision=precision)
-    model = _to_fp16(path) if precision == "fp16" else _to_int8(path, metadata, images)
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    model = convert_float_to_float16(onnx.load(path), keep_io_types=True)
+    return save(model, replace(metadata, precision="fp16"), path)
+
+
+def save(model: Any, metadata: Metadata, path: Path) -> Metadata:
+    """Write an ONNX model with this metadata and return the metadata."""
     del model.metadata_props[:]
     for key, value in metadata.to_strings().items():
         model.metadata_props.add(key=key, value=value)
     atomic.write(path, model.SerializeToString())
     return metadata
-
-
-def _to_fp16(path: Path) -> Any:
-    import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    # Input and output keep their types: users of the file notice nothing.
-    return convert_float_to_float16(onnx.load(path), keep_io_types=True)
-
-
-def _to_int8(path: Path, metadata: Metadata, images: Iterator[Tensor]) -> Any:
-    import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(CalibrationDataReader):
-        def get_next(self) -> dict[str, Any] | None:
-            image = next(images, None)
-            return None if image is None else {"images": as_input(image[None], metadata).numpy()}
-
-    with tempfile.TemporaryDirectory() as folder:
-        prepared, quantised = Path(folder) / "prepared.onnx", Path(folder) / "quantised.onnx"
-        # Folds batch norms into convolutions. ONNX Runtime's symbolic shapes do not know the padding's floor division.
-        quant_pre_process(path, prepared, skip_symbolic_shape=True)
-        quantize_static(
-            prepared,
-            quantised,
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            op_types_to_quantize=QUANTISED,
-        )
-        return onnx.load(quantised)

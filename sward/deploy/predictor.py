@@ -117,12 +117,8 @@ class Predictor:
 
     def check_tile(self, tile: tuple[int, int] | None, overlap: int | None) -> None:
         """Raise ValueError if this file cannot be run on such tiles."""
-        if tile is None:
-            if overlap is not None:
-                raise ValueError(f"overlap must be given with a tile, got {overlap} without one")
-            return
-        check_tile(tile, default_overlap(tile) if overlap is None else overlap)
-        if self.metadata.output == "argmax":
+        check_tile(tile, overlap)
+        if tile is not None and self.metadata.output == "argmax":
             raise ValueError(f"output of {self.path} must be logits or probabilities for tiles, got argmax")
 
     def check_probabilities(self) -> None:
@@ -164,6 +160,15 @@ def load(path: str | Path, *, checkpoint: Checkpoint = "best", device: str | Non
         FileNotFoundError: if there is no such run or file.
         ValueError: if it is damaged, or was not written by this library.
         ModuleNotFoundError: if an ONNX file is given and `onnxruntime` is not installed.
+
+    Examples:
+        >>> import sward
+        >>> network = sward.load(run)  # a run folder, or a file such as runs/demo/student.onnx
+        >>> network.classes
+        ('background', 'stripes', 'checks', 'dots', 'rings')
+        >>> mask = network.predict(photo)  # a PIL image of 100 x 70 pixels
+        >>> mask.shape, mask.dtype
+        ((70, 100), dtype('uint8'))
     """
     path = Path(path)
     if path.suffix in (".onnx", ".pt2"):
@@ -247,8 +252,8 @@ def _resized(outputs: Tensor, size: tuple[int, ...]) -> Tensor:
     return torch.nn.functional.interpolate(outputs[:, None], tuple(size), mode="nearest-exact")[:, 0]
 
 
-def onnx_session(path: Path, threads: int | None = None) -> Any:
-    """Open an ONNX file on the CPU, with as many threads as torch uses by default.
+def onnx_session(model: Path | bytes, threads: int | None = None) -> Any:
+    """Open an ONNX file, or its content, on the CPU, with as many threads as torch uses by default.
 
     Raises:
         ValueError: if ONNX Runtime cannot read the file.
@@ -263,9 +268,11 @@ def onnx_session(path: Path, threads: int | None = None) -> Any:
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        source = model if isinstance(model, bytes) else str(model)
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # classes of its own, one per cause
-        raise ValueError(f"{path} must be an ONNX file, got one that ONNX Runtime cannot read: {error}") from error
+        name = "the model" if isinstance(model, bytes) else model
+        raise ValueError(f"{name} must be an ONNX file, got one that ONNX Runtime cannot read: {error}") from error
 
 
 def _load_onnx(path: Path) -> Predictor:

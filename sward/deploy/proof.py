@@ -7,10 +7,11 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,11 @@ from sward import atomic
 from sward.config import TrainingConfig
 from sward.data import DatasetInfo, denormalise
 from sward.data.transforms import resize_image
-from sward.deploy import export
+from sward.deploy import export, int8
 from sward.deploy.metadata import Metadata
 from sward.deploy.network import DeployedNetwork, Input, Output
-from sward.deploy.precision import CALIBRATION_IMAGES, Precision, check_precision, convert
-from sward.deploy.predictor import Checkpoint, Predictor, as_input, find_run, labels_at, load
+from sward.deploy.precision import CALIBRATION_IMAGES, SAMPLED_IMAGES, Precision, check_precision, save, to_fp16
+from sward.deploy.predictor import Checkpoint, Predictor, as_input, find_run, labels_at, load, onnx_session
 from sward.metrics import ConfusionMatrix, PerImageOverlap
 from sward.runs.load import build_split, load_run
 from sward.training.progress import Progress
@@ -100,11 +101,18 @@ class Exported:
     """What the file says about itself."""
     proof: Proof | None
     """Comparison with PyTorch; None if it was not wanted."""
+    refused: dict[str, float] = field(default_factory=dict)
+    """Layers that stay fp32 in an int8 file -> loss in mIoU with this layer alone in int8, as a fraction of 1."""
 
     @property
     def proof_path(self) -> Path:
         """The JSON file with metadata and proof."""
         return self.path.with_name(f"{self.path.name}.json")
+
+    @property
+    def card_path(self) -> Path:
+        """The model card."""
+        return self.path.with_name(f"{self.path.name}.md")
 
 
 def export_run(
@@ -124,7 +132,7 @@ def export_run(
     force: bool = False,
     overwrite: bool = False,
 ) -> Exported:
-    """Write the network of a run to `path`, then compare the file with PyTorch and write `PATH.json`.
+    """Write the network of a run to `path`, compare the file with PyTorch, and write `PATH.json` and a model card.
 
     Args:
         run: run folder, or a checkpoint in it.
@@ -149,7 +157,7 @@ def export_run(
         ModuleNotFoundError: if a package for ONNX is not installed.
     """
     tolerance = TOLERANCES[precision] if tolerance is None else tolerance
-    check_arguments(path, check, tolerance, overwrite)
+    check_arguments(path, check, tolerance, overwrite, size)
     check_precision(precision, path)
     if calibrate < 1:
         raise ValueError(f"calibrate must be at least 1, got {calibrate}")
@@ -159,21 +167,86 @@ def export_run(
     config.dataset.root = root or config.dataset.root
     # Before the export, which takes longer: a data set that is not there is found out at once.
     images = None if check == 0 else evaluation_images(config, split, check)
-    examples = evaluation_images(config, "train", calibrate).samples() if precision == "int8" else iter(())
+    examples = evaluation_images(config, "train", calibrate) if precision == "int8" else None
     make_folder(path.parent)
     metadata = export.write_network(network, metadata, path)
-    if precision != "fp32":
-        resized = (image if size is None else resize_image(image, size) for image, _ in examples)
-        metadata = convert(path, metadata, precision, resized)
-    proof = None
+    proof, refused = None, {}
+    if precision == "fp16":
+        metadata = to_fp16(path, metadata)
+    quantisation = None
+    if examples is not None:
+        quantisation = Quantisation(path, dataclasses.replace(metadata, precision="int8"), examples)
+        metadata = quantisation.write()
     if images is not None:
         proof = prove(network, load(path), images, info, split=split, tolerance=tolerance)
-    return finish(Exported(path, metadata, proof), force=force)
+        if quantisation is not None and proof.failure is not None and not force:
+            refused = quantisation.refuse_layers(info, tolerance)
+            if refused:
+                proof = prove(network, load(path), images, info, split=split, tolerance=tolerance)
+    exported = finish(Exported(path, metadata, proof, refused), force=force)
+    # Imported here: cards build on proofs.
+    from sward.reporting.card import write_export_card
+
+    write_export_card(folder, exported)
+    return exported
 
 
-def check_arguments(path: Path, check: int | None, tolerance: float, overwrite: bool) -> None:
+class Quantisation:
+    """Writes an fp32 file as int8, and again without the layers that lose too much.
+
+    Args:
+        path: the fp32 file; `write` replaces it.
+        metadata: of the int8 file.
+        examples: training images that set the ranges of activations.
+    """
+
+    def __init__(self, path: Path, metadata: Metadata, examples: LabelledImages) -> None:
+        self.path, self.metadata, self.examples = path, metadata, examples
+        self.prepared = int8.prepare(path)
+        self.model: Any = None
+
+    def write(self, keep: Collection[str] = ()) -> Metadata:
+        """Quantise all layers but `keep` and write the file."""
+        images = (self._sized(image) for image, _ in self.examples.samples())
+        self.model = int8.quantise(self.prepared, self.metadata, images, keep=keep)
+        return save(self.model, self.metadata, self.path)
+
+    def refuse_layers(self, info: DatasetInfo, tolerance: float) -> dict[str, float]:
+        """Write the file again with the layers in fp32 that alone lose more than `tolerance` in mIoU.
+
+        The loss is measured on the first `SAMPLED_IMAGES` calibration images, with one layer at a time in int8.
+
+        Returns:
+            Title -> loss of these layers. If there are none, the file stays as it is.
+        """
+        samples = list(islice(self.examples.samples(), SAMPLED_IMAGES))
+
+        def mean_iou(model: bytes) -> float:
+            session, scores = onnx_session(model), _Scores(info)
+            for image, labels in samples:
+                given = as_input(self._sized(image)[None], self.metadata).numpy()
+                outputs = torch.from_numpy(session.run(None, {"images": given})[0])
+                scores.update(labels_at(outputs, (labels.shape[-2], labels.shape[-1]))[0], labels)
+            return scores.mean_iou() or 0.0
+
+        losses = int8.losses_per_layer(self.prepared, self.model, mean_iou)
+        refused = {name: loss for name, loss in losses.items() if loss > tolerance}
+        if refused:
+            self.write(keep=list(refused))
+        return {int8.layer_title(self.prepared, name): loss for name, loss in refused.items()}
+
+    def _sized(self, image: Tensor) -> Tensor:
+        size = self.metadata.fixed_size
+        return image if size is None else resize_image(image, size)
+
+
+def check_arguments(
+    path: Path, check: int | None, tolerance: float, overwrite: bool, size: tuple[int, int] | None
+) -> None:
     """Raise ValueError for arguments of `export_run` that cannot work, before any work."""
     export.check_path(path)
+    if size is not None and min(size) < 1:
+        raise ValueError(f"size must be two positive numbers, got {size[0]} {size[1]}")
     if check is not None and check < 0:
         raise ValueError(f"check must be at least 0, got {check}")
     if not tolerance >= 0:
@@ -185,7 +258,8 @@ def check_arguments(path: Path, check: int | None, tolerance: float, overwrite: 
 def finish(exported: Exported, *, force: bool) -> Exported:
     """Write the JSON file; on a failed proof remove the exported file and raise ProofError unless `force`."""
     proof = exported.proof
-    record = {"metadata": asdict(exported.metadata), "proof": None if proof is None else asdict(proof)}
+    shown = None if proof is None else asdict(proof)
+    record = {"metadata": asdict(exported.metadata), "proof": shown, "fp32_layers": exported.refused}
     atomic.write(exported.proof_path, (json.dumps(record, indent=2) + "\n").encode())
     if proof is not None and proof.failure is not None and not force:
         exported.path.unlink()

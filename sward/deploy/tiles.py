@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def check_tile(tile: tuple[int, int], overlap: int) -> None:
-    """Raise ValueError unless tiles of this height and width with this overlap cover an image."""
+def check_tile(tile: tuple[int, int] | None, overlap: int | None) -> None:
+    """Raise ValueError unless tiles of this height and width with this overlap cover an image; None: no tiles."""
+    if tile is None:
+        if overlap is not None:
+            raise ValueError(f"overlap must be given with a tile, got {overlap} without one")
+        return
+    overlap = default_overlap(tile) if overlap is None else overlap
     if min(tile) < 1:
         raise ValueError(f"tile must be two positive numbers, got {tile[0]} {tile[1]}")
     if not 0 <= overlap < min(tile):
@@ -19,6 +24,30 @@ def check_tile(tile: tuple[int, int], overlap: int) -> None:
 def default_overlap(tile: tuple[int, int]) -> int:
     """Return a quarter of the shorter side."""
     return min(tile) // 4
+
+
+class TiledNetwork(nn.Module):
+    """Run a network on overlapping tiles of one image and blend the results.
+
+    Args:
+        network: maps images `[1, 3, h, w]` to `[1, K, h, w]`.
+        tile: height and width of a tile.
+        overlap: pixels that neighbours share; None takes a quarter of the tile.
+
+    Raises:
+        ValueError: if tiles of this height and width with this overlap do not cover an image.
+    """
+
+    def __init__(self, network: nn.Module, tile: tuple[int, int], overlap: int | None) -> None:
+        super().__init__()
+        check_tile(tile, overlap)
+        self.network, self.tile = network, tile
+        self.overlap = default_overlap(tile) if overlap is None else overlap
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map one image `[1, 3, H, W]` to `[1, K, H, W]`."""
+        bands = [band for _, band in blended_bands(self.network, images[0], self.tile, self.overlap)]
+        return torch.cat(bands, dim=1)[None]
 
 
 def blended_bands(
@@ -45,10 +74,11 @@ def blended_bands(
     for index, (top, bottom) in enumerate(rows):
         band: Tensor | None = None
         for (left, right), weights in zip(columns, column_weights):
-            values = forward(image[None, :, top:bottom, left:right])[0] * weights
+            values = forward(image[None, :, top:bottom, left:right])[0]
+            values = values * weights.to(values.device)
             if band is None:
                 band = values.new_zeros(len(values), bottom - top, width)
-            band[:, :, left:right] += values * row_weights[index][:, None]
+            band[:, :, left:right] += values * row_weights[index][:, None].to(values.device)
         assert band is not None
         if unfinished is not None:
             band[:, : unfinished.shape[1]] += unfinished

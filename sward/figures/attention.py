@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sward.config import TapConfig
 from sward.features import FeatureTaps
 from sward.figures.style import plot_library, save_figure
 from sward.losses import SWARDDistillation
@@ -44,6 +45,9 @@ def window_attention(
     image: Tensor,
     pixel: tuple[int, int],
     teacher_image: Tensor | None = None,
+    *,
+    student_taps: TapConfig | None = None,
+    teacher_taps: TapConfig | None = None,
 ) -> list[WindowAttention]:
     """Compute the attention of `pixel` in every stage of a trained MWAD loss, without shift.
 
@@ -54,6 +58,8 @@ def window_attention(
         image: `[3, H, W]`, normalised.
         pixel: row and column of the query in the image.
         teacher_image: `[3, H', W']`, the same picture as the teacher sees it. Default: `image`.
+        student_taps: how the student's layers arrange their output.
+        teacher_taps: the same for the teacher.
 
     Raises:
         ValueError: if the pixel is outside the image.
@@ -61,7 +67,11 @@ def window_attention(
     height, width = image.shape[-2:]
     if not (0 <= pixel[0] < height and 0 <= pixel[1] < width):
         raise ValueError(f"pixel must be a row and column inside the image of {height} x {width} pixels, got {pixel}")
-    with FeatureTaps(student, loss.stage_taps) as own, FeatureTaps(teacher, loss.teacher_taps) as other:
+    ours, theirs = ((taps or TapConfig()).arguments() for taps in (student_taps, teacher_taps))
+    with (
+        FeatureTaps(student, loss.stage_taps, **ours) as own,
+        FeatureTaps(teacher, loss.teacher_taps, **theirs) as other,
+    ):
         student(image[None])
         teacher(image[None] if teacher_image is None else teacher_image[None])
         student_maps, teacher_maps = own.collect(), other.collect()

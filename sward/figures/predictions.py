@@ -78,7 +78,8 @@ def prediction_grid(
         axis.spines[:].set_visible(False)
     shown = torch.cat([maps.flatten().cpu() for each in columns.values() for maps in each]).unique().tolist()
     handles = [
-        plt.Rectangle((0, 0), 1, 1, color=np.array(info.palette[index]) / 255)
+        # With an edge, since a class may be white like the page.
+        plt.Rectangle((0, 0), 1, 1, facecolor=np.array(info.palette[index]) / 255, edgecolor="0.4")
         for index in shown
         if index < info.num_classes
     ]

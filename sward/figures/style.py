@@ -25,11 +25,12 @@ def plot_library() -> Any:
     return plt
 
 
-def save_figure(figure: Any, path: Path) -> Path:
-    """Write the figure to `path` as PNG and beside it as SVG; return the path of the PNG."""
+def save_figure(figure: Any, path: Path, *, vector: bool = True) -> Path:
+    """Write the figure to `path` as PNG and, unless `vector` is off, beside it as SVG; return the path of the PNG."""
     path = path.with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, metadata={"Software": None})
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    if vector:
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     plot_library().close(figure)
     return path

@@ -10,6 +10,7 @@ loss = MasKDLoss(load_masks("tokens.pt", teacher, "decoder"), ...)
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from sward import atomic
 from sward.losses.freekd import FrequencyPrompts
 from sward.losses.maskd import ReceptiveTokens
 from sward.losses.pairs import class_logits
@@ -138,16 +140,16 @@ def learn_masks(
 
 def save_masks(path: str | Path, masks: TeacherMasks, teacher: nn.Module, tap: str) -> None:
     """Save learned masks with the tap and the fingerprint of their teacher."""
-    torch.save(
-        {
-            "kind": masks.kind,
-            "settings": masks.settings,
-            "state": masks.state_dict(),
-            "tap": tap,
-            "teacher": teacher_fingerprint(teacher),
-        },
-        path,
-    )
+    content = {
+        "kind": masks.kind,
+        "settings": masks.settings,
+        "state": masks.state_dict(),
+        "tap": tap,
+        "teacher": teacher_fingerprint(teacher),
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    atomic.write(Path(path), buffer.getbuffer())
 
 
 def load_masks(path: str | Path, teacher: nn.Module, tap: str) -> TeacherMasks:
@@ -161,17 +163,25 @@ def load_masks(path: str | Path, teacher: nn.Module, tap: str) -> TeacherMasks:
     Raises:
         ValueError: if the file contains no masks, or masks that were learned on another teacher, weights or tap.
     """
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a changed byte can make the reader raise anything
+        raise ValueError(f"{path} is damaged or holds no masks; `sward train-masks` writes such files") from error
     if not isinstance(content, dict) or content.get("kind") not in _KINDS:
         raise ValueError(f"{path} holds no masks; `sward train-masks` writes such files")
-    if content["tap"] != tap:
-        raise ValueError(f"the masks in {path} were learned on the teacher's {content['tap']!r}, not on {tap!r}")
-    if content["teacher"] != teacher_fingerprint(teacher):
+    if content.get("tap") != tap:
+        raise ValueError(f"the masks in {path} were learned on the teacher's {content.get('tap')!r}, not on {tap!r}")
+    if content.get("teacher") != teacher_fingerprint(teacher):
         raise ValueError(
             f"the masks in {path} were learned on other teacher weights; learn them again with `sward train-masks`"
         )
-    masks = _KINDS[content["kind"]](**content["settings"])
-    masks.load_state_dict(content["state"])
+    try:
+        masks = _KINDS[content["kind"]](**content["settings"])
+        masks.load_state_dict(content["state"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"the masks in {path} must be of this version of sward, got others: {error}") from error
     return masks
 
 

@@ -107,6 +107,16 @@ class SWARDLoss(nn.Module):
     Raises:
         ValueError: for `weights` that are not three finite numbers of at least 0, or if gamma is not 0 and `pdr` is
             missing.
+
+    Examples:
+        >>> import torch
+        >>> from sward.losses import MWADLoss, SegmentationCrossEntropy, SWARDLoss
+        >>> loss = SWARDLoss(SegmentationCrossEntropy(), MWADLoss([16], [96], window_size=4, embed_dim=8))
+        >>> logits, labels = torch.randn(2, 3, 32, 32, requires_grad=True), torch.randint(0, 3, (2, 32, 32))
+        >>> out = loss(logits, labels, [torch.randn(2, 16, 8, 8)], [torch.randn(2, 96, 8, 8)])
+        >>> out.loss.backward()
+        >>> bool(out.loss > out.task)
+        True
     """
 
     def __init__(
@@ -127,7 +137,7 @@ class SWARDLoss(nn.Module):
     def forward(
         self,
         logits: Tensor,
-        labels: Tensor,
+        labels: Tensor | None,
         student_features: Sequence[Tensor],
         teacher_features: Sequence[Tensor],
         pdr_features: Tensor | None = None,
@@ -137,7 +147,8 @@ class SWARDLoss(nn.Module):
         Args:
             logits: the student's `[B, K, H, W]`.
             labels: `[B, H, W]` integers at the logits' resolution. Rows that are all `ignore_index` are unlabelled
-                images: MWAD sees them, the task loss and PDR do not.
+                images: MWAD sees them, the task loss and PDR do not. None if the whole batch is unlabelled: the loss is
+                beta MWAD, the task loss and PDR are 0 with gradient 0 whatever their weights.
             student_features: the student's maps, as `MWADLoss` takes them.
             teacher_features: the teacher's maps, in the same order.
             pdr_features: the student's map for PDR. Default: the last of `student_features`.
@@ -146,12 +157,14 @@ class SWARDLoss(nn.Module):
             ValueError: if logits and PDR differ in the number of classes, or for what the three parts reject.
         """
         alpha, beta, gamma = self.weights
+        if labels is None:
+            alpha, gamma = 0.0, 0.0
         if gamma and self.pdr is not None and _num_classes(logits) != self.pdr.num_classes:
             raise ValueError(
                 f"pdr must have as many classes as the logits {tuple(logits.shape)}, {_num_classes(logits)}, "
                 f"got PDRLoss(num_classes={self.pdr.num_classes})"
             )
-        task = self.task(logits, labels) if alpha else _zero([logits])
+        task = self.task(logits, labels) if alpha and labels is not None else _zero([logits])
         relational = _mwad_and_pdr(
             self.mwad,
             self.pdr,
@@ -219,7 +232,7 @@ def _mwad_and_pdr(
     student_features: Sequence[Tensor],
     teacher_features: Sequence[Tensor],
     pdr_features: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
 ) -> DistillationOutput:
     beta, gamma = weights
     zero = torch.zeros((), device=pdr_features.device)
@@ -242,7 +255,7 @@ def _mwad_and_pdr(
     else:
         loss = loss + _zero([*mwad.parameters(), *student_features])
     _require_pdr(pdr, gamma)
-    if gamma and pdr is not None:
+    if gamma and pdr is not None and labels is not None:
         prototypes = pdr(pdr_features, labels)
         loss = loss + gamma * prototypes.loss
         terms |= {

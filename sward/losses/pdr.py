@@ -36,6 +36,15 @@ class PDRLoss(nn.Module):
             batch. Default: this process alone.
         implementation: passed to `sward_kernels.prototype_discrimination`.
 
+    Examples:
+        >>> import torch
+        >>> from sward.losses import PDRLoss
+        >>> features = torch.tensor([[[[3.0, 0.0]]]])  # two pixels, one channel
+        >>> labels = torch.tensor([[[0, 1]]])
+        >>> out = PDRLoss(num_classes=2, margin=4.0)(features, labels)
+        >>> out.separation, out.compactness  # prototypes 3 apart, margin 4; one pixel per class
+        (tensor(1.), tensor(0.))
+
     Shapes:
         features: `[B, C, H, W]`, floating; labels: `[B, H_l, W_l]`, any integer dtype and resolution: they are resized
         to the features' grid by the label at each cell's centre.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -60,11 +61,13 @@ class TaskLoss(nn.Module):
             raise ValueError(f"task must be one of {', '.join(get_args(TaskName))}, got {name!r}")
         if not 0 <= label_smoothing < 1 or (label_smoothing and "ce" not in name.split("+")):
             raise ValueError(f"label_smoothing must be 0 to 1 with ce and 0 without, got {label_smoothing} with {name}")
-        if class_weights is not None and (name == "dice" or min(class_weights) < 0 or max(class_weights) == 0):
-            raise ValueError(
-                f"class_weights must be 0 or more, one above 0, for ce and focal only, got {list(class_weights)} "
-                f"with {name}"
-            )
+        if class_weights is not None:
+            valid = all(0 <= weight < math.inf for weight in class_weights) and any(class_weights)
+            if name == "dice" or not valid:
+                raise ValueError(
+                    f"class_weights must be 0 or more, one above 0, all finite, for ce and focal only, got "
+                    f"{list(class_weights)} with {name}"
+                )
         self.name = name
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing

@@ -12,7 +12,7 @@ from sward.models.registry import (
     names,
     register,
 )
-from sward.models.sources import load_weights
+from sward.models.sources import load_weights, own_weights
 
 __all__ = [
     "Complexity",
@@ -27,5 +27,6 @@ __all__ = [
     "load_trunk_checkpoint",
     "load_weights",
     "names",
+    "own_weights",
     "register",
 ]

@@ -1,13 +1,14 @@
 """Load pretrained weights into a teacher's trunk: SAM 2.1, MedSAM2, timm and DINOv2 checkpoints.
 
 Accepts the official SAM 2 layout (`{"model": {"image_encoder.trunk.*": ...}}`, used by MedSAM2 too) and timm's names
-(`mlp.fc1` for `mlp.layers.0`, with or without the prefix `model.`), as `torch.save` or safetensors files. The file must
-contain every tensor of the trunk with the right shape, and no other trunk tensors.
+(`mlp.fc1` for `mlp.layers.0`, with or without a prefix such as `model.`), as `torch.save` or safetensors files. For
+`timm:` networks the names are those of `timm.create_model`. The file must contain every tensor of the trunk with the
+right shape, and no other trunk tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 
 from sward.models.teachers import HIERA_SPECS
 
-_TRUNK_PREFIXES = ("image_encoder.trunk.", "model.", "")
-# In files without a prefix these belong to the classifier or to pretraining, not to the trunk.
-_NOT_TRUNK = ("head.", "mask_token")
+_TRUNK_PREFIXES = ("image_encoder.trunk.", "trunk.", "backbone.", "encoder.", "")
+_WRAPPERS = ("module.", "_orig_mod.")
+# Unless the trunk has them, these belong to the classifier or to pretraining.
+_NOT_TRUNK = ("head.", "head_dist.", "fc.", "classifier.", "mask_token")
 
 
-def load_trunk_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Load pretrained weights into `model.trunk`; the head keeps its own.
+def load_trunk_checkpoint(model: nn.Module, path: str | Path) -> str:
+    """Load pretrained weights into `model.trunk`, the head keeps its own; return one sentence about what matched.
 
     Args:
         model: a teacher from `sward.models.build`.
@@ -32,14 +34,15 @@ def load_trunk_checkpoint(model: nn.Module, path: str | Path) -> None:
     Raises:
         FileNotFoundError: if the file does not exist.
         ValueError: if the model has no trunk, or the file is not a checkpoint, has the layout of the `transformers`
-            library, lacks trunk tensors, has unexpected ones, or fits a trunk of another size. The model is unchanged.
+            library, lacks trunk tensors, has unexpected or non-finite ones, or fits a trunk of another size. The model
+            is unchanged.
     """
     trunk = getattr(model, "trunk", None)
     if not isinstance(trunk, nn.Module):
         raise ValueError(f"model must be a teacher with a trunk, got {type(model).__name__}")
     path = Path(path)
-    tensors = _trunk_tensors(read_state(path), path)
     targets = {_canonical(key): (key, value) for key, value in trunk.state_dict().items()}
+    tensors, prefix = _trunk_tensors(read_state(path), path, targets.keys())
 
     missing = sorted(targets.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - targets.keys())
@@ -59,7 +62,9 @@ def load_trunk_checkpoint(model: nn.Module, path: str | Path) -> None:
             f"{path} holds {key!r} with shape {list(tensors[key].shape)}, "
             f"but the model's trunk has {list(targets[key][1].shape)}"
         )
+    check_finite(tensors, path)
     trunk.load_state_dict({key: tensors[canonical] for canonical, (key, _) in targets.items()}, strict=True)
+    return f"{len(targets)} tensors from {path}" + (f", prefix {prefix!r} stripped" if prefix else "")
 
 
 def read_state(path: Path) -> Mapping[str, Any]:
@@ -90,26 +95,40 @@ def read_state(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _trunk_tensors(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """Return the trunk tensors of a file under canonical names."""
+def check_finite(state: Mapping[str, Any], path: Path) -> None:
+    """Raise a ValueError that names the first tensor of a file with nan or infinity in it."""
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"{name} in {path} must be finite, got nan or infinity")
+
+
+def _trunk_tensors(state: Mapping[str, Any], path: Path, wanted: Collection[str]) -> tuple[dict[str, Tensor], str]:
+    """Return the trunk tensors of a file under canonical names, and the prefix that they have in the file."""
     if any(key.startswith("vision_encoder.") for key in state):
         raise ValueError(
             f"{path} is in the layout of the transformers library, which is not supported; "
             "use the original checkpoint (sam2.1_hiera_*.pt, MedSAM2_*.pt) or timm's"
         )
+    wrapper = next((each for each in _WRAPPERS if all(key.startswith(each) for key in state)), "")
+    best: dict[str, Tensor] = {}
+    found = ""
     for prefix in _TRUNK_PREFIXES:
-        if f"{prefix}pos_embed" in state:
-            inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            return {_canonical(key): value for key, value in inside.items() if not key.startswith(_NOT_TRUNK)}
-    raise ValueError(
-        f"{path} holds no trunk; expected 'image_encoder.trunk.pos_embed' (SAM 2, MedSAM2) or 'pos_embed' (timm) "
-        f"among its {len(state)} names"
-    )
+        whole = wrapper + prefix
+        inside = {_canonical(key.removeprefix(whole)): value for key, value in state.items() if key.startswith(whole)}
+        if len(inside.keys() & wanted) > len(best.keys() & wanted):
+            best, found = inside, whole
+    if not best:
+        name = "pos_embed" if "pos_embed" in wanted else min(wanted)
+        raise ValueError(
+            f"{path} holds no trunk; expected 'image_encoder.trunk.{name}' (SAM 2, MedSAM2) or {name!r} (timm) "
+            f"among its {len(state)} names"
+        )
+    return {key: value for key, value in best.items() if key in wanted or not key.startswith(_NOT_TRUNK)}, found
 
 
 def _canonical(key: str) -> str:
-    """Return timm's name of a trunk tensor, without a wrapper's prefix (timm's `model.`, `DINOv2Trunk`'s `vit.`)."""
-    key = key.removeprefix("model.").removeprefix("vit.")
+    """Return timm's name of a trunk tensor, without the prefix of timm's features or of our trunks."""
+    key = key.removeprefix("model.").removeprefix("vit.").removeprefix("network.")
     return key.replace(".mlp.layers.0.", ".mlp.fc1.").replace(".mlp.layers.1.", ".mlp.fc2.")
 
 

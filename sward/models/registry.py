@@ -104,6 +104,16 @@ def build(name: str, num_classes: int, /, **options: Any) -> nn.Module:
     Raises:
         ValueError: for an unknown name, an option that the network does not have, or `num_classes` below 1.
         ModuleNotFoundError: if the package behind the network is not installed.
+
+    Examples:
+        >>> import torch
+        >>> from sward import models
+        >>> student = models.build("unext", 2).eval()
+        >>> tuple(student(torch.randn(1, 3, 64, 64)).shape)
+        (1, 2, 64, 64)
+        >>> models.build("unxt", 2)
+        Traceback (most recent call last):
+        ValueError: unknown model 'unxt'; did you mean unext or resunetpp?...
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")

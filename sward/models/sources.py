@@ -6,19 +6,21 @@ import ast
 import difflib
 import importlib
 import inspect
+import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sward.alignment import resize
-from sward.layouts import logits_of
 from sward.models.heads import MultiLevelHead
 from sward.models.teachers import Teacher
+from sward.tensor_layouts import logits_of
 
 FORMS = (
     "smp:Unet",
@@ -76,7 +78,7 @@ class BackboneTrunk(nn.Module):
     """A backbone of the transformers library that returns four maps.
 
     Args:
-        network: from `transformers.AutoBackbone`, with four output stages.
+        network: a backbone of the transformers library with four output stages.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -116,16 +118,45 @@ def _with_imagenet(name: str, num_classes: int, options: Mapping[str, Any]) -> n
     source, _, rest = name.partition(":")
     build(name, num_classes, options)  # So that any error below concerns the weights.
     try:
-        network = _BUILDERS[source](rest, num_classes, options, True)
+        # The hub's client announces every retry.
+        with _quiet("huggingface_hub"):
+            network = _BUILDERS[source](rest, num_classes, options, True)
     except Exception as error:
         # Hubs, mirrors and caches raise errors of every kind.
-        cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub")
         raise ValueError(
             f"the ImageNet weights of {name!r} must be in a cache or on a hub that can be reached, got "
-            f"{type(error).__name__}; they are looked for in {cache.expanduser()} and "
-            f"{Path(torch.hub.get_dir()) / 'checkpoints'}"
+            f"{type(error).__name__}; they are looked for {_imagenet_place(source, rest, options)}"
         ) from error
     return network if isinstance(network, Teacher) else Segmenter(network)
+
+
+def _imagenet_place(source: str, architecture: str, options: Mapping[str, Any]) -> str:
+    """Say where the ImageNet weights of a network lie: a file of torch's hub, or a repository of Hugging Face's."""
+    repository, address = None, None
+    if source == "timm":
+        import timm
+
+        settings: Any = timm.get_pretrained_cfg(architecture)
+        repository, address = getattr(settings, "hf_hub_id", None), getattr(settings, "url", None)
+        if repository == "timm/":
+            repository += f"{settings.architecture}.{settings.tag}"
+    elif source == "smp":
+        import segmentation_models_pytorch as smp
+
+        builder: Any = getattr(smp, architecture)
+        encoder = options.get("encoder_name", inspect.signature(builder).parameters["encoder_name"].default)
+        stated: Any = smp.encoders.encoders.get(encoder, {}).get("pretrained_settings", {}).get("imagenet", {})
+        repository, address = stated.get("repo_id"), stated.get("url")
+    else:
+        from torchvision import models
+
+        backbone = inspect.signature(models.get_model_builder(architecture)).parameters["weights_backbone"].default
+        address = type(backbone).DEFAULT.url
+    if repository is not None:
+        cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub")
+        return f"in {cache.expanduser() / ('models--' + repository.replace('/', '--'))} and on huggingface.co"
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    return f"at {folder if address is None else folder / address.rpartition('/')[2]} and on the internet"
 
 
 def typed_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,33 +243,78 @@ def _timm(architecture: str, num_classes: int, options: Mapping[str, Any], image
 
 def _transformers(place: str, num_classes: int, options: Mapping[str, Any], imagenet: bool) -> nn.Module:
     transformers: Any = _library("transformers", "transformers")
-    path = Path(place)
-    folder = path.parent if path.is_file() else path
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"there is no config.json in {folder.absolute()}; name a local folder or its config")
+    folder = _folder(place)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **options)
-    has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
-    mapping = transformers.models.auto.modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING
-    if type(config) in mapping:
+    local: dict[str, Any] = {"config": config, "local_files_only": True}
+    if _is_segmentation(config):
         config.num_labels = num_classes
         kind = transformers.AutoModelForSemanticSegmentation
-        if has_weights:
-            return kind.from_pretrained(folder, config=config, local_files_only=True, ignore_mismatched_sizes=True)
-        return kind.from_config(config)
-    stages = list(config.stage_names)[1:]
+        if not _has_weights(folder):
+            return kind.from_config(config)
+        with _quiet("transformers"):
+            return kind.from_pretrained(folder, ignore_mismatched_sizes=True, **local)
+    stages = list(getattr(config, "stage_names", []))[1:]
     if len(stages) < 4:
         raise ValueError(f"transformers:{place} must have at least four stages, got {len(stages)}")
     config.out_features = [stages[round(len(stages) * quarter / 4) - 1] for quarter in (1, 2, 3, 4)]
-    kind = transformers.AutoBackbone
-    backbone = (
-        kind.from_pretrained(folder, config=config, local_files_only=True) if has_weights else kind.from_config(config)
-    )
+    # Not AutoBackbone: its from_pretrained asks the hub about local folders too.
+    kinds = transformers.models.auto.modeling_auto.MODEL_FOR_BACKBONE_MAPPING
+    if type(config) not in kinds:
+        raise ValueError(f"transformers:{place} must be a backbone or segment, got {type(config).__name__}")
+    kind = kinds[type(config)]
+    with _quiet("transformers"):
+        backbone = kind.from_pretrained(folder, **local) if _has_weights(folder) else kind(config)
     trunk = BackboneTrunk(backbone)
     return Teacher(trunk, MultiLevelHead(trunk.channels, num_classes, width=min(128, trunk.channels[-1])))
 
 
+def _folder(place: str) -> str:
+    path = Path(place)
+    folder = path.parent if path.is_file() else path
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"there is no config.json in {folder.absolute()}; name a local folder or its config")
+    return str(folder.absolute())
+
+
+def _has_weights(folder: str) -> bool:
+    return any(any(Path(folder).glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin"))
+
+
+def _is_segmentation(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING
+
+    return type(config) in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING
+
+
+def own_weights(name: str, num_classes: int) -> Literal["none", "trunk", "all"]:
+    """Return which weights the network `name` brings along: those of a `transformers:` folder, with or without a head.
+
+    A classifier for another number of classes is replaced by a random one, so it does not count.
+    """
+    source, _, place = name.partition(":")
+    if source != "transformers" or not _has_weights(_folder(place)):
+        return "none"
+    transformers: Any = _library("transformers", "transformers")
+    config = transformers.AutoConfig.from_pretrained(_folder(place), local_files_only=True)
+    return "all" if _is_segmentation(config) and config.num_labels == num_classes else "trunk"
+
+
+@contextmanager
+def _quiet(library: str) -> Iterator[None]:
+    """Keep the reports and warnings of a library's loader out of the output."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _function(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
     module_name, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
+        raise ValueError(f"model {name!r} must be written as 'package.module:function', got no such names")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         # The console script does not look into the current folder, where a user's module lies.
         sys.path.insert(0, str(Path.cwd()))
@@ -315,7 +391,7 @@ def load_weights(network: nn.Module, path: Path) -> str:
         FileNotFoundError: if there is no file.
         ValueError: if names or shapes do not match, or a tensor is not finite.
     """
-    from sward.models.checkpoints import read_state
+    from sward.models.checkpoints import check_finite, read_state
 
     state: dict[str, Tensor] = {key: value for key, value in read_state(path).items() if isinstance(value, Tensor)}
     inner = network.network if isinstance(network, Segmenter) else network
@@ -337,8 +413,7 @@ def load_weights(network: nn.Module, path: Path) -> str:
     for key, value in state.items():
         if value.shape != wanted[key].shape:
             raise ValueError(f"{key} in {path} must have shape {tuple(wanted[key].shape)}, got {tuple(value.shape)}")
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ValueError(f"{key} in {path} must be finite, got nan or infinity")
+    check_finite(state, path)
     inner.load_state_dict(state)
     return f"{len(state)} tensors from {path}" + (f", prefix {stripped!r} stripped" if stripped else "")
 

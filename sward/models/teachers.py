@@ -37,12 +37,22 @@ class Teacher(nn.Module):
         self.trunk_cache: Callable[[Tensor], list[Tensor]] | None = None
         self._trunk_is_frozen = False
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images `[B, 3, H, W]` to logits `[B, K, H, W]`; raise ValueError if H or W is not a multiple of 32."""
+    def forward(self, images: Tensor, *, levels_only: bool = False) -> Tensor:
+        """Map images `[B, 3, H, W]` to logits `[B, K, H, W]`.
+
+        Args:
+            images: normalised.
+            levels_only: skip the head and return the deepest level, for callers that tap the trunk and the levels only.
+
+        Raises:
+            ValueError: if H or W is not a multiple of 32.
+        """
         check_images(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._trunk_is_frozen):
             *finer, first, second, third, fourth = (self.trunk_cache or self.trunk)(images)
         levels = [level(maps) for level, maps in zip(self.levels, (first, second, third, fourth), strict=True)]
+        if levels_only:
+            return levels[-1]
         return resize(self.head([*finer, *levels]), images.shape[-2:])
 
     def freeze_trunk(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from sward.reproduce import experiments
 from sward.reproduce.experiments import Table, own_tests
 from sward.reproduce.figures import figure
-from sward.reproduce.options import DEFAULT_PRESET, Options
+from sward.reproduce.options import DEFAULT_PRESET, OWN_PRESETS, Options
 from sward.reproduce.plan import describe_plan
 from sward.reproduce.rendering import markdown, write
 from sward.reproduce.study import Study
@@ -48,6 +48,8 @@ def reproduce(options: Options) -> list[Path]:
 def _table(options: Options) -> Table:
     if options.what in ("methods", "questions"):
         return getattr(experiments, options.what)(options.preset or DEFAULT_PRESET)
+    if options.what in OWN_PRESETS:
+        return getattr(experiments, options.what)()
     return getattr(experiments, options.what)(options.scale)
 
 

@@ -58,7 +58,8 @@ def estimate(config: TrainingConfig, teacher: TeacherTrainingConfig) -> Estimate
     steps = config.steps(_training_images(config))
     options = tuple(sorted(config.model_options.items())) if isinstance(config, TeacherTrainingConfig) else ()
     frozen = isinstance(config, TeacherTrainingConfig) and not config.train_trunk
-    own = _trained(config.model, classes, options, settings.image_size, config.batch, frozen)
+    batch = config.batch + config.unlabelled_per_step
+    own = _trained(config.model, classes, options, settings.image_size, batch, frozen)
     flops, memory = own.flops, own.memory
     if isinstance(config, DistillationConfig) and config.distillation != "none":
         other = _frozen(
@@ -66,7 +67,7 @@ def estimate(config: TrainingConfig, teacher: TeacherTrainingConfig) -> Estimate
             classes,
             tuple(sorted(teacher.model_options.items())),
             config.teacher_image_size,
-            config.batch,
+            batch,
         )
         flops, memory = flops + other.flops, memory + other.memory
     return Estimate(steps, steps * flops, memory)
@@ -143,4 +144,4 @@ def _training_images(config: TrainingConfig) -> int:
         return len(build_split(config, "train", train=True))
     except DatasetNotFoundError:
         settings = config.dataset
-        return TRAINING_IMAGES[settings.name, settings.split_by]
+        return round(settings.labelled_share * TRAINING_IMAGES[settings.name, settings.split_by])

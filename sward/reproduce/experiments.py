@@ -40,6 +40,18 @@ METHOD_TITLES = {
 
 
 @dataclass(frozen=True)
+class Frames:
+    """Frames of a data set that a run sees without their masks."""
+
+    dataset: str
+    """Name of the data set."""
+    split: str
+    """Split of the data set."""
+    split_by: str | None = None
+    """How it is split; None for the data set's own."""
+
+
+@dataclass(frozen=True)
 class Run:
     """One training run, apart from its seed."""
 
@@ -51,6 +63,8 @@ class Run:
     """The method, as in `sward train --distillation`."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Dotted name of a configuration field -> value."""
+    unlabelled: Frames | None = None
+    """Frames that it distils besides the labelled images."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,8 @@ class EvaluationSet:
     """Header and name in `sward.evaluation.Evaluation` of each column."""
     dataset: str | None = None
     """Data set, if it is not that of the run."""
+    split_by: str | None = None
+    """How that data set is split; None for its own way."""
     paper: str | None = None
     """Header of the columns with the paper's numbers, which may be on other data; None if there are none."""
     optional: bool = False
@@ -88,6 +104,8 @@ class Row:
     """The paper's numbers for each group of columns."""
     shows_cost: bool = False
     """Whether the row shows parameters and FLOPs (those of a method equal those of the student)."""
+    against: Run | None = None
+    """A run to compare with, besides the student alone."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +124,8 @@ class Table:
     """Whether there are columns for seconds per step and peak memory."""
     collapse: bool = False
     """Whether there are columns for the health of MWAD's projections."""
+    against: str = ""
+    """What the runs named by the rows' `against` have in common."""
 
     def runs(self) -> list[Run]:
         """Return every run once, teachers first, then in the order of the rows."""
@@ -306,6 +326,50 @@ def questions(preset: str) -> Table:
     )
 
 
+def unlabelled() -> Table:
+    """Define the table of images without masks: ClinicDB's masks, and half of ColonDB's frames without theirs.
+
+    The other half holds other sequences, which no run sees.
+    """
+    preset = "clinicdb-small"
+    others = Frames("cvc_colondb", "train", "parity")
+    rows = [
+        Row("teacher", (teacher_of(preset),) * 2, ((), ())),
+        Row("student alone", (method(preset, "none"),) * 2, ((), ())),
+    ]
+    for name in ("sward", "cwd"):
+        labelled = method(preset, name)
+        both = dataclasses.replace(labelled, name=f"{name}-unlabelled", unlabelled=others)
+        title = METHOD_TITLES[name]
+        rows.append(Row(title, (labelled,) * 2, ((), ())))
+        rows.append(Row(f"{title}, unlabelled too", (both,) * 2, ((), ()), against=labelled))
+    return Table(
+        "unlabelled",
+        "Unlabelled images: masks of CVC-ClinicDB, split by sequence, and frames of CVC-ColonDB's even sequences "
+        f"without masks; {presets.get(preset).description}",
+        _UNSEEN_HALF,
+        tuple(rows),
+        against="labelled images only",
+    )
+
+
+def masks() -> Table:
+    """Define the table of how many masks it takes; teacher and student have the same ones."""
+    rows = []
+    for preset, share in (("clinicdb-small-10", "10 %"), ("clinicdb-small-25", "25 %"), ("clinicdb-small", "100 %")):
+        titles = {TEACHER: "teacher", "none": METHOD_TITLES["none"], "sward": METHOD_TITLES["sward"]}
+        for name, title in titles.items():
+            run = teacher_of(preset) if name == TEACHER else method(preset, name)
+            rows.append(Row(f"{share} of the masks: {title}", (run,) * 2, ((), ())))
+    return Table(
+        "masks",
+        "How many masks: shares of CVC-ClinicDB's training masks, split by sequence; teachers and students have the "
+        "same ones, and SWARD sees the other training frames without masks",
+        _UNSEEN_HALF,
+        tuple(rows),
+    )
+
+
 def mwad(preset: str) -> Run:
     """Return the run with MWAD but without PDR, which is the fifth row of Table 3 and the third panel of Fig. 4."""
     beta, gamma = presets.get(preset).student.sward.weights
@@ -330,6 +394,11 @@ def own_tests(preset: str) -> tuple[EvaluationSet, ...]:
         return (own,)
     return own, EvaluationSet("CVC-ColonDB, unseen", "all", OVERLAP, dataset="cvc_colondb", optional=True)
 
+
+_UNSEEN_HALF = (
+    EvaluationSet("CVC-ClinicDB", "test", OVERLAP),
+    EvaluationSet("CVC-ColonDB, odd sequences, unseen", "test", OVERLAP, dataset="cvc_colondb", split_by="parity"),
+)
 
 _TITLES = {
     "cityscapes": "Cityscapes",

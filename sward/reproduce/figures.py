@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sward import models
 from sward.alignment import resize
 from sward.config import TrainingConfig
 from sward.data import DatasetInfo, SegmentationDataset
@@ -20,6 +19,7 @@ from sward.figures.attention import attention_figure, window_attention
 from sward.figures.gradcam import ActivationRow, activation_figure, grad_cam
 from sward.figures.predictions import prediction_grid
 from sward.figures.tsne import feature_space_figure, pixel_features
+from sward.layers import default_layers
 from sward.losses import SWARDDistillation
 from sward.reproduce.experiments import EvaluationSet, Run, Scale, method, mwad, own_tests, teacher_of, with_pdr
 from sward.reproduce.options import DEFAULT_PRESET
@@ -75,6 +75,11 @@ class _Network:
     network: nn.Module
     config: TrainingConfig
 
+    @property
+    def penultimate(self) -> str:
+        """The layer whose output is the input of the classifier."""
+        return default_layers(self.model, self.network, self.config.dataset.image_size).penultimate
+
     def images(self, test: EvaluationSet) -> SegmentationDataset:
         """Return the images of `test` at the size this network was trained at, which may be larger for a teacher."""
         return build_split(_on(self.config, test), test.split, train=False)
@@ -110,9 +115,8 @@ def _figure1(study: Study, sets: list[str]) -> list[Path]:
         sample, size = dataset[index], (labels.shape[-2], labels.shape[-1])
         maps = {}
         for title, each in networks.items():
-            layer = models.describe(each.model).penultimate_layer
             seen = each.images(test)[index].image
-            maps[title] = resize(grad_cam(each.network, layer, seen, target)[None, None], size)[0, 0]
+            maps[title] = resize(grad_cam(each.network, each.penultimate, seen, target)[None, None], size)[0, 0]
         name = f"{test.title}, {dataset.info.classes[target]}"
         rows.append(ActivationRow(name, image, sample.labels == target, maps))
     return [activation_figure(rows, _path(study, "figure1"))]
@@ -149,7 +153,7 @@ def _figure4(study: Study, preset: str) -> list[Path]:
     panels = {
         title: pixel_features(
             each.network,
-            models.describe(each.model).penultimate_layer,
+            each.penultimate,
             each.images(test),
             images,
             grid=(height // FEATURE_STRIDE, width // FEATURE_STRIDE),
@@ -175,7 +179,16 @@ def _attention(study: Study, preset: str) -> list[Path]:
     image, seen = dataset[index].image, build_split(larger, test.split, train=False)[index].image
     size = (image.shape[-2], image.shape[-1])
     pixel = study.options.pixel or (size[0] // 2, size[1] // 2)
-    stages = window_attention(pair.student, pair.teacher, pair.loss, image, pixel, seen)
+    stages = window_attention(
+        pair.student,
+        pair.teacher,
+        pair.loss,
+        image,
+        pixel,
+        seen,
+        student_taps=pair.config.student_taps,
+        teacher_taps=pair.config.teacher.taps,
+    )
     shown = F.interpolate(dataset.read(index)[0][None].float(), size=size, mode="bilinear", antialias=True)[0]
     return [attention_figure(shown.round().to(torch.uint8), stages, study.options.output / f"attention-{preset}.png")]
 

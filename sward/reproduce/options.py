@@ -18,12 +18,16 @@ What = Literal[
     "table4",
     "methods",
     "questions",
+    "unlabelled",
+    "masks",
     "figure1",
     "figure3",
     "figure4",
     "attention",
 ]
 
+OWN_PRESETS = ("unlabelled", "masks")
+"""Tables that have presets of their own, at one scale."""
 DEFAULT_PRESET = "clinicdb-small"
 
 
@@ -35,7 +39,8 @@ class Options:
     """
 
     what: Annotated[What, tyro.conf.Positional]
-    """Table or figure of the paper, or methods (all of them), questions (open in the paper), attention (windows)."""
+    """Table or figure of the paper, or methods (all of them), questions (open in the paper), unlabelled (images without
+    masks), masks (how many), attention (windows)."""
     scale: Scale = "paper"
     """paper: exactly as in section 4.1; small: CVC-ClinicDB and CamVid at a size for two CPU cores."""
     seeds: int = 1
@@ -47,7 +52,7 @@ class Options:
     output: Path = Path("runs/reproduce")
     """Folder of the runs, tables and figures."""
     preset: str | None = None
-    """Preset of methods, questions and attention (clinicdb-small by default), or of a figure; not for tables 1 to 4."""
+    """Preset of methods, questions and attention (clinicdb-small by default), or of a figure; not for other tables."""
     only: tuple[str, ...] = ()
     """Names of runs to train (none, sward, ...), with their teacher; all by default. The table shows finished runs."""
     iterations: int | None = None
@@ -71,7 +76,7 @@ class Options:
         """Raise a `ValueError` for an unknown preset and for options that contradict each other."""
         if self.preset is not None:
             presets.get(self.preset)
-            if self.what.startswith("table"):
+            if self.what.startswith("table") or self.what in OWN_PRESETS:
                 raise ValueError(f"preset must be None for {self.what}, got {self.preset!r}; use methods instead")
         if self.iterations is not None and self.epochs is not None:
             raise ValueError(f"only one of iterations and epochs may be set, got {self.iterations} and {self.epochs}")

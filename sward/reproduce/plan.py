@@ -8,14 +8,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from sward import presets
-from sward.config import (
-    MASK_METHODS,
-    DistillationConfig,
-    MaskMethod,
-    MaskTrainingConfig,
-    TeacherTrainingConfig,
-    to_json,
-)
+from sward.config import MASK_METHODS, DistillationConfig, MaskMethod, MaskTrainingConfig, TeacherTrainingConfig
+from sward.config_json import to_json
 from sward.reproduce.estimates import Estimate, estimate
 from sward.reproduce.experiments import Run, teacher_of
 from sward.reproduce.study import Study

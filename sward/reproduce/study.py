@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sward import presets
+from sward import atomic, data, presets
 from sward.config import (
     MASK_METHODS,
     DistillationConfig,
@@ -17,13 +18,12 @@ from sward.config import (
     MaskTrainingConfig,
     TeacherConfig,
     TeacherTrainingConfig,
-    differences,
-    from_json,
-    to_json,
 )
+from sward.config_json import differences, to_json
 from sward.data import DatasetNotFoundError
+from sward.data.files import PairedFiles
 from sward.evaluation import Evaluation
-from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, teacher_of
+from sward.reproduce.experiments import TEACHER, EvaluationSet, Frames, Run, teacher_of
 from sward.reproduce.options import Options
 from sward.runs import (
     evaluate_run,
@@ -35,7 +35,7 @@ from sward.runs import (
 from sward.runs.load import build_datasets, build_split, choose_device
 from sward.training.observation import forget_peak_memory, peak_memory
 from sward.training.progress import Progress
-from sward.training.run_folder import RunFolder
+from sward.training.run_folder import RunFolder, read_json
 
 State = Literal["finished", "started", "new"]
 
@@ -112,6 +112,8 @@ class Study:
         config.teacher.run = self.folder(teacher, 0).path
         if run.distillation in MASK_METHODS:
             config.teacher.masks = self.masks_file(run)
+        if run.unlabelled is not None:
+            config.unlabelled = (str(self.unlabelled_list(run, run.unlabelled)),)
         for name, value in run.overrides.items():
             _set(config, name, value)
         if config.dataset.views is not None:
@@ -121,6 +123,11 @@ class Study:
     def masks_file(self, run: Run) -> Path:
         """Return the file of MasKD's tokens or FreeKD's prompts on the teacher of `run`."""
         return self.folder(teacher_of(run.preset), 0).path.with_name(f"{run.distillation}.pt")
+
+    def unlabelled_list(self, run: Run, frames: Frames) -> Path:
+        """Return the file that lists the unlabelled images of `run`; `train` writes it."""
+        name = "-".join(filter(None, ("unlabelled", frames.dataset, frames.split_by, frames.split)))
+        return self.options.output / run.preset / f"{name}.txt"
 
     def masks_config(self, run: Run, method: MaskMethod) -> MaskTrainingConfig:
         """Return the configuration for learning the masks of `run`."""
@@ -214,13 +221,15 @@ class Study:
                 for test in tests:
                     if test.dataset is None:
                         continue
-                    config.dataset.name, config.dataset.split_by = test.dataset, None
+                    config.dataset.name, config.dataset.split_by = test.dataset, test.split_by
                     try:
                         build_split(config, test.split, train=False)
                     except DatasetNotFoundError as error:
                         if not test.optional:
                             raise
                         notes.append(f"{test.title} is empty: {error}")
+            if run.unlabelled is not None:
+                self._unlabelled_images(run.unlabelled)
         return list(dict.fromkeys(notes))
 
     def run_all(self, schedule: list[tuple[Run, int]]) -> Iterator[tuple[Run, int]]:
@@ -239,6 +248,8 @@ class Study:
         folder = self.folder(run, seed)
         if isinstance(config, DistillationConfig) and config.distillation in MASK_METHODS:
             self._learn_masks(run)
+        if run.unlabelled is not None:
+            self._list_unlabelled(run, run.unlabelled)
         config.resume = folder.last.exists()
         device = choose_device(config.device)
         is_fresh = forget_peak_memory(device)
@@ -254,17 +265,19 @@ class Study:
     def cost(self, run: Run, seed: int) -> Cost | None:
         """Return the cost of the run; None before it is finished."""
         path = self.folder(run, seed).path / "cost.json"
-        return Cost(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        return read_json(Cost, path) if path.exists() else None
 
     def evaluation(self, run: Run, seed: int, test: EvaluationSet) -> Evaluation | None:
         """Return the scores of a run, computed once; None before it is finished or if the test images are missing."""
         if self.cost(run, seed) is None:
             return None
         folder, checkpoint = self.folder(run, seed), test.checkpoint(run)
-        dataset = test.dataset or folder.read()[0].dataset.name
-        path = evaluation_file(folder.path, dataset, test.split)
-        if path.exists():
-            stored = json.loads(path.read_text(encoding="utf-8"))
+        file_of = functools.partial(
+            evaluation_file, folder.path, test.dataset, test.split, root=self.options.data, split_by=test.split_by
+        )
+        # Earlier versions wrote the scores of all weights to the file of the best ones.
+        for file in (file_of(checkpoint=checkpoint), file_of()):
+            stored = read_json(dict, file) if file.exists() else {}
             if stored.get("checkpoint") == checkpoint:
                 return Evaluation.from_dict(stored)
         try:
@@ -272,6 +285,7 @@ class Study:
                 folder.path,
                 split=test.split,
                 dataset=test.dataset,
+                split_by=test.split_by,
                 root=self.options.data,
                 checkpoint=checkpoint,
                 device=self.options.device,
@@ -281,13 +295,25 @@ class Study:
                 raise
             return None
 
+    def _unlabelled_images(self, frames: Frames) -> list[Path]:
+        found = data.build(
+            frames.dataset, frames.split, train=False, root=self.options.data, split_by=frames.split_by, packed="none"
+        )
+        assert isinstance(found, PairedFiles)
+        return [pair.image.absolute() for pair in found.pairs]
+
+    def _list_unlabelled(self, run: Run, frames: Frames) -> None:
+        path = self.unlabelled_list(run, frames)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(path, "".join(f"{image}\n" for image in self._unlabelled_images(frames)).encode())
+
     def _learn_masks(self, run: Run) -> None:
         method: MaskMethod = "maskd" if run.distillation == "maskd" else "freekd"
         config = self.masks_config(run, method)
         path = self.masks_file(run)
         record = path.with_suffix(".json")
         if path.exists() and record.exists():
-            different = differences(from_json(MaskTrainingConfig, record.read_text(encoding="utf-8")), config)
+            different = differences(read_json(MaskTrainingConfig, record), config)
             if different:
                 raise ValueError(
                     f"{path} holds masks learned with another configuration: {different[0]}; "

@@ -51,8 +51,9 @@ def fill(
         columns += [Column("params (M)"), Column("FLOPs (G)")]
     for test in table.tests:
         columns += [Column(f"{test.title} {header}") for header, _ in test.metrics]
-        comparisons.add(len(columns))
-        columns.append(Column(f"{test.title} {test.metrics[0][0]} - alone (95 %)"))
+        for other in ("alone", table.against):
+            comparisons.add(len(columns))
+            columns.append(Column(f"{test.title} {test.metrics[0][0]} - {other} (95 %)"))
         if test.paper is not None:
             columns += [Column(f"{header} ({test.paper})") for header, _ in test.metrics]
     if table.costs:
@@ -76,6 +77,7 @@ def fill(
                     gains.add((len(rows), len(values)))
                 values.append(average(None if each is None else 100 * getattr(each, metric) for each in scored))
             values.append(compared[0])
+            values.append(None if row.against is None else compare(study, run, row.against, test, test.metrics[0][1]))
             if test.paper is not None:
                 values += paper or (None,) * len(test.metrics)
         if table.costs:
@@ -104,12 +106,18 @@ def fill(
 def against_alone(study: Study, run: Run, test: EvaluationSet, metric: str) -> Comparison | None:
     """Compare a student's score, in percent, with that of the student alone, seed by seed.
 
-    Returns None for teachers, for the student alone, and if fewer than two seeds of both have finished.
+    Returns None for teachers, for the student alone, and where `compare` does.
     """
     alone = method(run.preset, "none")
-    if run.name in (TEACHER, alone.name):
-        return None
-    pairs = [(study.evaluation(run, seed, test), study.evaluation(alone, seed, test)) for seed in study.seeds(run)]
+    return None if run.name in (TEACHER, alone.name) else compare(study, run, alone, test, metric)
+
+
+def compare(study: Study, run: Run, other: Run, test: EvaluationSet, metric: str) -> Comparison | None:
+    """Compare a student's score, in percent, with that of another, seed by seed.
+
+    Returns None if fewer than two seeds of both have finished.
+    """
+    pairs = [(study.evaluation(run, seed, test), study.evaluation(other, seed, test)) for seed in study.seeds(run)]
     both = [(one, other) for one, other in pairs if one is not None and other is not None]
     by_seed = paired_t([100 * (getattr(one, metric) - getattr(other, metric)) for one, other in both])
     if by_seed is None:
@@ -196,6 +204,8 @@ def _standing_notes(table: Table, *, with_costs: bool, paired: bool) -> list[str
             "of a paired t test over these seeds, on the same test images. Bold: the best student, if its interval is "
             "above 0. The CSV file adds a bootstrap interval over seeds and images where there are scores per image."
         )
+    if paired and table.against:
+        notes.append(f"Minus {table.against}: likewise, to the same method with {table.against}.")
     if with_costs:
         notes.append(
             "Parameters and FLOPs by the paper's rule: 2 x ptflops multiply-adds of one 3x512x512 image; for a SAM 2.1 "

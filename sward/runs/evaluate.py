@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from sward import atomic
+from sward.config import TrainingConfig
+from sward.data import EvaluationTransform, SegmentationDataset
+from sward.data.frames import digest, frame_sums, known_images
+from sward.deploy.network import DeployedNetwork
+from sward.deploy.tiles import TiledNetwork, check_tile
 from sward.evaluation import Evaluation, evaluate
 from sward.runs.load import build_split, choose_device, load_run, stored_split
 from sward.training.progress import Progress
+from sward.training.run_folder import RunFolder, make_folder
 
 
 def evaluate_run(
@@ -21,8 +30,12 @@ def evaluate_run(
     checkpoint: Literal["best", "last"] = "best",
     batch: int = 8,
     device: str | None = None,
+    tile: tuple[int, int] | None = None,
+    overlap: int | None = None,
 ) -> Evaluation:
-    """Score a run and write the scores to `evaluation_file(path, ...)`.
+    """Score a run and write the scores to `evaluation_file(path, ...)` and into its model card.
+
+    Warns if frames of the split were trained on, or if the folder of the run is read-only: then nothing is written.
 
     Args:
         path: run folder.
@@ -33,14 +46,29 @@ def evaluate_run(
         checkpoint: which weights to score.
         batch: images per forward pass.
         device: device to run on; None uses the GPU if there is one.
+        tile: height and width of overlapping tiles at each image's own resolution, one image at a time; None resizes
+            images as the run does.
+        overlap: pixels that neighbouring tiles share; None takes a quarter of the tile.
 
     Raises:
-        ValueError, FileNotFoundError: if the run or data set does not exist, the classes differ, or `batch` is below 1.
+        ValueError, FileNotFoundError: if the run or data set does not exist, the classes differ, `batch` is below 1, or
+            the tile or overlap is wrong.
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
+    check_tile(tile, overlap)
     config, info, network = load_run(path, checkpoint)
     target = choose_device(device)
+    file = evaluation_file(
+        path,
+        dataset,
+        split,
+        root=root,
+        split_by=split_by,
+        checkpoint=checkpoint,
+        tile=tile,
+        overlap=overlap,
+    )
     settings = config.dataset
     # The frames that this run left for validation and testing, even if the folder has changed since.
     settings.split_by = stored_split(path) or settings.split_by
@@ -54,14 +82,98 @@ def evaluate_run(
             f"dataset must have the classes of the run, {list(info.classes)}, "
             f"got {settings.name!r} with {list(images.info.classes)}"
         )
+    is_writable = _is_writable(path)
+    identity: dict[str, Any] = _identity(RunFolder(path), config, images, split, checkpoint)
+    if tile is not None:
+        # The wrapped network pads tiles to its multiple, as `sward predict --tile` does.
+        tiled = TiledNetwork(DeployedNetwork(network, input="normalised"), tile, overlap)
+        network, images.transform, batch = tiled, EvaluationTransform(), 1
+        identity |= {"tile": tile, "overlap": tiled.overlap}
     with Progress(f"evaluate on {settings.name}, {split}", -(-len(images) // batch)) as progress:
         result = evaluate(network.to(target), images, batch=batch, device=target, advance=progress.advance)
-    scores = {"dataset": settings.name, "split": split, "split_by": settings.split_by, "checkpoint": checkpoint}
-    text = json.dumps({**scores, **result.to_dict_with_images()}, indent=2, allow_nan=False)
-    evaluation_file(path, settings.name, split).write_text(text + "\n", encoding="utf-8")
+    if is_writable:
+        text = json.dumps({**identity, **result.to_dict_with_images()}, indent=2, allow_nan=False)
+        atomic.write(file, f"{text}\n".encode())
+        # Imported here: cards build on runs.
+        from sward.reporting.card import write_card
+
+        write_card(path)
     return result
 
 
-def evaluation_file(path: Path, dataset: str, split: str) -> Path:
-    """Return the file that holds the scores of the run in `path` on a split of a data set."""
-    return path / f"evaluation-{dataset}-{split}.json"
+def evaluation_file(
+    path: Path,
+    dataset: str | None = None,
+    split: str = "val",
+    *,
+    root: Path | None = None,
+    split_by: str | None = None,
+    checkpoint: Literal["best", "last"] = "best",
+    tile: tuple[int, int] | None = None,
+    overlap: int | None = None,
+) -> Path:
+    """Return the file for the scores of the run in `path`; every argument that changes scores changes its name.
+
+    The plain name `evaluation-DATASET-SPLIT.json` belongs to the best weights on the data and the split of the run.
+
+    Args:
+        path: run folder.
+        dataset, split, root, split_by, checkpoint, tile, overlap: as in `evaluate_run`.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no run in `path`, or its files are damaged.
+    """
+    own = RunFolder(path).read()[0].dataset
+    name = f"evaluation-{_short(dataset or own.name)}-{_short(split)}"
+    if checkpoint != "best":
+        name += f"-{checkpoint}"
+    if split_by is not None and split_by != own.split_by:
+        name += f"-by-{_short(split_by)}"
+    if root is not None and (own.root is None or root.resolve() != own.root.resolve()):
+        name += f"-in-{_short(str(root.resolve()))}"
+    if tile is not None:
+        name += f"-tile-{tile[0]}x{tile[1]}" + ("" if overlap is None else f"-overlap-{overlap}")
+    return path / f"{name}.json"
+
+
+def _short(value: str) -> str:
+    """Return a file name for a word or a path; paths of one name differ by a checksum."""
+    path = Path(value)
+    if path.name == value and not path.suffix and value != "..":
+        return value
+    return f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}"
+
+
+def _is_writable(path: Path) -> bool:
+    try:
+        make_folder(path)
+    except (ValueError, OSError) as error:
+        reason = str(error).partition("; ")[0]
+        warnings.warn(f"{reason}; the scores are printed and not stored", stacklevel=3)
+        return False
+    return True
+
+
+def _identity(
+    run: RunFolder, config: TrainingConfig, images: SegmentationDataset, split: str, checkpoint: str
+) -> dict[str, str | None]:
+    """Return what the scores belong to, and warn of frames that the run was trained on."""
+    settings = config.dataset
+    weights = (run.best if checkpoint == "best" else run.last).read_bytes()
+    sums = frame_sums(images)
+    seen = known_images(run.read_frames().get("train", {}), sums)
+    if seen and split != "train":
+        warnings.warn(
+            f"{len(seen)} of the {len(sums)} images of the split {split} were trained on, so their scores say nothing "
+            f"about new images; the first is {seen[0]}",
+            stacklevel=3,
+        )
+    return {
+        "dataset": settings.name,
+        "split": split,
+        "split_by": settings.split_by,
+        "root": None if settings.root is None else str(settings.root.absolute()),
+        "frames": digest(sums) if sums else None,
+        "checkpoint": checkpoint,
+        "weights": hashlib.sha256(weights).hexdigest()[:16],
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ from torch import nn
 from sward import data, distributed, layers, methods, models
 from sward.config import DistillationConfig, MaskTrainingConfig, TeacherConfig, TrainingConfig
 from sward.data import DatasetInfo, SegmentationDataset
-from sward.losses import DistillationLoss
+from sward.losses import LOGITS, DistillationLoss
 from sward.training import checkpoints
 from sward.training.run_folder import RunFolder
 
@@ -100,7 +101,9 @@ def distillation_pair(
         num_classes=info.num_classes,
         ignore_index=info.ignore_index,
         settings=settings,
-        unlabelled=bool(config.unlabelled),
+        student_taps=config.student_taps,
+        teacher_taps=config.teacher.taps,
+        unlabelled=config.unlabelled_per_step > 0,
         standardize_teacher=config.teacher.normalization != "none",
         masks=config.teacher_masks,
         seed=config.seed,
@@ -121,7 +124,7 @@ def build_network(config: TrainingConfig, num_classes: int) -> nn.Module:
         return models.build_with_imagenet(config.model, num_classes, **config.model_options)
     network = models.build(config.model, num_classes, **config.model_options)
     if weights not in (None, "none", "random"):
-        print(f"weights: {models.load_weights(network, Path(weights))}")
+        _say(f"weights: {models.load_weights(network, Path(weights))}")
     return network
 
 
@@ -136,7 +139,7 @@ def teacher_run(preset: str) -> Path:
 
 
 def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple[str, nn.Module]:
-    """Load the name and network of the teacher: of a `sward train-teacher` run, or with random weights.
+    """Load the name and network of the teacher: from a file or folder, of a `sward train-teacher` run, or untrained.
 
     Raises:
         FileNotFoundError: if the run does not exist.
@@ -144,9 +147,9 @@ def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple
     """
     if config.weights is not None:
         network = models.build(config.name, info.num_classes, **config.options)
-        print(f"teacher weights: {models.load_weights(network, config.weights)}")
+        _say(f"teacher weights: {models.load_weights(network, config.weights)}")
         return config.name, network
-    if config.untrained:
+    if config.untrained or _brings_weights(config, info):
         return config.name, models.build(config.name, info.num_classes, **config.options)
     path = config.run or teacher_run(preset)
     if not RunFolder(path).best.exists():
@@ -161,6 +164,29 @@ def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple
             f"but the data set {info.name!r} has {list(info.classes)}"
         )
     return trained.model, network
+
+
+def check_teacher_logits(config: TeacherConfig, info: DatasetInfo, method: str, taps: Sequence[str]) -> None:
+    """Raise a ValueError if a method compares the logits of a teacher whose classifier has random weights.
+
+    `untrained` asks for random weights, and those of runs and files are complete.
+    """
+    if LOGITS not in taps or config.untrained or not _brings_weights(config, info):
+        return
+    if models.own_weights(config.name, info.num_classes) != "all":
+        raise ValueError(
+            f"distillation must be a method that compares no logits for the teacher {config.name!r}, whose classifier "
+            f"is not trained on {info.num_classes} classes, got {method!r}; train it with 'sward train-teacher --model'"
+        )
+
+
+def _brings_weights(config: TeacherConfig, info: DatasetInfo) -> bool:
+    return (config.weights, config.run) == (None, None) and models.own_weights(config.name, info.num_classes) != "none"
+
+
+def _say(text: str) -> None:
+    if distributed.is_main():
+        print(text)
 
 
 def build_datasets(config: TrainingConfig) -> tuple[SegmentationDataset, SegmentationDataset]:
@@ -195,6 +221,10 @@ def build_split(
         views=settings.views if train else None,
         teacher_size=teacher_size,
         image_range=settings.image_range,
+        count=settings.count if split == "train" else None,
+        series=settings.series,
+        labelled_share=settings.labelled_share if train else 1.0,
+        share_seed=settings.split_seed,
         folder_options=settings.folder_options,
     )
 
@@ -222,4 +252,11 @@ def choose_device(name: str | None) -> torch.device:
                 f"{distributed.local_rank()}; lower --nproc-per-node or use --device cpu"
             )
         return torch.device("cuda", distributed.local_rank())
+    try:
+        torch.ones(1, device=device).item()
+    except Exception as error:  # each kind of device raises errors of its own
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device must be one that torch can compute on here, such as 'cpu', got {name!r}: {reason}"
+        ) from error
     return device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,25 +13,30 @@ from sward import distributed, layers, methods, models
 from sward.config import DistillationConfig, MaskTrainingConfig, TeacherTrainingConfig, TrainingConfig, masks_path
 from sward.data import DatasetInfo, SegmentationDataset
 from sward.data.check import LabelCounts, check_splits
+from sward.data.frames import digest, frame_sums, known_images
 from sward.data.masks import parse_values
+from sward.data.shards import ImageShards, is_shards
 from sward.data.unlabelled import UnlabelledImages
-from sward.losses import DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
+from sward.losses import LOGITS, DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
+from sward.losses.masks import teacher_fingerprint
 from sward.losses.task import TaskLoss, median_frequency_weights
 from sward.models.teachers import Teacher
 from sward.runs.load import (
     build_datasets,
     build_network,
     build_split,
+    check_teacher_logits,
     choose_device,
     distillation_pair,
     load_teacher,
     student_run,
     teacher_run,
 )
+from sward.runs.trial import try_step
 from sward.training.batches import batches
 from sward.training.loop import TrainingResult, fit
 from sward.training.progress import Progress
-from sward.training.run_folder import RunFolder, make_folder
+from sward.training.run_folder import RunFolder, make_folder, require_tensorboard
 from sward.training.state import seed_generators
 from sward.training.step import TrainingStep
 from sward.training.teacher import FrozenTeacher
@@ -46,6 +52,8 @@ def train_student(config: DistillationConfig) -> TrainingResult:
     config.check()
     _make_root_absolute(config)
     models.check_name(config.model)
+    if config.tensorboard:
+        require_tensorboard()
     if config.distillation != "none":
         methods.check_name(config.distillation)
     device = choose_device(config.device)
@@ -64,40 +72,54 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
     # Build the student first, so that a seed gives it the same weights with and without distillation.
     torch.manual_seed(config.seed)
     student = _placed(build_network(config, info.num_classes), config, device)
-    loss = None
+    loss, teacher_weights, frozen = None, None, None
     teacher: FrozenTeacher | TeacherCache | None = None
     if config.distillation != "none":
         name, network = load_teacher(config.teacher, config.preset, info)
+        teacher_weights = teacher_fingerprint(network)[:16]
         network = _placed(network, config, device)
         pair = distillation_pair(config, student, name, network, info)
-        config = _with_layers(config, pair)
         loss = methods.build(config.distillation, pair).to(device)
-        teacher = FrozenTeacher(
+        # The teacher's own classes are labels too, if they are wanted.
+        logits = () if config.pseudo_labels is None else (LOGITS,)
+        caught = tuple(dict.fromkeys((*loss.teacher_taps, *logits)))
+        asking = config.distillation if LOGITS in loss.teacher_taps else "pseudo_labels"
+        check_teacher_logits(config.teacher, info, asking, caught)
+        config = _with_layers(config, pair, loss)
+        teacher = frozen = FrozenTeacher(
             network,
-            loss.teacher_taps,
+            caught,
             precision=config.teacher.precision,
             # Without autocast, the loss cannot combine the maps of a float32 student with maps of another dtype.
             dtype=torch.float32 if config.precision == "fp32" else None,
+            taps=config.teacher.taps,
         )
+    try_step(student, task.to(device), loss, frozen, config, info)
+    if frozen is not None:
         if config.compile:
-            network.compile()
+            frozen.network.compile()
         if config.teacher.cache is not None:
-            if isinstance(network, Teacher):
-                network.trunk_cache = TrunkCache(network.trunk, config.teacher.cache)
+            if isinstance(frozen.network, Teacher):
+                frozen.network.trunk_cache = TrunkCache(frozen.network.trunk, config.teacher.cache)
             else:
-                teacher = TeacherCache(teacher, config.teacher.cache)
+                teacher = TeacherCache(frozen, config.teacher.cache)
     run = RunFolder(config.output or student_run(config))
-    return _fit(student, loss, task, counts, config, train_set, validation_set, run, teacher, unlabelled)
+    return _fit(
+        student, loss, task, counts, config, train_set, validation_set, run, teacher, unlabelled, teacher_weights
+    )
 
 
-def _with_layers(config: DistillationConfig, pair: methods.DistillationPair) -> DistillationConfig:
-    """Print the layers that MWAD will compare, and return the configuration with them."""
-    if config.distillation != "sward":
-        return config
+def _with_layers(
+    config: DistillationConfig, pair: methods.DistillationPair, loss: DistillationLoss
+) -> DistillationConfig:
+    """Print the layers that the method compares, and return the configuration with those of MWAD."""
     student, teacher = pair.student_layers.stages, pair.teacher_layers.stages
+    of_sward = config.distillation == "sward"
     if distributed.is_main():
-        for side, names in (("student", student), ("teacher", teacher)):
-            print(f"{side} layers: {' '.join(names)}")
+        print(f"student layers: {' '.join(student if of_sward else loss.student_taps)}")
+        print(f"teacher layers: {' '.join(teacher if of_sward else loss.teacher_taps)}")
+    if not of_sward:
+        return config
     return dataclasses.replace(
         config, sward=dataclasses.replace(config.sward, student_layers=student, teacher_layers=teacher)
     )
@@ -112,6 +134,8 @@ def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
     config.check()
     _make_root_absolute(config)
     models.check_name(config.model)
+    if config.tensorboard:
+        require_tensorboard()
     device = choose_device(config.device)
     with distributed.joined(device):
         return _train_teacher(config, device)
@@ -126,19 +150,23 @@ def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> Train
     torch.manual_seed(config.seed)
     network = build_network(config, train_set.info.num_classes)
     if config.trunk_checkpoint is not None:
-        models.load_trunk_checkpoint(network, config.trunk_checkpoint)
+        matched = models.load_trunk_checkpoint(network, config.trunk_checkpoint)
+        if distributed.is_main():
+            print(f"trunk weights: {matched}")
     if not config.train_trunk:
         if not isinstance(network, Teacher):
             raise ValueError(
                 f"train_trunk must be True for model {config.model!r}, got False; it has no trunk to freeze"
             )
-        if config.trunk_checkpoint is None and config.model_weights in (None, "none"):
+        brought = models.own_weights(config.model, train_set.info.num_classes) != "none"
+        if config.trunk_checkpoint is None and config.model_weights in (None, "none") and not brought:
             raise ValueError(
                 "trunk_checkpoint must name the weights of a frozen trunk, got None; train the trunk too with "
                 "--train-trunk, or keep random features with --model-weights random"
             )
         network.freeze_trunk()
     network = _placed(network, config, device)
+    try_step(network, task.to(device), None, None, config, train_set.info)
     if config.cache is not None:
         assert isinstance(network, Teacher)
         network.trunk_cache = TrunkCache(network.trunk, config.cache)
@@ -164,16 +192,27 @@ def _check_data(
     return check_splits({"train": train_set, "val": validation_set}, skip_corrupt=config.on_corrupt == "skip")
 
 
-def _unlabelled(config: DistillationConfig, train_set: SegmentationDataset) -> UnlabelledImages | None:
-    if not config.unlabelled:
+def _unlabelled(config: DistillationConfig, train_set: SegmentationDataset) -> UnlabelledImages | ImageShards | None:
+    if not config.unlabelled_per_step:
         return None
-    images = UnlabelledImages(config.unlabelled, train_set, config.dataset.image_size, config.seed)
+    distributed.share_of(config.unlabelled_per_step)
+    kinds = {is_shards(str(source)) for source in config.unlabelled}
+    if True in kinds:
+        if len(kinds) > 1 or config.dataset.labelled_share < 1:
+            raise ValueError(
+                "unlabelled must be tar files alone, got other images too; put those into tar files as well"
+            )
+        shards = ImageShards(config.unlabelled, train_set, config.dataset.image_size, config.seed)
+        shards.check(distributed.world_size(), config.dataset.workers)
+        return shards
+    images = UnlabelledImages(
+        config.unlabelled, train_set, config.dataset.image_size, config.seed, packed=config.dataset.packed
+    )
     if len(images) < config.unlabelled_per_step:
         raise ValueError(
             f"unlabelled_batch must be at most {len(images)}, the number of unlabelled images, got "
             f"{config.unlabelled_per_step}"
         )
-    distributed.share_of(config.unlabelled_per_step)
     return images
 
 
@@ -222,21 +261,58 @@ def _fit(
     validation_set: SegmentationDataset,
     run: RunFolder,
     teacher: FrozenTeacher | TeacherCache | None,
-    unlabelled: UnlabelledImages | None = None,
+    unlabelled: UnlabelledImages | ImageShards | None = None,
+    teacher_weights: str | None = None,
 ) -> TrainingResult:
     if config.sync_batch_norm:
         network = distributed.synchronise_batch_norm(network)
         loss = None if loss is None else distributed.synchronise_batch_norm(loss)
     # The weights above were drawn from the same seed in every process; dropout differs between processes.
     seed_generators(distributed.rank_seed(config.seed))
-    run.start(config, train_set.info)
-    run.keep_split(train_set.assignment)
-    run.keep_labels({split: found.summary(train_set.info.classes) for split, found in counts.items()})
-    step_module = TrainingStep(network, task.to(next(network.parameters()).device), loss, precision=config.precision)
-    if config.compile:
-        # In place, which keeps the keys of the state dict; after opening the taps, so that they are traced.
-        network.compile()
-    return fit(step_module, config, train_set, validation_set, run, teacher=teacher, unlabelled=unlabelled)
+    frames = {"train": frame_sums(train_set), "val": frame_sums(validation_set)}
+    if isinstance(unlabelled, UnlabelledImages):
+        frames["unlabelled"] = frame_sums(unlabelled)
+    both = known_images(frames["train"], frames["val"])
+    if both and distributed.is_main():
+        warnings.warn(
+            f"{len(both)} validation images are training images too, so their scores say nothing about new images; the "
+            f"first is {both[0]}",
+            stacklevel=3,
+        )
+    identity = {f"{split} data": digest(sums) for split, sums in frames.items() if sums}
+    if teacher_weights is not None:
+        identity["teacher"] = teacher_weights
+    with run.locked():
+        run.start(config, train_set.info)
+        run.keep_split(train_set.assignment)
+        run.keep_labels({split: found.summary(train_set.info.classes) for split, found in counts.items()})
+        run.keep_frames(frames)
+        step_module = TrainingStep(
+            network,
+            task.to(next(network.parameters()).device),
+            loss,
+            precision=config.precision,
+            taps=config.student_taps if isinstance(config, DistillationConfig) else None,
+        )
+        if config.compile:
+            # In place, which keeps the keys of the state dict; after opening the taps, so that they are traced.
+            network.compile()
+        result = fit(
+            step_module,
+            config,
+            train_set,
+            validation_set,
+            run,
+            teacher=teacher,
+            unlabelled=unlabelled,
+            identity=identity,
+        )
+        if distributed.is_main():
+            # Imported here: cards build on runs.
+            from sward.reporting.card import write_card
+
+            write_card(run.path)
+        return result
 
 
 def train_masks(config: MaskTrainingConfig) -> Path:
@@ -264,6 +340,7 @@ def train_masks(config: MaskTrainingConfig) -> Path:
     choice = layers.default_layers(name, teacher, config.dataset.image_size)
     masks = methods.new_masks(config.method, teacher, choice, config.dataset.image_size).to(device)
     tap = methods.mask_tap(config.method, choice)
+    check_teacher_logits(config.teacher, dataset.info, config.method, (tap,))
     stream = batches(dataset, config.batch, seed=config.seed, workers=config.dataset.workers)
     path = config.output or masks_path(config.preset, config.method)
     make_folder(path.parent)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from sward import data, distributed
 from sward.data import Batch, SegmentationDataset
+from sward.data.shards import ImageShards
+from sward.data.unlabelled import UnlabelledImages
 
 
 class EpochSampler(Sampler[list[int]]):
@@ -79,12 +82,48 @@ def batches(
     sampler.epoch, sampler.skip = divmod(start, len(dataset) // batch)
     while True:
         dataset.set_epoch(sampler.epoch)
-        try:
+        with _naming_the_file():
             yield from loader
-        except data.CorruptFileError as error:
-            # A loader process puts its traceback into the message; keep the last line, which names the file.
-            raise data.CorruptFileError(str(error).splitlines()[-1].rpartition("CorruptFileError: ")[2]) from error
         sampler.epoch, sampler.skip = sampler.epoch + 1, 0
+
+
+def unlabelled_batches(
+    unlabelled: UnlabelledImages | ImageShards,
+    batch: int,
+    *,
+    workers: int = 0,
+    start: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Yield this process's part of the unlabelled batches, without end, from step `start`; arguments as in `batches`.
+
+    Raises:
+        CorruptFileError: if an image or a shard cannot be read.
+    """
+    if isinstance(unlabelled, UnlabelledImages):
+        yield from batches(unlabelled, batch, seed=unlabelled.seed, workers=workers, start=start, pin_memory=pin_memory)
+        return
+    unlabelled.batch, unlabelled.start = distributed.share_of(batch), start
+    unlabelled.part, unlabelled.parts = distributed.rank(), distributed.world_size()
+    loader = DataLoader(
+        unlabelled,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_interruption_to_the_trainer,
+        generator=torch.Generator().manual_seed(unlabelled.images.seed),
+    )
+    with _naming_the_file():
+        yield from loader
+
+
+@contextmanager
+def _naming_the_file() -> Iterator[None]:
+    try:
+        yield
+    except data.CorruptFileError as error:
+        # A loader process puts its traceback into the message; keep the last line, which names the file.
+        raise data.CorruptFileError(str(error).splitlines()[-1].rpartition("CorruptFileError: ")[2]) from error
 
 
 def _leave_interruption_to_the_trainer(worker: int) -> None:

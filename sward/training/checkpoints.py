@@ -88,13 +88,19 @@ def load_model(model: torch.nn.Module, path: Path) -> None:
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if the file is damaged, or was saved from another network or with another number of classes.
+        ValueError: if the file is damaged, holds weights that are not finite, or was saved from another network or with
+            another number of classes.
     """
+    from sward.models.checkpoints import check_finite
+
     state = load(path)
     try:
         model.load_state_dict(state["model"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise ValueError(
             f"{path} does not fit {type(model).__name__}; it was saved from another model: {detail}"
         ) from error
+    # Parameters and statistics alone: other buffers, such as masks of attention, may hold infinity on purpose.
+    learned = {name for name, _ in model.named_parameters()}
+    check_finite({key: state["model"][key] for key in model.state_dict() if key in learned or "running_" in key}, path)

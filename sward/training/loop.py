@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 
 from sward import distributed
-from sward.config import OptimizerConfig, TrainingConfig
+from sward.config import DistillationConfig, OptimizerConfig, TrainingConfig
 from sward.data import SegmentationDataset
-from sward.data.unlabelled import join
+from sward.data.shards import ImageShards
+from sward.data.unlabelled import UnlabelledImages, join
 from sward.evaluation import Evaluation, evaluate
-from sward.training.batches import batches
+from sward.losses import LOGITS
+from sward.training.batches import batches, unlabelled_batches
 from sward.training.interruption import Interruption, TrainingInterrupted
 from sward.training.observation import CollapseWatch, LossWatch, Throughput, losses_of, peak_memory
 from sward.training.progress import Progress
+from sward.training.pseudo_labels import pseudo_labels
 from sward.training.run_folder import RunFolder
 from sward.training.state import TrainingState
 from sward.training.step import StepOutput, TrainingStep
@@ -63,14 +66,17 @@ def fit(
     run: RunFolder,
     *,
     teacher: Callable[[Tensor], dict[str, Tensor]] | None = None,
-    unlabelled: SegmentationDataset | None = None,
+    unlabelled: UnlabelledImages | ImageShards | None = None,
+    identity: Mapping[str, str] | None = None,
 ) -> TrainingResult:
     """Train `step_module` as `config` says; the run folder can be resumed and evaluated.
 
     With `unlabelled`, every step also sees `config.unlabelled_per_step` of these images, whose labels are all ignored.
     Resumes from the newest intact checkpoint in `run`, if there is one. Every process of a group must call this.
+    Checkpoints keep `identity`, the checksums of the data and the teacher, and are refused where it differs.
 
     Raises:
+        ValueError: if a checkpoint belongs to another configuration, other data or another teacher.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after writing a checkpoint.
         NonFiniteLossError: if the loss is infinite or nan; nothing is saved after that.
     """
@@ -88,7 +94,7 @@ def fit(
     schedule = LambdaLR(optimizer, learning_rate(config.optimizer, steps))
     scaler = torch.amp.GradScaler(device.type, enabled=step_module.precision == "fp16")
     state = TrainingState(
-        step_module.model, step_module.distillation, optimizer, schedule, scaler, config.optimizer.clip_norm
+        step_module.model, step_module.distillation, optimizer, schedule, scaler, config.optimizer.clip_norm, identity
     )
     state.restore(run)
     stream = batches(
@@ -100,15 +106,15 @@ def fit(
         pin_memory=device.type == "cuda",
     )
     if unlabelled is not None:
-        extra = batches(
+        extra = unlabelled_batches(
             unlabelled,
             config.unlabelled_per_step,
-            seed=unlabelled.seed,
             workers=config.dataset.workers,
             start=state.step,
             pin_memory=device.type == "cuda",
         )
         stream = (join(*both) for both in zip(stream, extra))
+    confidence = config.pseudo_labels if isinstance(config, DistillationConfig) else None
     replica = distributed.replicate(step_module.train(), device)
     collapse = CollapseWatch()
     evaluation, watch, throughput = None, LossWatch(), Throughput(config.batch, state.step, state.stopwatch.read())
@@ -122,9 +128,19 @@ def fit(
             images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
             seen = images if batch.teacher_images is None else batch.teacher_images.to(device, non_blocking=True)
             features = {} if teacher is None else teacher(seen)
+            share = None
+            if confidence is not None:
+                labels, share = pseudo_labels(
+                    labels,
+                    features[LOGITS],
+                    unlabelled=distributed.share_of(config.unlabelled_per_step),
+                    confidence=confidence,
+                    ignore_index=train_set.info.ignore_index,
+                )
             output = replica(images, labels, features, diagnose=logs)
             gradient_norm = state.update(output.loss, measure=logs)
-            watch.remember(state.step, output, batch.names)
+            taught = {f"the teacher's map {layer!r}": maps for layer, maps in features.items()}
+            watch.remember(state.step, output, batch.names, {"the image": images, **taught})
             progress.advance()
             # Several processes exchange signals only at log steps, where they synchronise anyway.
             stop = interruption.agreed() if logs or distributed.world_size() == 1 else None
@@ -132,6 +148,8 @@ def fit(
                 watch.check()
             if logs:
                 record = log_record(state, output, gradient_norm, throughput, device)
+                if share is not None:
+                    record["pseudo_labelled_share"] = distributed.mean(share[None]).item()
                 run.log(record)
                 collapse.look(record.get("diagnostics", {}))
                 progress.note(f"loss {record['loss']:.3f}")

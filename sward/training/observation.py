@@ -58,17 +58,23 @@ class LossWatch:
     """
 
     def __init__(self) -> None:
-        self._recent: list[tuple[int, StepOutput, Sequence[str]]] = []
+        self._recent: list[tuple[int, StepOutput, Sequence[str], dict[str, Tensor]]] = []
 
-    def remember(self, step: int, output: StepOutput, names: Sequence[str]) -> None:
+    def remember(
+        self, step: int, output: StepOutput, names: Sequence[str], inputs: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Store the losses of a step without checking them.
 
         Args:
             step: number of the step.
             output: losses of the step; their graph is not kept.
             names: names of the images in the batch.
+            inputs: what the step read, by name, each `[B, ...]` in the order of `names`; whatever of it is not finite
+                is named too.
         """
-        self._recent.append((step, output._replace(loss=output.loss.detach()), names))
+        # A sum is not finite where a summand is not: one small tensor instead of a map of flags.
+        sums = {name: maps.detach().flatten(1).sum(1, dtype=torch.float32) for name, maps in (inputs or {}).items()}
+        self._recent.append((step, output._replace(loss=output.loss.detach()), names, sums))
 
     def check(self) -> None:
         """Check every loss since the last call. All processes must call this at the same steps.
@@ -77,16 +83,18 @@ class LossWatch:
             NonFiniteLossError: on every process; names the first bad step, its terms and the images of its batch.
         """
         recent, self._recent = self._recent, []
-        finite = torch.stack([output.loss for _, output, _ in recent]).isfinite().tolist() if recent else []
+        finite = torch.stack([output.loss for _, output, *_ in recent]).isfinite().tolist() if recent else []
         bad = next((remembered for remembered, good in zip(recent, finite) if not good), None)
         first = distributed.lowest(sys.maxsize if bad is None else bad[0])
         if first == sys.maxsize:
             return
-        found = None if bad is None or bad[0] != first else (_numbers(bad[1].terms), list(bad[2]))
-        terms, names = next(each for each in distributed.gather(found) if each is not None)
+        found = None
+        if bad is not None and bad[0] == first:
+            found = (_numbers(bad[1].terms), list(bad[2]), _first_not_finite(bad[3], bad[2]))
+        terms, names, cause = next(each for each in distributed.gather(found) if each is not None)
         shown = ", ".join(f"{name} {value:g}" for name, value in terms.items())
         raise NonFiniteLossError(
-            f"the loss of step {first} is not finite ({shown}) for the images {', '.join(names)}; "
+            f"the loss of step {first} is not finite ({shown}) for the images {', '.join(names)}{cause}; "
             "earlier checkpoints are kept"
         )
 
@@ -200,6 +208,15 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     # Linux counts KiB, macOS bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _first_not_finite(sums: Mapping[str, Tensor], names: Sequence[str]) -> str:
+    """Say which input of a step is not finite first, and for which image; nothing if all are."""
+    for where, each in sums.items():
+        for name, finite in zip(names, each.isfinite().tolist()):
+            if not finite:
+                return f", where {where} is not finite for {name}"
+    return ""
 
 
 def _numbers(terms: dict[str, Tensor]) -> dict[str, float]:

@@ -9,16 +9,20 @@ import platform
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from sward import atomic, distributed
-from sward.config import DistillationConfig, TeacherTrainingConfig, TrainingConfig, differences, from_json, to_json
+from sward.config import DistillationConfig, TeacherTrainingConfig, TrainingConfig
+from sward.config_json import differences, from_json, to_json
 from sward.data import DatasetInfo
+from sward.data.frames import difference
 from sward.data.lists import assignment_text
+from sward.training.lock import locked
 
 UNWRITABLE = (
     errno.EACCES,
@@ -36,7 +40,7 @@ class RunFolder:
     """`config.json`, `dataset.json`, `environment.json`, `metrics.jsonl` and `checkpoints/` of one run.
 
     Args:
-        path: the folder; `start` creates it.
+        path: the folder; `locked` creates it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,27 +50,38 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.split = path / "split.csv"
         self.labels = path / "labels.json"
+        self.frames = path / "frames.json"
         self.last = path / "checkpoints" / "last.pt"
         self.previous = path / "checkpoints" / "previous.pt"
         self.best = path / "checkpoints" / "best.pt"
         self._tensorboard: _TensorBoard | None = None
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create the folder if necessary, and keep other runs out of it until the block ends.
+
+        Raises:
+            ValueError: if the folder cannot be written, or another run works in it.
+        """
+        if distributed.is_main():
+            make_folder(self.path)
+        with locked(self.path):
+            yield
+
     def start(self, config: TrainingConfig, info: DatasetInfo) -> None:
-        """Create the folder, or reuse it if `config.resume` is set or torchrun restarted the run.
+        """Begin the run in the folder, or resume it if `config.resume` is set or torchrun restarted the run.
+
+        Call this within `locked`.
 
         Args:
             config: configuration of the run.
             info: classes and colours of its data set, so that the run can be used without the data.
 
         Raises:
-            ValueError: if the folder cannot be written, or holds a run and `config.resume` is not set, or a run with
-                another configuration.
-            ModuleNotFoundError: if `config.tensorboard` is set and the package `tensorboard` is not installed.
+            ValueError: if the folder holds a run and `config.resume` is not set, or a run with another configuration.
         """
         if config.tensorboard:
             self._tensorboard = _TensorBoard(self.path / "tensorboard")
-        if distributed.is_main():
-            make_folder(self.path)
         if self.holds_checkpoint():
             self._check_same(config)
         if not distributed.is_main():
@@ -98,7 +113,7 @@ class RunFolder:
             ValueError: if they differ from those that the run began with: its scores would mix two data sets.
         """
         if self.holds_checkpoint() and self.labels.exists():
-            before = json.loads(self.labels.read_text(encoding="utf-8"))
+            before = read_json(dict, self.labels)
             for split, now in labels.items():
                 for name, count in now.items():
                     then = before.get(split, {}).get(name, count)
@@ -109,6 +124,29 @@ class RunFolder:
                         )
         if labels and distributed.is_main():
             _write_text(self.labels, json.dumps(labels, indent=2))
+
+    def keep_frames(self, frames: Mapping[str, Mapping[str, str]]) -> None:
+        """Write the checksums of the frames of each split, see `sward.data.frames`; call it after `start`.
+
+        Raises:
+            ValueError: if a frame is not the one with which the run began.
+        """
+        if self.holds_checkpoint():
+            before = self.read_frames()
+            for split, sums in frames.items():
+                different = difference(before.get(split, sums), sums)
+                if different:
+                    raise ValueError(
+                        f"the data must be that with which the run in {self.path} began, got other files in {split}: "
+                        f"{different}; choose another --output"
+                    )
+        if any(frames.values()) and distributed.is_main():
+            _write_text(self.frames, json.dumps(frames, indent=1))
+
+    def read_frames(self) -> dict[str, dict[str, str]]:
+        """Return what `keep_frames` wrote, split -> frame -> checksums; nothing if the data is not in files."""
+        frames: dict[str, dict[str, str]] = read_json(dict, self.frames) if self.frames.exists() else {}
+        return frames
 
     def _check_same(self, config: TrainingConfig) -> None:
         if not (config.resume or distributed.restarted()):
@@ -133,11 +171,11 @@ class RunFolder:
         """Delete the checkpoints, so that another run can start here.
 
         Raises:
-            ValueError: if the folder cannot be written.
+            ValueError: if the folder cannot be written, or a run works in it.
         """
-        make_folder(self.path)
-        for path in (self.last, self.previous, self.best):
-            path.unlink(missing_ok=True)
+        with self.locked():
+            for path in (self.last, self.previous, self.best):
+                path.unlink(missing_ok=True)
 
     def read(self) -> tuple[TrainingConfig, DatasetInfo]:
         """Read the configuration and the classes that `start` wrote.
@@ -148,15 +186,14 @@ class RunFolder:
         """
         if not self.config.exists() or not self.dataset.exists():
             raise FileNotFoundError(f"{self.path} is not a run folder: it has no config.json and dataset.json")
-        text = self.config.read_text(encoding="utf-8")
-        kind = DistillationConfig if '"distillation"' in text else TeacherTrainingConfig
-        return from_json(kind, text), from_json(DatasetInfo, self.dataset.read_text(encoding="utf-8"))
+        kind = DistillationConfig if b'"distillation"' in self.config.read_bytes() else TeacherTrainingConfig
+        return read_json(kind, self.config), read_json(DatasetInfo, self.dataset)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`, and write its numbers to TensorBoard if enabled."""
         if not distributed.is_main():
             return
-        with self.metrics.open("a", encoding="utf-8") as file:
+        with atomic.naming(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             # Sync before the next checkpoint is written, so that a resumed run has all lines up to its checkpoint.
@@ -183,6 +220,21 @@ class RunFolder:
             _write_text(self.metrics, "\n".join(json.dumps(record) for record in kept))
 
 
+Content = TypeVar("Content")
+
+
+def read_json(kind: type[Content], path: Path) -> Content:
+    """Read a dictionary or a dataclass from a JSON file.
+
+    Raises:
+        ValueError: if the file does not hold one; the message names it.
+    """
+    try:
+        return from_json(kind, path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
 def _write_text(path: Path, text: str) -> None:
     atomic.write(path, f"{text}\n".encode() if text else b"")
 
@@ -204,16 +256,22 @@ def make_folder(path: Path) -> None:
         raise ValueError(f"cannot write to {path} ({error.strerror}); choose another --output") from error
 
 
+def require_tensorboard() -> None:
+    """Raise a ModuleNotFoundError that names the package if TensorBoard's files cannot be written."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "--tensorboard needs the package tensorboard; install it with 'pip install tensorboard'"
+        ) from error
+
+
 class _TensorBoard:
     """Write the numbers of `metrics.jsonl` as TensorBoard events; nested names are joined by slashes."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                "--tensorboard needs the package tensorboard; install it with 'pip install tensorboard'"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._folder, self._open = folder, SummaryWriter
         self._writer: SummaryWriter | None = None
 

@@ -31,6 +31,7 @@ class TrainingState:
         schedule: learning rate schedule of the optimiser.
         scaler: loss scaler for fp16.
         clip_norm: largest norm of the gradient; None never clips.
+        identity: what the state belongs to besides the configuration, name -> checksum, such as the data.
 
     Attributes:
         step: optimiser steps taken.
@@ -46,9 +47,11 @@ class TrainingState:
         schedule: LRScheduler,
         scaler: torch.amp.GradScaler,
         clip_norm: float | None = None,
+        identity: Mapping[str, str] | None = None,
     ) -> None:
         self.model, self.distillation = model, distillation
         self.optimizer, self.schedule, self.scaler, self.clip_norm = optimizer, schedule, scaler, clip_norm
+        self.identity = dict(identity or {})
         if scaler.is_enabled():
             # The scaler skips steps while it searches for its scale, and the schedule then warns of a wrong call order.
             warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before", UserWarning)
@@ -96,15 +99,26 @@ class TrainingState:
         """
         state = checkpoints.load_newest([run.last, run.previous])
         if state is not None:
+            self._check_identity(state, run)
             try:
                 self.load_state_dict(state)
-            except (KeyError, RuntimeError, ValueError) as error:
+            except Exception as error:  # a file of someone else can hold anything under any name
                 reason = " ".join(str(error).split())
                 raise ValueError(
                     f"the checkpoint in {run.last.parent} does not belong to this configuration, so the run cannot be "
                     f"resumed with it: {reason}"
                 ) from error
         run.drop_records_after(self.step)
+
+    def _check_identity(self, state: Mapping[str, Any], run: RunFolder) -> None:
+        identity = state.get("identity", {})
+        for name, before in identity.items() if isinstance(identity, dict) else ():
+            now = self.identity.get(name, before)
+            if now != before:
+                raise ValueError(
+                    f"the {name} must be that with which the run in {run.path} began, got another one (checksum {now}, "
+                    f"not {before}); choose another --output"
+                )
 
     def state_dict(self, generators: list[dict[str, Any]]) -> dict[str, Any]:
         """Return tensors and plain values; `generators` are the random states of all processes, by rank."""
@@ -118,10 +132,14 @@ class TrainingState:
             "step": self.step,
             "seconds": self.stopwatch.read(),
             "best_score": self.best_score,
+            "identity": self.identity,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned. A process that did not exist then keeps its fresh generators."""
+        for name in ("step", "seconds", "best_score"):
+            if not isinstance(state[name], (int, float)) or (name == "step" and state[name] not in range(2**62)):
+                raise ValueError(f"its {name} must be a number, got {state[name]!r}")
         self.model.load_state_dict(state["model"])
         if self.distillation is not None:
             self.distillation.load_state_dict(state["distillation"])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sward.config import Precision
+from sward.config import Precision, TapConfig
 from sward.features import FeatureTaps
 from sward.losses import LOGITS, DistillationInputs, DistillationLoss
 
@@ -39,6 +39,7 @@ class TrainingStep(nn.Module):
         task: `(logits, labels) -> scalar`.
         distillation: None to train on the labels alone.
         precision: of the forward pass, losses included (they keep to float32 where they need it).
+        taps: how the network's layers arrange their output.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class TrainingStep(nn.Module):
         distillation: DistillationLoss | None = None,
         *,
         precision: Precision = "fp32",
+        taps: TapConfig | None = None,
     ) -> None:
         super().__init__()
         self.precision: Precision = precision
@@ -55,7 +57,7 @@ class TrainingStep(nn.Module):
         self.task = task
         self.distillation = distillation
         layers = [] if distillation is None else [tap for tap in distillation.student_taps if tap != LOGITS]
-        self.taps = FeatureTaps(model, layers).open()
+        self.taps = FeatureTaps(model, layers, **(taps or TapConfig()).arguments()).open()
 
     def forward(
         self, images: Tensor, labels: Tensor, teacher: Mapping[str, Tensor], diagnose: bool = False

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from sward_kernels.arguments import are_weights, require_tensor, shown
 from sward_kernels.fallback import cannot_load, require_known, warn_once
 from sward_kernels.labels import class_indices_op
 from sward_kernels.prototypes import closed_form, eager, native, reference
 from sward_kernels.prototypes.passes import Passes
+from sward_kernels.registration import without_autocast
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "compiled", "native", "triton")
 
@@ -87,10 +89,10 @@ def prototype_discrimination(
     Source: SWARD, Eq. 16-19. Differentiable once (twice with `"reference"`).
     """
     check_settings(num_classes, margin, terms, implementation)
-    _check(features, labels)
+    _check(features, labels, ignore_index, normalize)
     arguments = (features, labels, num_classes, margin, terms, ignore_index, normalize, process_group)
     # Every implementation chooses its own precision; autocast would lower it in the middle of the formulas.
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device):
         if implementation == "reference":
             classes = class_indices_op(labels, num_classes, ignore_index)
             loss, *values, prototypes, counts = reference.prototype_discrimination(
@@ -110,7 +112,8 @@ def _choose_passes(implementation: str, features: Tensor, num_classes: int, norm
         wanted = "native" if native.serves(features, normalize) else "eager"
     try:
         if wanted == "triton":
-            return _triton_passes(features, num_classes)
+            passes = _triton_passes(features, num_classes)
+            return _or_eager(passes) if implementation == "auto" else passes
         if wanted == "native":
             native.require_support(features, normalize)
             return native.passes
@@ -119,6 +122,22 @@ def _choose_passes(implementation: str, features: Tensor, num_classes: int, norm
             raise
         warn_once(f"prototype_discrimination runs eager instead of {wanted}: {reason}", stacklevel=4)
     return eager.passes
+
+
+def _or_eager(triton: Passes) -> Passes:
+    """The passes of triton, and those of eager, with a warning, where Triton turns out to be unable to compile one."""
+
+    def choose(first: Callable[..., Any], second: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            try:
+                return first(*arguments)
+            except NotImplementedError as reason:
+                warn_once(f"prototype_discrimination runs eager instead of triton: {reason}", stacklevel=2)
+                return second(*arguments)
+
+        return run
+
+    return Passes(choose(triton.statistics, eager.passes.statistics), choose(triton.gradient, eager.passes.gradient))
 
 
 def _triton_passes(features: Tensor, num_classes: int) -> Passes:
@@ -135,15 +154,21 @@ def check_settings(num_classes: int, margin: float, terms: tuple[float, float], 
     require_known(implementation, IMPLEMENTATIONS)
     if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
         raise ValueError(f"num_classes must be an int of at least 1, got {num_classes!r}")
-    if not (math.isfinite(margin) and margin >= 0):
-        raise ValueError(f"margin must be a finite number of at least 0, got {margin}")
-    if len(terms) != 2 or not all(math.isfinite(weight) and weight >= 0 for weight in terms):
+    if not are_weights((margin,), 1):
+        raise ValueError(f"margin must be a finite number of at least 0, got {shown(margin)}")
+    if not are_weights(terms, 2):
         raise ValueError(
-            f"terms must be two finite numbers of at least 0, for separation and compactness, got {tuple(terms)}"
+            f"terms must be two finite numbers of at least 0, for separation and compactness, got {shown(terms)}"
         )
 
 
-def _check(features: Tensor, labels: Tensor) -> None:
+def _check(features: Tensor, labels: Tensor, ignore_index: int, normalize: bool) -> None:
+    require_tensor("features", features)
+    require_tensor("labels", labels)
+    if not isinstance(ignore_index, int):
+        raise ValueError(f"ignore_index must be an int, got {ignore_index!r}")
+    if not isinstance(normalize, bool):
+        raise ValueError(f"normalize must be True or False, got {normalize!r}")
     if features.dim() != 4 or 0 in features.shape:
         raise ValueError(f"features must be a non-empty [B, C, H, W], got shape {tuple(features.shape)}")
     if not features.is_floating_point():

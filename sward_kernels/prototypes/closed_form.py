@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from sward_kernels.prototypes.passes import Passes, Statistics
+from sward_kernels.registration import without_autocast
 
 NORM_FLOOR = 1e-12
 """With `normalize=True`, a pixel whose features are no longer than this is a zero vector, with gradient 0."""
@@ -131,7 +132,7 @@ class _ClosedFormLoss(torch.autograd.Function):
         features, labels, slope, offset = ctx.saved_tensors
         scale = upstream.double() * ctx.processes
         precision = torch.promote_types(features.dtype, torch.float32)
-        with torch.autocast(features.device.type, enabled=False):  # backward may run under autocast, unlike forward
+        with without_autocast(features.device):  # backward may run under autocast, unlike forward
             gradient = ctx.passes.gradient(
                 features,
                 labels,

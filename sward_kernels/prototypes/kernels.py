@@ -32,18 +32,33 @@ def bfloat16_parts(values):
 
 
 @triton.jit
-def add_scattered(sums, one_hot, values, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr):
-    """`sums + one_hot @ values` with every product exact; sums in `ACCUMULATE`."""
+def add_scattered(
+    sums, one_hot, values, CHANNELS_FIRST: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr
+):
+    """`sums + one_hot @ values` with every product exact; sums in `ACCUMULATE`.
+
+    `CHANNELS_FIRST` means that `sums` is `[C, K]` and the product its transpose: with 16 classes, the rows of the
+    product would be a single tile of the tensor cores, which every warp would multiply anew.
+    """
     if INTERPRET or ACCUMULATE == tl.float64:
-        sums += tl.dot(one_hot.to(ACCUMULATE), values.to(ACCUMULATE), out_dtype=ACCUMULATE)
+        sums = add_product(sums, one_hot.to(ACCUMULATE), values.to(ACCUMULATE), CHANNELS_FIRST)
     elif values.dtype.primitive_bitwidth <= 16:  # exact as they are
-        sums = tl.dot(one_hot.to(values.dtype), values, sums)
+        sums = add_product(sums, one_hot.to(values.dtype), values, CHANNELS_FIRST)
     else:
         selector = one_hot.to(tl.bfloat16)
         high, middle, low = bfloat16_parts(values)
-        sums = tl.dot(selector, low, sums)
-        sums = tl.dot(selector, middle, sums)
-        sums = tl.dot(selector, high, sums)
+        sums = add_product(sums, selector, low, CHANNELS_FIRST)
+        sums = add_product(sums, selector, middle, CHANNELS_FIRST)
+        sums = add_product(sums, selector, high, CHANNELS_FIRST)
+    return sums
+
+
+@triton.jit
+def add_product(sums, one_hot, values, CHANNELS_FIRST: tl.constexpr):
+    if CHANNELS_FIRST:
+        sums = tl.dot(tl.trans(values), tl.trans(one_hot), sums, out_dtype=sums.dtype)
+    else:
+        sums = tl.dot(one_hot, values, sums, out_dtype=sums.dtype)
     return sums
 
 
@@ -192,6 +207,7 @@ def statistics_kernel(
     as `load_row` expects it, holds one pixel of each class; subtracting it keeps the digits of features far from 0.
     Outputs, with one row per chunk: `sums [chunks, K, C]`, `squares [chunks, channel blocks, K]`.
     """
+    CHANNELS_FIRST: tl.constexpr = BLOCK_CLASSES <= 16
     channel_blocks: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
     programs_per_chunk: tl.constexpr = (channel_blocks + OWN_BLOCKS - 1) // OWN_BLOCKS
     first_block = tl.program_id(0) % programs_per_chunk * OWN_BLOCKS
@@ -226,8 +242,12 @@ def statistics_kernel(
     for block in range(0, OWN_BLOCKS if even else min(OWN_BLOCKS, channel_blocks - first_block)):
         channel_block = first_block + block
         channel = channel_block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-        total = tl.zeros([BLOCK_CLASSES, BLOCK_CHANNELS], ACCUMULATE)
-        total_squares = tl.zeros([BLOCK_CLASSES, 16], ACCUMULATE)
+        if CHANNELS_FIRST:
+            total = tl.zeros([BLOCK_CHANNELS, BLOCK_CLASSES], ACCUMULATE)
+            total_squares = tl.zeros([BLOCK_CLASSES, BLOCK_PIXELS], ACCUMULATE)
+        else:
+            total = tl.zeros([BLOCK_CLASSES, BLOCK_CHANNELS], ACCUMULATE)
+            total_squares = tl.zeros([BLOCK_CLASSES, 16], ACCUMULATE)
         for tile in range(0, tiles):
             pixel = first + tile * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
             inside = inside_image(pixel, pixels, ALIGNED and not CHANNELS_LAST)
@@ -249,11 +269,16 @@ def statistics_kernel(
             if not CHANNELS_LAST:
                 deviation = tl.trans(deviation)
             one_hot = classes[:, None] == own_class[None, :]
-            total = add_scattered(total, one_hot, deviation, ACCUMULATE, INTERPRET)
-            total_squares = add_scattered_scalars(total_squares, one_hot, distance, ACCUMULATE, INTERPRET)
+            total = add_scattered(total, one_hot, deviation, CHANNELS_FIRST, ACCUMULATE, INTERPRET)
+            if CHANNELS_FIRST:
+                total_squares += tl.where(one_hot, distance[None, :], 0.0)
+            else:
+                total_squares = add_scattered_scalars(total_squares, one_hot, distance, ACCUMULATE, INTERPRET)
 
         is_class = classes < NUM_CLASSES
         row = chunk.to(tl.int64) * NUM_CLASSES + classes
+        if CHANNELS_FIRST:
+            total = tl.trans(total)
         mask = is_class[:, None] & (channel < CHANNELS)[None, :]
         tl.store(sums + row[:, None] * CHANNELS + channel[None, :], total, mask=mask)
         row = (chunk.to(tl.int64) * channel_blocks + channel_block) * NUM_CLASSES + classes

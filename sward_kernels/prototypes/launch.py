@@ -13,8 +13,9 @@ from torch import Tensor
 from sward_kernels.gpu.launching import (
     INTERPRETED,
     TRITON_TYPES,
+    CallCache,
+    PreparedLaunch,
     accumulator,
-    device_guard,
     needs_64_bits,
     require_dtype,
     require_gpu,
@@ -117,10 +118,44 @@ def _strides(tensor: Tensor, prefix: str = "") -> dict[str, int]:
     return {f"{prefix}stride_{axis}": stride for axis, stride in zip(axes, tensor.stride())}
 
 
-def _launch(kernel: Any, programs: int, arguments: dict[str, Any], num_warps: int) -> None:
-    device = arguments["features"].device
-    with device_guard(device):
-        kernel[(programs,)](**arguments, num_warps=num_warps, num_stages=1)
+_launches: CallCache[tuple[PreparedLaunch, dict[str, Any], _Problem]] = CallCache()
+
+
+def _prepared(
+    kernel: str, features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
+) -> tuple[PreparedLaunch, dict[str, Any], _Problem]:
+    """The launch of the `"statistics"` or `"gradient"` kernel, its constants, and what they were made from."""
+    layout = (features.shape, features.stride(), labels.stride(), features.dtype, features.device)
+    key = (kernel, *layout, num_classes, ignore_index, normalize)
+    found = _launches.get(key)
+    if found is not None:
+        return found
+    batch, channels, height, width = features.shape
+    problem = _problem(features, labels, num_classes, normalize)
+    constants, num_warps = problem.constants(kernel)
+    known = {
+        "pixels": height * width,
+        "width": width,
+        "ignore_index": ignore_index,
+        **_strides(features),
+        **_strides(labels, "label_"),
+        **constants,
+    }
+    channel_blocks = math.ceil(channels / constants["BLOCK_CHANNELS"])
+    if kernel == "statistics":
+        known["chunks"] = math.ceil(height * width / (constants["BLOCK_PIXELS"] * constants["TILES"]))
+        programs = batch * known["chunks"] * math.ceil(channel_blocks / constants["OWN_BLOCKS"])
+        launch = PreparedLaunch(problem, statistics_kernel, programs, num_warps, known)
+    else:
+        known["tiles"] = math.ceil(height * width / constants["BLOCK_PIXELS"])
+        known |= _strides(torch.empty_like(features, memory_format=_memory_format(features)), "gradient_")
+        programs = batch * known["tiles"] * (1 if normalize else channel_blocks)
+        launch = PreparedLaunch(problem, _gradient_kernel(normalize), programs, num_warps, known)
+    return _launches.keep(key, (launch, known, problem))
+
+
+def _launch(prepared: PreparedLaunch, arguments: dict[str, Any]) -> None:
+    prepared(arguments["features"].device, arguments)
 
 
 _INTEGERS = (
@@ -191,32 +226,17 @@ _FLOPS = {
 def _statistics(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, channels, height, width = features.shape
-    problem = _problem(features, labels, num_classes, normalize)
-    constants, num_warps = problem.constants("statistics")
+    batch, channels = features.shape[:2]
+    launch, known, problem = _prepared("statistics", features, labels, num_classes, ignore_index, normalize)
     precision = torch.promote_types(features.dtype, torch.float32)
     classes = class_indices(labels, num_classes, ignore_index)
     shift = one_pixel_of_each_class(features, classes, num_classes, precision, normalize)
-    chunks = math.ceil(height * width / (constants["BLOCK_PIXELS"] * constants["TILES"]))
-    channel_blocks = math.ceil(channels / constants["BLOCK_CHANNELS"])
-    programs = batch * chunks * math.ceil(channel_blocks / constants["OWN_BLOCKS"])
-    sums = features.new_empty(batch * chunks, num_classes, channels, dtype=precision)
-    squares = features.new_empty(batch * chunks * channel_blocks, num_classes, dtype=precision)
-    arguments = {
-        "features": features,
-        "labels": labels,
-        "shift": _table(shift, problem),
-        "sums": sums,
-        "squares": squares,
-        "pixels": height * width,
-        "width": width,
-        "chunks": chunks,
-        "ignore_index": ignore_index,
-        **_strides(features),
-        **_strides(labels, "label_"),
-        **constants,
-    }
-    _launch(statistics_kernel, programs, arguments, num_warps)
+    chunks = batch * known["chunks"]
+    channel_blocks = -(-channels // known["BLOCK_CHANNELS"])
+    sums = features.new_empty(chunks, num_classes, channels, dtype=precision)
+    squares = features.new_empty(chunks * channel_blocks, num_classes, dtype=precision)
+    table = _table(shift, problem)
+    _launch(launch, {"features": features, "labels": labels, "shift": table, "sums": sums, "squares": squares})
     # The order of the sums is fixed: bitwise repeatable.
     return statistics_about(shift, classes, sums.sum(0, dtype=torch.float64), squares.sum(0, dtype=torch.float64))
 
@@ -233,36 +253,22 @@ def _gradient_kernel(normalize: bool) -> Any:
 def _gradient(
     features: Tensor, labels: Tensor, slope: Tensor, offset: Tensor, ignore_index: int, normalize: bool
 ) -> Tensor:
-    batch, channels, height, width = features.shape
-    problem = _problem(features, labels, slope.shape[0], normalize)
-    constants, num_warps = problem.constants("gradient")
-    tiles = math.ceil(height * width / constants["BLOCK_PIXELS"])
-    channel_blocks = 1 if normalize else math.ceil(channels / constants["BLOCK_CHANNELS"])
+    launch, _, problem = _prepared("gradient", features, labels, slope.shape[0], ignore_index, normalize)
     gradient = _allocate_gradient(features)
-    arguments = {
-        "features": features,
-        "labels": labels,
-        "offset": _table(offset, problem),
-        "gradient": gradient,
-        "pixels": height * width,
-        "width": width,
-        "tiles": tiles,
-        "ignore_index": ignore_index,
-        **_strides(features),
-        **_strides(gradient, "gradient_"),
-        **_strides(labels, "label_"),
-        **constants,
-    }
+    arguments = {"features": features, "labels": labels, "offset": _table(offset, problem), "gradient": gradient}
     if not normalize:
         arguments["slope"] = slope
-    _launch(_gradient_kernel(normalize), batch * tiles * channel_blocks, arguments, num_warps)
+    _launch(launch, arguments)
     return gradient
 
 
+def _memory_format(features: Tensor) -> torch.memory_format:
+    """That of the gradient: dense, in the order of the features, so that loads and stores are vectorised alike."""
+    return torch.channels_last if _is_channels_last(features) else torch.contiguous_format
+
+
 def _allocate_gradient(features: Tensor) -> Tensor:
-    """Dense, in the memory format of the features, so that loads and stores are vectorised alike."""
-    memory_format = torch.channels_last if _is_channels_last(features) else torch.contiguous_format
-    return torch.empty(features.shape, dtype=features.dtype, device=features.device, memory_format=memory_format)
+    return torch.empty_like(features, memory_format=_memory_format(features))
 
 
 passes = register_passes("triton", _statistics, _gradient, _allocate_gradient)

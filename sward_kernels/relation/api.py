@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sward_kernels.arguments import are_weights, require_tensor, shown
 from sward_kernels.fallback import cannot_load, require_known, warn_once
-from sward_kernels.registration import register
+from sward_kernels.registration import register, without_autocast
 from sward_kernels.relation import eager, native, reference
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "native", "triton")
@@ -46,21 +47,21 @@ def relational_kl(
         also under autocast: a temperature of 0.1 multiplies their rounding errors by ten.
 
     Raises:
-        ValueError: for shapes, dtypes or devices that do not fit, a temperature that is not positive, or an unknown
-            implementation.
+        ValueError: for shapes, dtypes or devices that do not fit, a temperature that is not positive and finite, or an
+            unknown implementation.
         NotImplementedError: if native or triton is named explicitly and cannot run this call.
     """
     check_implementation(implementation)
     _check(student, teacher, temperature)
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    with torch.autocast(student.device.type, enabled=False):
+    with without_autocast(student.device):
         student_units = F.normalize(student.to(dtype), dim=-1)
         teacher_units = F.normalize(teacher.detach().to(dtype), dim=-1)
         if implementation == "auto":
             implementation = _preferred(student_units, temperature)
             if implementation != "eager":
                 try:
-                    return _run(implementation, student_units, teacher_units, temperature)
+                    return _run(implementation, student_units, teacher_units, temperature, falls_back=True)
                 except NotImplementedError as reason:
                     warn_once(f"relational_kl runs eager instead of {implementation}: {reason}")
                     implementation = "eager"
@@ -73,9 +74,11 @@ def _preferred(student_units: Tensor, temperature: float) -> str:
     return "native" if native.serves(student_units, temperature) else "eager"
 
 
-def _run(implementation: str, student_units: Tensor, teacher_units: Tensor, temperature: float) -> Tensor:
+def _run(
+    implementation: str, student_units: Tensor, teacher_units: Tensor, temperature: float, *, falls_back: bool = False
+) -> Tensor:
     if implementation == "triton":
-        return _triton()(student_units, teacher_units, temperature)
+        return _triton()(student_units, teacher_units, temperature, falls_back=falls_back)
     if implementation == "reference":
         return reference.relational_kl(student_units, teacher_units, temperature)
     if implementation == "native":
@@ -94,6 +97,7 @@ def check_implementation(implementation: str) -> None:
 
 def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
     for name, tensor in (("student", student), ("teacher", teacher)):
+        require_tensor(name, tensor)
         if tensor.dim() != 3 or 0 in tensor.shape:
             raise ValueError(f"{name} must be a non-empty [B, P, C] tensor, got shape {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
@@ -105,8 +109,8 @@ def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
         )
     if student.device != teacher.device:
         raise ValueError(f"student and teacher must be on the same device, got {student.device} and {teacher.device}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    if not are_weights((temperature,), 1) or temperature == 0:
+        raise ValueError(f"temperature must be a positive finite number, got {shown(temperature)}")
 
 
 def _fake(
@@ -150,7 +154,7 @@ class _GradientInForward(torch.autograd.Function):
         return gradient * upstream, None, None, None, None
 
 
-def _triton() -> Callable[[Tensor, Tensor, float], Tensor]:
+def _triton() -> Callable[..., Tensor]:
     try:
         from sward_kernels.relation import launch
     except ImportError as error:

@@ -113,7 +113,7 @@ def forward_kernel(
     tl.store(log_sum_exps(statistics, TEACHER, pair, images, pixels) + row, log_t, mask=row < pixels)
 
 
-@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS, do_not_specialize_on_alignment=["upstream"])
 def backward_kernel(
     upstream, student, teacher, statistics, gradient, images, pixels, inverse_temperature,
     STUDENT_CHANNELS: tl.constexpr, TEACHER_CHANNELS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,

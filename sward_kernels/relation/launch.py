@@ -14,45 +14,59 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sward_kernels.fallback import warn_once
 from sward_kernels.gpu.launching import (
     INTERPRETED,
+    CallCache,
+    PreparedLaunch,
     accumulator,
-    device_guard,
     full_float32_precision,
     product_precision,
     require_gpu,
 )
 from sward_kernels.registration import register
+from sward_kernels.relation import eager
 from sward_kernels.relation.kernels import backward_kernel, forward_kernel
 from sward_kernels.relation.tile_table import RelationTiles, tiles_of
 from sward_kernels.resources import Configuration
 from sward_kernels.targets import Target, family_of
 
 
-def relational_kl(student_units: Tensor, teacher_units: Tensor, temperature: float) -> Tensor:
+def relational_kl(student_units: Tensor, teacher_units: Tensor, temperature: float, falls_back: bool = False) -> Tensor:
     """Return the loss as the reference computes it, from fp32 or float64 vectors of length one.
 
+    With `falls_back`, backward runs eager, with a warning, if its kernel cannot run.
+
     Raises:
-        NotImplementedError: for CPU tensors, unless Triton interprets.
+        NotImplementedError: for CPU tensors, unless Triton interprets, and where Triton cannot compile the kernels.
     """
     require_gpu(student_units)
-    loss: Tensor = _RelationalKL.apply(student_units.contiguous(), teacher_units.contiguous(), temperature)
+    loss: Tensor = _RelationalKL.apply(student_units.contiguous(), teacher_units.contiguous(), temperature, falls_back)
     return loss
 
 
 class _RelationalKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student_units: Tensor, teacher_units: Tensor, temperature: float) -> Tensor:
+    def forward(ctx: Any, student_units: Tensor, teacher_units: Tensor, temperature: float, falls_back: bool) -> Tensor:
         partials, statistics = _forward_operator(student_units, teacher_units, temperature)
         ctx.save_for_backward(student_units, teacher_units, statistics)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.falls_back = temperature, falls_back
         images, pixels, _ = student_units.shape
         return partials.sum() / (images * images * pixels)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return _backward_operator(upstream, *ctx.saved_tensors, ctx.temperature), None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        student_units, teacher_units, statistics = ctx.saved_tensors
+        try:
+            gradient = _backward_operator(upstream, student_units, teacher_units, statistics, ctx.temperature)
+        except NotImplementedError as reason:
+            if not ctx.falls_back:
+                raise
+            warn_once(f"relational_kl runs eager instead of triton: {reason}")
+            _, gradient = eager.relational_kl(student_units, teacher_units, ctx.temperature, True)
+            gradient = gradient * upstream
+        return gradient, None, None, None
 
 
 SHIPPED_CHANNELS = ((64, 128), (256, 256))
@@ -116,29 +130,32 @@ def _constants(
     return constants
 
 
+_launches: CallCache[PreparedLaunch] = CallCache()
+
+
 def _launch(direction: str, student: Tensor, teacher: Tensor, temperature: float, **others: Tensor) -> None:
+    precision = torch.backends.cuda.matmul.fp32_precision
+    key = (direction, student.shape, teacher.shape[-1], student.dtype, student.device, precision, temperature)
+    prepared = _launches.get(key)
+    if prepared is None:
+        prepared = _launches.keep(key, _prepare(direction, student, teacher, temperature))
+    prepared(student.device, {"student": student, "teacher": teacher, **others})
+
+
+def _prepare(direction: str, student: Tensor, teacher: Tensor, temperature: float) -> PreparedLaunch:
     images, pixels, student_channels = student.shape
     family = family_of(student.device)
     tiles = tiles_of(family, direction)
-    precision = product_precision(student.dtype, family)
+    precision = product_precision(student.dtype, family, student.device)
     constants = _constants(tiles, direction, student_channels, teacher.shape[-1], student.dtype, precision)
     programs = images * triton.cdiv(pixels, tiles.rows)
     if direction == "forward":
         kernel, programs = forward_kernel, programs * images
     else:
         kernel, programs = backward_kernel, programs * triton.cdiv(student_channels, constants["OUT"])
-    with device_guard(student.device):
-        kernel[(programs,)](
-            student=student,
-            teacher=teacher,
-            images=images,
-            pixels=pixels,
-            inverse_temperature=1.0 / temperature,
-            **others,
-            **constants,
-            num_warps=tiles.num_warps,
-            num_stages=1,
-        )
+    problem = ("relational_kl", family, student_channels, teacher.shape[-1], student.dtype, precision)
+    known = {**constants, "images": images, "pixels": pixels, "inverse_temperature": 1.0 / temperature}
+    return PreparedLaunch(problem, kernel, programs, tiles.num_warps, known)
 
 
 def _forward(student_units: Tensor, teacher_units: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

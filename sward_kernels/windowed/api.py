@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sward_kernels.arguments import are_weights, require_tensor, shown
 from sward_kernels.fallback import cannot_load, require_known, warn_once
+from sward_kernels.registration import without_autocast
 from sward_kernels.windowed import eager, gradient_in_forward, native, reference
 from sward_kernels.windows import Shift
 
@@ -78,6 +79,14 @@ def windowed_distillation(
         ValueError: for an argument that does not fit the above.
         NotImplementedError: if the implementation is named explicitly and cannot run this call.
 
+    Examples:
+        >>> import torch
+        >>> from sward_kernels import windowed_distillation
+        >>> maps = torch.randn(2, 3 * 8, 16, 16)
+        >>> out = windowed_distillation(maps, maps, window_size=4, shift=(1, 3))
+        >>> bool(out.loss.abs() < 1e-5)  # the same on both sides
+        True
+
     Source: SWARD, Eq. 4-14. Differentiable once.
     """
     check_implementation(implementation)
@@ -91,7 +100,7 @@ def windowed_distillation(
         implementation = _preferred(qkv_student, window_size)
         if implementation != "eager":
             try:
-                return _run(implementation, qkv_student, qkv_teacher, window_size, shift, terms)
+                return _run(implementation, qkv_student, qkv_teacher, window_size, shift, terms, falls_back=True)
             except NotImplementedError as reason:
                 warn_once(f"windowed_distillation runs eager instead of {implementation}: {reason}")
                 implementation = "eager"
@@ -105,14 +114,20 @@ def _preferred(qkv: Tensor, window_size: int) -> str:
 
 
 def _run(
-    implementation: str, qkv_student: Tensor, qkv_teacher: Tensor, window_size: int, shift: Shift, terms: Terms
+    implementation: str,
+    qkv_student: Tensor,
+    qkv_teacher: Tensor,
+    window_size: int,
+    shift: Shift,
+    terms: Terms,
+    falls_back: bool = False,
 ) -> WindowedDistillation:
     # Every implementation chooses its own precision; autocast would lower it in the middle of the formulas.
-    with torch.autocast(qkv_student.device.type, enabled=False):
+    with without_autocast(qkv_student.device):
         if implementation == "triton":
             run = _triton_launcher()
-            loss, *values = run(qkv_student, qkv_teacher, window_size, shift, terms)
-        elif implementation == "reference":
+            return WindowedDistillation(*run(qkv_student, qkv_teacher, window_size, shift, terms, falls_back))
+        if implementation == "reference":
             loss, *values = reference.windowed_distillation(qkv_student, qkv_teacher, window_size, shift, terms)
         else:
             if implementation == "native":
@@ -131,14 +146,15 @@ def check_implementation(implementation: str) -> None:
 
 def check_terms(terms: Terms) -> None:
     """Raise ValueError for weights of terms that `windowed_distillation` does not take."""
-    if len(terms) != 3 or not all(0 <= weight < math.inf for weight in terms):
+    if not are_weights(terms, 3):
         raise ValueError(
-            f"terms must be three finite numbers of at least 0, for attention, value and context, got {tuple(terms)}"
+            f"terms must be three finite numbers of at least 0, for attention, value and context, got {shown(terms)}"
         )
 
 
 def _check_maps(qkv_student: Tensor, qkv_teacher: Tensor) -> None:
     for name, qkv in (("qkv_student", qkv_student), ("qkv_teacher", qkv_teacher)):
+        require_tensor(name, qkv)
         if qkv.dim() != 4 or 0 in qkv.shape or qkv.shape[1] % 3:
             raise ValueError(
                 f"{name} must be a non-empty [B, 3 * D, H, W] with queries, keys and values stacked on the channel "
@@ -174,9 +190,10 @@ def _check_window(window_size: int, shift: Shift, device: torch.device) -> None:
         if device.type != "cpu" or torch.compiler.is_compiling():
             return
         shift = shift.tolist()
-    if len(shift) != 2 or not all(isinstance(offset, int) and 0 <= offset < window_size for offset in shift):
+    is_pair = isinstance(shift, (tuple, list)) and len(shift) == 2
+    if not is_pair or not all(isinstance(offset, int) and 0 <= offset < window_size for offset in shift):
         raise ValueError(
-            f"shift must be two ints (dy, dx), each at least 0 and below window_size={window_size}, got {tuple(shift)}"
+            f"shift must be two ints (dy, dx), each at least 0 and below window_size={window_size}, got {shown(shift)}"
         )
 
 

@@ -72,9 +72,18 @@ class _AttachGradient(torch.autograd.Function):
         # A second backward through a retained graph must find the buffer unscaled.
         reuse = gradient.dtype == ctx.dtype and not _graph_is_kept()
         out = gradient if reuse else torch.empty_like(gradient, dtype=ctx.dtype)
-        # A factor with an axis takes part in type promotion, so that it is not rounded to a 16-bit dtype first.
-        factor = (upstream / ctx.pixels).unsqueeze(0)
-        return upstream, torch.mul(gradient, factor, out=out), None, None
+        return upstream, _scaled(gradient, upstream, ctx.pixels, out), None, None
+
+
+def scaled(gradient: Tensor, upstream: Tensor, qkv: Tensor) -> Tensor:
+    """Turn the gradient that an operator returned into that of `qkv`: times the upstream gradient, per pixel."""
+    pixels = qkv.shape[0] * qkv.shape[2] * qkv.shape[3]
+    return _scaled(gradient, upstream, pixels, torch.empty_like(gradient, dtype=qkv.dtype))
+
+
+def _scaled(gradient: Tensor, upstream: Tensor, pixels: int, out: Tensor) -> Tensor:
+    # A factor with an axis takes part in type promotion, so that it is not rounded to a 16-bit dtype first.
+    return torch.mul(gradient, (upstream / pixels).unsqueeze(0), out=out)
 
 
 def _graph_is_kept() -> bool:

@@ -92,17 +92,24 @@ def forward_kernel(
             DIM=DIM, BLOCK_DIM=BLOCK_DIM, CHANNELS_LAST=STUDENT_CHANNELS_LAST, WINDOW=WINDOW, WINDOWS=WINDOWS,
             PRECISION=PRECISION, ACCUMULATE=ACCUMULATE, INTERPRET=INTERPRET,
         )  # fmt: skip
+        # The KL is summed before the student's attention takes the place of its scores: that saves registers.
         max_t = tl.max(scores_t, 1)
-        lse_t = max_t + tl.log2(tl.sum(tl.exp2(scores_t - max_t[:, None]), 1))
         max_s = tl.max(scores_s, 1)
-        lse_s = max_s + tl.log2(tl.sum(tl.exp2(scores_s - max_s[:, None]), 1))
-        scores_t -= lse_t[:, None]
-        scores_s -= lse_s[:, None]
-        a_t = tl.exp2(scores_t)
+        a_t = tl.exp2(scores_t - max_t[:, None])
+        sum_t = tl.sum(a_t, 1)
+        a_t *= (1.0 / sum_t)[:, None]
         if ATTENTION:
-            kl = tl.sum(a_t * (scores_t - scores_s), 1) * LN_2
+            kl = tl.sum(a_t * ((scores_t - scores_s) - (max_t - max_s)[:, None]), 1)
         a_t = round_to(a_t, teacher.dtype.element_ty, INTERPRET)
-        a_s = round_to(tl.exp2(scores_s), teacher.dtype.element_ty, INTERPRET)
+        a_s = tl.exp2(scores_s - max_s[:, None])
+        sum_s = tl.sum(a_s, 1)
+        a_s = round_to(a_s * (1.0 / sum_s)[:, None], teacher.dtype.element_ty, INTERPRET)
+        log_sum_t = tl.log2(sum_t)
+        log_sum_s = tl.log2(sum_s)
+        if ATTENTION:
+            kl = (kl + (log_sum_s - log_sum_t)) * LN_2
+        lse_t = max_t + log_sum_t
+        lse_s = max_s + log_sum_s
         if SAVE:
             statistics += image.to(tl.int64) * windows * (WINDOW * WINDOW)
             tl.store(statistic(statistics, LOG_SUM_EXP + STUDENT, statistic_stride, token), lse_s, mask=inside)
@@ -132,6 +139,20 @@ def forward_kernel(
         value = 1.0 - cosine(inner, square_s, square_t)
     term_weights = (attention_weight, value_weight, context_weight)
     store_partials(partials, program, kl, value, distance, real, term_weights)
+
+
+@triton.jit
+def attention(log_a, DTYPE: tl.constexpr):
+    """A from `scores - log-sum-exp`.
+
+    The saved log-sum-exp is a rounded number, and of scores that another instruction may find differently in their last
+    bit, which is 1e-3 for a score of 1e4. In fp32, rows are therefore divided by their actual sum. In 16 bits the
+    inputs of the scores are rounded far more coarsely, and only the mean of dA is divided by that sum.
+    """
+    a = tl.exp2(log_a)
+    if DTYPE.primitive_bitwidth > 16:
+        a = a * (1.0 / tl.sum(a, 1))[:, None]
+    return a
 
 
 @triton.jit
@@ -170,8 +191,15 @@ def side_gradient(
         other_lse = statistic(statistics, LOG_SUM_EXP + (1 - OWN_SIDE), statistic_stride, token)
         log_a -= tl.load(own_lse, mask=inside, other=0.0)[:, None]
         log_other -= tl.load(other_lse, mask=inside, other=0.0)[:, None]
+        ratio = log_a - log_other
+        a = attention(log_a, dtype)
+        a_other = attention(log_other, dtype)
         if ATTENTION and OWN_SIDE == TEACHER:
-            da = (attention_weight * LN_2) * (log_a - log_other)
+            da = (attention_weight * LN_2) * ratio
+            if dtype.primitive_bitwidth > 16:
+                # The product with dZ is then added to numbers of the size of the row's spread, and not to a ratio of
+                # 1e4 that its mean cancels in the end.
+                da -= tl.sum(a * da, 1)[:, None]
 
     for first in range(0, DIM, BLOCK_DIM):
         dv = tl.zeros([BLOCK, BLOCK_DIM], ACCUMULATE)
@@ -185,13 +213,12 @@ def side_gradient(
                 first=first, DIM=DIM, BLOCK=BLOCK_DIM, CHANNELS_LAST=OTHER_CHANNELS_LAST,
             )  # fmt: skip
         if CONTEXT:  # dZ of this side: 2 (Z_own - Z_other)
-            a = round_to(tl.exp2(log_a), dtype, INTERPRET)
-            dz = product(a, v, PRECISION, ACCUMULATE, INTERPRET)
-            a_other = round_to(tl.exp2(log_other), dtype, INTERPRET)
-            dz -= product(a_other, v_other, PRECISION, ACCUMULATE, INTERPRET)
+            a_rounded = round_to(a, dtype, INTERPRET)
+            dz = product(a_rounded, v, PRECISION, ACCUMULATE, INTERPRET)
+            dz -= product(round_to(a_other, dtype, INTERPRET), v_other, PRECISION, ACCUMULATE, INTERPRET)
             dz = round_to(tl.where(real[:, None], dz * (2.0 * context_weight), 0.0), dtype, INTERPRET)
             da += product(dz, tl.trans(v), PRECISION, ACCUMULATE, INTERPRET)
-            dv = product(tl.trans(a), dz, PRECISION, ACCUMULATE, INTERPRET)
+            dv = product(tl.trans(a_rounded), dz, PRECISION, ACCUMULATE, INTERPRET)
         if VALUE:
             dv += value_weight * (along[:, None] * v.to(ACCUMULATE) - across[:, None] * v_other.to(ACCUMULATE))
         store_tile(
@@ -200,9 +227,11 @@ def side_gradient(
         )  # fmt: skip
 
     if ATTENTION or CONTEXT:
-        mean = tl.sum(tl.exp2(log_a) * da, 1)
+        mean = tl.sum(a * da, 1)
+        if dtype.primitive_bitwidth <= 16:
+            mean = mean / tl.sum(a, 1)
         ds = score_gradient(
-            log_a=log_a, log_other=log_other, da=da, mean=mean[:, None], real=real[:, None],
+            a=a, a_other=a_other, da=da, mean=mean[:, None], real=real[:, None],
             student_weight=attention_weight, DTYPE=dtype, STUDENT_ATTENTION=ATTENTION and OWN_SIDE == STUDENT,
             INTERPRET=INTERPRET,
         )  # fmt: skip
@@ -232,7 +261,7 @@ def side_gradient(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS, do_not_specialize_on_alignment=["upstream"])
 def backward_kernel(
     student, teacher, upstream, statistics, student_gradient, teacher_gradient,
     shift, shift_y, shift_x, height, width, statistic_stride,

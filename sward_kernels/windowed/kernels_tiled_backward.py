@@ -184,7 +184,7 @@ def key_gradients(
             mean_row = statistic(statistics, side + CONTEXT_MEAN, statistic_stride, token)
             mean = tl.load(mean_row, mask=inside, other=0.0)
             ds = score_gradient(
-                log_a=log_a, log_other=log_other, da=da, mean=mean[None, :], real=real[None, :],
+                a=tl.exp2(log_a), a_other=tl.exp2(log_other), da=da, mean=mean[None, :], real=real[None, :],
                 student_weight=student_weight, DTYPE=dtype, STUDENT_ATTENTION=ATTENTION, INTERPRET=INTERPRET,
             )  # fmt: skip
             q = load_tile(
@@ -297,7 +297,7 @@ def query_gradients(
                 )  # fmt: skip
                 da += product(dz, tl.trans(v), PRECISION, ACCUMULATE, INTERPRET)
             ds = score_gradient(
-                log_a=log_a, log_other=log_other, da=da, mean=mean[:, None], real=real[:, None],
+                a=tl.exp2(log_a), a_other=tl.exp2(log_other), da=da, mean=mean[:, None], real=real[:, None],
                 student_weight=student_weight, DTYPE=dtype, STUDENT_ATTENTION=ATTENTION, INTERPRET=INTERPRET,
             )  # fmt: skip
             k = load_tile(
@@ -313,7 +313,7 @@ def query_gradients(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=RUNTIME_INTEGERS)
+@triton.jit(do_not_specialize=RUNTIME_INTEGERS, do_not_specialize_on_alignment=["upstream"])
 def backward_tiled_kernel(
     student, teacher, upstream, statistics, student_gradient, teacher_gradient,
     shift, shift_y, shift_x, height, width, statistic_stride,

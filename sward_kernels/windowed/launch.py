@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sward_kernels.gpu.launching import device_guard, require_dtype, require_gpu
+from sward_kernels.fallback import warn_once
+from sward_kernels.gpu.launching import CallCache, PreparedLaunch, require_dtype, require_gpu
 from sward_kernels.registration import register
-from sward_kernels.targets import family_of
+from sward_kernels.windowed import eager, gradient_in_forward
 from sward_kernels.windowed.plan import (
     Layout,
     Plan,
@@ -31,20 +33,24 @@ MAX_DIM = 256
 
 
 def windowed_distillation(
-    qkv_student: Tensor, qkv_teacher: Tensor, window_size: int, shift: Shift, terms: Terms
+    qkv_student: Tensor, qkv_teacher: Tensor, window_size: int, shift: Shift, terms: Terms, falls_back: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`(loss, attention, value, context)` as the reference computes them; only the loss carries a gradient.
 
+    With `falls_back`, backward runs eager, with a warning, if its kernel cannot run.
+
     Raises:
-        NotImplementedError: for a device, dtype or size that the kernels do not support.
+        NotImplementedError: for a device, dtype or size that the kernels do not support, and where Triton cannot
+            compile them.
     """
     _require_support(qkv_student, window_size)
     offsets, shift_tensor = ((0, 0), shift) if isinstance(shift, Tensor) else ((shift[0], shift[1]), None)
+    arguments = (window_size, offsets, shift_tensor, terms)
     if torch.is_grad_enabled() and (qkv_student.requires_grad or qkv_teacher.requires_grad):
-        loss, values = _WindowedDistillation.apply(qkv_student, qkv_teacher, window_size, offsets, shift_tensor, terms)
+        loss, means = _WindowedDistillation.apply(qkv_student, qkv_teacher, *arguments, falls_back)
     else:
-        loss, values, _ = _forward_terms(qkv_student, qkv_teacher, window_size, offsets, shift_tensor, terms, False)
-    attention, value, context = values.unbind()
+        loss, means, _ = _forward_operator(qkv_student.detach(), qkv_teacher.detach(), *arguments, False)
+    _, attention, value, context = means.unbind()
     return loss, attention, value, context
 
 
@@ -68,80 +74,110 @@ class _WindowedDistillation(torch.autograd.Function):
         offsets: tuple[int, int],
         shift: Tensor | None,
         terms: Terms,
+        falls_back: bool,
     ) -> tuple[Tensor, Tensor]:
-        loss, values, statistics = _forward_terms(
-            qkv_student, qkv_teacher, window_size, offsets, shift, terms, save=True
+        loss, means, statistics = _forward_operator(
+            qkv_student.detach(), qkv_teacher.detach(), window_size, offsets, shift, terms, True
         )
         ctx.save_for_backward(qkv_student, qkv_teacher, statistics, shift)
-        ctx.arguments = (window_size, offsets, terms)
-        ctx.mark_non_differentiable(values)
-        return loss, values
+        ctx.arguments = (window_size, offsets, terms, falls_back)
+        ctx.mark_non_differentiable(means)
+        return loss, means
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         qkv_student, qkv_teacher, statistics, shift = ctx.saved_tensors
-        window_size, offsets, terms = ctx.arguments
+        window_size, offsets, terms, falls_back = ctx.arguments
         wanted = ctx.needs_input_grad[:2]
-        gradients = _backward_operator(
-            upstream, qkv_student, qkv_teacher, statistics, window_size, offsets, shift, terms, *wanted
-        )
-        return *(gradient if wants else None for gradient, wants in zip(gradients, wanted)), *(None for _ in range(4))
-
-
-def _forward_terms(
-    qkv_student: Tensor,
-    qkv_teacher: Tensor,
-    window_size: int,
-    offsets: tuple[int, int],
-    shift: Tensor | None,
-    terms: Terms,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the values of the three terms, and the statistics."""
-    partials, statistics = _forward_operator(
-        qkv_student.detach(), qkv_teacher.detach(), window_size, offsets, shift, terms, save
-    )
-    sums = partials.sum(0)  # in a fixed order: bitwise repeatable, where atomics would not be
-    pixels = qkv_student.shape[0] * qkv_student.shape[2] * qkv_student.shape[3]
-    return sums[0] / pixels, sums[1:] / pixels, statistics
+        arguments = (window_size, offsets, shift, terms, *wanted)
+        try:
+            gradients = _backward_operator(upstream, qkv_student, qkv_teacher, statistics, *arguments)
+        except NotImplementedError as reason:
+            if not falls_back:
+                raise
+            warn_once(f"windowed_distillation runs eager instead of triton: {reason}")
+            _, *sums = eager.eager(qkv_student, qkv_teacher, *arguments)
+            gradients = [gradient_in_forward.scaled(each, upstream, qkv_student) for each in sums]
+        return *(gradient if wants else None for gradient, wants in zip(gradients, wanted)), *(None for _ in range(5))
 
 
 # ------------------------------------------------------------------------------------------------------- the operators
 
 
-def _arguments(
-    qkv_student: Tensor, qkv_teacher: Tensor, offsets: tuple[int, int], shift: Tensor | None, terms: Terms
-) -> dict[str, Any]:
-    sides = {"student": qkv_student, "teacher": qkv_teacher}
+@dataclass(frozen=True)
+class _Forward:
+    """The forward pass of calls that differ in nothing but data, shift and upstream gradient."""
+
+    launch: PreparedLaunch
+    partials: tuple[int, int]
+    """Shape of the partial sums."""
+    statistics: tuple[int, int]
+    """Shape of what is saved for the backward pass."""
+    dtype: torch.dtype
+    pixels: int
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """The backward pass of such calls."""
+
+    launches: list[PreparedLaunch]
+    student: torch.memory_format
+    """Of the student's gradient."""
+    teacher: torch.memory_format
+
+
+_forwards: CallCache[_Forward] = CallCache()
+_backwards: CallCache[_Backward] = CallCache()
+
+
+def _key(
+    qkv_student: Tensor, qkv_teacher: Tensor, window_size: int, terms: Terms, first: bool, second: bool
+) -> Hashable:
+    """Everything that decides how a call is launched; `first` and `second` are flags of its direction."""
+    precision = torch.backends.cuda.matmul.fp32_precision if qkv_student.dtype == torch.float32 else ""
+    return (
+        *(qkv_student.shape, qkv_student.stride(), qkv_teacher.stride(), qkv_student.dtype, qkv_student.device),
+        *(window_size, *terms, precision, first, second),
+    )
+
+
+def _known_arguments(plan: Plan, qkv_student: Tensor, qkv_teacher: Tensor, terms: Terms) -> dict[str, Any]:
+    """The arguments that do not change from call to call, by name."""
     strides = {
         f"{side}_stride_{axis}": stride
-        for side, qkv in sides.items()
+        for side, qkv in (("student", qkv_student), ("teacher", qkv_teacher))
         for axis, stride in zip(("image", "channel", "y", "x"), qkv.stride())
     }
+    batch, _, height, width = qkv_student.shape
     return {
-        **sides,
+        **plan.constants,
         **strides,
-        "shift": shift,
-        "shift_y": offsets[0],
-        "shift_x": offsets[1],
-        "height": qkv_student.shape[2],
-        "width": qkv_student.shape[3],
+        "height": height,
+        "width": width,
         "attention_weight": terms[0],
         "value_weight": terms[1],
         "context_weight": terms[2],
+        "inverse_count": 1.0 / (batch * height * width),
     }
 
 
-def _launch(plan: Plan, grid: WindowGrid, images: int, arguments: dict[str, Any]) -> None:
-    groups = images * math.ceil(grid.windows / plan.windows_per_program)
-    device = arguments["student"].device
-    most_registers = max_registers(family_of(device))
+def _prepared(
+    plan: Plan, qkv_student: Tensor, qkv_teacher: Tensor, window_size: int, terms: Terms, statistic_stride: int
+) -> PreparedLaunch:
+    problem = problem_of(qkv_student, qkv_teacher, window_size, terms)
+    batch, _, height, width = qkv_student.shape
+    groups = batch * -(-WindowGrid(height, width, window_size).windows // plan.windows_per_program)
+    known = _known_arguments(plan, qkv_student, qkv_teacher, terms) | {"statistic_stride": statistic_stride}
+    most_registers = max_registers(problem.family, plan.tiles)
     options = {"maxnreg": most_registers} if most_registers else {}
-    with device_guard(device):
-        plan.kernel[(groups * plan.programs_per_group,)](
-            **arguments, **plan.constants, **options, num_warps=plan.tiles.num_warps, num_stages=1
-        )
+    programs = groups * plan.programs_per_group
+    return PreparedLaunch(problem, plan.kernel, programs, plan.tiles.num_warps, known, **options)
+
+
+def _launch(prepared: PreparedLaunch, arguments: dict[str, Any]) -> None:
+    prepared(arguments["student"].device, arguments)
 
 
 def _forward(
@@ -152,23 +188,40 @@ def _forward(
     shift: Tensor | None,
     terms: Terms,
     save: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    key = _key(qkv_student, qkv_teacher, window_size, terms, save, False)
+    call = _forwards.get(key)
+    if call is None:
+        call = _forwards.keep(key, _prepare_forward(qkv_student, qkv_teacher, window_size, terms, save))
+    partials = qkv_student.new_empty(call.partials, dtype=call.dtype)
+    statistics = qkv_student.new_empty(call.statistics, dtype=call.dtype)
+    arguments = {
+        "student": qkv_student,
+        "teacher": qkv_teacher,
+        "partials": partials,
+        "statistics": statistics,
+        "shift": shift,
+        "shift_y": offsets[0],
+        "shift_x": offsets[1],
+    }
+    _launch(call.launch, arguments)
+    sums = partials.sum(0)  # in a fixed order: bitwise repeatable, where atomics would not be
+    return sums[0] / call.pixels, sums / call.pixels, statistics
+
+
+def _prepare_forward(qkv_student: Tensor, qkv_teacher: Tensor, window_size: int, terms: Terms, save: bool) -> _Forward:
     plan = plan_of(problem_of(qkv_student, qkv_teacher, window_size, terms), "forward", SAVE=save)
-    partials, statistics = _allocate_forward(plan, qkv_student, window_size, save)
-    arguments = _arguments(qkv_student, qkv_teacher, offsets, shift, terms)
-    arguments |= {"partials": partials, "statistics": statistics, "statistic_stride": statistics.shape[-1]}
-    grid = WindowGrid(qkv_student.shape[2], qkv_student.shape[3], window_size)
-    _launch(plan, grid, qkv_student.shape[0], arguments)
-    return partials, statistics
+    statistics = _statistics_shape(plan, qkv_student, window_size, save)
+    launch = _prepared(plan, qkv_student, qkv_teacher, window_size, terms, statistics[1])
+    dtype = gradient_in_forward.precision(qkv_student)
+    pixels = qkv_student.shape[0] * qkv_student.shape[2] * qkv_student.shape[3]
+    return _Forward(launch, (launch.programs, 4), statistics, dtype, pixels)
 
 
-def _allocate_forward(plan: Plan, qkv: Tensor, window_size: int, save: bool) -> tuple[Tensor, Tensor]:
+def _statistics_shape(plan: Plan, qkv: Tensor, window_size: int, save: bool) -> tuple[int, int]:
     grid = WindowGrid(qkv.shape[2], qkv.shape[3], window_size)
-    dtype = torch.promote_types(qkv.dtype, torch.float32)
-    groups = qkv.shape[0] * ((grid.windows + plan.windows_per_program - 1) // plan.windows_per_program)
-    partials = qkv.new_empty(groups * plan.programs_per_group, 4, dtype=dtype)
     rows = plan.statistics if save and (plan.constants["ATTENTION"] or plan.constants["CONTEXT"]) else 0
-    return partials, qkv.new_empty(rows, qkv.shape[0] * grid.windows * grid.tokens, dtype=dtype)
+    return rows, qkv.shape[0] * grid.windows * grid.tokens
 
 
 def _forward_fake(
@@ -179,9 +232,11 @@ def _forward_fake(
     shift: Tensor | None,
     terms: Terms,
     save: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     plan = plan_of(problem_of(qkv_student, qkv_teacher, window_size, terms), "forward", SAVE=save)
-    return _allocate_forward(plan, qkv_student, window_size, save)
+    dtype = gradient_in_forward.precision(qkv_student)
+    loss, means = qkv_student.new_empty((), dtype=dtype), qkv_student.new_empty(4, dtype=dtype)
+    return loss, means, qkv_student.new_empty(_statistics_shape(plan, qkv_student, window_size, save), dtype=dtype)
 
 
 def _backward(
@@ -196,30 +251,56 @@ def _backward(
     wants_student_gradient: bool,
     wants_teacher_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    student_gradient = _allocate_gradient(qkv_student, wants_student_gradient)
-    teacher_gradient = _allocate_gradient(qkv_teacher, wants_teacher_gradient)
-    batch, _, height, width = qkv_student.shape
-    arguments = _arguments(qkv_student, qkv_teacher, offsets, shift, terms)
-    arguments |= {
+    key = _key(qkv_student, qkv_teacher, window_size, terms, wants_student_gradient, wants_teacher_gradient)
+    call = _backwards.get(key)
+    if call is None:
+        made = _prepare_backward(
+            qkv_student, qkv_teacher, statistics, window_size, terms, wants_student_gradient, wants_teacher_gradient
+        )
+        call = _backwards.keep(key, made)
+    student_gradient = _allocate_gradient(qkv_student, call.student, wants_student_gradient)
+    teacher_gradient = _allocate_gradient(qkv_teacher, call.teacher, wants_teacher_gradient)
+    arguments = {
+        "student": qkv_student,
+        "teacher": qkv_teacher,
         "upstream": upstream,
         "statistics": statistics,
-        "statistic_stride": statistics.shape[-1],
         "student_gradient": student_gradient,
         "teacher_gradient": teacher_gradient,
-        "inverse_count": 1.0 / (batch * height * width),
+        "shift": shift,
+        "shift_y": offsets[0],
+        "shift_x": offsets[1],
     }
-    problem = problem_of(qkv_student, qkv_teacher, window_size, terms)
-    for plan in backward_plans(problem, wants_student_gradient, wants_teacher_gradient):
-        _launch(plan, WindowGrid(height, width, window_size), batch, arguments)
+    for launch in call.launches:
+        _launch(launch, arguments)
     return student_gradient, teacher_gradient
 
 
-def _allocate_gradient(qkv: Tensor, wanted: bool) -> Tensor:
-    """Dense, in the memory format of the input, so that loads and stores are vectorised alike."""
+def _prepare_backward(
+    qkv_student: Tensor,
+    qkv_teacher: Tensor,
+    statistics: Tensor,
+    window_size: int,
+    terms: Terms,
+    wants_student_gradient: bool,
+    wants_teacher_gradient: bool,
+) -> _Backward:
+    problem = problem_of(qkv_student, qkv_teacher, window_size, terms)
+    plans = backward_plans(problem, wants_student_gradient, wants_teacher_gradient)
+    stride = statistics.shape[-1]
+    launches = [_prepared(plan, qkv_student, qkv_teacher, window_size, terms, stride) for plan in plans]
+    return _Backward(launches, _memory_format(qkv_student), _memory_format(qkv_teacher))
+
+
+def _memory_format(qkv: Tensor) -> torch.memory_format:
+    """That of the gradient: dense, in the order of the input, so that loads and stores are vectorised alike."""
+    return torch.channels_last if Layout.of(qkv).channels_last else torch.contiguous_format
+
+
+def _allocate_gradient(qkv: Tensor, memory_format: torch.memory_format, wanted: bool) -> Tensor:
     if not wanted:
         return qkv.new_empty(0)
-    memory_format = torch.channels_last if Layout.of(qkv).channels_last else torch.contiguous_format
-    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device, memory_format=memory_format)
+    return torch.empty_like(qkv, memory_format=memory_format)
 
 
 def _backward_fake(
@@ -235,14 +316,14 @@ def _backward_fake(
     wants_teacher_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     return (
-        _allocate_gradient(qkv_student, wants_student_gradient),
-        _allocate_gradient(qkv_teacher, wants_teacher_gradient),
+        _allocate_gradient(qkv_student, _memory_format(qkv_student), wants_student_gradient),
+        _allocate_gradient(qkv_teacher, _memory_format(qkv_teacher), wants_teacher_gradient),
     )
 
 
 _forward_operator = register(
     "windowed_distillation_triton_forward(Tensor qkv_student, Tensor qkv_teacher, SymInt window_size, "
-    "SymInt[2] offsets, Tensor? shift, float[3] terms, bool save) -> (Tensor, Tensor)",
+    "SymInt[2] offsets, Tensor? shift, float[3] terms, bool save) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )

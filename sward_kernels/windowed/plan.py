@@ -140,9 +140,9 @@ def owns_windows(tiles: Tiles, tokens: int) -> bool:
     return tiles.rows == tiles.keys >= tokens
 
 
-def max_registers(family: str) -> int | None:
-    """The limit to compile with: on NVIDIA all 255, since ptxas left alone spills to make room for a third program."""
-    return 255 if family in ("ampere", "ada", "hopper") else None
+def max_registers(family: str, tiles: Tiles) -> int | None:
+    """The limit to compile with: that of the tiles on NVIDIA, where ptxas left alone spills to make room for more."""
+    return tiles.max_registers if family in ("ampere", "ada", "hopper") else None
 
 
 def problem_of(qkv_student: Tensor, qkv_teacher: Tensor, window_size: int, terms: Terms) -> Problem:
@@ -152,7 +152,7 @@ def problem_of(qkv_student: Tensor, qkv_teacher: Tensor, window_size: int, terms
         window_size=window_size,
         dim=qkv_student.shape[1] // 3,
         dtype=qkv_student.dtype,
-        precision=product_precision(qkv_student.dtype, family),
+        precision=product_precision(qkv_student.dtype, family, qkv_student.device),
         family=family,
         student_layout=Layout.of(qkv_student),
         teacher_layout=Layout.of(qkv_teacher),
@@ -194,6 +194,7 @@ def _configuration(problem: Problem, direction: str, **flags: bool) -> Configura
     constants = {**plan.constants, "shift": None}
     tokens, dim, size = problem.tokens, problem.dim, problem.dtype.itemsize
     backward = direction == "backward"
+    steps = math.ceil(dim / plan.constants["BLOCK_DIM"])
     return Configuration(
         operation="windowed_distillation",
         direction=direction,
@@ -201,7 +202,7 @@ def _configuration(problem: Problem, direction: str, **flags: bool) -> Configura
         types={name: types[name] for name in plan.kernel.arg_names if name not in constants},
         constants=constants,
         num_warps=plan.tiles.num_warps,
-        maxnreg=max_registers(problem.family),
+        maxnreg=max_registers(problem.family, plan.tiles),
         details={
             "dtype": TRITON_TYPES[problem.dtype],
             "window_size": problem.window_size,
@@ -215,4 +216,7 @@ def _configuration(problem: Problem, direction: str, **flags: bool) -> Configura
         ideal_bytes=tokens * (6 * dim * size * (1 + backward) + plan.statistics * 4),
         # Products of T x T x D: scores and contexts, and in backward dA, dV, dQ and dK; not what is recomputed.
         flops=2 * tokens * tokens * dim * (12 if backward else 4),
+        loop_steps=steps if owns_windows(plan.tiles, tokens) else None,
+        units_per_program=plan.windows_per_program,
+        input_bytes=6 * plan.tiles.rows * steps * plan.constants["BLOCK_DIM"] * size,
     )

@@ -251,19 +251,18 @@ def cosine_gradient(inner, square_own, square_other):
 
 @triton.jit
 def score_gradient(
-    log_a, log_other, da, mean, real, student_weight, DTYPE: tl.constexpr,
+    a, a_other, da, mean, real, student_weight, DTYPE: tl.constexpr,
     STUDENT_ATTENTION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """dS of one side without the upstream gradient and 1/n, from `da = d loss / dA` and its mean under A per row.
+    """dS of one side without the upstream gradient and 1/n, from A, `da = d loss / dA` and its mean under A per row.
 
     The student's dA of the KL is a ratio that can overflow, so its part of dS has a closed form of its own:
     `STUDENT_ATTENTION` adds it, times `student_weight`. `mean` and `real` hold one number per row and are shaped to
     broadcast over the tile: `[rows, 1]`, or `[1, rows]` where keys come first.
     """
-    a = tl.exp2(log_a)
     gradient = a * (da - mean)
     if STUDENT_ATTENTION:
-        gradient += student_weight * (a - tl.exp2(log_other))
+        gradient += student_weight * (a - a_other)
     return round_to(tl.where(real, gradient, 0.0), DTYPE, INTERPRET)
 
 

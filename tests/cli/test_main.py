@@ -11,9 +11,9 @@ from PIL import Image
 
 from sward import data, methods, presets
 from sward.cli.main import COMMANDS, main
-from sward.config import DistillationConfig, SWARDConfig, TeacherTrainingConfig, from_json, to_json
+from sward.config import DistillationConfig, SWARDConfig, TeacherTrainingConfig
+from sward.config_json import from_json, to_json
 from sward.losses import RECIPES
-from tests.support.drawn_figures import DrawnFigure
 
 TINY = ["--dataset.image-size", "64", "64", "--batch", "2", "--iterations", "2"]
 
@@ -64,8 +64,8 @@ def test_a_recipe_sets_what_no_other_option_does(words: list[str]) -> None:
         normalize=False,
         embed_dim=32,
         pdr_layer="encoder.2",
-        student_layers=("encoder.1", "encoder.2", "encoder.3", "encoder.4"),
-        teacher_layers=("levels.0", "levels.1", "levels.2", "levels.3"),
+        student_layers=("encoder.1", "encoder.2", "encoder.3", "up.3"),
+        teacher_layers=("levels.0", "levels.1", "levels.2", "head.fuse"),
     )
     with pytest.raises(SystemExit):
         main(["train", "demo", "--recipe", "best"])
@@ -99,24 +99,6 @@ def test_every_method_trains_from_the_command_line(method: str, capsys: pytest.C
         assert main(["train-masks", "demo", "--method", method, "--steps", "2", "--batch", "2", *TINY[:3]]) == 0
     assert main(["train", "demo", *options]) == 0
     assert (Path("runs/demo") / f"{method}-seed0" / "checkpoints" / "last.pt").exists()
-
-
-def test_demo_prints_one_table_and_leaves_pictures(
-    capsys: pytest.CaptureFixture[str], drawn_figures: list[DrawnFigure]
-) -> None:
-    assert main(["demo", "--iterations", "2", "--output", "demo"]) == 0
-    printed = capsys.readouterr().out
-    for word in ("teacher", "baseline", "SWARD", "mIoU", "params", "GFLOPs"):
-        assert word in printed
-    grid, curves = drawn_figures
-    assert (grid.path, curves.path) == (Path("demo/predictions.png"), Path("demo/curves.png"))
-    panels = grid.panels()
-    assert [axis.get_title() for axis in panels[0]] == ["image", "truth", "teacher", "baseline", "SWARD"]
-    assert len(panels) == 4  # all validation images
-    assert set(grid.legend()) <= set(data.describe("scenes").classes)
-    assert list(curves.legend()) == ["teacher", "baseline", "SWARD"]
-    for picture in drawn_figures:
-        picture.assert_svg_beside()
 
 
 def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,6 +180,7 @@ def test_a_run_leaves_what_the_documentation_lists(run: Path) -> None:
         "dataset.json",
         "environment.json",
         "metrics.jsonl",
+        "MODEL_CARD.md",
         "checkpoints",
     }
 

@@ -32,11 +32,36 @@ class Mine(nn.Module):
         return {"out": self.head(self.encoder(images))}
 
 
+class Hidden(nn.Module):
+    """A user's transformer: its blocks return dictionaries, with tokens behind more others than are looked for."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList([nn.Conv2d(3, 8, 16, 16), Block(), Block()])
+        self.head = nn.Conv2d(8, num_classes, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.encoder[0](images)
+        tokens = torch.cat([maps.new_zeros(len(maps), 11, 8), maps.flatten(2).transpose(1, 2)], 1)
+        for block in self.encoder[1:]:
+            tokens = block(tokens)["tokens"]
+        return self.head(tokens[:, 11:].transpose(1, 2).unflatten(2, maps.shape[-2:]))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+        return {"tokens": self.linear(tokens), "logits": tokens}
+
+
 @pytest.fixture(autouse=True)
 def in_a_folder_with_a_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    Path("mine.py").write_text(f"from {Mine.__module__} import Mine as build\n")
+    Path("mine.py").write_text(f"from {Mine.__module__} import Hidden as hidden, Mine as build\n")
     sys.modules[Mine.__module__] = sys.modules[__name__]
     sys.modules.pop("mine", None)
     torch.set_num_threads(1)
@@ -92,3 +117,51 @@ def test_any_pair_trains_evaluates_and_predicts(pair: str, capsys: pytest.Captur
     Image.new("RGB", (50, 37)).save("photo.png")
     assert main(["predict", "run", "photo.png"]) == 0
     assert main(["train", "demo", *words, *TINY, "--sward.pdr-layer", "None", "--output", "run", "--resume"]) == 0
+
+
+def test_how_layers_arrange_their_output_can_be_told(capsys: pytest.CaptureFixture[str]) -> None:
+    layers = ["--student-layers", "encoder.4", "--teacher-layers", "network.encoder.2"]
+    words = ["train", "demo", "--teacher.name", "mine:hidden", "--teacher.untrained", *layers, *TINY, "--output", "run"]
+    assert main([*words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pass prefix_tokens=" in line
+    assert not Path("run").exists()
+    told = ["--teacher.taps.prefix-tokens", "11", "--teacher.taps.select", "tokens"]
+    assert main([*words, *told]) == 0, capsys.readouterr().err
+    taps = json.loads(Path("run/config.json").read_text())["teacher"]["taps"]
+    assert taps == {"format": "auto", "prefix_tokens": 11, "select": "tokens"}
+    assert main([*words, *told, "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["smp:Unet"], "teacher.weights must be a file for the teacher 'smp:Unet', got None; or try it with"),
+        (["smp:Unet", "--teacher.run", "r"], "teacher.name must be left out with --teacher.run, got 'smp:Unet'"),
+        (["transformers:nowhere"], "there is no config.json in"),
+    ],
+)
+def test_a_named_teacher_is_never_replaced_by_another(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "demo", "--teacher.name", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"sward train: {message}")
+
+
+def test_a_folder_of_transformers_brings_its_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=64, patch_size=16
+    )
+    transformers.Dinov2Model(config).save_pretrained("dinov2")
+    teacher = ["--teacher.name", "transformers:dinov2", *TINY]
+    assert main(["train", "demo", *teacher, "--sward.pdr-layer", "None", "--output", "run"]) == 0
+    capsys.readouterr()
+    assert main(["train", "demo", *teacher, "--distillation", "kd", "--output", "kd"]) == 2
+    assert "must be a method that compares no logits for the teacher 'transformers:dinov2'" in capsys.readouterr().err
+    model = ["--model", "transformers:dinov2", "--no-train-trunk", *TINY[:-2]]
+    assert main(["train-teacher", "demo", *model, "--output", "teacher"]) == 0
+    config.save_pretrained("bare")
+    assert main(["train-teacher", "demo", "--model", "transformers:bare", *model[2:], "--output", "random"]) == 2
+    assert "trunk_checkpoint must name the weights of a frozen trunk" in capsys.readouterr().err

@@ -60,6 +60,8 @@ def test_from_jpeg_masks_without_splits_to_scores_and_predictions(
     assert main(["evaluate", str(run), "--split", "test"]) == 0
     assert "test split, 1 images" in capsys.readouterr().out
     assert main(["predict", str(run), str(polyps / "images/0.jpg")]) == 0
+    assert main(["report", str(run)]) == 0
+    assert (run / "report.html").stat().st_size > 1000
     assert train(polyps, run, *options, "--resume", "--epochs", "2") == 2
     assert "the frames must be those in" in capsys.readouterr().err
     for kind in ("images", "masks"):
@@ -86,7 +88,12 @@ def test_a_run_finds_its_data_from_any_folder(
     [
         (["--split", "80/10/10"], "num_classes must be 2 to 255 for the data set 'folder', got None"),
         (["--classes", "a,b"], "pass --split 80/10/10"),
-        (["--classes", "a,b", "--split", "80/10/10"], "must be lossless (PNG) to hold class indices, got JPEG"),
+        (
+            ["--classes", "a,b", "--split", "80/10/10"],
+            "must be lossless (PNG) to hold class indices, got JPEG, which changes them; name values that are far "
+            "apart with --mask-values",
+        ),
+        (["--mask-values", "0,255", "--split", "80/30"], "the shares of split_by must add up to 100, got 80/30"),
         (["--classes", "a,b", "--mask-values", "0,1", "--split", "80/10/10"], "must be lossless (PNG)"),
         (["--classes", "a,b,c", "--mask-values", "0,128,255", "--split", "80/10/10"], "class 'b' must be in at least"),
         (["--classes", "a,b", "--mask-values", "0,255", "--split", "100/0/0"], "has no frame in the split val"),

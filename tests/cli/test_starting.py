@@ -9,6 +9,7 @@ import pytest
 
 from sward import presets
 from sward.cli.main import main
+from sward.cli.own_data import expand
 from sward.cli.starting import apply_words, read_config, value_of, write_config
 from sward.config import DistillationConfig
 
@@ -25,7 +26,32 @@ def test_the_given_length_clears_the_other() -> None:
     assert (by_epochs.epochs, by_steps.iterations) == (None, None)
     both = presets.get("demo").student
     apply_words(both, ["--epochs", "2", "--iterations", "3"])
-    assert both.iterations == 400
+    assert both.iterations == presets.get("demo").student.iterations
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model", "smp:Unet"],
+        ["--teacher.name", "smp:Unet", "--teacher.untrained"],
+        ["--sward.student-layers", "encoder.3", "--sward.teacher-layers", "levels.2"],
+    ],
+)
+def test_another_pair_or_other_layers_clear_layers_and_windows_of_both(words: list[str]) -> None:
+    student = presets.get("demo").student
+    assert len(student.sward.window_size) == len(student.sward.student_layers) == 4
+    apply_words(student, words)
+    assert (student.sward.student_layers, student.sward.teacher_layers) == ((), ())
+    assert student.sward.window_size == (8,)
+    same = presets.get("demo").student
+    apply_words(same, ["--model", "unext", "--seed", "1"])
+    assert same.sward == presets.get("demo").student.sward
+
+
+def test_another_data_set_forgets_the_scenes() -> None:
+    teacher = presets.get("demo").teacher
+    apply_words(teacher, ["--dataset.name", "camvid"])
+    assert (teacher.dataset.count, teacher.dataset.series) == (None, 0)
 
 
 def test_another_model_clears_the_options_and_layers_of_the_one_before() -> None:
@@ -56,6 +82,12 @@ def test_options_of_networks_are_key_value_pairs() -> None:
     assert student.teacher.options == {"c": -2}
     with pytest.raises(ValueError, match="--model-options must be followed by KEY=VALUE, got 'a'"):
         apply_words(student, ["--model-options", "a", "3"])
+
+
+def test_options_of_the_student_may_be_spelled_as_those_of_the_teacher() -> None:
+    assert expand(["--model.options", "a=3", "--model.weights=none", "--student-layers", "x"]) == [
+        *("--model-options", "a=3", "--model-weights=none", "--sward.student-layers", "x")
+    ]
 
 
 def test_the_last_value_counts() -> None:

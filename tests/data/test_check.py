@@ -8,7 +8,7 @@ import pytest
 
 from sward import data
 from sward.data import check
-from sward.data.check import check_splits, count_labels
+from sward.data.check import check_splits, count_labels, find_copies
 from sward.data.files import PairedFiles
 from tests.support.folder_data import damage
 
@@ -87,6 +87,33 @@ def test_corrupt_training_masks_may_be_skipped(polyps: Path) -> None:
     assert len(check_splits({"train": build(polyps)}, skip_corrupt=True)["train"].pixels) == 3
     with pytest.raises(ValueError, match=r"train/0\.png"):
         check_splits({"train": build(polyps)})
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp"])
+def test_images_that_end_early_are_found_before_step_1(polyps: Path, write: Write, suffix: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    (polyps / "images/train/2.png").unlink()
+    image = polyps / f"images/train/2{suffix}"
+    write(image, pixels)
+    write(polyps / "masks/train/2.png", np.zeros((64, 96), np.uint8))
+    check_splits({"train": build(polyps)})
+    # Whole, with something behind it, as some cameras write.
+    content = image.read_bytes()
+    image.write_bytes(content + bytes(10_000))
+    check_splits({"train": build(polyps)})
+    image.write_bytes(content[: 2 * len(content) // 3])
+    with pytest.raises(ValueError, match=rf"cannot read .*train/2{suffix}: the file is damaged"):
+        check_splits({"train": build(polyps)})
+    assert len(check_splits({"train": build(polyps)}, skip_corrupt=True)["train"].pixels) == 3
+
+
+def test_copies_across_splits_are_named(polyps: Path) -> None:
+    (polyps / "images/val/1.png").write_bytes((polyps / "images/train/3.png").read_bytes())
+    with pytest.warns(UserWarning, match="2 images of val have the same bytes as images of train, such as 0 and 0;"):
+        check_splits({"train": build(polyps), "val": build(polyps, "val")})
+    for number in range(2):
+        (polyps / f"images/val/{number}.png").write_bytes((polyps / "images/train/0.png").read_bytes() + b"x")
+    assert find_copies({name: build(polyps, name).pairs for name in ("train", "val")}) == []
 
 
 def test_validation_without_foreground_is_a_warning(polyps: Path, write: Write) -> None:

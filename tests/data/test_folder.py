@@ -27,7 +27,8 @@ def write_frame(write: Write, image: Path, mask: Path, number: int = 0, values: 
 
 
 def build(root: Path, split: str = "train", options: FolderOptions = POLYPS, **rest: Any) -> ImageFolder:
-    made = data.build("folder", split, train=False, root=root, image_size=32, folder_options=options, **rest)
+    settings = {"train": False, "root": root, "image_size": 32, "folder_options": options, **rest}
+    made = data.build("folder", split, **settings)
     assert isinstance(made, ImageFolder)
     return made
 
@@ -82,6 +83,19 @@ def test_a_mask_with_another_name_is_suggested(tmp_path: Path, write: Write) -> 
         find_layout(tmp_path).pairs()
 
 
+def test_no_mask_is_suggested_for_a_part_of_its_number(tmp_path: Path, write: Write) -> None:
+    for number in (1, 13):
+        write_frame(write, tmp_path / f"images/{number}.png", tmp_path / f"masks/{number}.png")
+    write_frame(write, tmp_path / "images/3.png", tmp_path / "masks/3_truth.png")
+    with pytest.raises(
+        ValueError, match=r"3\.png has no mask; .* --masks 'masks/\{name\}_truth\.png' would take 3_truth"
+    ):
+        find_layout(tmp_path).pairs()
+    (tmp_path / "masks/3_truth.png").unlink()
+    with pytest.raises(ValueError, match=r"3\.png has no mask; .* no image file named 3$"):
+        find_layout(tmp_path).pairs()
+
+
 def test_trees_join_folders_to_names(tmp_path: Path, write: Write) -> None:
     for path in ("b.png", "a/2.png", "a/10.png", ".hidden/x.png"):
         write(tmp_path / path, MASK)
@@ -109,6 +123,30 @@ def test_a_drawn_split_is_a_partition_that_names_and_seed_decide(unsplit: Path) 
     assert "test" not in draw_splits(everyone, "75/25").values()
     # Written down: another draw would silently turn test frames into training frames.
     assert draw_splits(["a", "b", "c", "d"], "50/25/25") == {"a": "test", "b": "train", "c": "train", "d": "val"}
+
+
+def test_a_share_of_the_masks_is_drawn_by_hash_and_holds_the_smaller_ones(unsplit: Path) -> None:
+    def drawn(share: float, **options: Any) -> tuple[set[str], set[str]]:
+        made = build(unsplit, train=True, split_by="80/10/10", labelled_share=share, **options)
+        return {pair.name for pair in made.pairs}, {pair.name for pair in made.unlabelled}
+
+    everything, none = drawn(1.0)
+    assert not none
+    tenth, others = drawn(0.1)
+    assert len(tenth) == round(0.1 * len(everything))
+    assert tenth | others == everything
+    assert not tenth & others
+    assert tenth < drawn(0.5)[0] < everything
+    assert drawn(0.1) == (tenth, others)
+    assert drawn(0.1, share_seed=1)[0] != tenth
+    assert len(drawn(1e-6)[0]) == 1
+    made = build(unsplit, train=True, split_by="80/10/10", labelled_share=0.1)
+    assert made[0].name in tenth
+    for share in (0.0, 1.1):
+        with pytest.raises(ValueError, match="labelled_share must be above 0 and at most 1, got"):
+            drawn(share)
+    with pytest.raises(ValueError, match="labelled_share must be 1 for evaluation"):
+        build(unsplit, "val", split_by="80/10/10", labelled_share=0.5)
 
 
 def test_groups_stay_in_one_split(unsplit: Path) -> None:

@@ -29,7 +29,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, corner: t
     image = read_image(tmp_path / "a.jpg")
     height, width = (16, 32) if orientation < 5 else (32, 16)
     assert image.shape == (3, height, width)
-    assert read_header(tmp_path / "a.jpg") == Header((height, width), "RGB", turned=orientation != 1)
+    assert read_header(tmp_path / "a.jpg") == Header((height, width), "RGB", turned=orientation != 1, format="JPEG")
     row, column = (-1 if last else 0 for last in corner)
     assert image[:, row, column].min() > 200
     assert (image[0] > 127).sum() == 64

@@ -50,6 +50,21 @@ def test_packaged_tables_keep_every_sequence_on_one_side(name: str, counts: tupl
     assert len(sides) == {"cvc_clinicdb": 29, "cvc_colondb": 15}[name]
 
 
+def test_parity_halves_colondb_by_sequence(tmp_path: Path, write: Write) -> None:
+    write_pairs(tmp_path, write, range(1, 381))
+    halves = {
+        split: {
+            pair.name for pair in data.build("cvc_colondb", split, train=False, root=tmp_path, split_by="parity").pairs
+        }
+        for split in ("train", "test")
+    }
+    for name, (sequence, _) in sequences("cvc_colondb").items():
+        assert name in halves["test" if int(sequence) % 2 else "train"]
+    assert {split: len(found) for split, found in halves.items()} == {"train": 148, "test": 232}
+    with pytest.raises(FileNotFoundError, match="split_by must be 'sequence', 'ratio' or the path of a list"):
+        data.build("cvc_clinicdb", "test", train=False, root=tmp_path, split_by="parity")
+
+
 def test_sequence_split_of_the_official_layout(clinicdb: Path) -> None:
     split = names(clinicdb, "sequence")
     table = sequences("cvc_clinicdb")

@@ -53,11 +53,18 @@ def test_what_needs_a_look_is_counted(tmp_path: Path, write: Write) -> None:
     write(tmp_path / "masks/val/4.png", DISC)
     Image.fromarray(np.full((48, 64), 4000, np.uint16)).save(tmp_path / "images/val/5.png")
     write(tmp_path / "masks/val/5.png", DISC[:, 1:])
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    write(tmp_path / "images/val/6.jpg", noise)
+    write(tmp_path / "masks/val/6.png", DISC)
+    whole = (tmp_path / "images/val/6.jpg").read_bytes()
+    (tmp_path / "images/val/6.jpg").write_bytes(whole[: len(whole) // 2])
     found = survey(tmp_path)
-    assert found.frames == {"train": 2, "val": 4}
+    assert found.frames == {"train": 2, "val": 5}
     assert found.duplicates == [("1", "3")]
     assert (found.turned, sum(found.wide.values()), found.highest) == (1, 1, 4000)
-    assert ["got 63 x 48" in problem for problem in found.problems] == [True]
+    size, damage = found.problems
+    assert "got 63 x 48" in size
+    assert "6.jpg: the file is damaged" in damage
     assert "--dataset.image-range 0 4000" in found.command
     assert "--split" not in found.command
 

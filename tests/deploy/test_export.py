@@ -16,7 +16,7 @@ from sward.deploy.metadata import Metadata
 from sward.deploy.network import DeployedNetwork
 
 CLASSES = ("background", "disc", "ring")
-SIZES = [(1, 100, 130), (3, 129, 129), (1, 33, 500)]
+SIZES = [(batch, *size) for size in ((100, 130), (129, 129), (33, 500)) for batch in (1, 3)]
 
 
 def metadata(model: str = "unext", **changes: Any) -> Metadata:
@@ -48,6 +48,14 @@ def padded_by_hand(network: nn.Module, images: Tensor) -> Tensor:
     return network(nn.functional.pad(normalise(images), padding, mode="replicate"))[..., :height, :width]
 
 
+def test_networks_that_are_not_registered_are_written_too(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(), nn.Conv2d(4, len(CLASSES), 1)).eval()
+    write_network(network, metadata("package.module:function"), tmp_path / "student.pt2")
+    images = photos(2, 40, 50)
+    found = sward.load(tmp_path / "student.pt2").forward(images)
+    torch.testing.assert_close(found, padded_by_hand(network, images), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", models.names("student"))
 def test_onnx_file_equals_the_network_at_any_size(name: str, tmp_path: Path) -> None:
     network = randomised(name)
@@ -58,6 +66,8 @@ def test_onnx_file_equals_the_network_at_any_size(name: str, tmp_path: Path) -> 
         expected = padded_by_hand(network, images)
         assert expected.std() > 1e-3
         torch.testing.assert_close(predictor.forward(images), expected, atol=1e-4, rtol=0)
+        # What `sward predict` runs on a run.
+        torch.testing.assert_close(DeployedNetwork(network)(images), expected, atol=1e-5, rtol=0)
 
 
 def test_program_equals_the_network_at_any_size(tmp_path: Path) -> None:
@@ -75,10 +85,12 @@ def test_a_teacher_needs_a_fixed_size(tmp_path: Path) -> None:
         write_network(Pixelwise(), metadata("hiera_demo"), tmp_path / "teacher.onnx")
 
 
-def test_hiera_with_a_fixed_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_hiera_with_a_fixed_size(suffix: str, tmp_path: Path) -> None:
     network = randomised("hiera_demo")
-    write_network(network, metadata("hiera_demo", fixed_size=(100, 130)), tmp_path / "teacher.onnx")
-    predictor = sward.load(tmp_path / "teacher.onnx")
+    path = tmp_path / f"teacher{suffix}"
+    write_network(network, metadata("hiera_demo", fixed_size=(100, 130)), path)
+    predictor = sward.load(path)
     images = photos(3, 100, 130)
     torch.testing.assert_close(predictor.forward(images), padded_by_hand(network, images), atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="images must be 100 x 130 pixels, got 64 x 64"):

@@ -1,19 +1,24 @@
 """`sward export` and its proof, on a run with a small network."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from torch import Tensor, nn
 
 import sward
 from sward.cli.main import main
+from sward.data import normalise
 from sward.deploy import proof
-from sward.deploy.proof import ProofError, export_run
+from sward.deploy.proof import LabelledImages, ProofError, export_run
+from sward.training import checkpoints
 from tests.support.deployable import Pixelwise, make_run, register
 
 pytestmark = pytest.mark.usefixtures("few_images")
@@ -96,6 +101,7 @@ def test_a_loss_in_dice_alone_fails_the_proof(run: Path, tmp_path: Path) -> None
         (["-o", "new.onnx", "--check", "-1"], "check must be at least 0, got -1"),
         (["-o", "new.onnx", "--tolerance", "-1"], "tolerance must be at least 0, got -1.0"),
         (["-o", "new.onnx", "--split", "nowhere"], "nowhere"),
+        (["-o", "new.onnx", "--size", "0", "64"], "size must be two positive numbers, got 0 64"),
     ],
 )
 def test_wrong_arguments_are_refused_before_any_work(
@@ -152,6 +158,69 @@ def test_int8_is_quantised_per_channel_and_keeps_the_score(run: Path, tmp_path: 
     assert sward.load(path).forward(torch.zeros(2, 3, 33, 70, dtype=torch.uint8)).shape == (2, 5, 33, 70)
 
 
+class OneLoudChannel(nn.Module):
+    """The second layer reads three quiet channels beside a loud one that it ignores: 8 bits per tensor lose them."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.spread = nn.Conv2d(3, 4, 1, bias=False)
+        self.classifier = nn.Conv2d(4, num_classes, 1, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.spread(images))
+
+
+@pytest.fixture
+def fragile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    register(monkeypatch, OneLoudChannel)
+    monkeypatch.setattr(proof, "TIMED_SECONDS", 0.01)
+    network = make_run(tmp_path / "run", network=OneLoudChannel)
+    with torch.no_grad():
+        network.spread.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [9000, 0, 0]])[:, :, None, None])
+        network.classifier.weight[:, 3] = 0
+    checkpoints.save(tmp_path / "run" / "checkpoints" / "best.pt", {"model": network.state_dict(), "step": 4})
+    read = proof.evaluation_images
+
+    def as_predicted(*arguments: Any) -> LabelledImages:
+        """The images with the labels that the network predicts: its scores are 100 %."""
+        found = read(*arguments)
+
+        @torch.no_grad()
+        def samples() -> Iterator[tuple[Tensor, Tensor]]:
+            for image, _ in found.samples():
+                yield image, network(normalise(image)[None])[0].argmax(0)
+
+        return replace(found, samples=samples)
+
+    monkeypatch.setattr(proof, "evaluation_images", as_predicted)
+    return tmp_path / "run"
+
+
+def test_a_layer_that_loses_too_much_in_int8_stays_fp32(
+    fragile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "student.onnx"
+    words = ["export", str(fragile), "-o", str(path), "--int8", "--calibrate", "2", "--tolerance", "0.05"]
+    assert main(words) == 0
+    record = json.loads((tmp_path / "student.onnx.json").read_text())
+    assert list(record["fp32_layers"]) == ["classifier"]
+    lost = record["fp32_layers"]["classifier"]
+    assert lost > 0.5
+    assert record["proof"]["mean_iou_pytorch"] == pytest.approx(1)
+    assert record["proof"]["mean_iou"] > 0.95
+    told = f"layer classifier stays fp32: in int8 it alone loses {100 * lost:.2f} points of mIoU; --force quantises it"
+    assert told in capsys.readouterr().out
+    assert "Layer classifier stays fp32" in (tmp_path / "student.onnx.md").read_text(encoding="utf-8")
+    stored = {each.name: each.data_type for each in onnx.load(path).graph.initializer}
+    weights = [name for name, kind in stored.items() if kind == onnx.TensorProto.INT8 and "zero_point" not in name]
+    assert [name.startswith("network.spread") for name in weights] == [True]
+    # By force everything is int8, and the loss is that of the layer.
+    assert main([*words, "--force", "--overwrite"]) == 0
+    forced = json.loads((tmp_path / "student.onnx.json").read_text())
+    assert forced["fp32_layers"] == {}
+    assert forced["proof"]["mean_iou"] < 0.5
+
+
 def test_fp16_keeps_the_types_of_input_and_output(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "student.onnx"
     exported = export_run(run, path, precision="fp16", check=2)
@@ -164,7 +233,11 @@ def test_fp16_keeps_the_types_of_input_and_output(run: Path, tmp_path: Path) -> 
     assert 1e-5 < found.largest_difference < 0.05
 
 
-def test_a_file_that_loses_too_much_is_kept_by_force_alone(run: Path, tmp_path: Path) -> None:
+def test_a_file_that_loses_too_much_is_kept_by_force_alone(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The layers lose too much together, and none of them alone.
+    monkeypatch.setattr(proof.int8, "losses_per_layer", lambda *_: {})
     path = tmp_path / "student.onnx"
     options = {"precision": "int8", "calibrate": 1, "tolerance": 0.0}
     with pytest.raises(ProofError, match=r"mIoU of the file must be within 0 points.*keep the file with --force"):

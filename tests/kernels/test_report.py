@@ -1,4 +1,4 @@
-"""Shipped kernels compile for real targets without spills. Needs no GPU; compilations run in subprocesses."""
+"""Shipped kernels compile for real targets and fit them. Needs no GPU; compilations run in subprocesses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 from sward_kernels import report
-from sward_kernels.resources import Configuration
+from sward_kernels.resources import Configuration, occupancy
+from sward_kernels.simulation import PIPES, PROCESSORS
 from sward_kernels.targets import TARGETS
 from sward_kernels.windowed.tile_table import tiles_of
 
@@ -25,14 +26,21 @@ def check(rows: list[report.Row]) -> None:
     for row in rows:
         what = " ".join(str(row[key]) for key in ("op", "pass", "target", "dtype", "window_size", "dim", "layout"))
         assert row.keys() >= KEYS
-        assert row["spill_bytes"] == 0, what
-        assert row["stack_bytes"] == 0, what
+        # Zero spills is no goal: a spilled register costs a store and some loads that hit a cache, a smaller tile costs
+        # every load, barrier and address again. What must hold is that they hit: the stacks of all resident threads
+        # fit L2, so device memory need not see them. Dies with an L2 of their own spill nothing.
+        target = TARGETS[row["target"]]
+        threads = row["occupancy"] * target.max_warps * target.warp_size * target.multiprocessors
+        assert threads * row["stack_bytes"] <= target.l2_bytes, what
         assert row["shared_bytes"] <= row["shared_limit"], what
         assert 0 < row["occupancy"] <= 1, what
         if row["op"] != "prototypes" or row["pass"].startswith("statistics"):  # the other passes multiply no tiles
             assert row["tensor_core_instructions"] > 0, what
         if row["layout"] == "channels_last":
             assert row["vector_loads"] > 0, what
+        if row["simulated_cycles"] is not None:
+            assert row["bound_cycles"] == max(row[f"{pipe}_cycles"] for pipe in PIPES), what
+            assert row["simulated_cycles"] >= row["bound_cycles"], what
 
 
 def paper_default(shipped: Configuration) -> bool:
@@ -41,16 +49,20 @@ def paper_default(shipped: Configuration) -> bool:
     return shipped.operation == "windowed_distillation" and details.items() <= shipped.details.items()
 
 
-def test_the_papers_configuration_spills_nothing_on_any_target() -> None:
+def test_the_papers_configuration_fits_every_target() -> None:
     rows = report.report(list(TARGETS), paper_default)
     assert len(rows) == 2 * len(TARGETS)
     check(rows)
+    simulated = [row for row in rows if row["simulated_cycles"] is not None]
+    assert {row["target"] for row in simulated} == PROCESSORS.keys()
+    for row in simulated:  # counted in the machine code: the products that docs/kernels.md names
+        assert row["multiplications"] == {"forward": 4, "backward": 16}[row["pass"]] * 64 * 64 * 64
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_shipped_configuration_spills_nothing(target: str) -> None:
+def test_every_shipped_configuration_fits(target: str) -> None:
     check(report.report([target]))
 
 
@@ -85,7 +97,7 @@ def test_both_passes_round_fp32_scores_alike(family: str, channels_last: bool) -
     ],
 )
 def test_occupancy_of_an_a100(num_warps: int, registers: int, shared: int, expected: float) -> None:
-    assert report.occupancy(TARGETS["sm_80"], num_warps, registers, shared) == expected
+    assert occupancy(TARGETS["sm_80"], num_warps, registers, shared) == expected
 
 
 def test_formats_of_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +124,7 @@ def test_summary_shows_the_worst_of_a_group() -> None:
     ]
     first, second = report.summary(rows)
     assert (first["target"], first["rows"], second["target"], second["rows"]) == ("sm_80", 2, "sm_90", 1)
-    assert (first["rows_with_a_spill"], first["most_shared_bytes"]) == (1, 7)
+    assert (first["most_stack_bytes"], first["most_shared_bytes"]) == (8, 7)
     assert (first["least_tensor_core_instructions"], first["least_vector_loads"]) == (2, 5)
 
 

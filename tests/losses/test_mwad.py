@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sward.alignment import ChannelProjection, project
 from sward.losses import PAPER, MWADLoss
@@ -65,6 +66,22 @@ def test_merged_and_stacked_teacher_projections_agree() -> None:
         _, qkv_teacher = loss.project(0, student, teacher)
         resized = F.interpolate(loss.phi[0](teacher), size=(8, 8), mode="bilinear", align_corners=False)
         torch.testing.assert_close(qkv_teacher, loss.theta_teacher[0](resized), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("device", "channels", "channels_last"), [("cuda", 8, True), ("cuda", 9, False), ("cpu", 8, False)]
+)
+def test_narrow_features_on_a_gpu_become_channels_last_relations(
+    device: str, channels: int, channels_last: bool
+) -> None:
+    options = {"teacher_normalization": "none", "teacher_projections": "learned"}
+    with FakeTensorMode(), torch.device(device):  # stands in for a GPU
+        loss = MWADLoss([channels], [400], embed_dim=8, **options)
+        student = torch.empty(2, channels, 4, 6)
+        teacher = torch.empty(2, 400, 4, 6)
+        for qkv in loss.project(0, student, teacher):
+            assert qkv.is_contiguous(memory_format=torch.channels_last) == channels_last
+            assert qkv.is_contiguous() != channels_last
 
 
 def test_gradient_reaches_every_projection_and_the_student_but_not_the_teacher() -> None:

@@ -96,6 +96,8 @@ def test_weights_from_shares() -> None:
         (dict(name="ce", label_smoothing=1.0), "label_smoothing must be"),
         (dict(name="dice", class_weights=WEIGHTS), "for ce and focal only"),
         (dict(name="ce", class_weights=(1.0, -1.0)), "class_weights must be 0 or more"),
+        (dict(name="ce", class_weights=(1.0, float("nan"))), "class_weights must be 0 or more"),
+        (dict(name="focal", class_weights=(1.0, float("inf"))), "class_weights must be 0 or more"),
     ],
 )
 def test_options_that_do_not_fit(options: dict, message: str) -> None:

@@ -13,7 +13,7 @@ from sward.models.heads import MultiLevelHead
 from sward.models.teachers import DINOv2Trunk, HieraSpec, Teacher, hiera_trunk
 
 pytest.importorskip("sam2")
-pytest.importorskip("timm")
+timm = pytest.importorskip("timm")
 
 SMALL = HieraSpec(16, 1, (1, 1, 2, 1), (3,))
 
@@ -83,6 +83,28 @@ def test_dinov2_layout(tmp_path: Path) -> None:
     torch.save(source.trunk.vit.state_dict() | {"mask_token": torch.zeros(1, 384)}, path)
     load_trunk_checkpoint(loaded, path)
     assert_same_trunk(loaded, source)
+
+
+NAMES_OF_TIMM = {"timm:convnext_atto": {}, "timm:vit_tiny_patch16_224": {"depth": 4, "reg_tokens": 2}}
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "image_encoder.trunk.", "module.image_encoder.trunk.", "backbone."])
+@pytest.mark.parametrize("name", NAMES_OF_TIMM)
+def test_trunks_of_timm_load_the_files_of_timm(name: str, prefix: str, tmp_path: Path) -> None:
+    options = NAMES_OF_TIMM[name]
+    whole = timm.create_model(name.removeprefix("timm:"), num_classes=7, **options)
+    path = tmp_path / "timm.pt"
+    torch.save({"state_dict": {prefix + key: value for key, value in whole.state_dict().items()}}, path)
+    loaded = build(name, 2, **options)
+    said = load_trunk_checkpoint(loaded, path)
+    trunk = loaded.trunk.network.state_dict()
+    assert all(torch.equal(value, whole.state_dict()[key]) for key, value in trunk.items())
+    assert said.startswith(f"{len(trunk)} tensors from {path}")
+    assert (f"prefix {prefix!r} stripped" in said) == bool(prefix)
+    incomplete = {key: value for key, value in whole.state_dict().items() if "blocks.1.mlp.fc1.bias" not in key}
+    torch.save(incomplete, path)
+    with pytest.raises(ValueError, match=r"lacks \d+ of \d+ trunk tensors, among them '.*blocks.1.mlp.fc1.bias'"):
+        load_trunk_checkpoint(loaded, path)
 
 
 def refusal(model: nn.Module, content: object, path: Path) -> str:

@@ -110,6 +110,39 @@ def test_segformer_and_dinov2_of_transformers(tmp_path: Path) -> None:
         assert network(torch.randn(1, 3, 64, 96)).shape == (1, 3, 64, 96)
 
 
+def test_weights_of_transformers_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    config = transformers.SegformerConfig(
+        hidden_sizes=[8, 16, 24, 32], depths=[1] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=16, num_labels=3
+    )
+    segformer = transformers.SegformerForSemanticSegmentation(config)
+    segformer.save_pretrained("segformer")
+    config.save_pretrained("bare")
+    dinov2 = transformers.Dinov2Model(
+        transformers.Dinov2Config(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=56)
+    )
+    dinov2.save_pretrained("dinov2")
+    capfd.readouterr()
+    built = {classes: models.build("transformers:segformer", classes).network.state_dict() for classes in (3, 5)}
+    stored = segformer.state_dict()
+    for classes, state in built.items():
+        same = [key for key, value in state.items() if value.shape == stored[key].shape]
+        assert all(torch.equal(state[key], stored[key]) for key in same)
+        assert (len(same) == len(stored)) == (classes == 3)
+    trunk = models.build("transformers:dinov2", 2).trunk.network.state_dict()
+    assert all(torch.equal(value, dinov2.state_dict()[key]) for key, value in trunk.items())
+    assert "MISMATCH" not in "".join(capfd.readouterr())
+    found = {(name, classes): models.own_weights(f"transformers:{name}", classes) for name, classes in _FOLDERS}
+    assert found == _FOLDERS
+    assert models.own_weights("timm:convnext_atto", 2) == models.own_weights("unext", 2) == "none"
+
+
+_FOLDERS = {("segformer", 3): "all", ("segformer", 5): "trunk", ("dinov2", 2): "trunk", ("bare", 3): "none"}
+
+
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 @pytest.mark.parametrize("under", [None, "model", "state_dict", "model_state_dict"])
 def test_weights_load_strictly_whatever_wraps_them(prefix: str, under: str | None, tmp_path: Path) -> None:
@@ -145,8 +178,20 @@ def test_imagenet_weights_without_a_hub_say_where_they_are_looked_for(monkeypatc
         raise OSError("no route to host")
 
     monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", offline)
-    with pytest.raises(ValueError, match=r"ImageNet weights of .* got OSError; they are looked for in .*checkpoints"):
+    with pytest.raises(
+        ValueError,
+        match=r"ImageNet weights of .* got OSError; they are looked for at .*checkpoints/mobilenet_v3_large-\w+\.pth",
+    ):
         models.build_with_imagenet("torchvision:lraspp_mobilenet_v3_large", 3)
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setenv("HF_HUB_CACHE", "/tmp/cache")
+    monkeypatch.setattr(hub.file_download, "_hf_hub_download_to_cache_dir", offline)
+    for name, repository in (
+        ("smp:Unet", "smp-hub--resnet34.imagenet"),
+        ("timm:convnext_atto", "timm--convnext_atto.d2_in1k"),
+    ):
+        with pytest.raises(ValueError, match=rf"they are looked for in /tmp/cache/models--{repository} and on hugging"):
+            models.build_with_imagenet(name, 3)
     with pytest.raises(
         ValueError, match="ImageNet weights must be for smp:, torchvision: or timm: models, got 'unext'"
     ):

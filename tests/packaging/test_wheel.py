@@ -85,7 +85,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installa
 
 def test_the_wheel_holds_every_file_of_both_packages_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    kinds = ("*.py", "*.cpp", "*.h", "py.typed", "splits/*.csv")
+    kinds = ("*.py", "*.cpp", "*.h", "py.typed", "splits/*.csv", "*.j2")
     expected = {
         path.relative_to(REPOSITORY).as_posix()
         for package in PACKAGES
@@ -93,7 +93,7 @@ def test_the_wheel_holds_every_file_of_both_packages_and_nothing_else(wheel: Pat
         for path in (REPOSITORY / package).rglob(kind)
     }
     assert {f"{package}/py.typed" for package in PACKAGES} <= expected
-    assert {Path(name).suffix for name in expected} == {".py", ".cpp", ".h", ".csv", ".typed"}
+    assert {Path(name).suffix for name in expected} == {".py", ".cpp", ".h", ".csv", ".typed", ".j2"}
     assert {name for name in names if ".dist-info/" not in name} == expected
 
 

@@ -20,6 +20,8 @@ TABLES = {
     "table4": "table4-small",
     "methods": "methods-clinicdb-small",
     "questions": "questions-clinicdb-small",
+    "unlabelled": "unlabelled",
+    "masks": "masks",
 }
 FIGURES = {
     "figure1": ["figure1-small"],

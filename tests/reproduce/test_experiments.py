@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ TABLES = [
         for make in (methods, questions)
         for preset in ("clinicdb-small", "colondb-small", "camvid-small", "cityscapes-mbv3")
     ),
+    experiments.unlabelled(),
+    experiments.masks(),
 ]
 
 
@@ -82,6 +85,43 @@ def test_table_4_changes_the_shift_alone() -> None:
 def test_methods_are_those_of_sward_train() -> None:
     names = [row.runs[0].name for row in methods("clinicdb-small").rows]
     assert sorted(names) == sorted([TEACHER, "none", *METHODS])
+
+
+def test_unlabelled_frames_are_never_those_of_the_test() -> None:
+    table = experiments.unlabelled()
+    study = Study(Options("unlabelled"))
+    unseen = table.tests[1]
+    frames = [run.unlabelled for run in table.runs() if run.unlabelled is not None]
+    assert len(frames) == 2
+    for each in frames:
+        assert (each.dataset, each.split_by) == (unseen.dataset, unseen.split_by)
+        assert each.split != unseen.split
+    for row in table.rows:
+        if row.against is not None:
+            with_them, without = study.config(row.runs[0], 1), study.config(row.against, 1)
+            assert with_them.unlabelled_per_step == with_them.batch
+            with_them.unlabelled, with_them.output = without.unlabelled, without.output
+            assert with_them == without
+
+
+def test_fewer_masks_take_as_many_steps_and_share_no_teacher() -> None:
+    study = Study(Options("masks"))
+    frames = presets.CLINICDB_FRAMES
+    full = {run.name: study.config(run, 0) for run in experiments.masks().runs() if run.preset == "clinicdb-small"}
+    for preset, share in (("clinicdb-small-25", 0.25), ("clinicdb-small-10", 0.1)):
+        assert teacher_of(preset).preset == preset
+        for name, run in ((run.name, run) for run in experiments.masks().runs() if run.preset == preset):
+            config, other = study.config(run, 0), full[name]
+            used = round(share * frames)
+            assert config.steps(used) == other.steps(frames)
+            every, other_every = (
+                each.evaluate_every * (count // each.batch) for each, count in ((config, used), (other, frames))
+            )
+            assert every == pytest.approx(other_every, rel=0.05)
+            assert config.dataset == dataclasses.replace(other.dataset, labelled_share=share)
+            assert config.unlabelled_per_step == (config.batch if name == "sward" else 0)
+            if name == "sward":
+                assert config.teacher.run == study.folder(teacher_of(preset), 0).path
 
 
 def test_questions_change_one_thing_each_from_the_preset() -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
-from sward import data, presets
+from sward import data, models, presets
 from sward.cli.main import main
 from sward.figures.predictions import colour_labels
+from sward.reproduce import figures
 from tests.support.drawn_figures import DrawnFigure
 
 pytestmark = pytest.mark.usefixtures("few_images")
@@ -68,3 +70,12 @@ def test_panels(
     if what == "figure4":
         measured = json.loads((output / "figure4-demo.json").read_text())
         assert list(measured) == ["student alone", "teacher", "student with MWAD", "student with MWAD + PDR"]
+
+
+def test_networks_that_are_not_registered_have_a_penultimate_layer_too() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)
+    )
+    config = presets.get("demo").student
+    assert figures._Network("package.module:function", network, config).penultimate == "1"
+    assert figures._Network("unext", network, config).penultimate == models.describe("unext").penultimate_layer

@@ -12,7 +12,8 @@ import torch
 
 import sward.reproduce
 from sward.cli.main import main
-from sward.config import DistillationConfig, differences
+from sward.config import DistillationConfig
+from sward.config_json import differences
 from sward.reproduce.experiments import EvaluationSet, method, teacher_of
 from sward.reproduce.experiments import sward as sward_variant
 from sward.reproduce.options import Options

@@ -13,7 +13,7 @@ import pytest
 
 from sward.evaluation import Evaluation
 from sward.reproduce import paired
-from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, methods, table2
+from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, methods, table2, unlabelled
 from sward.reproduce.options import Options
 from sward.reproduce.paired import Difference, paired_bootstrap, paired_t
 from sward.reproduce.rendering import (
@@ -196,6 +196,19 @@ def test_only_a_winner_whose_interval_is_above_zero_is_bold(monkeypatch: pytest.
     again = fill(methods("clinicdb-small"), Scored(Options("methods", seeds=3)))
     assert again.bold == {(index, own), (index, unseen)}
     assert any(note.startswith("Minus alone") for note in filled.notes)
+
+
+def test_a_row_is_compared_with_the_run_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(Scored.DICE, "sward-unlabelled", [0.70, 0.60, 0.66])  # +10, +9, +12 over sward
+    filled = fill(unlabelled(), Scored(Options("unlabelled", seeds=3)))
+    headers = [column.header for column in filled.columns]
+    column = headers.index("CVC-ClinicDB mDice - labelled images only (95 %)")
+    rows = {row[0]: row for row in filled.rows}
+    found = rows["+ SWARD, unlabelled too"][column].by_seed
+    assert found.mean == pytest.approx(31 / 3)
+    assert found.low == pytest.approx(31 / 3 - 4.303 * (7 / 3) ** 0.5 / 3**0.5, abs=1e-3)
+    assert all(row[column] is None for title, row in rows.items() if title != "+ SWARD, unlabelled too")
+    assert any(note.startswith("Minus labelled images only") for note in filled.notes)
 
 
 def test_one_seed_has_no_column_of_differences() -> None:

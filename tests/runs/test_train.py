@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sward.config import OptimizerConfig, TeacherConfig
+from sward.config import DatasetConfig, OptimizerConfig, TeacherConfig
 from sward.evaluation import Evaluation
 from sward.runs import train_student
 from sward.training import checkpoints, loop
@@ -71,6 +71,13 @@ def test_mistakes_are_found_before_any_work(tmp_path: Path) -> None:
         (
             dict(metric="dice"),
             "metric must be 'mean_iou' or 'mean_dice' unless the data set has two classes, got 'dice' with 5 classes",
+        ),
+        (dict(device="meta"), "device must be one that torch can compute on here, such as 'cpu', got 'meta'"),
+        (dict(model=":"), "model ':' must be written as 'package.module:function'"),
+        (dict(model="a b:c"), "model 'a b:c' must be written as 'package.module:function'"),
+        (
+            dict(dataset=DatasetConfig(image_size=(32, 32)), batch=1, distillation="none"),
+            "batch must be at least 2 for batch norm",
         ),
         (dict(device="tpu9"), "device must be a torch device such as 'cpu' or 'cuda', got 'tpu9'"),
     ):

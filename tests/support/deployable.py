@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,22 +28,23 @@ class Pixelwise(nn.Module):
         return self.classifier(images)
 
 
-def register(patch: pytest.MonkeyPatch) -> None:
-    """Make `sward.models.build("pixelwise", ...)` work until the patch is undone."""
+def register(patch: pytest.MonkeyPatch, network: type[nn.Module] = Pixelwise) -> None:
+    """Make `sward.models.build("pixelwise", ...)` build such a network until the patch is undone."""
     description = replace(registry.describe("unext"), name="pixelwise", stages=())
     patch.setitem(registry._DESCRIPTIONS, "pixelwise", description)
-    patch.setitem(registry._BUILDERS, "pixelwise", Pixelwise)
+    patch.setitem(registry._BUILDERS, "pixelwise", network)
 
 
-def make_run(folder: Path, image_size: tuple[int, int] = (64, 64)) -> Pixelwise:
+def make_run(folder: Path, image_size: tuple[int, int] = (64, 64), network: type[nn.Module] = Pixelwise) -> Any:
     """Write a run of `pixelwise` on scenes, as a training run leaves it, and return its network."""
     config = TeacherTrainingConfig(
         preset="demo", model="pixelwise", dataset=DatasetConfig(image_size=image_size), output=folder
     )
     info = data.describe("scenes")
     run = RunFolder(folder)
+    folder.mkdir(parents=True)
     run.start(config, info)
-    network = Pixelwise(info.num_classes).eval()
-    nn.init.normal_(network.classifier.weight, generator=torch.Generator().manual_seed(3))
-    checkpoints.save(run.best, {"model": network.state_dict(), "step": 4})
-    return network
+    built: Any = network(info.num_classes).eval()
+    nn.init.normal_(built.classifier.weight, generator=torch.Generator().manual_seed(3))
+    checkpoints.save(run.best, {"model": built.state_dict(), "step": 4})
+    return built

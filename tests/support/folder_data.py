@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from sward import data
 from sward.data import packing
@@ -42,3 +44,15 @@ def assert_same_samples(one: PairedFiles, other: PairedFiles, epochs: int = 3) -
 
 def damage(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:60])
+
+
+def write_pairs(root: Path, train: int = 4, val: int = 2, size: int = 32, classes: int = 2) -> Path:
+    """Write a folder data set of random images and masks that hold every class; return `root`."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for kind, shape, high in (("images", (size, size, 3), 256), ("masks", (size, size), classes)):
+            folder = root / kind / split
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(rng.integers(0, high, shape, np.uint8)).save(folder / f"{split}{number}.png")
+    return root

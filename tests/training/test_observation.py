@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sward import data
+from sward import data, runs
 from sward.cli.main import main
 from sward.losses import MWADLoss, SegmentationCrossEntropy
 from sward.runs import train_student
@@ -130,6 +131,40 @@ def test_a_loss_that_is_not_finite_stops_with_step_terms_and_images(
     assert set(names) <= {dataset.read(index)[2] for index in range(len(dataset))}
     assert checkpoint(run)["step"] == 2
     assert all(value.isfinite().all() for value in checkpoint(run)["model"].values())
+
+
+def test_a_teacher_that_is_not_finite_is_named_with_layer_and_image() -> None:
+    loss = torch.tensor(float("nan"))
+    maps = {"deep": torch.ones(2, 3, 4, 4), "shallow": torch.ones(2, 3, 8, 8)}
+    maps["shallow"][1, 2, 5, 5] = float("inf")
+    watch = LossWatch()
+    inputs = {
+        "the image": torch.ones(2, 3, 8, 8),
+        **{f"the teacher's map {name!r}": each for name, each in maps.items()},
+    }
+    watch.remember(7, StepOutput(loss, {"kd": loss}, {}, {}), ["a.png", "b.png"], inputs)
+    with pytest.raises(NonFiniteLossError) as error:
+        watch.check()
+    assert str(error.value) == (
+        "the loss of step 7 is not finite (kd nan) for the images a.png, b.png, where the teacher's map 'shallow' is "
+        "not finite for b.png; earlier checkpoints are kept"
+    )
+
+
+def test_a_run_with_a_broken_teacher_says_that_it_is_the_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = runs.train.load_teacher
+
+    def broken(*arguments: Any) -> tuple[str, nn.Module]:
+        name, network = load(*arguments)
+        with torch.no_grad():
+            next(network.parameters()).fill_(float("inf"))
+        return name, network
+
+    monkeypatch.setattr(runs.train, "load_teacher", broken)
+    with pytest.raises(NonFiniteLossError, match="where the teacher's map 'logits' is not finite for"):
+        train_student(small(tmp_path / "run", distillation="kd"))
 
 
 def test_a_watch_forgets_what_it_has_looked_at() -> None:

@@ -168,6 +168,39 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_never_killed(
     assert_equal_runs(uninterrupted("sward", steps), tmp_path / "killed")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("loader_workers", [0, 2])
+def test_kills_at_fifty_moments_of_the_clock_lose_nothing(
+    tmp_path: Path, loader_workers: int, uninterrupted: Uninterrupted
+) -> None:
+    """As above, but anywhere: also inside torch, while a file is synced, and while loader processes start."""
+    steps = 400
+    options = dict(iterations=steps, evaluate_every=1, checkpoint_every=1, dataset=workers(loader_workers))
+    moments, run = random.Random(11), tmp_path / "killed"
+    # Somewhat longer than the way to the first step, wherever this runs.
+    began = time.monotonic()
+    first = start(small(run, **options, resume=True))
+    wait_for_step(first, run, 2)
+    longest = 1.5 * (time.monotonic() - began)
+    first.kill()
+    first.join()
+    kills = 1
+    while kills < 50:
+        process = start(small(run, **options, resume=True))
+        process.join(longest * moments.random())
+        if process.exitcode is not None:
+            assert process.exitcode == 0, "the run ended by itself"
+            break
+        process.kill()
+        process.join()
+        kills += 1
+    last = start(small(run, **options, resume=True))
+    last.join()
+    assert last.exitcode == 0
+    assert kills >= 30, f"the run was over after {kills} kills"
+    assert_equal_runs(uninterrupted("sward", steps), run)
+
+
 def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path: Path) -> None:
     train_student(small(tmp_path / "whole", iterations=6))
     train_student(small(tmp_path / "run", iterations=6, checkpoint_every=2))

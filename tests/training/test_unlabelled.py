@@ -1,20 +1,25 @@
 """Images without masks: which terms see them, and that the labelled images stay the same."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from sward import data
-from sward.config import DistillationConfig
+from sward.cli.main import main
+from sward.config import DatasetConfig, DistillationConfig
 from sward.data import DatasetNotFoundError
 from sward.data.unlabelled import UnlabelledImages, join, stream_seed
 from sward.losses import CWDLoss, KDLoss, MWADLoss, PDRLoss, SegmentationCrossEntropy, SWARDLoss
 from sward.runs import train_student
 from sward.training import loop
 from sward.training.batches import batches
+from sward.training.pseudo_labels import pseudo_labels
 from tests.support.training_runs import records, small, write_images
 
 pytestmark = pytest.mark.usefixtures("few_images")
@@ -45,8 +50,47 @@ def test_every_image_below_the_folders_is_taken_and_has_no_label(images: Path) -
     )
     (images / "empty").mkdir()
     for folder in (images / "empty", images / "nowhere"):
-        with pytest.raises(DatasetNotFoundError, match=r"must name folders of images, got .*, which holds none"):
+        with pytest.raises(
+            DatasetNotFoundError, match=r"must name folders of images or lists of them, got .*, which holds none"
+        ):
             UnlabelledImages([images, folder], scenes(), (32, 32), seed=0)
+
+
+def test_packs_of_unlabelled_images_are_read_bit_for_bit(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = UnlabelledImages([images / "a", images / "b"], scenes(), (32, 32), seed=0)
+    expected = [decoded[index] for index in range(7)]
+    assert main(["data", "pack", "unlabelled", "--root", str(images / "a")]) == 0
+    read = []
+    from_file = UnlabelledImages.read_files
+    monkeypatch.setattr(
+        UnlabelledImages, "read_files", lambda self, pair: read.append(pair.name) or from_file(self, pair)
+    )
+    packed = UnlabelledImages([images / "a", images / "b"], scenes(), (32, 32), seed=0)
+    for index, sample in enumerate(expected):
+        assert torch.equal(packed[index].image, sample.image)
+        assert torch.equal(packed[index].labels, sample.labels)
+        assert packed[index].name == sample.name
+    assert set(read) == {"b/0", "b/1"}
+    unpacked = UnlabelledImages([images / "a"], scenes(), (32, 32), seed=0, packed="none")
+    assert torch.equal(unpacked[0].image, expected[0].image)
+    assert "a/0" in read
+    (images / "a/3.png").write_bytes((images / "a/2.png").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"is stale: .*a/3.png has changed; pack again with 'sward data pack unlabelled"
+    ):
+        UnlabelledImages([images / "a"], scenes(), (32, 32), seed=0)
+
+
+def test_a_list_names_images_relative_to_itself(images: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "some.txt"
+    listed.write_text("photos/b/1.png\n\n  photos/a/3.png\n", encoding="utf-8")
+    dataset = UnlabelledImages([listed, images / "a"], scenes(), (32, 32), seed=0)
+    assert [pair.image for pair in dataset.pairs[:2]] == [images / "b/1.png", images / "a/3.png"]
+    assert len(dataset) == 7
+    assert len({pair.name for pair in dataset.pairs}) == 7
+    listed.write_text("photos/b/1.png\nphotos/c/1.png\n", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*photos/c/1.png, which .*some.txt names"):
+        UnlabelledImages([listed], scenes(), (32, 32), seed=0)
 
 
 def test_labelled_images_come_first_and_are_those_of_a_run_without(images: Path) -> None:
@@ -109,7 +153,7 @@ def test_a_run_steps_on_both(images: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(
         loop.LossWatch,
         "remember",
-        lambda self, step, output, names: seen.append(names) or remember(self, step, output, names),
+        lambda self, step, output, names, *maps: seen.append(names) or remember(self, step, output, names, *maps),
     )
     train_student(small(tmp_path / "run", iterations=3, unlabelled=(images,), unlabelled_batch=2))
     assert [len(names) for names in seen] == [6, 6, 6]
@@ -118,12 +162,44 @@ def test_a_run_steps_on_both(images: Path, tmp_path: Path, monkeypatch: pytest.M
     assert len(records(tmp_path / "run")) > 3
 
 
+def test_frames_whose_masks_are_not_used_are_unlabelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "set"
+    write_images(root / "images", 10)
+    for number in range(10):
+        (root / "masks").mkdir(exist_ok=True)
+        pixels = np.zeros((48, 56), np.uint8)
+        pixels[10:30, 10:40] = 1
+        Image.fromarray(pixels).save(root / f"masks/{number}.png")
+    folder = DatasetConfig(
+        name="folder", root=root, image_size=(64, 64), num_classes=2, split_by="80/20", labelled_share=0.5
+    )
+    seen: list[tuple[list[str], torch.Tensor]] = []
+    step = loop.join
+    monkeypatch.setattr(loop, "join", lambda *both: seen.append((step(*both).names, step(*both).labels)) or step(*both))
+    monkeypatch.setattr(
+        UnlabelledImages, "read_mask", lambda self, pair: pytest.fail("the mask of an unlabelled frame was read")
+    )
+    train_student(small(tmp_path / "run", dataset=folder, iterations=2))
+    labelled, others = ({name for names, _ in seen for name in names[part]} for part in (slice(4), slice(4, None)))
+    assert len(labelled) == len(others) == 4
+    assert not labelled & others
+    assert all((labels[4:] == 255).all() and (labels[:4] != 255).any() for _, labels in seen)
+    counted = json.loads((tmp_path / "run/labels.json").read_text())
+    assert counted["train"]["masks"] == 4
+    seen.clear()
+    train_student(small(tmp_path / "alone", dataset=folder, iterations=2, distillation="none"))
+    assert not seen
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(distillation="none"), "unlabelled must be empty where distillation is 'none'"),
         (dict(unlabelled_batch=8), "unlabelled_batch must be at most 7, the number of unlabelled images, got 8"),
         (dict(unlabelled_batch=0), "unlabelled_batch must be at least 1"),
+        (dict(pseudo_labels=1.5), "pseudo_labels must be above 0 and at most 1 with unlabelled images .* got 1.5"),
+        (dict(unlabelled=(), pseudo_labels=0.9), "pseudo_labels must be .* None without, got 0.9"),
+        (dict(unlabelled=("a.tar", "b")), "unlabelled must be tar files alone, got other images too"),
         (
             dict(unlabelled=(), unlabelled_batch=2),
             "unlabelled_batch must be at least 1 with unlabelled and None without",
@@ -134,6 +210,39 @@ def test_what_cannot_work_is_said_before_any_step(images: Path, tmp_path: Path, 
     with pytest.raises(ValueError, match=message):
         train_student(small(tmp_path / "run", **{"unlabelled": (images,), **changes}))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_teacher_s_class_is_a_label_where_it_is_sure() -> None:
+    labels = torch.tensor([[[0, 1]], [[255, 255]], [[255, 255]]])
+    sure, unsure = [5.0, 0.0, 0.0], [0.2, 0.0, 0.1]  # probabilities 0.987 and 0.40
+    logits = torch.tensor([[sure, sure], [sure, unsure], [unsure, sure[::-1]]]).permute(0, 2, 1)[:, :, None]
+    for confidence, expected, share in (
+        (0.98, [[0, 255], [255, 2]], 0.5),
+        (0.3, [[0, 0], [0, 2]], 1.0),
+        (0.99, [[255, 255], [255, 255]], 0.0),
+    ):
+        found, used = pseudo_labels(labels, logits, unlabelled=2, confidence=confidence, ignore_index=255)
+        assert found.tolist() == [[[0, 1]], *[[row] for row in expected]]
+        assert used.item() == share
+    # At a quarter of the labels' size.
+    small_logits = torch.tensor([sure, sure]).T.reshape(1, 3, 2, 1)
+    found, _ = pseudo_labels(
+        torch.full((2, 4, 4), 255), small_logits.repeat(2, 1, 1, 1), unlabelled=1, confidence=0.5, ignore_index=255
+    )
+    assert (found[0] == 255).all()
+    assert (found[1] == 0).all()
+
+
+def test_a_run_learns_from_the_teacher_s_labels_and_logs_their_share(images: Path, tmp_path: Path) -> None:
+    for name, confidence in (("all", 1e-6), ("none", 1.0)):
+        train_student(small(tmp_path / name, iterations=2, unlabelled=(str(images),), pseudo_labels=confidence))
+    shares = {
+        name: [record.get("pseudo_labelled_share") for record in records(tmp_path / name)] for name in ("all", "none")
+    }
+    assert shares == {"all": [1.0, 1.0, None], "none": [0.0, 0.0, None]}
+    first, other = (records(tmp_path / name)[0] for name in ("all", "none"))
+    assert first["task"] != other["task"]
+    assert first["attention"] == other["attention"]
 
 
 def test_as_many_unlabelled_as_labelled_images_by_default() -> None:

@@ -217,8 +217,10 @@ def test_64_bit_offsets_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         features, labels = case(1, 8, 6, 6, 3, dtype=torch.float32, layout=layout)
         for normalize in (False, True):
             monkeypatch.setattr(launching, "WIDE_FROM", 2**31)
+            launching.forget_calls()
             expected, expected_gradient = run("triton", features, labels, 3, normalize=normalize)
             monkeypatch.setattr(launching, "WIDE_FROM", 0)
+            launching.forget_calls()
             result, gradient = run("triton", features, labels, 3, normalize=normalize)
             assert torch.equal(result.loss, expected.loss)
             assert torch.equal(gradient, expected_gradient)
@@ -345,9 +347,9 @@ def test_programs_for_every_multiprocessor() -> None:
 
 
 def recorded(launcher: Callable, programs: list[int]) -> Callable:
-    def launched(kernel: object, count: int, *others: object) -> None:
-        programs.append(count)
-        launcher(kernel, count, *others)
+    def launched(prepared: launching.PreparedLaunch, arguments: dict[str, object]) -> None:
+        programs.append(prepared.programs)
+        launcher(prepared, arguments)
 
     return launched
 

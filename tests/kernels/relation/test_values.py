@@ -179,7 +179,7 @@ def test_compiles_as_one_graph() -> None:
         ((2, 5), (2, 5, 3), {}, r"student must be a non-empty \[B, P, C\] tensor, got shape \(2, 5\)"),
         ((2, 0, 3), (2, 0, 3), {}, "student must be a non-empty"),
         ((2, 5, 3), (2, 6, 3), {}, r"same images and pixels \[B, P\], got \(2, 5\) and \(2, 6\)"),
-        ((2, 5, 3), (2, 5, 3), {"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ((2, 5, 3), (2, 5, 3), {"temperature": 0.0}, "temperature must be a positive finite number, got 0.0"),
         ((2, 5, 3), (2, 5, 3), {"implementation": "fast"}, "implementation must be one of 'auto', .*, got 'fast'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -229,6 +230,7 @@ def test_any_shape_layout_shift_and_terms(
     with pytest.MonkeyPatch.context() as patch:
         if tiled:  # the kernels of large windows, from 17 tokens
             patch.setattr(plan, "tiles_of", lambda *_: Tiles(16, 16, 16, 1))
+        launching.forget_calls()
         against_reference(student, teacher, window_size, shift, terms=terms)
 
 
@@ -237,20 +239,32 @@ def test_64_bit_offsets_give_the_same_bits(window_size: int, monkeypatch: pytest
     sides = maps(2, 9, 4, layout="channels_last")
     narrow = run(*sides, window_size, (1, 2), implementation="triton")
     monkeypatch.setattr(launching, "WIDE_FROM", 0)
+    launching.forget_calls()
     assert_same(run(*sides, window_size, (1, 2), implementation="triton"), narrow, 0.0)
 
 
-def test_float32_products_follow_the_setting_of_torch() -> None:
+def test_float32_products_follow_the_setting_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    mi300, mi250 = torch.device("cuda", 0), torch.device("cuda", 1)
+    monkeypatch.setattr(launching, "has_tf32", lambda device: device == mi300)
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    assert launching.product_precision(torch.float32, "ampere") == "tf32x3"
-    assert launching.product_precision(torch.float32, "cdna") == "ieee"
+    assert launching.product_precision(torch.float32, "ampere", mi300) == "tf32x3"
+    assert launching.product_precision(torch.float32, "cdna", mi300) == "ieee"
     try:
         matmul.fp32_precision = "tf32"
-        assert launching.product_precision(torch.float32, "hopper") == "tf32"
-        assert launching.product_precision(torch.bfloat16, "hopper") == "ieee"
+        assert launching.product_precision(torch.float32, "hopper", mi250) == "tf32"
+        assert launching.product_precision(torch.bfloat16, "hopper", mi250) == "ieee"
+        assert launching.product_precision(torch.float32, "cdna", mi300) == "tf32"
+        assert launching.product_precision(torch.float32, "cdna", mi250) == "ieee"
     finally:
         matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize(("architecture", "expected"), [("gfx942:sramecc+:xnack-", True), ("gfx90a", False)])
+def test_tf32_of_amd_gpus(architecture: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(gcnArchName=architecture)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert launching.has_tf32.__wrapped__(torch.device("cuda")) is expected
 
 
 def test_sizes_the_kernels_do_not_serve() -> None:

@@ -6,6 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,13 +21,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
 import tests.support.interpreter  # noqa: F401  (makes it fast)
 from sward_kernels import windowed_distillation
-from sward_kernels.windowed import launch, plan
+from sward_kernels.gpu import launching
+from sward_kernels.windowed import api, launch, plan
 from sward_kernels.windowed.tile_table import Tiles
 from tests.support.distillation_cases import WEIGHTS, assert_same, maps_like, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+REPOSITORY = Path(__file__).parents[3]
 
 
 def maps(height: int = 4, width: int = 3, dim: int = 8, **options: Any) -> tuple[Tensor, Tensor]:
@@ -38,7 +47,7 @@ def test_opcheck(layout: str) -> None:
     for save in (True, False):
         torch.library.opcheck(launch._forward_operator, (student, teacher, 2, (1, 0), None, WEIGHTS, save))
     torch.library.opcheck(launch._forward_operator, (student, teacher, 2, (0, 0), shift, WEIGHTS, True))
-    _, statistics = launch._forward_operator(student, teacher, 2, (1, 0), None, WEIGHTS, True)
+    *_, statistics = launch._forward_operator(student, teacher, 2, (1, 0), None, WEIGHTS, True)
     upstream = torch.ones((), dtype=torch.float64, device=DEVICE)
     for sides in ((True, True), (False, True)):
         arguments = (upstream, student, teacher, statistics, 2, (1, 0), None, WEIGHTS, *sides)
@@ -81,13 +90,13 @@ def test_autocast_leaves_the_precision_alone_and_takes_two_dtypes() -> None:
 
 def test_nothing_is_saved_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     saved = []
-    allocate = launch._allocate_forward
+    run_launch = launch._launch
 
-    def spy(*arguments: Any) -> tuple[Tensor, Tensor]:
-        saved.append(allocate(*arguments)[1].numel())
-        return allocate(*arguments)
+    def spy(prepared: Any, arguments: dict[str, Any]) -> None:
+        saved.append(arguments["statistics"].numel())
+        run_launch(prepared, arguments)
 
-    monkeypatch.setattr(launch, "_allocate_forward", spy)
+    monkeypatch.setattr(launch, "_launch", spy)
     student, teacher = maps()
     losses = [windowed_distillation(student, teacher, 2, implementation="triton").loss]
     student.requires_grad_()
@@ -123,24 +132,29 @@ def test_a_call_allocates_and_launches_and_does_nothing_else(monkeypatch: pytest
     # Fake tensors have no data to read, and stand in for GPU tensors.
     launched = []
     monkeypatch.setattr(plan, "family_of", lambda _: "ampere")
-    monkeypatch.setattr(launch, "_launch", lambda plan, *_: launched.append(plan.kernel))
-    operations = set()
+    monkeypatch.setattr(launch, "_launch", lambda prepared, _: launched.append(prepared.kernel))
+    operations: Counter[Any] = Counter()
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            operations.add(function.overloadpacket)
-            return function(*args, **(kwargs or {}))
+            result = function(*args, **(kwargs or {}))
+            operations[function.overloadpacket] += isinstance(result, Tensor)
+            return result
 
     with FakeTensorMode():
         sides = [torch.empty(2, 24, 9, 9, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
         shift = torch.empty(2, device="cuda", dtype=torch.int64)
         upstream = torch.empty((), device="cuda")
         for window_size in (4, 9):
-            with Record():
-                _, statistics = launch._forward(*sides, window_size, (0, 0), shift, WEIGHTS, True)
-                launch._backward(upstream, *sides, statistics, window_size, (0, 0), shift, WEIGHTS, True, True)
-    assert len(launched) == 4
-    assert operations <= {torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.promote_types}
+            for _ in range(2):  # the second call finds its plans made
+                operations.clear()
+                with Record():
+                    *_, statistics = launch._forward(*sides, window_size, (0, 0), shift, WEIGHTS, True)
+                    launch._backward(upstream, *sides, statistics, window_size, (0, 0), shift, WEIGHTS, True, True)
+                # Partial sums and statistics; their sum, and the loss and the terms from it; two gradients.
+                aten = torch.ops.aten
+                assert +operations == {aten.new_empty: 2, aten.sum: 1, aten.select: 1, aten.div: 2, aten.empty_like: 2}
+    assert len(launched) == 8
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -167,39 +181,19 @@ def test_a_cuda_graph_replays_the_call(window_size: int) -> None:
     assert all(torch.equal(one, other) for one, other in zip(replayed, step()))
 
 
-# Runs only the part of a launch that requests a compilation: the real argument binding, without compiler and GPU.
+# The launches of real calls up to the driver, which does nothing: argument binding without compiler and GPU.
 SECOND_CALLS = """
-import json, torch, triton
-from triton.backends.compiler import GPUTarget
-
-class Driver:
-    get_current_target = lambda self: GPUTarget("cuda", 80, 32)
-    get_current_device = lambda self: 0
-    get_current_stream = lambda self, device=None: 0
-
-triton.runtime.driver.set_active(Driver())
-compilations = []
-
-def record(kernel, key, signature, *_):
-    compilations.append(str(key))
-    kernel.device_caches[0][0][key] = triton.compiler.CompiledKernel.__new__(triton.compiler.CompiledKernel)
-
-triton.runtime.jit.JITFunction._do_compile = record
-from sward_kernels.windowed import launch
-from sward_kernels.windowed.plan import plan_of, problem_of
+import json, mocked_gpu
+compiled = mocked_gpu.install()
+import torch
+from sward_kernels import relational_kl, windowed_distillation
 
 def call(batch, height, width, shift, dim=16, window_size=4, dtype=torch.bfloat16):
-    sides = [torch.empty(batch, 3 * dim, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)] * 2
-    wanted = {"WANTS_STUDENT_GRADIENT": True, "WANTS_TEACHER_GRADIENT": True}
-    for direction, flags in (("forward", {"SAVE": True}), ("backward", wanted)):
-        plan = plan_of(problem_of(*sides, window_size, (1.0, 1.0, 1.0)), direction, **flags)
-        arguments = launch._arguments(*sides, shift, None, (1.0, 1.0, 1.0))
-        float32 = torch.empty(16)
-        arguments |= dict(partials=float32, statistics=float32, upstream=float32, student_gradient=sides[0],
-                          teacher_gradient=sides[1], statistic_stride=batch * 16, inverse_count=1.0 / batch)
-        arguments = {name: value for name, value in arguments.items() if name in plan.kernel.arg_names}
-        plan.kernel.warmup(**arguments, **plan.constants, grid=(1,), num_warps=plan.tiles.num_warps, num_stages=1)
-    return len(compilations)
+    sides = [torch.empty(batch, 3 * dim, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)
+             .requires_grad_() for _ in range(2)]
+    for _ in range(2):
+        windowed_distillation(*sides, window_size, shift, implementation="triton").loss.backward()
+    return len(compiled)
 
 counts = []
 for window_size in (4, 9):
@@ -208,18 +202,31 @@ for window_size in (4, 9):
     for batch, *size, shift in ((1, 1, 1, (0, 0)), (2, 16, 16, (1, 1)), (3, 33, 17, (2, 3)), (16, 48, 64, (0, 3))):
         counts.append(call(batch, *size, shift, window_size=window_size))
 counts.append(call(1, 4, 4, (0, 0), dim=32))
+
+# A mean over stages hands each of them a number of its own, at any address that a number may have.
+for window_size in (4, 9):
+    maps = [torch.zeros(1, 72, 8 * side, 8, requires_grad=True) for side in (1, 2, 3, 4)]
+    losses = [windowed_distillation(each, each.detach(), window_size, implementation="triton").loss for each in maps]
+    torch.stack(losses).mean().backward()
+    counts.append(len(compiled))
+units = torch.randn(2, 3, 8, requires_grad=True)
+torch.stack([relational_kl(units, units, implementation="triton") for _ in range(4)]).mean().backward()
+counts.append(len(compiled))
 print(json.dumps(counts))
 """
 
 
-def test_no_shift_batch_or_size_compiles_anything_new() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def test_no_shift_batch_size_or_stage_compiles_anything_new() -> None:
     finished = subprocess.run(
-        [sys.executable, "-c", SECOND_CALLS], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, "-c", SECOND_CALLS],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY / "benchmarks"), str(REPOSITORY)])},
+        timeout=300,
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
-    # Two kernels for small windows, two for large ones, and two for another D.
-    assert json.loads(finished.stdout) == [2] * 5 + [4] * 5 + [6]
+    # Two kernels for small windows, two for large ones, two for another D; then one per pass, whatever the stage.
+    assert json.loads(finished.stdout) == [2] * 5 + [4] * 5 + [6] + [8, 10, 12]
 
 
 class Traffic:
@@ -245,10 +252,10 @@ class Traffic:
         monkeypatch.setattr(builder, "create_masked_store", counted_store)
         run_launch = launch._launch
 
-        def recorded(plan: Any, grid: Any, images: int, arguments: dict[str, Any]) -> None:
+        def recorded(prepared: Any, arguments: dict[str, Any]) -> None:
             self._arguments = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
             self.launches.append({})
-            run_launch(plan, grid, images, arguments)
+            run_launch(prepared, arguments)
 
         monkeypatch.setattr(launch, "_launch", recorded)
 
@@ -316,6 +323,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Tiles:
     """Run the kernels of large windows for a window of 25 tokens: two programs of each kind, two steps each."""
     tiles = Tiles(rows=16, keys=16, channels=16, num_warps=1)
     monkeypatch.setattr(plan, "tiles_of", lambda *_: tiles)
+    launching.forget_calls()
     return tiles
 
 
@@ -355,7 +363,71 @@ def test_sides_of_unlike_layouts_take_a_launch_each(traffic: Traffic, small_tile
     assert all(set(times) == {1} for times in traffic.stored().values())
 
 
-def test_triton_and_eager_agree_when_auto_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failing", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        CompilationError("def kernel():", SimpleNamespace(), "no such instruction"),
+        OutOfResources(300000, 232448, "shared memory"),
+        PTXASError("register allocation failed"),
+        RuntimeError("PassManager::run failed"),
+        FileNotFoundError("ptxas"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_auto_runs_eager_with_one_warning_where_a_kernel_fails(
+    failing: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = _failing_kernel(failing, error, monkeypatch)
     student, teacher = maps(dtype=torch.float32)
-    by_triton = run(student, teacher, 3, (1, 1), implementation="triton")
-    assert_same(by_triton, run(student, teacher, 3, (1, 1), implementation="eager"), 1e-5)
+    with pytest.warns(RuntimeWarning, match=f"eager instead of triton: .* {failing}_kernel .*{type(error).__name__}"):
+        actual = run(student, teacher, 3, (1, 1), implementation="auto", upstream=-2.0)
+    # Gradients are eager's; the scalars of a failed backward pass are those of the forward kernel.
+    assert_same(actual, run(student, teacher, 3, (1, 1), implementation="eager", upstream=-2.0), 1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = run(student, teacher, 3, (1, 1), implementation="auto", upstream=-2.0)
+        run(student[..., 1:], teacher[..., 1:], 3, (1, 1), implementation="auto")  # another size of the same problem
+    assert_same(again, run(student, teacher, 3, (1, 1), implementation="eager", upstream=-2.0), 0.0)
+    assert len(attempts) == 1  # a compilation that fails may take minutes
+    with pytest.raises(NotImplementedError, match="cannot compile or load"):
+        run(student, teacher, 3, (1, 1), implementation="triton")
+
+
+def test_an_error_of_the_device_is_no_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    _failing_kernel("forward", RuntimeError("Triton Error [CUDA]: an illegal memory access"), monkeypatch)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(*maps(dtype=torch.float32), 3, implementation="auto")
+
+
+def _failing_kernel(failing: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Make a kernel raise, and `auto` prefer triton as on a GPU; return the kernel's calls so far."""
+    attempts = []
+
+    class Kernel:
+        def __init__(self, kernel: Any) -> None:
+            self.arg_names, self.__name__, self.kernel = kernel.arg_names, kernel.__name__, kernel
+
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            if self.__name__ != f"{failing}_kernel":
+                return self.kernel[grid]
+            attempts.append(self.__name__)
+            raise error
+
+    monkeypatch.setattr(plan, "forward_kernel", Kernel(plan.forward_kernel))
+    monkeypatch.setattr(plan, "backward_kernel", Kernel(plan.backward_kernel))
+    monkeypatch.setattr(api, "_preferred", lambda qkv, window_size: "triton")
+    monkeypatch.setattr("sward_kernels.fallback._warned", set())
+    return attempts
+
+
+def test_old_gpus_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    with FakeTensorMode():
+        sides = [torch.empty(1, 24, 4, 4, device="cuda") for _ in range(2)]
+        with pytest.raises(
+            NotImplementedError, match=r"needs compute capability 8\.0 or higher, got 7\.5 \(Tesla T4\); use 'eager'"
+        ):
+            windowed_distillation(*sides, 4, implementation="triton")
+    launching._unsupported.cache_clear()

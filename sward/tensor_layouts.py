@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from torch import Tensor
 
 Format = Literal["auto", "nchw", "nhwc", "tokens"]
 """How a layer arranges its output: `[B, C, h, w]`, `[B, h, w, C]` or `[B, tokens, C]`."""
+
+
+class TapArguments(TypedDict):
+    """The keyword arguments that `FeatureTaps` and `map_channels` share."""
+
+    format: Format
+    prefix_tokens: int | Literal["auto"]
+    select: int | str
+
 
 MAIN_KEYS = ("out", "logits", "last_hidden_state")
 """Keys of the main output in the dictionaries of torchvision and transformers."""

@@ -1,0 +1,1 @@
+"""Pages about trained networks: `sward report`, one HTML page to decide by, and model cards."""

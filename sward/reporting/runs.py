@@ -1,0 +1,217 @@
+"""Read run folders, find the runs that belong together, and group those that differ only in their seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sward.config import DistillationConfig, TrainingConfig
+from sward.config_json import differences
+from sward.data import DatasetInfo
+from sward.reproduce.experiments import METHOD_TITLES
+from sward.training.run_folder import RunFolder, read_json
+
+Role = Literal["teacher", "alone", "distilled"]
+"""`"alone"`: a student without distillation."""
+
+ROLES: tuple[Role, ...] = ("teacher", "alone", "distilled")
+
+VALIDATION = "last validation during training"
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """The contents of a run folder."""
+
+    title: str
+    """Shortest unique end of its path."""
+    folder: RunFolder
+    """The folder."""
+    config: TrainingConfig
+    """Its configuration."""
+    info: DatasetInfo
+    """Its classes."""
+    evaluations: dict[str, dict[str, Any]]
+    """`VALIDATION` and the names of `evaluation-*.json` -> scores."""
+
+    @property
+    def role(self) -> Role:
+        """What the run is in a comparison."""
+        if not isinstance(self.config, DistillationConfig):
+            return "teacher"
+        return "alone" if self.config.distillation == "none" else "distilled"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ only in their seed."""
+
+    title: str
+    """Network and method."""
+    runs: tuple[ReportedRun, ...]
+    """At least one."""
+
+    @property
+    def role(self) -> Role:
+        """What the runs are in a comparison."""
+        return self.runs[0].role
+
+    @property
+    def config(self) -> TrainingConfig:
+        """Configuration of the first run."""
+        return self.runs[0].config
+
+
+def read_runs(paths: Sequence[Path]) -> list[ReportedRun]:
+    """Read run folders.
+
+    Raises:
+        ValueError: if two paths are the same folder, or a file is damaged.
+        FileNotFoundError: if a folder is not a run folder.
+    """
+    return [_read(path, title) for path, title in zip(paths, _titles(paths), strict=True)]
+
+
+def _read(path: Path, title: str) -> ReportedRun:
+    folder = RunFolder(path)
+    config, info = folder.read()
+    if folder.split.exists():
+        config.dataset.split_by = str(folder.split)
+    evaluations = {
+        file.stem.removeprefix("evaluation-"): read_json(dict, file) for file in sorted(path.glob("evaluation-*.json"))
+    }
+    validated = [record for record in folder.records() if "validation" in record]
+    if validated:
+        evaluations = {VALIDATION: validated[-1]["validation"], **evaluations}
+    return ReportedRun(title, folder, config, info, evaluations)
+
+
+def _titles(paths: Sequence[Path]) -> list[str]:
+    """Return the shortest suffixes of the paths that are unique."""
+    parts = [path.resolve().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        titles = ["/".join(each[-length:]) for each in parts]
+        if len(set(titles)) == len(titles):
+            return titles
+    raise ValueError(f"paths must be distinct run folders, got {', '.join(map(str, paths))}")
+
+
+def with_companions(paths: Sequence[Path]) -> list[Path]:
+    """Return the paths, and beside them the teachers and the students alone that their runs are compared with.
+
+    A teacher is found under `teacher.run` or as the folder `teacher` beside the run, a student alone as the folder
+    `none-seedN` beside it, with the same network and seed.
+    """
+    found = {path.resolve(): path for path in paths}
+    for path in paths:
+        config, info = RunFolder(path).read()
+        if not isinstance(config, DistillationConfig) or config.distillation == "none":
+            continue
+        alone = [path.resolve().parent / f"none-seed{config.seed}"]
+        for companion in (_first(_teacher_folders(path, config), info), _first(alone, info, config.model)):
+            if companion is not None:
+                found.setdefault(companion.resolve(), companion)
+    return list(found.values())
+
+
+def teacher_of(run: ReportedRun) -> ReportedRun | None:
+    """Return the run of the teacher that a distilled run names or that lies beside it; None if there is none."""
+    if run.role != "distilled" or not isinstance(run.config, DistillationConfig):
+        return None
+    folder = _first(_teacher_folders(run.folder.path, run.config), run.info)
+    return None if folder is None else _read(folder, folder.name)
+
+
+def _teacher_folders(path: Path, config: DistillationConfig) -> list[Path]:
+    beside = path.resolve().parent / "teacher"
+    return [beside] if config.teacher.run is None else [config.teacher.run, beside]
+
+
+def _first(wanted: Iterable[Path], info: DatasetInfo, model: str | None = None) -> Path | None:
+    """Return the first folder that holds a run on these classes, of this network."""
+    for path in wanted:
+        try:
+            config, other = RunFolder(path).read()
+        except (FileNotFoundError, ValueError):
+            continue
+        if other == info and model in (None, config.model):
+            return path
+    return None
+
+
+def same_but_seed(path: Path) -> list[ReportedRun]:
+    """Return the run in `path` and those beside it that differ from it only in their seed."""
+    (own,) = read_runs([path])
+    beside = sorted(each.parent for each in path.resolve().parent.glob("*/config.json"))
+    runs = [own]
+    for each in beside:
+        if each == path.resolve():
+            continue
+        try:
+            # The configuration first: logs may be long.
+            if _belong_together(own, ReportedRun(each.name, RunFolder(each), *RunFolder(each).read(), {})):
+                runs.append(_read(each, each.name))
+        except (OSError, ValueError):
+            continue  # Another program's folder, or a run of another version.
+    return sorted(runs, key=_seed)
+
+
+def group(runs: Sequence[ReportedRun]) -> list[Group]:
+    """Group runs that differ only in their seed; teachers first, then students alone, then distilled ones."""
+    members: list[list[ReportedRun]] = []
+    for run in runs:
+        for each in members:
+            seeds = {member.config.seed for member in each}
+            if _belong_together(each[0], run) and run.config.seed not in seeds:
+                each.append(run)
+                break
+        else:
+            members.append([run])
+    members.sort(key=lambda each: ROLES.index(each[0].role))
+    titles = [_group_title(each[0]) for each in members]
+    counts = Counter(titles)
+    return [
+        Group(
+            title if counts[title] == 1 else f"{title} ({_without_seed(each[0].title)})", tuple(sorted(each, key=_seed))
+        )
+        for title, each in zip(titles, members)
+    ]
+
+
+def _belong_together(one: ReportedRun, other: ReportedRun) -> bool:
+    if type(one.config) is not type(other.config) or one.info != other.info:
+        return False
+    # Where a split was drawn, its path differs between runs; the frames are compared by their own file.
+    first, second = (
+        dataclasses.replace(run.config, seed=0, dataset=dataclasses.replace(run.config.dataset, split_by=None))
+        for run in (one, other)
+    )
+    return not differences(first, second) and _split(one) == _split(other)
+
+
+def _split(run: ReportedRun) -> str | None:
+    if run.folder.split.exists():
+        return run.folder.split.read_text(encoding="utf-8")
+    return run.config.dataset.split_by
+
+
+def _seed(run: ReportedRun) -> int:
+    return run.config.seed
+
+
+def _group_title(run: ReportedRun) -> str:
+    config = run.config
+    if not isinstance(config, DistillationConfig):
+        return f"teacher {config.model}"
+    if config.distillation == "none":
+        return f"{config.model} alone"
+    return f"{config.model} {METHOD_TITLES.get(config.distillation, '+ ' + config.distillation)}"
+
+
+def _without_seed(title: str) -> str:
+    return re.sub(r"-seed\d+$", "", title)

@@ -1,0 +1,64 @@
+"""One step on random images before a run exists: what cannot work is said before anything is written."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from sward import distributed
+from sward.config import DistillationConfig, TrainingConfig
+from sward.data import DatasetInfo
+from sward.losses import DistillationLoss
+from sward.training.step import TrainingStep
+from sward.training.teacher import FrozenTeacher
+
+
+def try_step(
+    network: nn.Module,
+    task: nn.Module,
+    loss: DistillationLoss | None,
+    teacher: FrozenTeacher | None,
+    config: TrainingConfig,
+    info: DatasetInfo,
+) -> None:
+    """Run forward and backward passes of copies of the networks on images of the run's size.
+
+    Neither the networks nor the random states change. With several processes nothing is tried, since their losses
+    exchange tensors.
+
+    Raises:
+        ValueError: if the step fails, for example because a layer has no grid of a window's size.
+    """
+    if distributed.world_size() > 1:
+        return
+    device = next(network.parameters()).device
+    height, width = config.dataset.image_size
+    tall, wide = (height, width)
+    if isinstance(config, DistillationConfig) and teacher is not None:
+        tall, wide = config.teacher_image_size
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(config.batch + config.unlabelled_per_step, 3, height, width, generator=generator)
+    labels = torch.randint(0, info.num_classes, (len(images), height, width), generator=generator)
+    labels[config.batch :] = info.ignore_index
+    seen = images if (tall, wide) == (height, width) else torch.rand(len(images), 3, tall, wide, generator=generator)
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            step = TrainingStep(*copy.deepcopy((network, task, loss)), precision=config.precision).train()
+            features = {} if teacher is None else teacher(seen.to(device))
+            step(images.to(device), labels.to(device), features).loss.backward()
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise ValueError(
+            f"batch must be at least 2 for batch norm on maps of one pixel, got {config.batch} images of "
+            f"{height}x{width}; raise --batch or --dataset.image-size"
+        ) from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"a step of {config.model!r} on {len(images)} images of {height}x{width} must be possible, got "
+            f"{type(error).__name__}: {reason}"
+        ) from error

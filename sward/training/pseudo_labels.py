@@ -1,0 +1,28 @@
+"""Labels for unlabelled images: the teacher's class where it is sure."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sward.alignment import resize
+
+
+def pseudo_labels(
+    labels: Tensor, logits: Tensor, *, unlabelled: int, confidence: float, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Return the labels with those of the teacher in the last images, and the share of their pixels that has one.
+
+    Args:
+        labels: `[B, H, W]`.
+        logits: of the teacher, `[B, K, h, w]`; resized to the labels.
+        unlabelled: number of images at the end of the batch that get labels.
+        confidence: least probability of the class; below it a pixel keeps no label.
+        ignore_index: label of pixels without one.
+    """
+    with torch.no_grad():
+        seen = resize(logits[-unlabelled:].float(), (labels.shape[-2], labels.shape[-1]))
+        highest, classes = seen.softmax(1).max(1)
+        sure = highest >= confidence
+        guessed = torch.where(sure, classes, ignore_index).to(labels.dtype)
+        return torch.cat([labels[:-unlabelled], guessed]), sure.float().mean()

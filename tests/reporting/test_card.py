@@ -1,0 +1,96 @@
+"""Model cards of runs and exported files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from sward.cli.main import main
+from sward.config import DistillationConfig, TeacherTrainingConfig
+from sward.data import DatasetInfo
+from sward.reporting.card import write_card
+from sward.training.run_folder import RunFolder
+from tests.support.deployable import make_run, register
+
+INFO = DatasetInfo("two", ("background", "<script>x</script>"), ((0, 0, 0), (255, 255, 255)))
+
+
+def score_on_test(folder: Path, dice: float) -> None:
+    scores = {"dice": dice, "mean_iou": dice / 2, "images": 31, "class_iou": {}}
+    (folder / "evaluation-two-test.json").write_text(json.dumps(scores))
+
+
+def student(folder: Path, seed: int, dice: float | None) -> Path:
+    folder.mkdir(parents=True)
+    RunFolder(folder).start(DistillationConfig(seed=seed), INFO)
+    if dice is not None:
+        score_on_test(folder, dice)
+    return folder
+
+
+def sections(path: Path) -> dict[str, str]:
+    parts = re.split(r"^## (.*)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return dict(zip(["", *parts[1::2]], parts[0::2]))
+
+
+def test_scores_have_an_interval_where_several_seeds_lie_beside_each_other(tmp_path: Path) -> None:
+    one, _, _ = (student(tmp_path / f"sward-seed{seed}", seed, dice) for seed, dice in enumerate((0.60, 0.64, 0.62)))
+    # 62 +- 4.303 * 2 / sqrt(3)
+    assert "- Dice per image %: 62.00 [57.0, 67.0]" in sections(write_card(one))["Scores"]
+    assert "mean over 3 seeds with 95 % intervals" in sections(write_card(one))["Scores"]
+    # Another recipe is another network, and damaged neighbours do no harm.
+    config = DistillationConfig(seed=3, epochs=7)
+    (tmp_path / "longer").mkdir()
+    RunFolder(tmp_path / "longer").start(config, INFO)
+    score_on_test(tmp_path / "longer", 0.9)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "broken" / "dataset.json").write_text("{")
+    assert "- Dice per image %: 62.00 [57.0, 67.0]" in sections(write_card(one))["Scores"]
+    alone = student(tmp_path / "elsewhere" / "sward-seed0", 0, 0.60)
+    assert "- Dice per image %: 60.00\n" in sections(write_card(alone))["Scores"]
+    assert "one seed, so the spread over seeds is unknown" in sections(write_card(alone))["Scores"]
+
+
+def test_a_card_names_data_teacher_licence_and_what_it_is_not_for(tmp_path: Path) -> None:
+    config = TeacherTrainingConfig(
+        model="medsam2_hiera_tiny_resunetpp", trunk_checkpoint=Path("/weights/MedSAM2_latest.pt"), seed=5
+    )
+    (tmp_path / "teacher").mkdir()
+    RunFolder(tmp_path / "teacher").start(config, INFO)
+    score_on_test(tmp_path / "teacher", 0.8)
+    folder = student(tmp_path / "sward-seed0", 0, None)
+    counts = {"train": {"masks": 12, "pixels of background": 300, "pixels of <script>x</script>": 100}}
+    (folder / "labels.json").write_text(json.dumps(counts))
+    card = sections(write_card(folder))
+    assert card["Data"].startswith("\nTrained on two.\n- train: 12 images; background 75.00 %, ")
+    assert "Distilled with SWARD from medsam2_hiera_tiny_resunetpp." in card["Teacher and student"]
+    assert "Teacher, two-test, 31 images: mIoU % 40.00, Dice per image % 80.00" in card["Teacher and student"]
+    assert "The network has not been scored." in card["Scores"]
+    assert "The weights of MedSAM2 are licensed under CC-BY-SA 4.0" in card["Licence"]
+    assert "SAM 2.1" not in card["Licence"]
+    assert "Medical decisions." in card["Not for"]
+    text = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "<script>" not in text
+    assert "&lt;script&gt;x&lt;/script&gt;" in text
+    assert "This network is itself a teacher." in write_card(tmp_path / "teacher").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("few_images")
+def test_runs_evaluations_and_exports_leave_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch)
+    make_run(tmp_path / "run")
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    stored = json.loads((tmp_path / "run" / "evaluation-scenes-val.json").read_text())
+    line = f"- mIoU %: {100 * stored['mean_iou']:.2f}\n"
+    assert line in sections(tmp_path / "run" / "MODEL_CARD.md")["Scores"]
+    assert main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "student.onnx"), "--check", "2"]) == 0
+    card = (tmp_path / "student.onnx.md").read_text(encoding="utf-8")
+    assert "File `student.onnx`, made from the run `run`" in card
+    assert "- File: fp32; takes uint8 RGB, returns logits\n- Proof on 2 images of the val split: 0.0000 %" in card
+    assert line in card
+    assert main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "new.pt2"), "--check", "0"]) == 0
+    assert "The file was not compared with PyTorch." in (tmp_path / "new.pt2.md").read_text(encoding="utf-8")

@@ -1,0 +1,176 @@
+"""What a run belongs to: its data, its teacher, its folder; and what its scores belong to."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sward.cli.main import main
+from sward.config import DatasetConfig, DistillationConfig, TeacherConfig, TeacherTrainingConfig
+from sward.data.frames import PIECE, WHOLE, frame_sums
+from sward.runs import evaluate as evaluate_module
+from sward.runs import evaluate_run, evaluation_file, load, train_student, train_teacher
+from sward.training import checkpoints
+from tests.support.folder_data import build, write_pairs
+from tests.support.training_runs import small
+
+
+def on_folder(root: Path, output: Path, **changes: Any) -> DistillationConfig:
+    dataset = DatasetConfig(name="folder", root=root, image_size=(32, 32), num_classes=2)
+    return small(output, **dict(dataset=dataset, batch=2, iterations=2, distillation="none") | changes)
+
+
+def repaint(path: Path) -> None:
+    """Turn a picture upside down: another file with as many pixels of every value."""
+    Image.fromarray(np.asarray(Image.open(path))[::-1].copy()).save(path)
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    write_pairs(tmp_path / "data")
+    train_student(on_folder(tmp_path / "data", tmp_path / "run"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("file", "difference"),
+    [
+        ("images/train/train1.png", "got other files in train: the image of frame 'train1' has changed"),
+        ("masks/val/val0.png", "got other files in val: the mask of frame 'val0' has changed"),
+    ],
+)
+def test_a_run_is_not_resumed_on_changed_files(trained: Path, file: str, difference: str) -> None:
+    repaint(trained / "data" / file)
+    with pytest.raises(ValueError, match=difference):
+        train_student(on_folder(trained / "data", trained / "run", resume=True, iterations=4))
+    repaint(trained / "data" / file)
+    train_student(on_folder(trained / "data", trained / "run", resume=True, iterations=4))
+    assert checkpoints.load(trained / "run/checkpoints/last.pt")["step"] == 4
+
+
+def test_a_checkpoint_is_not_continued_on_other_data(trained: Path) -> None:
+    """The fingerprint lies in the checkpoint, not only beside it."""
+    (trained / "run/frames.json").unlink()
+    repaint(trained / "data/images/train/train1.png")
+    with pytest.raises(ValueError, match=r"the train data must be that with which the run in .* began, got another"):
+        train_student(on_folder(trained / "data", trained / "run", resume=True, iterations=4))
+
+
+def test_copied_data_in_another_folder_is_the_same_data(trained: Path) -> None:
+    (trained / "data").rename(trained / "moved")
+    train_student(on_folder(trained / "moved", trained / "run", resume=True, iterations=4))
+
+
+def test_large_files_are_told_apart_by_size_and_three_pieces(tmp_path: Path) -> None:
+    dataset = build(write_pairs(tmp_path / "data", classes=3))
+    first = dataset.pairs[0].image
+    content = bytearray(WHOLE + 2 * PIECE)
+    found = set()
+    for change in (None, 0, len(content) // 2, -1):
+        if change is not None:
+            content[change] = 1
+        first.write_bytes(content)
+        found.add(frame_sums(dataset)[dataset.pairs[0].name])
+    first.write_bytes(content + b"\1")
+    found.add(frame_sums(dataset)[dataset.pairs[0].name])
+    assert len(found) == 5
+
+
+@pytest.mark.usefixtures("few_images")
+def test_a_run_is_not_resumed_with_another_teacher(tmp_path: Path) -> None:
+    scenes = DatasetConfig(name="scenes", image_size=(32, 32))
+    for name, seed in (("one", 0), ("other", 1)):
+        train_teacher(
+            TeacherTrainingConfig(
+                model="hiera_demo", dataset=scenes, batch=4, iterations=1, train_trunk=True, seed=seed,
+                output=tmp_path / name,
+            )
+        )  # fmt: skip
+
+    def student(teacher: str, **changes: Any) -> DistillationConfig:
+        return small(
+            tmp_path / "run", dataset=scenes, iterations=1, distillation="kd",
+            teacher=TeacherConfig(run=tmp_path / teacher), **changes,
+        )  # fmt: skip
+
+    train_student(student("one"))
+    with pytest.raises(ValueError, match=r"the teacher must be that with which the run in .* began, got another one"):
+        train_student(student("other", resume=True))
+    train_student(student("one", resume=True))
+
+
+def test_scores_are_named_by_all_that_identifies_them(trained: Path) -> None:
+    run, other = trained / "run", write_pairs(trained / "elsewhere" / "data", val=1)
+    evaluate_run(run)
+    plain = evaluation_file(run, "folder", "val")
+    assert plain == run / "evaluation-folder-val.json"
+    assert evaluation_file(run, root=trained / "data") == plain
+    stored = json.loads(plain.read_text())
+    assert stored["root"] == str(trained / "data")
+    for changes in (dict(root=other), dict(checkpoint="last"), dict(split="train")):
+        evaluate_run(run, **changes)
+        assert evaluation_file(run, **changes).exists()
+    evaluated = {path: json.loads(path.read_text()) for path in run.glob("evaluation-*.json")}
+    assert len(evaluated) == 4
+    assert evaluated[plain] == stored
+    assert len({(each["frames"], each["checkpoint"], each["split"]) for each in evaluated.values()}) == 4
+    assert evaluated[evaluation_file(run, root=other)]["images"] == 1
+    names = {evaluation_file(run, split_by=by).name for by in (None, "ratio", "a/list.csv", "b/list.csv", "list.csv")}
+    assert len(names) == 5
+
+
+def test_scores_on_images_that_were_trained_on_come_with_a_warning(trained: Path) -> None:
+    copy = write_pairs(trained / "mixed", val=1)
+    trained_on = (trained / "data/images/train/train2.png").read_bytes()
+    (copy / "images/val/val0.png").write_bytes(trained_on)
+    with pytest.warns(UserWarning, match="1 of the 1 images of the split val were trained on"):
+        evaluate_run(trained / "run", root=copy)
+    with pytest.warns(UserWarning, match="1 validation images are training images too"):
+        train_student(on_folder(copy, trained / "leaking"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate_run(trained / "run")
+
+
+def test_a_folder_that_cannot_be_written_does_not_lose_the_scores(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read_only(path: Path) -> None:
+        raise ValueError(f"cannot write to {path} (Read-only file system); choose another --output")
+
+    monkeypatch.setattr(evaluate_module, "make_folder", read_only)
+    with pytest.warns(UserWarning, match=r"cannot write to .* \(Read-only file system\); the scores are printed and"):
+        assert main(["evaluate", str(trained / "run")]) == 0
+    assert "mIoU" in capsys.readouterr().out
+    assert not list((trained / "run").glob("evaluation-*"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "dataset.json"])
+@pytest.mark.parametrize("kept", [0, 1, 40, -3])
+def test_a_damaged_file_of_a_run_is_named(
+    trained: Path, name: str, kept: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = trained / "run" / name
+    file.write_text(file.read_text()[:kept])
+    for words in (["evaluate", str(trained / "run")], ["report", str(trained / "run")]):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert f"{file} is damaged: " in error
+        assert error.count("\n") == 1
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(trained: Path) -> None:
+    path = trained / "run/checkpoints/best.pt"
+    state = torch.load(path, weights_only=True)
+    name = next(iter(state["model"]))
+    state["model"][name].view(-1)[3] = float("nan")
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=rf"{name} in .*best\.pt must be finite, got nan or infinity"):
+        load.load_run(trained / "run")
