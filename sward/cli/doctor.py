@@ -23,6 +23,7 @@ OPTIONAL = {
     "matplotlib": "figures",
     "sklearn": "t-SNE",
     "ptflops": "the paper's FLOP column",
+    "webdataset": "unlabelled images from tar files",
 }
 
 

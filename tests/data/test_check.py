@@ -122,8 +122,10 @@ def test_copies_across_splits_are_named(polyps: Path) -> None:
     (polyps / "images/val/1.png").write_bytes((polyps / "images/train/3.png").read_bytes())
     with pytest.warns(UserWarning, match="2 images of val have the same bytes as images of train, such as 0 and 0;"):
         check_splits({"train": build(polyps), "val": build(polyps, "val")})
+    # Of one size, but not the same.
+    content = (polyps / "images/train/0.png").read_bytes()
     for number in range(2):
-        (polyps / f"images/val/{number}.png").write_bytes((polyps / "images/train/0.png").read_bytes() + b"x")
+        (polyps / f"images/val/{number}.png").write_bytes(content[:-1] + bytes([content[-1] ^ (number + 1)]))
     assert find_copies({name: build(polyps, name).pairs for name in ("train", "val")}) == []
 
 
