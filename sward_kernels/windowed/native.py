@@ -66,7 +66,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator; arguments and results as in `gradient_in_forward.SCHEMA`. Maps of 16 bits are computed in fp32."""
     if qkv_student.dtype != torch.float32:
-        means, *gradients = _run(
+        means, *computed = _run(
             qkv_student.float(),
             qkv_teacher.float(),
             window_size,
@@ -77,9 +77,9 @@ def _run(
             wants_teacher_gradient,
         )
         results = allocate_gradients(qkv_student, qkv_teacher, wants_student_gradient, wants_teacher_gradient)
-        for result, gradient in zip(results, gradients, strict=True):
+        for result, gradient in zip(results, computed, strict=True):
             result.copy_(gradient)
-        return means, *results
+        return means, results[0], results[1]
     batch, channels, height, width = qkv_student.shape
     grid = WindowGrid(height, width, window_size)
     if shift is not None:
