@@ -11,6 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 import gpu_suite
+from gpu_parts import rows as suite_rows
+from gpu_parts.operation import verdict
 
 import tests.support.interpreter  # noqa: F401  (makes it fast)
 from sward_kernels.gpu import launching
@@ -32,11 +34,11 @@ def test_the_rehearsal_runs_every_part_once(tmp_path: Path) -> None:
     assert set(ends) == set(QUICK)
     assert all(end.startswith("done") for end in ends.values())
     report = (tmp_path / "report.md").read_text()
-    rows = {name: gpu_suite.read_rows(tmp_path / f"{name}.jsonl") for name in QUICK}
+    rows = {name: suite_rows.read_rows(tmp_path / f"{name}.jsonl") for name in QUICK}
     assert all(rows.values())
     assert not any("FAILED" in row.get("note", "") for name in QUICK for row in rows[name])
     assert len([line for line in report.splitlines() if line.startswith("| ")]) == 1 + sum(map(len, rows.values()))
-    headline = str(gpu_suite.TINY.stages[0])
+    headline = str(suite_rows.TINY.stages[0])
     timed = {(row["provider"], row["pass"]) for row in rows["fp32"] if row["case"] == headline}
     providers = ("triton", "copy", "sdpa", "eager", "reference")
     assert timed == {(provider, direction) for provider in providers for direction in ("forward", "backward")}
@@ -48,16 +50,16 @@ def test_the_rehearsal_runs_every_part_once(tmp_path: Path) -> None:
 
 
 def test_rows_survive_an_interruption(tmp_path: Path) -> None:
-    suite = gpu_suite.Suite("bf16", tmp_path, rehearsal=True)
+    suite = suite_rows.Suite("bf16", tmp_path, rehearsal=True)
     suite.add(case="a", provider="triton", ms=1.5)
     with (tmp_path / "bf16.jsonl").open("a") as file:
         file.write('{"part": "bf16", "case": "b"')  # cut off by the time limit
-    again = gpu_suite.Suite("bf16", tmp_path, rehearsal=True)
+    again = suite_rows.Suite("bf16", tmp_path, rehearsal=True)
     assert again.has(case="a", provider="triton")
     assert not again.has(case="b")
     again.attempt(lambda: pytest.fail("measured twice"), case="a", provider="triton")
     again.add(case="b", ms=2.5)
-    assert [row["ms"] for row in gpu_suite.read_rows(tmp_path / "bf16.jsonl")] == [1.5, 2.5]
+    assert [row["ms"] for row in suite_rows.read_rows(tmp_path / "bf16.jsonl")] == [1.5, 2.5]
 
 
 def test_the_limits_fit_fifteen_minutes() -> None:
@@ -65,9 +67,9 @@ def test_the_limits_fit_fifteen_minutes() -> None:
 
 
 def test_a_wrong_result_fails_the_suite(tmp_path: Path) -> None:
-    assert gpu_suite._verdict(1e-4, "fp32")["note"] == ""
-    assert gpu_suite._verdict(float("nan"), "fp32")["note"].startswith("FAILED")
-    suite = gpu_suite.Suite("others", tmp_path, rehearsal=True)
-    suite.add(case="a", **gpu_suite._verdict(1.0, "fp32"))
+    assert verdict(1e-4, "fp32")["note"] == ""
+    assert verdict(float("nan"), "fp32")["note"].startswith("FAILED")
+    suite = suite_rows.Suite("others", tmp_path, rehearsal=True)
+    suite.add(case="a", **verdict(1.0, "fp32"))
     (tmp_path / "parts.json").write_text(json.dumps({"others": "done (1 s)"}))
     assert gpu_suite.main(["--rehearse", "--out", str(tmp_path), "--parts", "others"]) == 1
