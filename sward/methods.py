@@ -113,6 +113,10 @@ def check_name(name: str) -> None:
 
 def _sward(pair: DistillationPair) -> SWARDDistillation:
     settings, student_layers, teacher_layers = pair.settings, pair.student_layers.stages, pair.teacher_layers.stages
+    if len(student_layers) != len(teacher_layers):
+        raise ValueError(
+            f"teacher_layers must be as many as student_layers, {len(student_layers)}, got {len(teacher_layers)}"
+        )
     mwad = MWADLoss(
         pair.student_channels(student_layers),
         pair.teacher_channels(teacher_layers),

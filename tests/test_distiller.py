@@ -225,7 +225,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "not as many layers": (
         lambda: distiller(student_layers=["encoder.1"], teacher_layers=["encoder.1", "encoder.2"]),
-        "student_channels and teacher_channels",
+        "teacher_layers must be as many as student_layers, 1, got 2",
     ),
     "same network": (lambda: Distiller(SAME, SAME, num_classes=3), "teacher must be another network"),
     "shared parameters": (

@@ -408,8 +408,11 @@ def load_weights(network: nn.Module, path: Path) -> str:
             state, stripped = names, prefix
     missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing:
+        trunk = (
+            "; --trunk-checkpoint of 'sward train-teacher' takes a trunk alone" if isinstance(network, Teacher) else ""
+        )
         raise ValueError(
-            f"{path} must hold all {len(wanted)} tensors of the network, lacks {len(missing)}: {missing[0]}"
+            f"{path} must hold all {len(wanted)} tensors of the network, lacks {len(missing)}: {missing[0]}{trunk}"
         )
     if unexpected:
         raise ValueError(f"{path} must hold the tensors of the network alone, got {unexpected[0]} too")

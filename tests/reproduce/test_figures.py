@@ -77,5 +77,5 @@ def test_networks_that_are_not_registered_have_a_penultimate_layer_too() -> None
         nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)
     )
     config = presets.get("demo").student
-    assert figures._Network("package.module:function", network, config).penultimate == "1"
+    assert figures._Network("package.module:function", network, config).penultimate == "3"
     assert figures._Network("unext", network, config).penultimate == models.describe("unext").penultimate_layer
