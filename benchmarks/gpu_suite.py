@@ -10,7 +10,8 @@ start over. `report.md` in the folder holds one table of all rows. The exit stat
 
 Times are those of the device: while the host prepares a call, the device waits in a kernel that does nothing, and the
 clock starts after it, behind a write that flushes the L2 cache. Each time is the median of several calls. Backward is
-timed alone, through a retained graph. `copy` moves as many bytes as the operation must read and write at least.
+timed alone, through a retained graph; `eager` computes its gradients in the forward pass. `copy` moves as many bytes as
+the operation must read and write at least.
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ class Stage(NamedTuple):
     width: int
     dim: int = 64
     window_size: int = 8
+
+    @property
+    def pixels(self) -> int:
+        return self.batch * self.height * self.width
 
     def __str__(self) -> str:
         return f"B={self.batch} D={self.dim} {self.height}x{self.width} M={self.window_size}"
@@ -168,20 +173,22 @@ def run_tests(suite: Suite) -> None:
     """All tests of the Triton kernels, on the device."""
     paths = ["tests/kernels/windowed", "tests/kernels/prototypes", "tests/kernels/relation"]
     files = sorted(str(each) for path in paths for each in (REPOSITORY / path).glob("test_triton*.py"))
-    # Compiling for other targets needs no GPU, and takes minutes.
-    selection = ["-m", "slow or not slow", "-k", "not compile_within", *files]
-    if suite.rehearsal:
-        selection = [str(REPOSITORY / "tests/kernels/test_labels.py")]
+    common = ["-p", "no:cacheprovider", "-n", "8", "--dist", "load"]  # a compilation takes a core for seconds
+    for name, marks in (("fast", "not slow"), ("slow", "slow")):
+        # Compiling for other targets needs no GPU, and takes minutes.
+        selection = [*common, "-m", marks, "-k", "not compile_within", *files]
+        if suite.rehearsal:
+            selection = [str(REPOSITORY / "tests/kernels/test_labels.py")]
 
-    def run() -> Row:
-        log = suite.folder / "tests.log"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection]
-        with log.open("w", encoding="utf-8") as file:
-            status = subprocess.run(command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, check=False)
-        last = log.read_text(encoding="utf-8").strip().splitlines()[-1].strip("= ")
-        return {"note": f"{'' if status.returncode == 0 else 'FAILED: '}{last}; see tests.log"}
+        def run(name: str = name, selection: list[str] = selection) -> Row:
+            log = suite.folder / f"tests_{name}.log"
+            command = [sys.executable, "-m", "pytest", "-q", *selection]
+            with log.open("w", encoding="utf-8") as file:
+                status = subprocess.run(command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, check=False)
+            last = log.read_text(encoding="utf-8").strip().splitlines()[-1].strip("= ")
+            return {"note": f"{'' if status.returncode == 0 else 'FAILED: '}{last}; see {log.name}"}
 
-    suite.attempt(run, case="tests of the Triton kernels")
+        suite.attempt(run, case=f"{name} tests of the Triton kernels")
 
 
 def check(suite: Suite) -> None:
@@ -210,14 +217,16 @@ def maps_of(stage: Stage, dtype: torch.dtype, layout: str, device: torch.device)
     ]
 
 
-def loss_of(stage: Stage, maps: list[Tensor], implementation: str) -> Tensor:
-    shift = torch.tensor([1, 3], device=maps[0].device)
-    return windowed_distillation(*maps, stage.window_size, shift, implementation=implementation).loss
+def shift_on(device: torch.device) -> Tensor:
+    """The shift of all calls, made before the clock runs: a copy to the device would wait for it."""
+    return torch.tensor([1, 3], device=device)
 
 
 def results_of(stage: Stage, maps: list[Tensor], implementation: str) -> dict[str, Tensor]:
-    loss = loss_of(stage, maps, implementation)
-    student, teacher = torch.autograd.grad(loss, maps)
+    """The loss, and its gradients times the number of pixels, which float16 holds."""
+    shift = shift_on(maps[0].device)
+    loss = windowed_distillation(maps[0], maps[1], stage.window_size, shift, implementation=implementation).loss
+    student, teacher = torch.autograd.grad(loss, maps, loss.new_tensor(stage.pixels))
     return {"loss": loss.detach(), "student": student, "teacher": teacher}
 
 
@@ -253,10 +262,10 @@ def _check_wide(suite: Suite, layout: str) -> Row:
         launching.forget_calls()
     elif sides[0].numel() <= 2**31:
         raise ValueError(f"the map must have more than 2**31 elements, got {sides[0].numel()}")
-    loss = windowed_distillation(*sides, stage.window_size, implementation="triton").loss
+    loss = windowed_distillation(sides[0], sides[1], stage.window_size, implementation="triton").loss
     gradients = torch.autograd.grad(loss * stage.height, sides)
     crops = [side.detach()[:, :, -rows:].requires_grad_() for side in sides]
-    small = windowed_distillation(*crops, stage.window_size, implementation="eager").loss
+    small = windowed_distillation(crops[0], crops[1], stage.window_size, implementation="eager").loss
     expected = torch.autograd.grad(small * rows, crops)  # both are sums over the same pixels, divided by the width
     names = ("student", "teacher")
     found = {name: gradient[:, :, -rows:] for name, gradient in zip(names, gradients)}
@@ -286,11 +295,12 @@ def _check_graph(suite: Suite, layout: str) -> Row:
     stage = suite.sizes.stages[1]
     maps = maps_of(stage, torch.bfloat16, layout, suite.device)
     expected = results_of(stage, maps, "triton")
-    shift = torch.tensor([1, 3], device=suite.device)
+    shift = shift_on(suite.device)
+    upstream = torch.full((), float(stage.pixels), device=suite.device)
 
     def call() -> tuple[Tensor, ...]:
-        loss = windowed_distillation(*maps, stage.window_size, shift, implementation="triton").loss
-        return loss, *torch.autograd.grad(loss, maps)
+        loss = windowed_distillation(maps[0], maps[1], stage.window_size, shift, implementation="triton").loss
+        return loss, *torch.autograd.grad(loss, maps, upstream)
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -318,7 +328,7 @@ def _check_compilations(suite: Suite, layout: str) -> Row:
     try:
         # A width that nothing else here uses.
         loss = MWADLoss([32] * 4, [32] * 4, embed_dim=48, teacher_projections="learned", implementation="triton")
-        loss = loss.to(suite.device, memory_format=LAYOUTS[layout])
+        loss = loss.to(suite.device).to(memory_format=LAYOUTS[layout])
         maps = [
             [
                 torch.randn(2, 32, side, 2 * side, device=suite.device).to(memory_format=LAYOUTS[layout])
@@ -399,17 +409,17 @@ def _timed(
         target = torch.empty_like(source)
         milliseconds = suite.milliseconds(lambda: target.copy_(source))
     else:
-        loss, inputs = _call(stage, maps, provider)
-        value = loss()
+        forward, inputs = _call(stage, maps, provider)
+        outputs = forward()
+        upstream = tuple(torch.full_like(each, stage.pixels) for each in outputs)
+
+        def backward() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(outputs, inputs, upstream, retain_graph=True)
+
         if provider != "sdpa":
-            names = ("loss", "student", "teacher")
-            results = dict(zip(names, (value.detach(), *torch.autograd.grad(value, inputs, retain_graph=True))))
+            results = dict(zip(("loss", "student", "teacher"), (outputs[0].detach(), *backward())))
             row = _verdict(worst_error(results, oracle), dtype)
-        if direction == "forward":
-            milliseconds = suite.milliseconds(loss)
-        else:
-            upstream = torch.ones_like(value)
-            milliseconds = suite.milliseconds(lambda: torch.autograd.grad(value, inputs, upstream, retain_graph=True))
+        milliseconds = suite.milliseconds(forward if direction == "forward" else backward)
     return _with_bandwidth(milliseconds, size) | row
 
 
@@ -417,42 +427,41 @@ def _with_bandwidth(milliseconds: float, size: int) -> Row:
     return {"ms": milliseconds, "GB/s": size / milliseconds / 1e6}
 
 
-def _call(stage: Stage, maps: list[Tensor], provider: str) -> tuple[Callable[[], Tensor], list[Tensor]]:
+def _call(stage: Stage, maps: list[Tensor], provider: str) -> tuple[Callable[[], tuple[Tensor, ...]], list[Tensor]]:
     """A forward pass, and the tensors that its backward pass differentiates."""
+    shift = shift_on(maps[0].device)
     if provider == "sdpa":
         # Attention alone, of windows that lie one after another already.
         grid = WindowGrid(stage.height, stage.width, stage.window_size)
         sides = [
             [
                 part.flatten(0, 1)[:, None].contiguous().detach().requires_grad_()
-                for part in grid.partition(each.detach(), (1, 3)).chunk(3, dim=-1)
+                for part in grid.partition(each.detach(), shift).chunk(3, dim=-1)
             ]
             for each in maps
         ]
 
-        def attention() -> Tensor:
-            student, teacher = (F.scaled_dot_product_attention(*side) for side in sides)
-            return torch.cat([student, teacher])
+        def attention() -> tuple[Tensor, ...]:
+            return tuple(F.scaled_dot_product_attention(query, key, value) for query, key, value in sides)
 
         return attention, [part for side in sides for part in side]
+    implementation = "reference" if provider == "torch.compile(reference)" else provider.split(",")[0]
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        return windowed_distillation(student, teacher, stage.window_size, shift, implementation=implementation).loss
+
     if provider == "torch.compile(reference)":
-        shift = torch.tensor([1, 3], device=maps[0].device)
         torch._dynamo.reset()
-        compiled = torch.compile(
-            lambda student, teacher: (
-                windowed_distillation(student, teacher, stage.window_size, shift, implementation="reference").loss
-            ),
-            fullgraph=True,
-        )
-        return lambda: compiled(*maps), maps
-    return lambda: loss_of(stage, maps, provider), maps
+        loss = torch.compile(loss, fullgraph=True)
+    return lambda: (loss(maps[0], maps[1]),), maps
 
 
 def time_dtype(dtype: str) -> Callable[[Suite], None]:
     def run(suite: Suite) -> None:
         headline, *others = suite.sizes.stages
         time_windowed(suite, dtype, ("triton", "copy", "sdpa", "eager", "reference"), (headline,))
-        time_windowed(suite, dtype, ("triton", "copy", "eager"), tuple(others))
+        if dtype == "bf16" or not suite.rehearsal:
+            time_windowed(suite, dtype, ("triton", "copy", "eager"), tuple(others))
 
     return run
 
@@ -476,7 +485,7 @@ def time_others(suite: Suite) -> None:
     generator = torch.Generator(suite.device).manual_seed(0)
     vectors = torch.randn(2, images, pixels, channels, generator=generator, device=suite.device)
     student, teacher = vectors[0].clone().requires_grad_(), vectors[1]
-    size = 4 * images * pixels * channels
+    map_bytes = 4 * images * pixels * channels
     for dtype in ("fp32", "tf32"):
         with _fp32_products("tf32" if dtype == "tf32" else "ieee"):
             for implementation in ("triton", "eager", "reference"):
@@ -486,7 +495,7 @@ def time_others(suite: Suite) -> None:
                         student, teacher, implementation=implementation
                     ),
                     student,
-                    {"forward": 2 * size, "backward": 3 * size},
+                    {"forward": 2 * map_bytes, "backward": 3 * map_bytes},
                     case=f"relational_kl B={images} P={pixels} C={channels}",
                     provider=implementation,
                     dtype=dtype,
@@ -556,7 +565,7 @@ def compare_tiles(suite: Suite) -> None:
             oracle = oracle_of(stage, maps)
             for tiles in (None, *alternatives[:1]) if suite.rehearsal else (None, *alternatives):
                 try:
-                    plan.tiles_of = chosen if tiles is None else lambda *_, tiles=tiles: Tiles(*tiles)  # type: ignore[assignment, misc]
+                    plan.tiles_of = chosen if tiles is None else lambda *_, tiles=tiles: Tiles(*tiles)
                     launching.forget_calls()
                     name = "table" if tiles is None else "{}x{}x{}, {} warps".format(*tiles)
                     for direction in ("forward", "backward"):

@@ -1,12 +1,14 @@
 """Time and memory of windowed distillation, forward and backward, one stage.
 
-    python benchmarks/mwad_throughput.py                 # the stage quoted in the documentation, NCHW and channels_last
+    python benchmarks/mwad_throughput.py                 # the stages quoted in the documentation
     python benchmarks/mwad_throughput.py --sweep         # against the map's tokens, the window side M, the channels D
     python benchmarks/mwad_throughput.py --sweep tokens  # one of the three; the picture shows those measured so far
     python benchmarks/mwad_throughput.py --quick         # one small stage, to see that everything runs
 
 Runs on the GPU when there is one, else on two CPU threads; there the Triton kernels are not timed, and what they need
-of each GPU target is printed instead. Writes a CSV file to `benchmarks/results/`, and after a sweep a picture of time
+of each GPU target is printed instead. On a CPU a floor stands beside each stage: the products at the rate of this
+machine's matrix product, the exponentials at that of `torch.exp` in cache, both maps and gradients at that of a copy.
+Writes a CSV file to `benchmarks/results/`, and after a sweep a picture of time
 and memory. Peak memory is what a call needs beyond its inputs, its results (the two gradients) included. The ideal
 reads both maps and writes both gradients once.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +53,8 @@ class Stage(NamedTuple):
 
 
 QUOTED = Stage(4, 24, 128, 256, 8, (3, 5))
-DEFAULT = (QUOTED, QUOTED._replace(channels_last=True))
+WIDE = Stage(8, 64, 64, 64, 8, (3, 5))
+DEFAULT = (WIDE, WIDE._replace(batch=2, width=128), QUOTED, QUOTED._replace(channels_last=True))
 SWEPT = Stage(2, 32, 64, 128, 8, (3, 5))
 
 
@@ -136,9 +140,41 @@ def compare(session: Session, stage: Stage, max_seconds: float) -> list[Measurem
     if all(row.gate_is_green for row in rows):
         times = {row.provider: row.p50_ms for row in rows}
         print(f"compiled over torch.compile(reference): {times['torch.compile(reference)'] / times['compiled']:.2f}x")
+        if "native" in times:
+            print_floor(stage, maps[0].detach(), times["native"])
         for row in rows:
             print(f"peak of {row.provider}: {row.peak_extra_bytes / gradient_bytes:.2f}x the gradient bytes")
     return rows
+
+
+def print_floor(stage: Stage, one_map: Tensor, native_ms: float) -> None:
+    """Print the least time that this machine could take for a stage, and how far `native` is from it."""
+    square, in_cache, copied = torch.randn(1024, 1024), torch.randn(2**16), torch.empty_like(one_map)
+    result = torch.empty_like(in_cache)
+    product = fastest_ms(lambda: square @ square) / 1024**3
+    exponential = fastest_ms(lambda: torch.exp(in_cache, out=result)) / in_cache.numel()
+    copy = fastest_ms(lambda: copied.copy_(one_map))
+    pixels, tokens = stage.batch * stage.height * stage.width, stage.window_size**2
+    parts = {
+        # Scores, contexts, and the gradients of contexts (2), queries and keys, for both sides.
+        "products": 12 * pixels * tokens * stage.dim * product,
+        "exponentials": 2 * pixels * tokens * exponential,
+        "maps and gradients": 2 * copy,
+    }
+    print(
+        f"floor: {sum(parts.values()):.1f} ms ({', '.join(f'{name} {ms:.1f}' for name, ms in parts.items())}); "
+        f"native takes {native_ms / sum(parts.values()):.2f} times as long"
+    )
+
+
+def fastest_ms(run: Callable[[], object]) -> float:
+    """The fastest of 20 calls, in milliseconds."""
+    times = []
+    for _ in range(20):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return 1e3 * min(times)
 
 
 def table_of(results: Path, device: torch.device, sweep: str | None = None) -> Path:

@@ -49,6 +49,8 @@ def main() -> int:
             Provider("plain", step(student, teacher, "reference")),
             Provider("eager", step(student, teacher, "eager")),
         ]
+        if device.type == "cpu":
+            providers.append(Provider("native", step(student, teacher, "native")))
         if device.type == "cuda":
             providers.append(Provider("triton", step(student, teacher, "triton")))
         session.run(case, providers, rounds=5, max_seconds=20.0)

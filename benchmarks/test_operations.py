@@ -5,7 +5,7 @@
 
 Each result is compared with `reference` in float64 before anything is timed; where they disagree the benchmark fails
 and prints no time. Runs on the GPU when there is one, with the paper's batch, else on the CPU with two images.
-CONTRIBUTING.md says how to compare two commits.
+CONTRIBUTING.md says how to compare two commits. On a GPU these times include the host's; `gpu_suite.py` leaves it out.
 """
 
 from __future__ import annotations

@@ -263,7 +263,8 @@ class TrainingConfig:
     evaluate_every: int | None = None
     """Epochs between validations; None validates only at the end."""
     batch_norm_images: int | None = None
-    """Training images to re-estimate batch norm statistics from before validation; None keeps the running ones."""
+    """Training images to re-estimate batch norm statistics from before validation, at least 2; None keeps the running
+    ones."""
     log_every: int = 20
     """Steps between lines of `metrics.jsonl`."""
     checkpoint_every: int = 500
@@ -308,7 +309,7 @@ class TrainingConfig:
         _check_number("epochs", self.epochs, 1)
         _check_number("seed", self.seed, 0)
         _check_number("evaluate_every", self.evaluate_every, 1)
-        _check_number("batch_norm_images", self.batch_norm_images, 1)
+        _check_number("batch_norm_images", self.batch_norm_images, 2)
         _check_number("log_every", self.log_every, 1)
         _check_number("checkpoint_every", self.checkpoint_every, 1)
         _check_number("label_smoothing", self.label_smoothing, 0, below=1)

@@ -113,6 +113,11 @@ class Distiller(nn.Module):
         _check_networks(student, teacher)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if image_size is not None and (not isinstance(image_size, Sequence) or len(image_size) != 2):
+            raise ValueError(f"image_size must be (height, width), got {image_size!r}")
+        for side, taps in (("student", student_taps), ("teacher", teacher_taps)):
+            if taps is not None and not isinstance(taps, TapConfig):
+                raise ValueError(f"{side}_taps must be a sward.config.TapConfig, got {taps!r}")
         for side, names, network, other in (
             ("student", student_layers, student, teacher),
             ("teacher", teacher_layers, teacher, student),

@@ -239,6 +239,11 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no module": (lambda: Distiller(Net(4), Net, num_classes=3), "teacher must be an nn.Module, got type"),
     "masks missing": (lambda: distiller(method="maskd"), "masks must be a file for method 'maskd', got None"),
     "image size": (lambda: distiller(image_size=(0, 0)), r"student: image_size must be .* got 0x0.*; pass image_size="),
+    "one number as image size": (lambda: distiller(image_size=64), r"image_size must be \(height, width\), got 64"),
+    "taps as a dictionary": (
+        lambda: distiller(teacher_taps={"format": "nhwc"}),
+        r"teacher_taps must be a sward.config.TapConfig, got \{'format'",
+    ),
     "dictionary without logits": (
         lambda: Distiller(Net(4, wrap=lambda x: {"a": x, "b": x}), Net(8), num_classes=3, image_size=(64, 64)),
         r"select must name a tensor in the output of the student, got 0; it holds \{'a'",

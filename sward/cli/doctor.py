@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 
 import torch
 
 from sward.training.run_folder import environment
+from sward_kernels import cpp
+from sward_kernels.colours import native as colours
 from sward_kernels.prototypes import native as prototypes
+from sward_kernels.relation import native as relation
 from sward_kernels.standardization import native as standardization
 from sward_kernels.windowed import native as windowed_distillation
 
@@ -19,6 +23,7 @@ OPTIONAL = {
     "matplotlib": "figures",
     "sklearn": "t-SNE",
     "ptflops": "the paper's FLOP column",
+    "webdataset": "unlabelled images from tar files",
 }
 
 
@@ -30,25 +35,36 @@ def describe_machine() -> str:
     lines += [f"GPU {index}: {name}" for index, name in enumerate(facts["gpus"])] or ["no GPU visible to torch"]
     lines.append("")
     lines += [f"sward_kernels on {device}: {reason}" for device, reason in _implementations()]
+    lines.append(_compilation())
     missing = [f"  {name}: {use}" for name, use in OPTIONAL.items() if importlib.util.find_spec(name) is None]
     if missing:
         lines += ["", "optional packages that are not installed (pip install 'sward[all]'):", *missing]
     return "\n".join(lines)
 
 
+def _compilation() -> str:
+    command = shlex.join([*cpp.compiler(), *cpp.FLAGS])
+    if windowed_distillation.LIBRARY.why_not() is not None:
+        return f"C++ compiled by: {command}"
+    width = windowed_distillation.LIBRARY.functions.vector_width()
+    return f"C++ compiled by: {command}\nC++ vectors of {width} floats; libraries in {cpp.cache_folder()}"
+
+
 def _implementations() -> list[tuple[str, str]]:
     found = []
-    for loss, library, otherwise in (
-        ("MWAD", windowed_distillation.LIBRARY, "in windows above 16 x 16"),
-        ("PDR", prototypes.LIBRARY, "for normalised features"),
+    for part, library, otherwise, elsewhere in (
+        ("MWAD", windowed_distillation.LIBRARY, "eager", "in windows above 16 x 16 and in other dtypes"),
+        ("PDR", prototypes.LIBRARY, "eager", "for normalised features and in other dtypes"),
+        ("CIRKD", relation.LIBRARY, "eager", "above 4096 pixels per image and in float64"),
+        ("standardised teacher", standardization.LIBRARY, "PyTorch", "in other dtypes"),
     ):
         reason = library.why_not()
-        choice = "native (C++) in fp32" if reason is None else f"eager instead of native ({reason})"
-        found.append((f"{loss}, CPU tensors", f"{choice}; eager {otherwise} and in other dtypes"))
-    reason = standardization.LIBRARY.why_not()
-    choice = "native (C++) in fp32" if reason is None else f"PyTorch instead of native ({reason})"
-    found.append(("standardised teacher, CPU tensors", f"{choice}; PyTorch in other dtypes"))
-    found.append(("CIRKD, CPU tensors", "eager"))
+        dtypes = "fp32, bf16 and fp16" if part == "MWAD" else "fp32"
+        choice = f"native (C++) in {dtypes}" if reason is None else f"{otherwise} instead of native ({reason})"
+        found.append((f"{part}, CPU tensors", f"{choice}; {otherwise} {elsewhere}"))
+    reason = colours.LIBRARY.why_not()
+    choice = "native (C++)" if reason is None else f"torchvision instead of native ({reason})"
+    found.append(("colour jitter, images in 8 bits", f"{choice}; the same bits"))
     if not torch.cuda.is_available():
         return found
     if importlib.util.find_spec("triton") is None:

@@ -136,7 +136,8 @@ def read_image(
         )
     if "A" in image.getbands() or "transparency" in image.info:
         image = _over_black(image)
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    # `convert` copies an image that is RGB already.
+    return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB"))).permute(2, 0, 1)
 
 
 class Header(NamedTuple):

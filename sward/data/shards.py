@@ -1,7 +1,8 @@
 """Unlabelled images from tar files, for sets that no folder holds; read with the library webdataset.
 
 A source is a path or address with braces, such as `shards/{000..999}.tar`, or commands that write one shard each, such
-as `pipe:curl -s https://host/{000..999}.tar`. Every image in the files is used; all else in them is skipped.
+as `pipe:curl -s https://host/{000..999}.tar`. Every image `NAME.SUFFIX` in the files is used. Images with two
+suffixes, such as the mask `NAME.seg.png`, are left out with a warning; other files are skipped.
 
 **Order.** Every pass shuffles the shards by the seed and the number of the pass, deals them to the processes, and those
 of a process to its loader processes. So no two processes read one shard in a pass. Each loader process shuffles its
@@ -88,6 +89,7 @@ class ImageShards(IterableDataset[Batch]):
             raise DatasetNotFoundError(f"unlabelled must name existing shards, got {missing}, which does not exist")
         self.images = UnlabelledImages((), like, image_size, seed)
         self.batch, self.start, self.part, self.parts = 1, 0, 0, 1
+        self._warned = False
 
     def check(self, processes: int, workers: int) -> None:
         """Raise a ValueError if there is not a shard for every loader process of every process."""
@@ -136,6 +138,13 @@ class ImageShards(IterableDataset[Batch]):
             try:
                 for sample in library.tarfile_samples(iter([{"url": shard}]), select_files=_is_image):
                     content = next((value for key, value in sample.items() if f".{key}" in SUFFIXES), None)
+                    left_out = next((key for key in sample if "." in key), None)
+                    if left_out is not None and not self._warned:
+                        self._warned = True
+                        warnings.warn(
+                            f"images with two suffixes are left out, such as {sample['__key__']}.{left_out} in {shard}",
+                            stacklevel=2,
+                        )
                     if content is not None:
                         yield {"__url__": sample["__url__"], "__key__": sample["__key__"], "image": content}
             except (OSError, EOFError, ValueError, tarfile.TarError) as error:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sward.alignment import resize_labels
 from sward.data.sample import IGNORE_INDEX
+from sward_kernels.colours import native as colours
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -204,6 +205,36 @@ class FlipRotateResize:
         return _wrapped(rotated.round_().to(torch.uint8), moved.to(torch.uint8))
 
 
+class ColourJitter:
+    """`v2.ColorJitter`, in C++ where that compiles; the image is the same bit for bit.
+
+    Args:
+        limits: of brightness, contrast, saturation and hue, as `v2.ColorJitter` takes them.
+    """
+
+    def __init__(self, **limits: float) -> None:
+        self.reference = _torchvision().transforms.v2.ColorJitter(**limits)
+
+    def __call__(self, image: Any, labels: Any) -> tuple[Any, Any]:
+        plain = image.as_subclass(Tensor)
+        if not colours.serves(plain):
+            jittered: tuple[Any, Any] = self.reference(image, labels)
+            return jittered
+        drawn = self.reference.make_params([image])
+        changes = (
+            (colours.adjust_brightness_, drawn["brightness_factor"]),
+            (colours.adjust_contrast_, drawn["contrast_factor"]),
+            (colours.adjust_saturation_, drawn["saturation_factor"]),
+            (colours.adjust_hue_, drawn["hue_factor"]),
+        )
+        plain = plain.clone()
+        for index in drawn["fn_idx"].tolist():
+            change, factor = changes[index]
+            if factor is not None:
+                change(plain, factor)
+        return _wrapped(plain, labels.as_subclass(Tensor))
+
+
 def _smoothed(image: Tensor, size: tuple[int, int]) -> Tensor:
     """The image without what a bilinear sample at `size` would alias.
 
@@ -234,7 +265,7 @@ def street_training(
 
 def polyp_training(size: tuple[int, int]) -> TrainingTransform:
     """Flips both ways, rotation within 30 degrees, mild colour jitter. An endoscope has no up and no down."""
-    jitter = _torchvision().transforms.v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02)
+    jitter = ColourJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02)
     return TrainingTransform([FlipRotateResize(size, 30), jitter], resized=polyp_training)
 
 

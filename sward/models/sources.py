@@ -133,28 +133,31 @@ def _with_imagenet(name: str, num_classes: int, options: Mapping[str, Any]) -> n
 def _imagenet_place(source: str, architecture: str, options: Mapping[str, Any]) -> str:
     """Say where the ImageNet weights of a network lie: a file of torch's hub, or a repository of Hugging Face's."""
     repository, address = None, None
-    if source == "timm":
-        import timm
-
-        settings: Any = timm.get_pretrained_cfg(architecture)
-        repository, address = getattr(settings, "hf_hub_id", None), getattr(settings, "url", None)
-        if repository == "timm/":
-            repository += f"{settings.architecture}.{settings.tag}"
-    elif source == "smp":
+    encoder = architecture if source == "timm" else ""
+    if source == "smp":
         import segmentation_models_pytorch as smp
 
         builder: Any = getattr(smp, architecture)
         encoder = options.get("encoder_name", inspect.signature(builder).parameters["encoder_name"].default)
         stated: Any = smp.encoders.encoders.get(encoder, {}).get("pretrained_settings", {}).get("imagenet", {})
         repository, address = stated.get("repo_id"), stated.get("url")
-    else:
+        if repository is not None and "revision" in stated:
+            repository += f"/snapshots/{stated['revision']}"
+    if source == "timm" or encoder.startswith("tu-"):
+        import timm
+
+        settings: Any = timm.get_pretrained_cfg(encoder.removeprefix("tu-"))
+        repository, address = getattr(settings, "hf_hub_id", None), getattr(settings, "url", None)
+        if repository == "timm/":
+            repository += f"{settings.architecture}.{settings.tag}"
+    elif source == "torchvision":
         from torchvision import models
 
         backbone = inspect.signature(models.get_model_builder(architecture)).parameters["weights_backbone"].default
         address = type(backbone).DEFAULT.url
     if repository is not None:
         cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub")
-        return f"in {cache.expanduser() / ('models--' + repository.replace('/', '--'))} and on huggingface.co"
+        return f"in {cache.expanduser() / ('models--' + repository.replace('/', '--', 1))} and on huggingface.co"
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     return f"at {folder if address is None else folder / address.rpartition('/')[2]} and on the internet"
 

@@ -64,7 +64,9 @@ def headline(groups: Sequence[Group], costs: Mapping[str, Cost | None]) -> Headl
     if len(rivals) > 1:
         more[0] = f"{more[0][:-1]}, the best of {len(rivals)} distilled students."
     if own is not None:
-        more.append(f"Time: batches of one image of {own.size[0]} x {own.size[1]} pixels, {this_cpu()}.")
+        more.append(
+            f"Time: batches of one image of {own.size[0]} x {own.size[1]} pixels, {this_cpu()}, measured for this page."
+        )
     alone = baseline(best, groups)
     if best.role == "distilled" and alone is not None:
         more.append(_gain(best, alone, evaluation, metric, name))

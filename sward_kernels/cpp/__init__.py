@@ -27,9 +27,10 @@ class Library:
     Args:
         operation: name of the operation, for messages.
         source: a file that includes only the standard library and headers from its own folder or this one.
+        flags: for the compiler, besides `FLAGS`.
     """
 
-    def __init__(self, operation: str, source: Path) -> None:
+    def __init__(self, operation: str, source: Path, flags: tuple[str, ...] = ()) -> None:
         self.operation = operation
         self.source = source
         self._functions: ctypes.CDLL | None = None
@@ -39,7 +40,7 @@ class Library:
         def why_not() -> str | None:
             if self._functions is None and self._reason is None:
                 try:
-                    self._functions = ctypes.CDLL(str(_compile(source)))
+                    self._functions = ctypes.CDLL(str(_compile(source, flags)))
                 except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
                     self._reason = str(error)
             return self._reason
@@ -63,22 +64,33 @@ class Library:
             )
 
 
+def compiler() -> list[str]:
+    """The compiler and the arguments that `$CXX` gives it."""
+    return shlex.split(os.environ.get("CXX") or "c++")
+
+
+def cache_folder() -> Path:
+    """The folder of the libraries."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sward_kernels"
+
+
 class _CompilerError(RuntimeError):
     pass
 
 
-def _compile(source: Path) -> Path:
-    command = shlex.split(os.environ.get("CXX") or "c++")
+def _compile(source: Path, flags: tuple[str, ...] = ()) -> Path:
+    command = compiler()
     if shutil.which(command[0]) is None:
         raise _CompilerError(f"found no C++ compiler {command[0]!r} (set CXX to name another)")
-    command += FLAGS
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sward_kernels"
+    command += [*FLAGS, *flags]
+    folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     # The verbose output includes what -march=native means on this machine: machines with different processors may share
     # a home folder.
     target = _run([*command, "-E", "-v", "-x", "c++", os.devnull, "-o", os.devnull], folder)
     texts = [source, *sorted(source.parent.glob("*.h")), *sorted(HEADERS.glob("*.h"))]
-    name = hashlib.sha256(b"".join([target.encode(), *(text.read_bytes() for text in texts)])).hexdigest()[:24]
+    decisive = [target.encode(), repr(flags).encode(), *(text.read_bytes() for text in texts)]
+    name = hashlib.sha256(b"".join(decisive)).hexdigest()[:24]
     library = folder / f"{source.parent.name}-{name}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as workplace:

@@ -1,24 +1,36 @@
-// Products, transposes and exponentials of fp32 matrices in cache, eight lanes at a time.
+// Products, transposes and exponentials of fp32 matrices in cache, one vector of the target at a time.
 
 #pragma once
 
 #include <cstdint>
 
-typedef float Lanes __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t IntLanes __attribute__((vector_size(32)));
+// ROWS x 2 vectors of a product are accumulated in registers: 16 of 32 where there are 32, else 12 of 16.
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16, ROWS = 8;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8, ROWS = 6;
+#elif defined(__ARM_NEON)
+constexpr int64_t LANES = 4, ROWS = 8;
+#else
+constexpr int64_t LANES = 4, ROWS = 6;
+#endif
 
-constexpr int64_t LANES = 8;
-constexpr int64_t PANEL = 2 * LANES;  // columns of a product that are accumulated in registers
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t IntLanes __attribute__((vector_size(4 * LANES)));
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t IntEight __attribute__((vector_size(32)));
 
 #ifdef __clang__
 #define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
 #else
-#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, IntLanes{__VA_ARGS__})
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, IntEight{__VA_ARGS__})
 #endif
 
 inline Lanes load(const float* x) { return *reinterpret_cast<const Lanes*>(x); }
 inline void store(float* x, Lanes value) { *reinterpret_cast<Lanes*>(x) = value; }
-inline Lanes broadcast(float x) { return Lanes{x, x, x, x, x, x, x, x}; }  // one instruction, from memory
+inline Lanes broadcast(float x) { return x - Lanes{}; }  // one instruction, from memory
+inline Eight load_eight(const float* x) { return *reinterpret_cast<const Eight*>(x); }
+inline void store_eight(float* x, Eight value) { *reinterpret_cast<Eight*>(x) = value; }
 
 inline float sum(Lanes x) {
     float total = 0;
@@ -61,44 +73,54 @@ inline Lanes exponential(Lanes x) {
     return p * (Lanes)(((IntLanes)shifted << 23) + 0x3f800000);
 }
 
-template <int ROWS>
-inline void multiply_rows(
+template <int COUNT, int VECTORS, bool ADD>
+inline void multiply_block(
     float* out, const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t depth, int64_t width) {
-    for (int64_t column = 0; column < width; column += PANEL) {
-        Lanes low[ROWS] = {}, high[ROWS] = {};
+    Lanes sums[COUNT][VECTORS] = {};
+    if (ADD)
+        for (int i = 0; i < COUNT; ++i)
+            for (int j = 0; j < VECTORS; ++j) sums[i][j] = load(out + i * width + j * LANES);
 #pragma GCC unroll 4
-        for (int64_t k = 0; k < depth; ++k) {
-            Lanes b_low = load(b + k * width + column), b_high = load(b + k * width + column + LANES);
-#pragma GCC unroll 6
-            for (int row = 0; row < ROWS; ++row) {
-                Lanes x = broadcast(a[row * a_row + k * a_depth]);
-                low[row] += x * b_low;
-                high[row] += x * b_high;
-            }
-        }
-        for (int row = 0; row < ROWS; ++row) {
-            store(out + row * width + column, low[row]);
-            store(out + row * width + column + LANES, high[row]);
+    for (int64_t k = 0; k < depth; ++k) {
+        Lanes row[VECTORS];
+        for (int i = 0; i < VECTORS; ++i) row[i] = load(b + k * width + i * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < COUNT; ++i) {
+            const Lanes x = broadcast(a[i * a_row + k * a_depth]);
+            for (int j = 0; j < VECTORS; ++j) sums[i][j] += x * row[j];
         }
     }
+    for (int i = 0; i < COUNT; ++i)
+        for (int j = 0; j < VECTORS; ++j) store(out + i * width + j * LANES, sums[i][j]);
 }
 
-// out[row, column] = sum over k < depth of a[row * a_row + k * a_depth] * b[k, column]; `out` and `b` are `width` wide.
-// Six rows of one panel fill the sixteen registers of AVX2.
+template <int COUNT, bool ADD>
+inline void multiply_rows(
+    float* out, const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t depth, int64_t width) {
+    int64_t column = 0;
+    for (; column + 2 * LANES <= width; column += 2 * LANES)
+        multiply_block<COUNT, 2, ADD>(out + column, a, a_row, a_depth, b + column, depth, width);
+    if (column < width) multiply_block<COUNT, 1, ADD>(out + column, a, a_row, a_depth, b + column, depth, width);
+}
+
+// out[row, column] = sum over k < depth of a[row * a_row + k * a_depth] * b[k, column]; `out` and `b` are `width` wide,
+// whole vectors. Added to `out` if ADD.
+template <bool ADD = false>
 inline void multiply(
     float* out, const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t rows, int64_t depth,
     int64_t width) {
     int64_t row = 0;
-    for (; row + 6 <= rows; row += 6)
-        multiply_rows<6>(out + row * width, a + row * a_row, a_row, a_depth, b, depth, width);
+    for (; row + ROWS <= rows; row += ROWS)
+        multiply_rows<ROWS, ADD>(out + row * width, a + row * a_row, a_row, a_depth, b, depth, width);
     for (; row + 4 <= rows; row += 4)
-        multiply_rows<4>(out + row * width, a + row * a_row, a_row, a_depth, b, depth, width);
-    for (; row < rows; ++row) multiply_rows<1>(out + row * width, a + row * a_row, a_row, a_depth, b, depth, width);
+        multiply_rows<4, ADD>(out + row * width, a + row * a_row, a_row, a_depth, b, depth, width);
+    for (; row < rows; ++row)
+        multiply_rows<1, ADD>(out + row * width, a + row * a_row, a_row, a_depth, b, depth, width);
 }
 
 inline void transpose_block(const float* from, int64_t from_row, float* to, int64_t to_row) {
-    Lanes x[8], y[8];
-    for (int i = 0; i < 8; ++i) x[i] = load(from + i * from_row);
+    Eight x[8], y[8];
+    for (int i = 0; i < 8; ++i) x[i] = load_eight(from + i * from_row);
     for (int i = 0; i < 8; i += 2) {
         y[i] = SHUFFLE(x[i], x[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
         y[i + 1] = SHUFFLE(x[i], x[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
@@ -108,8 +130,8 @@ inline void transpose_block(const float* from, int64_t from_row, float* to, int6
         x[i + 2] = SHUFFLE(y[i], y[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
     }
     for (int i = 0; i < 4; ++i) {
-        store(to + i * to_row, SHUFFLE(x[i], x[i + 4], 0, 1, 2, 3, 8, 9, 10, 11));
-        store(to + (i + 4) * to_row, SHUFFLE(x[i], x[i + 4], 4, 5, 6, 7, 12, 13, 14, 15));
+        store_eight(to + i * to_row, SHUFFLE(x[i], x[i + 4], 0, 1, 2, 3, 8, 9, 10, 11));
+        store_eight(to + (i + 4) * to_row, SHUFFLE(x[i], x[i + 4], 4, 5, 6, 7, 12, 13, 14, 15));
     }
 }
 

@@ -41,22 +41,23 @@ struct Gradient {
 
 namespace {
 
+constexpr int64_t BLOCK = 8;       // channels per step, as in native.py
 constexpr int64_t TILE = 64;       // channels_last pixels per step, for all channels of a thread
 constexpr int64_t LONGEST = 4096;  // pixels of the longest fp32 sum; sums of sums are double
 
 struct Sums {
-    Lanes sum, squares;
+    Eight sum, squares;
 };
 
 // Reads up to eight neighbouring pixels as one vector each of up to eight channels, filled up with zeros.
-inline void read_pixels(const Features& features, const float* from, int64_t pixels, int64_t channels, Lanes* to) {
-    const bool whole = pixels == LANES && channels == LANES;
+inline void read_pixels(const Features& features, const float* from, int64_t pixels, int64_t channels, Eight* to) {
+    const bool whole = pixels == BLOCK && channels == BLOCK;
     if (whole && features.channels_last()) {
-        for (int64_t pixel = 0; pixel < LANES; ++pixel) to[pixel] = load(from + pixel * features.column);
+        for (int64_t pixel = 0; pixel < BLOCK; ++pixel) to[pixel] = load_eight(from + pixel * features.column);
     } else if (whole && features.column == 1) {
-        transpose_block(from, features.channel, reinterpret_cast<float*>(to), LANES);
+        transpose_block(from, features.channel, reinterpret_cast<float*>(to), BLOCK);
     } else {
-        for (int64_t pixel = 0; pixel < LANES; ++pixel) to[pixel] = Lanes{};
+        for (int64_t pixel = 0; pixel < BLOCK; ++pixel) to[pixel] = Eight{};
         for (int64_t channel = 0; channel < channels; ++channel)
             for (int64_t pixel = 0; pixel < pixels; ++pixel)
                 to[pixel][channel] = from[channel * features.channel + pixel * features.column];
@@ -67,18 +68,18 @@ inline void read_pixels(const Features& features, const float* from, int64_t pix
 void add_pixels(
     const Statistics& given, int64_t block, int64_t image, int64_t row, int64_t from, int64_t to, Sums* sums) {
     const Features& features = given.features;
-    const int64_t channel = block * LANES, channels = std::min(LANES, features.channels - channel);
+    const int64_t channel = block * BLOCK, channels = std::min(BLOCK, features.channels - channel);
     const float* data =
         features.data + image * features.image + channel * features.channel + row * features.row;
     const int32_t* classes = given.classes + (image * features.height + row) * features.width;
-    const float* shift = given.shift + block * (given.num_classes + 1) * LANES;
-    Lanes values[LANES];
-    for (int64_t x = from; x < to; x += LANES) {
-        const int64_t pixels = std::min(LANES, to - x);
+    const float* shift = given.shift + block * (given.num_classes + 1) * BLOCK;
+    Eight values[BLOCK];
+    for (int64_t x = from; x < to; x += BLOCK) {
+        const int64_t pixels = std::min(BLOCK, to - x);
         read_pixels(features, data + x * features.column, pixels, channels, values);
         for (int64_t pixel = 0; pixel < pixels; ++pixel) {
             const int32_t own = classes[x + pixel];
-            const Lanes deviation = values[pixel] - load(shift + own * LANES);
+            const Eight deviation = values[pixel] - load_eight(shift + own * BLOCK);
             sums[own].sum += deviation;
             sums[own].squares += deviation * deviation;
         }
@@ -89,9 +90,9 @@ void add_pixels(
 void settle(const Statistics& given, int64_t first, int64_t last, Sums* sums) {
     const int64_t rows = given.num_classes + 1;
     for (int64_t row = first * rows; row < last * rows; ++row, ++sums) {
-        for (int64_t lane = 0; lane < LANES; ++lane) {
-            given.sums[row * LANES + lane] += sums->sum[lane];
-            given.squares[row * LANES + lane] += sums->squares[lane];
+        for (int64_t lane = 0; lane < BLOCK; ++lane) {
+            given.sums[row * BLOCK + lane] += sums->sum[lane];
+            given.squares[row * BLOCK + lane] += sums->squares[lane];
         }
         *sums = Sums{};
     }
@@ -122,7 +123,7 @@ void add_batch(const Statistics& given, int64_t first, int64_t last, Sums* sums)
 // Adds to `sums` and `squares`. Returns 0, or 1 if a thread cannot allocate the memory for its sums.
 extern "C" int statistics(const Statistics* arguments, int threads) {
     const Statistics& given = *arguments;
-    const int64_t blocks = (given.features.channels + LANES - 1) / LANES;
+    const int64_t blocks = (given.features.channels + BLOCK - 1) / BLOCK;
     int failed = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : failed)
     for (int64_t thread = 0; thread < threads; ++thread) {

@@ -15,7 +15,7 @@ from sward_kernels.prototypes.classes import one_pixel_of_each_class, statistics
 from sward_kernels.prototypes.passes import register_passes
 
 LIBRARY = cpp.Library("prototype_discrimination", Path(__file__).with_name("native.cpp"))
-LANES = 8  # of cpp/matrices.h
+BLOCK = 8  # channels that native.cpp processes at a time
 
 
 class _Features(ctypes.Structure):
@@ -88,11 +88,11 @@ def statistics(
     channels = features.shape[1]
     classes = class_indices(labels, num_classes, ignore_index)
     shift = one_pixel_of_each_class(features, classes, num_classes, features.dtype, normalize)
-    blocks = -(-channels // LANES)
+    blocks = -(-channels // BLOCK)
     table = (
-        F.pad(shift, (0, blocks * LANES - channels, 0, 1)).unflatten(1, (blocks, LANES)).transpose(0, 1).contiguous()
+        F.pad(shift, (0, blocks * BLOCK - channels, 0, 1)).unflatten(1, (blocks, BLOCK)).transpose(0, 1).contiguous()
     )
-    sums, squares = features.new_zeros(2, blocks, num_classes + 1, LANES, dtype=torch.float64)
+    sums, squares = features.new_zeros(2, blocks, num_classes + 1, BLOCK, dtype=torch.float64)
     own = classes.int().contiguous()
     arguments = _Statistics(
         _describe(features, _rows_join(features)),

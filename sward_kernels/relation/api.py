@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 from sward_kernels.arguments import are_weights, require_tensor, shown
 from sward_kernels.fallback import cannot_load, require_known, warn_once
 from sward_kernels.registration import register, without_autocast
-from sward_kernels.relation import eager, reference
+from sward_kernels.relation import eager, native, reference
 
-IMPLEMENTATIONS = ("auto", "reference", "eager", "triton")
+IMPLEMENTATIONS = ("auto", "reference", "eager", "native", "triton")
 
 
 def relational_kl(
@@ -37,8 +37,10 @@ def relational_kl(
             either. No gradient reaches it.
         temperature: divides every cosine similarity; positive. Default 0.1.
         implementation: `"reference"` (plain autograd, holds the `[B, B, P, P]` maps), `"eager"` (row tiles,
-            closed-form gradient, any device), `"triton"` (online softmax, backward by recomputation) or `"auto"`
-            (default): triton on GPU tensors, eager elsewhere; where triton cannot run, eager with a warning.
+            closed-form gradient, any device), `"native"` (the same gradient in C++, every pair of images once: fp32 on
+            a CPU, up to 4096 pixels, compiled for it on first use), `"triton"` (online softmax, backward by
+            recomputation) or `"auto"` (default): triton on GPU tensors, native where it takes the call, eager
+            elsewhere; where triton or native cannot run, eager with a warning.
 
     Returns:
         A scalar, fp32 (float64 for a float64 student), with gradient to `student`. 16-bit inputs are computed in fp32,
@@ -47,7 +49,7 @@ def relational_kl(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, a temperature that is not positive and finite, or an
             unknown implementation.
-        NotImplementedError: if triton is named explicitly and cannot run this call.
+        NotImplementedError: if native or triton is named explicitly and cannot run this call.
     """
     check_implementation(implementation)
     _check(student, teacher, temperature)
@@ -56,20 +58,36 @@ def relational_kl(
         student_units = F.normalize(student.to(dtype), dim=-1)
         teacher_units = F.normalize(teacher.detach().to(dtype), dim=-1)
         if implementation == "auto":
-            implementation = "triton" if student.is_cuda else "eager"  # ROCm tensors are "cuda" tensors too
-            if implementation == "triton":
+            implementation = _preferred(student_units, temperature)
+            if implementation != "eager":
                 try:
-                    return _triton()(student_units, teacher_units, temperature, falls_back=True)
+                    return _run(implementation, student_units, teacher_units, temperature, falls_back=True)
                 except NotImplementedError as reason:
-                    warn_once(f"relational_kl runs eager instead of triton: {reason}")
+                    warn_once(f"relational_kl runs eager instead of {implementation}: {reason}")
                     implementation = "eager"
-        if implementation == "triton":
-            return _triton()(student_units, teacher_units, temperature)
-        if implementation == "reference":
-            return reference.relational_kl(student_units, teacher_units, temperature)
-        wants_gradient = torch.is_grad_enabled() and student_units.requires_grad
-        loss: Tensor = _GradientInForward.apply(student_units, teacher_units, temperature, wants_gradient)
-        return loss
+        return _run(implementation, student_units, teacher_units, temperature)
+
+
+def _preferred(student_units: Tensor, temperature: float) -> str:
+    if student_units.is_cuda:  # true for ROCm tensors too
+        return "triton"
+    return "native" if native.serves(student_units, temperature) else "eager"
+
+
+def _run(
+    implementation: str, student_units: Tensor, teacher_units: Tensor, temperature: float, *, falls_back: bool = False
+) -> Tensor:
+    if implementation == "triton":
+        return _triton()(student_units, teacher_units, temperature, falls_back=falls_back)
+    if implementation == "reference":
+        return reference.relational_kl(student_units, teacher_units, temperature)
+    if implementation == "native":
+        native.require_support(student_units, temperature)
+    wants_gradient = torch.is_grad_enabled() and student_units.requires_grad
+    loss: Tensor = _GradientInForward.apply(
+        student_units, teacher_units, temperature, wants_gradient, _OPERATORS[implementation]
+    )
+    return loss
 
 
 def check_implementation(implementation: str) -> None:
@@ -102,30 +120,38 @@ def _fake(
     return student_units.new_empty(()), gradient
 
 
-_eager = register(
-    "relational_kl_eager(Tensor student_units, Tensor teacher_units, float temperature, bool wants_gradient)"
-    " -> (Tensor, Tensor)",
-    eager.relational_kl,
-    _fake,
-)
+_OPERATORS = {
+    name: register(
+        f"relational_kl_{name}(Tensor student_units, Tensor teacher_units, float temperature, bool wants_gradient)"
+        " -> (Tensor, Tensor)",
+        run,
+        _fake,
+    )
+    for name, run in (("eager", eager.relational_kl), ("native", native.relational_kl))
+}
 
 
 class _GradientInForward(torch.autograd.Function):
-    """The eager operator computes the gradient in the forward pass; backward only scales it."""
+    """The operator computes the gradient in the forward pass; backward only scales it."""
 
     @staticmethod
     def forward(
-        ctx: Any, student_units: Tensor, teacher_units: Tensor, temperature: float, wants_gradient: bool
+        ctx: Any,
+        student_units: Tensor,
+        teacher_units: Tensor,
+        temperature: float,
+        wants_gradient: bool,
+        operator: Callable[..., tuple[Tensor, Tensor]],
     ) -> Tensor:
-        loss, gradient = _eager(student_units, teacher_units, temperature, wants_gradient)
+        loss, gradient = operator(student_units, teacher_units, temperature, wants_gradient)
         ctx.save_for_backward(gradient)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream, None, None, None
+        return gradient * upstream, None, None, None, None
 
 
 def _triton() -> Callable[..., Tensor]:

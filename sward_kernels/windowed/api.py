@@ -67,8 +67,9 @@ def windowed_distillation(
         terms: weights of the attention, value and context terms. A weight of 0 skips the term, which is returned as 0.
         implementation: `"reference"` (plain autograd PyTorch, the specification), `"eager"` (closed-form gradients
             in cache-sized chunks, any device), `"compiled"` (eager through `torch.compile`), `"native"` (the same
-            gradients in C++: fp32 on a CPU, compiled for it on first use), `"triton"`, or `"auto"`: triton on GPU
-            tensors, native for fp32 on a CPU with windows of up to 16 x 16, eager elsewhere; where triton or native
+            gradients in C++: fp32, bf16 and fp16 on a CPU, compiled for it on first use), `"triton"`, or `"auto"`:
+            triton on GPU tensors, native in these dtypes on a CPU with windows of up to 16 x 16, eager elsewhere; where
+            triton or native
             cannot run, eager with a warning.
 
     Returns:

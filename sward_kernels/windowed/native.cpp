@@ -2,8 +2,8 @@
 // are those of `distil_chunk` in eager.py.
 //
 // All matrices of a window stay in the second-level cache. Tokens are the innermost axis of every matrix, padded to
-// whole panels, and a score matrix is stored as [key, query]: the softmax then runs down columns, eight queries at a
-// time, and every product but two reads its right-hand side row by row; for those two the matrix is transposed.
+// whole vectors, and a score matrix is stored as [key, query]: the softmax then runs down columns, a vector of queries at
+// a time, and every product but two reads its right-hand side row by row; for those two the matrix is transposed.
 // Padding lanes hold zeros and have `real` 0, so they add nothing.
 
 #include <algorithm>
@@ -226,7 +226,7 @@ Sizes sizes_of(const Arguments& given) {
     sizes.dim = given.dim;
     sizes.side = given.side;
     sizes.tokens = given.side * given.side;
-    sizes.width = (sizes.tokens + PANEL - 1) / PANEL * PANEL;
+    sizes.width = (sizes.tokens + LANES - 1) / LANES * LANES;
     sizes.matrix = sizes.dim * sizes.width;
     sizes.scores = sizes.tokens * sizes.width;
     return sizes;
@@ -236,7 +236,7 @@ Sizes sizes_of(const Arguments& given) {
 struct Workspace {
     Workspace(const Arguments& given, const Sizes& sizes)
         : group(std::min(given.window_columns, std::max<int64_t>(1, PIXELS_TOGETHER / sizes.side))),
-          stride(3 * sizes.matrix + PANEL) {  // not a power of two, which would share a cache set
+          stride(3 * sizes.matrix + 16) {  // not a power of two, which would share a cache set
         const int64_t side = 3 * sizes.scores + 2 * sizes.matrix + 2 * sizes.width;
         const int64_t shared = sizes.scores + sizes.matrix + sizes.width;
         floats.reset(new (std::nothrow) float[2 * group * stride + 2 * side + shared]());
@@ -322,3 +322,6 @@ extern "C" int distil(const Arguments* arguments, int threads) {
     }
     return failed;
 }
+
+// The width of the vectors for which matrices.h was compiled, in floats.
+extern "C" int vector_width() { return LANES; }

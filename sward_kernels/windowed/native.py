@@ -41,15 +41,15 @@ class _Arguments(ctypes.Structure):
 
 def serves(qkv: Tensor) -> bool:
     """Whether this operator is written for such maps."""
-    return qkv.is_cpu and qkv.dtype == torch.float32
+    return qkv.is_cpu and qkv.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def require_support(qkv: Tensor) -> None:
     """Raise NotImplementedError, with the reason, if this operator cannot run on such maps here."""
     if not serves(qkv):
         raise NotImplementedError(
-            f"implementation='native' of windowed_distillation takes fp32 maps on a CPU, got {qkv.dtype} on "
-            f"{qkv.device.type}; use 'eager'"
+            f"implementation='native' of windowed_distillation takes maps of fp32, bf16 or fp16 on a CPU, got "
+            f"{qkv.dtype} on {qkv.device.type}; use 'eager'"
         )
     LIBRARY.require()
 
@@ -64,7 +64,22 @@ def _run(
     wants_student_gradient: bool,
     wants_teacher_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator; arguments and results as in `gradient_in_forward.SCHEMA`."""
+    """The operator; arguments and results as in `gradient_in_forward.SCHEMA`. Maps of 16 bits are computed in fp32."""
+    if qkv_student.dtype != torch.float32:
+        means, *computed = _run(
+            qkv_student.float(),
+            qkv_teacher.float(),
+            window_size,
+            offsets,
+            shift,
+            terms,
+            wants_student_gradient,
+            wants_teacher_gradient,
+        )
+        results = allocate_gradients(qkv_student, qkv_teacher, wants_student_gradient, wants_teacher_gradient)
+        for result, gradient in zip(results, computed, strict=True):
+            result.copy_(gradient)
+        return means, results[0], results[1]
     batch, channels, height, width = qkv_student.shape
     grid = WindowGrid(height, width, window_size)
     if shift is not None:

@@ -57,7 +57,7 @@ _TABLE: dict[tuple[str | int, ...], tuple[tuple[int, int, Tiles], ...]] = {
     ("nchw", "ampere", "backward", 16): (
         (16, 256, Tiles(32, 32, 16, 2)),
         (64, 16, Tiles(64, 64, 16, 8)),
-        (64, 64, Tiles(64, 64, 16, 4)),
+        (64, 64, Tiles(64, 64, 32, 4)),
         (64, 256, Tiles(64, 64, 32, 8)),
         (1024, 32, Tiles(128, 16, 16, 8)),
         (1024, 64, Tiles(64, 16, 16, 8)),

@@ -10,7 +10,7 @@ constexpr int64_t AHEAD = 2;  // channels to prefetch: each lies on a page of it
 
 struct Sizes {
     int64_t dim, side, tokens;
-    int64_t width;   // tokens, padded to whole panels
+    int64_t width;   // tokens, padded to whole vectors
     int64_t matrix;  // floats of [dim, width]
     int64_t scores;  // floats of [tokens, width]
 };
@@ -60,8 +60,8 @@ inline void read_windows(const Image& map, const Run* runs, int64_t count, const
             const float* from = map.data + channel * map.channel + run->on_map;
             __builtin_prefetch(from + AHEAD * map.channel);
             float* to = windows + channel * sizes.width + run->in_windows;
-            if (map.column == 1 && run->length == LANES)
-                store(to, load(from));
+            if (map.column == 1 && run->length == 8)
+                store_eight(to, load_eight(from));
             else
                 for (int64_t x = 0; x < run->length; ++x) to[x] = from[x * map.column];
         }
@@ -80,8 +80,8 @@ inline void write_windows(const Image& map, const Run* runs, int64_t count, cons
             const float* from = windows + channel * sizes.width + run->in_windows;
             float* to = map.data + channel * map.channel + run->on_map;
             __builtin_prefetch(to + AHEAD * map.channel, 1);
-            if (map.column == 1 && run->length == LANES)
-                store(to, load(from));
+            if (map.column == 1 && run->length == 8)
+                store_eight(to, load_eight(from));
             else
                 for (int64_t x = 0; x < run->length; ++x) to[x * map.column] = from[x];
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -17,9 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sward.cli import doctor
 from sward.cli.main import main
-from sward_kernels import prototype_discrimination, windowed_distillation
+from sward_kernels import cpp, prototype_discrimination, relational_kl, windowed_distillation
 
-CPU = ("MWAD, CPU tensors", "PDR, CPU tensors", "CIRKD, CPU tensors")
+CPU = (
+    "MWAD, CPU tensors",
+    "PDR, CPU tensors",
+    "CIRKD, CPU tensors",
+    "standardised teacher, CPU tensors",
+    "colour jitter, images in 8 bits",
+)
 
 
 def implementations(report: str) -> dict[str, str]:
@@ -57,6 +64,8 @@ def runs_native(operation: str, dtype: torch.dtype = torch.float32, **options: A
         if operation == "MWAD":
             maps = torch.randn(2, 1, 6, 20, 20, dtype=dtype)
             windowed_distillation(*maps, options["window"])
+        elif operation == "CIRKD":
+            relational_kl(*torch.randn(2, 1, 6, 3, dtype=dtype))
         else:
             features = torch.randn(2, 3, 8, 8, dtype=dtype)
             prototype_discrimination(features, torch.zeros(2, 8, 8, dtype=torch.int64), 2, **options)
@@ -80,15 +89,30 @@ def test_where_the_doctor_says_native_native_runs_and_elsewhere_it_does_not(monk
     set_gpus(monkeypatch)
     said = implementations(doctor.describe_machine())
     assert tuple(said) == CPU
-    assert said["MWAD, CPU tensors"] == "native (C++) in fp32; eager in windows above 16 x 16 and in other dtypes"
+    expected = "native (C++) in fp32, bf16 and fp16; eager in windows above 16 x 16 and in other dtypes"
+    assert said["MWAD, CPU tensors"] == expected
+    assert runs_native("MWAD", torch.bfloat16, window=16)
     assert said["PDR, CPU tensors"] == "native (C++) in fp32; eager for normalised features and in other dtypes"
-    assert said["CIRKD, CPU tensors"] == "eager"
+    assert said["CIRKD, CPU tensors"] == "native (C++) in fp32; eager above 4096 pixels per image and in float64"
     assert runs_native("MWAD", window=16)
     assert not runs_native("MWAD", window=17)
     assert not runs_native("MWAD", torch.float64, window=16)
     assert runs_native("PDR")
     assert not runs_native("PDR", normalize=True)
     assert not runs_native("PDR", torch.float64)
+    assert runs_native("CIRKD")
+    assert not runs_native("CIRKD", torch.float64)
+
+
+@pytest.mark.skipif(
+    doctor.windowed_distillation.LIBRARY.why_not() is not None, reason="the C++ does not compile on this machine"
+)
+def test_the_doctor_names_compiler_flags_width_and_folder() -> None:
+    report = doctor.describe_machine()
+    assert f"C++ compiled by: {' '.join(cpp.compiler())} -std=c++17 -O3 -march=native" in report
+    width, folder = re.search(r"C\+\+ vectors of (\d+) floats; libraries in (.*)", report).groups()
+    assert width in ("4", "8", "16")
+    assert list(Path(folder).glob("windowed-*.so"))
 
 
 def test_without_a_compiler_the_doctor_says_eager_and_why(tmp_path: Path) -> None:
@@ -96,12 +120,13 @@ def test_without_a_compiler_the_doctor_says_eager_and_why(tmp_path: Path) -> Non
     command = [sys.executable, "-m", "sward", "doctor"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     said = implementations(done.stdout)
-    for name in CPU[:2]:
+    for name in CPU:
         choice, _ = said[name].split("; ")
-        assert choice.startswith("eager instead of native (")
+        assert choice.startswith(
+            ("eager instead of native (", "PyTorch instead of native (", "torchvision instead of ")
+        )
         assert "'no-such-compiler'" in choice
         assert "CXX" in choice
-    assert said["CIRKD, CPU tensors"] == "eager"
 
 
 def test_gpus_are_listed_and_take_triton(monkeypatch: pytest.MonkeyPatch) -> None:

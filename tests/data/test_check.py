@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sward import data
+from sward.cli.main import main
 from sward.data import check
 from sward.data.check import check_splits, count_labels, find_copies
 from sward.data.files import PairedFiles
@@ -57,6 +58,16 @@ def test_a_foreground_that_means_ignore_is_an_error_with_the_cure(polyps: Path, 
         ValueError, match=r"class 'class 1' must be .* none in 4 masks; 18% .* pass --mask-values 0,255"
     ):
         check_splits({"train": build(polyps)})
+
+
+def test_a_pack_of_such_masks_is_not_written_either(
+    polyps: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, number in (*(("train", number) for number in range(4)), ("val", 0), ("val", 1)):
+        write(polyps / f"masks/{split}/{number}.png", 255 * DISC)
+    assert main(["data", "pack", "folder", "--root", str(polyps), "--num-classes", "2"]) == 2
+    assert "pass --mask-values 0,255" in capsys.readouterr().err
+    assert not (polyps / "sward-pack").exists()
 
 
 def test_a_declared_class_without_pixels_is_an_error(polyps: Path) -> None:
@@ -111,8 +122,10 @@ def test_copies_across_splits_are_named(polyps: Path) -> None:
     (polyps / "images/val/1.png").write_bytes((polyps / "images/train/3.png").read_bytes())
     with pytest.warns(UserWarning, match="2 images of val have the same bytes as images of train, such as 0 and 0;"):
         check_splits({"train": build(polyps), "val": build(polyps, "val")})
+    # Of one size, but not the same.
+    content = (polyps / "images/train/0.png").read_bytes()
     for number in range(2):
-        (polyps / f"images/val/{number}.png").write_bytes((polyps / "images/train/0.png").read_bytes() + b"x")
+        (polyps / f"images/val/{number}.png").write_bytes(content[:-1] + bytes([content[-1] ^ (number + 1)]))
     assert find_copies({name: build(polyps, name).pairs for name in ("train", "val")}) == []
 
 

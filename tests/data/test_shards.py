@@ -109,6 +109,17 @@ def test_an_image_has_as_many_views_as_the_labelled_ones(folder: Path) -> None:
     assert counts[2] > counts[1]
 
 
+def test_masks_beside_the_images_are_left_out_and_named(folder: Path) -> None:
+    with tarfile.open(folder / "010.tar", "w") as archive:
+        for number in range(2):
+            add(archive, f"{number}.png", encoded(number))
+            add(archive, f"{number}.seg.png", encoded(9))
+    with pytest.warns(UserWarning, match=r"two suffixes are left out, such as 0.seg.png in .*010.tar$") as caught:
+        names = next(iter(stream(folder, "010.tar", batch=4))).names
+    assert Counter(names) == {"010.tar/0": 2, "010.tar/1": 2}
+    assert sum("two suffixes" in str(warning.message) for warning in caught) == 1
+
+
 def test_commands_write_shards(folder: Path) -> None:
     source = f"pipe:cat {folder}/{{000..005}}.tar"
     assert all(is_shards(name) for name in (source, "a/{0..9}.tar", "s3://b/a.tar.gz"))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from sward.data import transforms
@@ -306,3 +307,15 @@ def test_training_without_torchvision_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setitem(__import__("sys").modules, "torchvision", None)
     with pytest.raises(ModuleNotFoundError, match=r"need torchvision, .* pip install 'sward\[models\]'"):
         transforms.street_training((32, 32))
+
+
+def test_colour_jitter_draws_and_computes_what_torchvision_does() -> None:
+    image = torch.randint(256, (3, 40, 56), dtype=torch.uint8)
+    labels = tv_tensors.Mask(torch.zeros(40, 56, dtype=torch.uint8))
+    limits = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.02}
+    for seed in range(12):
+        results = []
+        for step in (transforms.ColourJitter(**limits), v2.ColorJitter(**limits)):
+            torch.manual_seed(seed)
+            results.append((step(tv_tensors.Image(image), labels)[0].as_subclass(torch.Tensor), torch.rand(1)))
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

@@ -187,11 +187,13 @@ def test_imagenet_weights_without_a_hub_say_where_they_are_looked_for(monkeypatc
     monkeypatch.setenv("HF_HUB_CACHE", "/tmp/cache")
     monkeypatch.setattr(hub.file_download, "_hf_hub_download_to_cache_dir", offline)
     for name, repository in (
-        ("smp:Unet", "smp-hub--resnet34.imagenet"),
+        ("smp:Unet", r"smp-hub--resnet34.imagenet/snapshots/\w+"),
         ("timm:convnext_atto", "timm--convnext_atto.d2_in1k"),
     ):
         with pytest.raises(ValueError, match=rf"they are looked for in /tmp/cache/models--{repository} and on hugging"):
             models.build_with_imagenet(name, 3)
+    with pytest.raises(ValueError, match=r"in /tmp/cache/models--timm--mobilenetv3_small_100.\w+ and on hugging"):
+        models.build_with_imagenet("smp:Unet", 3, encoder_name="tu-mobilenetv3_small_100")
     with pytest.raises(
         ValueError, match="ImageNet weights must be for smp:, torchvision: or timm: models, got 'unext'"
     ):

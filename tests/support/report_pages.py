@@ -126,4 +126,4 @@ def find_browser() -> str | None:
 def browse(browser: str, page: Path, folder: Path, *options: str) -> str:
     """Open a page in headless Chromium with a new profile in `folder` and return what it printed."""
     command = [browser, *QUIET, f"--user-data-dir={folder}", "--window-size=1280,900", *options, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout

@@ -104,9 +104,9 @@ def test_a_run_whose_projections_collapse_says_so(tmp_path: Path, monkeypatch: p
 
 
 class PoisonedAt(SegmentationCrossEntropy):
-    """A task loss that is not a number from its third call on."""
+    """A task loss that is not a number from the third step on; its first call is the step that is tried before."""
 
-    calls = 0
+    calls = -1
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         PoisonedAt.calls += 1
@@ -116,7 +116,7 @@ class PoisonedAt(SegmentationCrossEntropy):
 def test_a_loss_that_is_not_finite_stops_with_step_terms_and_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    PoisonedAt.calls = 0
+    PoisonedAt.calls = -1
     monkeypatch.setattr("sward.runs.train.SegmentationCrossEntropy", PoisonedAt)
     run = tmp_path / "run"
     options = ["--distillation", "none", "--dataset.image-size", "64", "64", "--batch", "4", "--iterations", "8"]

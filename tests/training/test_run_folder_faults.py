@@ -107,6 +107,7 @@ def test_a_full_disk_is_named_with_the_remedy_and_the_run_goes_on(
         ("--optimizer.clip-norm", "0.0", "above 0"),
         ("--label-smoothing", "1.0", "at least 0 and below 1"),
         ("--seed", "-1", "at least 0"),
+        ("--batch-norm-images", "1", "at least 2"),
         ("--iterations", "0", "at least 1"),
         ("--dataset.workers", "-1", "at least 0"),
         ("--sward.embed-dim", "0", "at least 1"),

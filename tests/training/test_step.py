@@ -126,7 +126,9 @@ def test_channels_last_reaches_the_tapped_maps_and_changes_no_loss(
     sward.pdr_layer = "encoder.2"
     for name, channels_last in (("contiguous", False), ("last", True)):
         train_student(small(tmp_path / name, iterations=1, channels_last=channels_last, sward=sward))
-    contiguous, last = caught
+    # Two each: of the step that is tried before a run, and of the run.
+    contiguous, last = caught[1::2]
+    assert len(caught) == 4
     assert contiguous.is_contiguous()
     assert last.is_contiguous(memory_format=torch.channels_last)
     assert not last.is_contiguous()

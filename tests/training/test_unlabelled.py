@@ -12,7 +12,7 @@ from torch import nn
 
 from sward import data
 from sward.cli.main import main
-from sward.config import DatasetConfig, DistillationConfig
+from sward.config import DatasetConfig, DistillationConfig, TeacherConfig
 from sward.data import DatasetNotFoundError
 from sward.data.unlabelled import UnlabelledImages, join, stream_seed
 from sward.losses import CWDLoss, KDLoss, MWADLoss, PDRLoss, SegmentationCrossEntropy, SWARDLoss
@@ -189,6 +189,14 @@ def test_frames_whose_masks_are_not_used_are_unlabelled(tmp_path: Path, monkeypa
     seen.clear()
     train_student(small(tmp_path / "alone", dataset=folder, iterations=2, distillation="none"))
     assert not seen
+
+
+def test_the_teacher_s_maps_of_unlabelled_images_are_kept_too(images: Path, tmp_path: Path) -> None:
+    teacher = TeacherConfig(name="hiera_demo", untrained=True, cache=tmp_path / "kept")
+    dataset = DatasetConfig(name="scenes", image_size=(64, 64), views=1)
+    options = dict(iterations=2, unlabelled=(str(images),), unlabelled_batch=3, teacher=teacher, dataset=dataset)
+    train_student(small(tmp_path / "run", **options))
+    assert len(list((tmp_path / "kept").rglob("*.features"))) == 2 * (4 + 3)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sward_kernels import prototype_discrimination
-from sward_kernels.prototypes import api, eager
+from sward_kernels.prototypes import api, closed_form, eager
+from sward_kernels.prototypes.passes import Passes
 from tests.support.prototype_cases import close_clusters, run
 
 EVERY = ("reference", "eager")
@@ -231,3 +232,27 @@ def test_warns_once_when_auto_leaves_triton(monkeypatch: pytest.MonkeyPatch) -> 
     assert api._choose_passes("auto", features, 2, False) is eager.passes
     with pytest.raises(NotImplementedError, match="no such size"):
         api._choose_passes("triton", features, 2, False)
+
+
+def test_auto_runs_eager_where_a_pass_of_triton_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Tensor:
+        raise NotImplementedError("no such instruction")
+
+    monkeypatch.setattr("sward_kernels.fallback._warned", set())
+    features, labels = torch.randn(1, 2, 3, 4), torch.randint(3, (1, 3, 4))
+    arguments = (labels, 3, 1.3, (1.0, 1.0), 255, False, None)
+    results = []
+    for passes in (
+        eager.passes,
+        api._or_eager(Passes(eager.passes.statistics, fail)),
+        api._or_eager(Passes(fail, fail)),
+    ):
+        leaf = features.clone().requires_grad_()
+        loss = closed_form.prototype_discrimination(leaf, *arguments, passes)[0]
+        if passes is not eager.passes and len(results) == 1:
+            with pytest.warns(RuntimeWarning, match="runs eager instead of triton: no such instruction"):
+                loss.backward()
+        else:
+            loss.backward()
+        results.append(leaf.grad)
+    assert all(torch.equal(gradient, results[0]) for gradient in results)

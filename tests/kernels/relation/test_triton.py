@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from sward_kernels import relational_kl
-from sward_kernels.relation import launch
+from sward_kernels.relation import launch, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -98,3 +99,25 @@ def test_cpu_tensors_without_the_interpreter_are_refused_in_one_sentence() -> No
         "implementation='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 before Triton is imported); "
         "use 'eager' on the CPU"
     )
+
+
+def test_backward_runs_eager_where_its_kernel_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Tensor:
+        raise NotImplementedError("no such instruction")
+
+    monkeypatch.setattr(launch, "_backward_operator", fail)
+    monkeypatch.setattr("sward_kernels.fallback._warned", set())
+    student, teacher = (F.normalize(random(1, 3, 4), dim=-1) for _ in range(2))
+    gradients = []
+    for run in (partial(launch.relational_kl, falls_back=True), reference.relational_kl):
+        leaf = student.clone().requires_grad_()
+        loss = run(leaf, teacher, 0.5)
+        if gradients:
+            (-2 * loss).backward()
+        else:
+            with pytest.warns(RuntimeWarning, match="runs eager instead of triton: no such instruction"):
+                (-2 * loss).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+    with pytest.raises(NotImplementedError, match="no such instruction"):
+        launch.relational_kl(student.requires_grad_(), teacher, 0.5).backward()

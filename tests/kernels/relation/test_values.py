@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sward_kernels import relational_kl
-from sward_kernels.relation import api, eager
+from sward_kernels.relation import api, eager, native
+from tests.support.error_budget import FORWARD_FACTOR, GRADIENT_FACTOR
 
 IMPLEMENTATIONS = ("reference", "eager")
 
@@ -99,7 +100,12 @@ def test_invariances(implementation: str) -> None:
     assert abs(relational_kl(student, student @ rotation, implementation=implementation)) < 1e-12
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+NATIVE = pytest.param(
+    "native", marks=pytest.mark.skipif(native.LIBRARY.why_not() is not None, reason="the C++ does not compile here")
+)
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, NATIVE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_inputs_are_computed_in_float32(implementation: str, dtype: torch.dtype) -> None:
     student, teacher = random(2, 64, 8, dtype=dtype).requires_grad_(), random(2, 64, 8, dtype=dtype)
@@ -154,7 +160,9 @@ def test_a_zero_vector_gives_no_nan() -> None:
 @pytest.mark.parametrize("wants_gradient", [False, True])
 def test_registered_operator(wants_gradient: bool) -> None:
     units = [F.normalize(random(2, 6, c, dtype=torch.float32), dim=-1) for c in (3, 4)]
-    torch.library.opcheck(api._eager, (*units, 0.1, wants_gradient))
+    for name, operator in api._OPERATORS.items():
+        if name == "eager" or native.LIBRARY.why_not() is None:
+            torch.library.opcheck(operator, (*units, 0.1, wants_gradient))
 
 
 def test_compiles_as_one_graph() -> None:
@@ -211,3 +219,53 @@ def test_memory_of_two_images(pixels: int, mebibytes: float) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=500, env=environment)
     assert float(result.stdout) < mebibytes
+
+
+def outcome(student: Tensor, teacher: Tensor, temperature: float, implementation: str) -> tuple[Tensor, Tensor]:
+    leaf = student.detach().requires_grad_()
+    loss = relational_kl(leaf, teacher, temperature, implementation=implementation)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+@pytest.mark.skipif(native.LIBRARY.why_not() is not None, reason="the C++ does not compile here")
+@pytest.mark.parametrize("temperature", [0.025, 0.1, 1.0])
+@pytest.mark.parametrize("shape", [(1, 5, 3, 4), (2, 128, 16, 9), (3, 150, 20, 70), (2, 300, 65, 5)])
+def test_native_is_as_exact_as_plain_pytorch(shape: tuple[int, int, int, int], temperature: float) -> None:
+    images, pixels, student_channels, teacher_channels = shape
+    student, teacher = (
+        random(images, pixels, channels, dtype=torch.float32) for channels in (student_channels, teacher_channels)
+    )
+    reference = outcome(student, teacher, temperature, "reference")
+    oracle = outcome(student.double(), teacher.double(), temperature, "reference")
+    actual = outcome(student, teacher, temperature, "native")
+    factors = {"loss": FORWARD_FACTOR, "gradient": GRADIENT_FACTOR}
+    for (name, factor), one, other, truth in zip(factors.items(), actual, reference, oracle, strict=True):
+        # A score is a cosine over the temperature, and the reference may be closer by luck in few of them.
+        band = torch.finfo(torch.float32).eps / temperature * truth.abs().max().clamp(min=1 if name == "loss" else 0)
+        error, allowed = ((each.double() - truth).abs().max() for each in (one, other))
+        assert error <= factor * (allowed + band), f"{name}: {error:.1e}, the reference {allowed:.1e}"
+
+
+@pytest.mark.skipif(native.LIBRARY.why_not() is not None, reason="the C++ does not compile here")
+def test_native_does_not_depend_on_the_number_of_threads() -> None:
+    student, teacher = random(3, 150, 20, dtype=torch.float32), random(3, 150, 9, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(outcome(student, teacher, 0.1, "native"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for later in results[1:] for one, other in zip(results[0], later, strict=True))
+
+
+def test_native_refuses_what_it_is_not_written_for() -> None:
+    units = random(1, 3, 2)
+    with pytest.raises(NotImplementedError, match=r"takes at most 4096 fp32 pixels per image on a CPU .* use 'eager'"):
+        relational_kl(units, units, implementation="native")
+    with pytest.raises(NotImplementedError, match=r"temperature of at least 0.025, .* and 0.01; use 'eager'"):
+        relational_kl(units.float(), units.float(), 0.01, implementation="native")
+    # auto runs eager without a warning.
+    assert relational_kl(units, units).dtype == torch.float64
+    assert relational_kl(units.float(), units.float(), 0.01) == 0

@@ -368,7 +368,8 @@ def test_argument_errors(arguments: tuple, keywords: dict, message: str) -> None
         (torch.float32, 16, "native"),
         (torch.float32, 17, "eager"),
         (torch.float64, 4, "eager"),
-        (torch.bfloat16, 4, "eager"),
+        (torch.bfloat16, 4, "native"),
+        (torch.bfloat16, 17, "eager"),
     ],
 )
 def test_auto_on_the_cpu(dtype: torch.dtype, window_size: int, expected: str) -> None:

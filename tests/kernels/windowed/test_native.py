@@ -1,6 +1,7 @@
 """Windowed distillation in C++ compared with the reference in float64, and what happens without a compiler."""
 
 import os
+import platform
 import subprocess
 import sys
 import warnings
@@ -278,6 +279,28 @@ def test_a_compiler_with_arguments(nothing_compiled: Path, monkeypatch: pytest.M
     assert fresh().why_not() is None
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names parts of x86-64")
+@pytest.mark.parametrize(("without", "width"), [("-mno-avx512f", 8), ("-mno-avx512f -mno-avx", 4)])
+def test_narrower_vectors_give_the_same_within_the_budget(
+    without: str, width: int, nothing_compiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", f"c++ {without}")
+    assert native.LIBRARY.functions.vector_width() == width
+    for window_size in (3, 8):
+        check(*maps_like((2, 27, 13, 19), dtype=torch.float32), window_size, (1, 2))
+
+
+def test_a_cache_that_cannot_be_written_leaves_eager(nothing_compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    occupied = nothing_compiled.parent / "file"
+    occupied.touch()
+    # A folder without permission would not stop root.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(occupied))
+    student, teacher = maps_like((1, 6, 8, 8), dtype=torch.float32)
+    with pytest.warns(RuntimeWarning, match="eager instead of native: .*Not a directory"):
+        actual = run(student, teacher, 4, implementation="auto")
+    assert_same(actual, run(student, teacher, 4), 0.0)
+
+
 def test_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     def nobody() -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -287,7 +310,19 @@ def test_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fresh().why_not() == "Could not determine home directory."
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes_are_refused_by_name(dtype: torch.dtype) -> None:
-    with pytest.raises(NotImplementedError, match=f"takes fp32 maps on a CPU, got {dtype}"):
-        windowed_distillation(*maps_like((1, 6, 4, 4), dtype=dtype), 4, implementation="native")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_maps_are_computed_in_32(dtype: torch.dtype) -> None:
+    for layout in LAYOUTS.values():
+        student, teacher = (layout(each) for each in maps_like((2, 27, 13, 19), dtype=dtype))
+        actual = check(student, teacher, 8, (3, 5))
+        assert actual.result.loss.dtype == torch.float32
+        assert torch.equal(
+            actual.result.loss, run(student.float(), teacher.float(), 8, (3, 5), implementation="native").result.loss
+        )
+    auto = run(student, teacher, 8, (3, 5), implementation="auto")
+    assert_same(auto, actual, 0.0)
+
+
+def test_other_dtypes_are_refused_by_name() -> None:
+    with pytest.raises(NotImplementedError, match=r"takes maps of fp32, bf16 or fp16 on a CPU, got torch\.float64"):
+        windowed_distillation(*maps_like((1, 6, 4, 4), dtype=torch.float64), 4, implementation="native")

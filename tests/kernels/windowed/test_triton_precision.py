@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 import tests.support.interpreter  # noqa: F401  (makes it fast)
 from sward_kernels.windowed import launch, plan
+from sward_kernels.windowed.tile_table import Tiles
 from tests.kernels.windowed import test_triton as plain_products
 from tests.support.distillation_cases import assert_same, maps_like, run
 from tests.support.tensor_cores import use_tensor_cores
@@ -37,6 +38,13 @@ def float32_maps(window_size: int, dim: int = 8) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("window_size", "dim", "tolerance"), [(4, 8, 1e-4), (5, 8, 1e-4), (7, 64, 1e-3)])
 def test_logits_of_ten_thousand(window_size: int, dim: int, tolerance: float) -> None:
     plain_products.test_logits_of_ten_thousand(torch.float32, window_size, dim, tolerance)
+
+
+@pytest.mark.parametrize(("dim", "tolerance"), [(8, 1e-4), (64, 1e-3)])
+def test_logits_of_ten_thousand_in_tiles(dim: int, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The kernels of larger windows rely on forward's scores, and a product with its operands exchanged differs.
+    monkeypatch.setattr(plan, "tiles_of", lambda *_: Tiles(16, 16, 16, 1))
+    plain_products.test_logits_of_ten_thousand(torch.float32, 5, dim, tolerance)
 
 
 def test_two_keys_that_nearly_tie_cost_no_more_than_in_plain_pytorch() -> None:

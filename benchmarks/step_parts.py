@@ -1,0 +1,183 @@
+"""Where the time of a SWARD training step goes on a CPU: every part beside the student's own forward and backward pass.
+
+    SWARD_DATA=/datasets python benchmarks/step_parts.py
+    SWARD_DATA=/datasets python benchmarks/step_parts.py --threads 1 --clock cpu      # on a machine that others use
+
+The presets are those of two cores and `clinicdb-unext` at 256x256, batch 8, each with the recommended recipe, and the
+teacher's trunk features in the cache. Parts are timed in turn, round by round, and the fastest round counts. `--clock
+cpu` counts the processor time of this thread instead of the time of day. Writes `benchmarks/results/step_parts.csv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from harness import Session
+from sward import data, methods, models, presets
+from sward.alignment import Standardization, aligned_size
+from sward.losses import PDRLoss, SegmentationCrossEntropy, SWARDDistillation
+from sward.runs.load import distillation_pair
+from sward.training import FrozenTeacher, TrainingStep
+from sward.training.teacher_cache import TrunkCache
+from sward_kernels import windowed_distillation
+
+RESULTS = Path(__file__).parent / "results"
+CASES = {"clinicdb-small": (128, 128), "colondb-small": (128, 128), "clinicdb-unext": (256, 256)}
+BATCH = 8
+CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
+Parts = dict[str, Callable[[], object]]
+
+
+def fastest(parts: Parts, clock: Callable[[], float], seconds: float) -> dict[str, float]:
+    """The fastest round of each part in milliseconds; at least three rounds."""
+    times = dict.fromkeys(parts, float("inf"))
+    for run in parts.values():
+        run()
+    started = time.perf_counter()
+    rounds = 0
+    while rounds < 3 or time.perf_counter() - started < seconds:
+        for name, run in parts.items():
+            begun = clock()
+            run()
+            times[name] = min(times[name], 1e3 * (clock() - begun))
+        rounds += 1
+    return times
+
+
+def parts_of(preset: str, size: tuple[int, int], folder: Path) -> Parts:
+    """Return what is timed, by name."""
+    config = presets.get(preset).student
+    config.use_recipe("recommended")
+    if size != tuple(config.dataset.image_size):
+        config.teacher.image_size = None
+    config.dataset.image_size, config.batch = size, BATCH
+    teacher_size = config.teacher_image_size
+    info = data.describe(config.dataset.name)
+    dataset = data.build(
+        config.dataset.name,
+        "train",
+        train=True,
+        image_size=size,
+        split_by=config.dataset.split_by,
+        packed="none",
+        views=config.dataset.views,
+        teacher_size=teacher_size if teacher_size != size else None,
+    )
+    torch.manual_seed(0)
+    student: nn.Module = models.build(config.model, info.num_classes)
+    network = models.build(config.teacher.name, info.num_classes, **config.teacher.options)
+    loss = methods.build("sward", distillation_pair(config, student, config.teacher.name, network, info))
+    assert isinstance(loss, SWARDDistillation)
+    step = TrainingStep(student, SegmentationCrossEntropy(info.ignore_index), loss).train()
+    learnable = [parameter for parameter in step.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learnable, lr=1e-4, fused=True)
+
+    def load() -> data.Batch:
+        return data.collate_training([dataset[index] for index in range(BATCH)])
+
+    images, labels, _, teacher_images = load()
+    views = images if teacher_images is None else teacher_images
+    assert isinstance(network, models.teachers.Teacher)
+    cache = network.trunk_cache = TrunkCache(network.trunk, folder)
+    teacher = FrozenTeacher(network, loss.teacher_taps, dtype=torch.float32)
+    features = teacher(views)
+    student(images)
+    taps = {name: each.detach().requires_grad_() for name, each in step.taps.collect().items()}
+    own = [taps[tap] for tap in loss.stage_taps]
+    theirs = [features[tap] for tap in loss.teacher_taps]
+    mwad, stages = loss.mwad, range(len(own))
+    sizes = [aligned_size(*pair) for pair in zip(own, theirs, strict=True)]
+    pdr = PDRLoss(info.num_classes, normalize=True, ignore_index=info.ignore_index)
+
+    def standardizations() -> list[Standardization]:
+        return [each for each in mwad.standardization if isinstance(each, Standardization)]
+
+    def project() -> list[Tensor]:
+        return [mwad.theta_student[index].project_and_resize(own[index], sizes[index]) for index in stages]  # type: ignore[operator]
+
+    with torch.no_grad():
+        upstream = [torch.randn_like(each) for each in project()]
+        qkv_teacher = [mwad._project_teacher(index, theirs[index], sizes[index]) for index in stages]
+    qkv_student = [each.detach().requires_grad_() for each in project()]
+
+    def windows() -> None:
+        results = [
+            windowed_distillation(qkv_student[index], qkv_teacher[index], mwad.window_size[index], (3, 3))
+            for index in stages
+        ]
+        torch.stack([result.loss for result in results]).sum().backward()
+
+    def whole_step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        step(images, labels, features)[0].backward()
+        optimizer.step()
+
+    def standardize() -> None:
+        for each, maps, grid in zip(standardizations(), theirs, sizes):
+            each.normalize(maps, grid)
+
+    whole_step()
+    return {
+        "student": lambda: step.task(student(images), labels).backward(),
+        "load a batch": load,
+        "read the cache": lambda: cache(views),
+        "teacher": lambda: teacher(views),
+        "MWAD": lambda: mwad(own, theirs).loss.backward(),
+        "  teacher's statistics": lambda: [
+            each.update(maps) for each, maps in zip(standardizations(), theirs, strict=False)
+        ],
+        "  teacher standardised, resized": standardize,
+        "  teacher projected (with the above)": lambda: [
+            mwad._project_teacher(index, theirs[index], sizes[index]) for index in stages
+        ],
+        "  student projected": lambda: torch.autograd.backward(project(), upstream),
+        "  windowed distillation": windows,
+        "normalised PDR": lambda: pdr(taps[loss.pdr_tap], labels).loss.backward(),
+        "optimiser": optimizer.step,
+        "step, with features": whole_step,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each case (default: 20)")
+    options = parser.parse_args()
+    if "SWARD_DATA" not in os.environ:
+        parser.error("SWARD_DATA must name the folder of the data sets, got nothing")
+    torch.set_num_threads(options.threads)
+    session = Session("step_parts", torch.device("cpu"))
+    rows = []
+    for preset, size in CASES.items():
+        with tempfile.TemporaryDirectory(prefix="sward-step-parts-") as folder:
+            times = fastest(parts_of(preset, size, Path(folder)), CLOCKS[options.clock], options.seconds)
+        case = f"{preset}, {size[0]}x{size[1]}, batch {BATCH}"
+        print(f"\n{case}\n  {'part':<36}{'ms':>9}{'of the student':>16}")
+        for part, milliseconds in times.items():
+            share = milliseconds / times["student"]
+            print(f"  {part:<36}{milliseconds:>9.1f}{share:>15.1%}")
+            rows.append(
+                (session.device_name, torch.__version__, options.clock, case, part.strip(), milliseconds, share)
+            )
+    path = RESULTS / "step_parts.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("device", "torch", "clock", "case", "part", "milliseconds", "share_of_student"))
+        writer.writerows((*row[:-2], f"{row[-2]:.3f}", f"{row[-1]:.4f}") for row in rows)
+    print(f"\nwrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Changes of brightness, contrast, saturation and hue of 8-bit images."""
