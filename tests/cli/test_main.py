@@ -62,6 +62,7 @@ def test_a_recipe_sets_what_no_other_option_does(words: list[str]) -> None:
         teacher_projections="learned",
         context_reduction="mean",
         normalize=False,
+        window_size=(8, 8, 4, 8),
         embed_dim=32,
         pdr_layer="encoder.2",
         student_layers=("encoder.1", "encoder.2", "encoder.3", "up.3"),
