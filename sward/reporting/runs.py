@@ -14,6 +14,7 @@ from sward.config import DistillationConfig, TrainingConfig
 from sward.config_json import differences
 from sward.data import DatasetInfo
 from sward.reproduce.experiments import METHOD_TITLES
+from sward.runs.load import has_teacher_run
 from sward.training.run_folder import RunFolder, read_json
 
 Role = Literal["teacher", "alone", "distilled"]
@@ -128,6 +129,8 @@ def teacher_of(run: ReportedRun) -> ReportedRun | None:
 
 
 def _teacher_folders(path: Path, config: DistillationConfig) -> list[Path]:
+    if not has_teacher_run(config.teacher):
+        return []
     beside = path.resolve().parent / "teacher"
     return [beside] if config.teacher.run is None else [config.teacher.run, beside]
 
