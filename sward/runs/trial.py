@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sward import distributed
-from sward.config import DistillationConfig, TrainingConfig
+from sward.config import DistillationConfig, TapConfig, TrainingConfig
 from sward.data import DatasetInfo
 from sward.losses import DistillationLoss
 from sward.training.step import TrainingStep
@@ -35,9 +35,11 @@ def try_step(
         return
     device = next(network.parameters()).device
     height, width = config.dataset.image_size
-    tall, wide, taps = height, width, None
+    tall, wide = height, width
+    taps: TapConfig | None = None
     if isinstance(config, DistillationConfig) and teacher is not None:
-        (tall, wide), taps = config.teacher_image_size, config.student_taps
+        tall, wide = config.teacher_image_size
+        taps = config.student_taps
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(config.batch + config.unlabelled_per_step, 3, height, width, generator=generator)
     labels = torch.randint(0, info.num_classes, (len(images), height, width), generator=generator)
