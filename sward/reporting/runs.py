@@ -14,7 +14,7 @@ from sward.config import DistillationConfig, TrainingConfig
 from sward.config_json import differences
 from sward.data import DatasetInfo
 from sward.methods import METHOD_TITLES
-from sward.runs.load import has_teacher_run
+from sward.runs.load import has_teacher_run, stored_split
 from sward.training.run_folder import RunFolder, read_json
 
 Role = Literal["teacher", "alone", "distilled"]
@@ -81,8 +81,6 @@ def read_runs(paths: Sequence[Path]) -> list[ReportedRun]:
 def _read(path: Path, title: str) -> ReportedRun:
     folder = RunFolder(path)
     config, info = folder.read()
-    if folder.split.exists():
-        config.dataset.split_by = str(folder.split)
     evaluations = {
         file.stem.removeprefix("evaluation-"): read_json(dict, file) for file in sorted(path.glob("evaluation-*.json"))
     }
@@ -90,6 +88,14 @@ def _read(path: Path, title: str) -> ReportedRun:
     if validated:
         evaluations = {VALIDATION: validated[-1]["validation"], **evaluations}
     return ReportedRun(title, folder, config, info, evaluations)
+
+
+def config_for_images(run: ReportedRun, root: Path | None) -> TrainingConfig:
+    """Return the configuration that finds the frames of a run, in `root` where it is given; changes no `run.config`."""
+    dataset = run.config.dataset
+    split_by = stored_split(run.folder.path) or dataset.split_by
+    dataset = dataclasses.replace(dataset, root=root or dataset.root, split_by=split_by)
+    return dataclasses.replace(run.config, dataset=dataset)
 
 
 def _titles(paths: Sequence[Path]) -> list[str]:
