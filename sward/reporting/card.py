@@ -15,6 +15,7 @@ from sward.reporting.data_card import counts_of_run
 from sward.reporting.runs import ReportedRun, group, read_runs, same_but_seed, teacher_of
 from sward.reporting.scores import METRICS, interval_text, score
 from sward.reporting.templates import render
+from sward.runs.load import has_teacher_run, teacher_run
 
 NAME = "MODEL_CARD.md"
 """Name of the card in a run folder."""
@@ -97,7 +98,11 @@ def _method(config: TrainingConfig) -> str | None:
 def _teacher_name(config: TrainingConfig, teacher: ReportedRun | None) -> str | None:
     if _method(config) is None or not isinstance(config, DistillationConfig):
         return None
-    return config.teacher.name if teacher is None else teacher.config.model
+    if teacher is not None:
+        return teacher.config.model
+    # `teacher.name` does not say which network a run holds.
+    run = config.teacher.run or teacher_run(config.preset)
+    return f"the teacher in {run}" if has_teacher_run(config.teacher) else config.teacher.name
 
 
 def _scored(runs: Sequence[ReportedRun]) -> list[Scored]:

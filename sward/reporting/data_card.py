@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sward.config import TrainingConfig
-from sward.data import DatasetNotFoundError, SegmentationDataset
+from sward.data import SegmentationDataset
 from sward.data.check import count_labels
 from sward.data.files import PairedFiles
-from sward.reporting.runs import ReportedRun
+from sward.reporting.runs import ReportedRun, config_for_images
 from sward.runs.load import build_split
 from sward.training.run_folder import read_json
 
@@ -34,21 +33,22 @@ class SplitCounts:
     """Class -> share of the labelled pixels."""
 
 
-def splits_on_disk(config: TrainingConfig, root: Path | None) -> dict[str, SegmentationDataset]:
+def splits_on_disk(run: ReportedRun, root: Path | None) -> dict[str, SegmentationDataset]:
     """Build the splits of the data set of a run, as for evaluation.
 
     Raises:
         DatasetNotFoundError: if the images are not there.
+        ValueError: if they are not those of the run.
     """
-    config.dataset.root = root or config.dataset.root
+    config = config_for_images(run, root)
     found = {}
     for split in SPLITS:
         try:
             found[split] = build_split(config, split, train=False)
-        except DatasetNotFoundError:
-            raise
         except ValueError:
-            continue  # Not every data set has every split.
+            # The run was trained and validated on the others.
+            if split != "test":
+                raise
     return found
 
 

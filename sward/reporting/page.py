@@ -148,8 +148,8 @@ def _section(name: str, groups: Sequence[Group], folder: Path, root: Path | None
     section.term_curves = pictures.terms(groups, folder)
     counts = counts_of_run(groups[0].runs[0])
     try:
-        splits = splits_on_disk(groups[0].config, root)
-    except DatasetNotFoundError as error:
+        splits = splits_on_disk(groups[0].runs[0], root)
+    except (DatasetNotFoundError, ValueError) as error:
         section.absent = f"No images of {name}: {error}"
     else:
         counts = counts_on_disk(splits)

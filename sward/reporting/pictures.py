@@ -15,7 +15,7 @@ from sward.figures.contours import contour_grid, labelled_images
 from sward.figures.curves import term_curves, training_curves
 from sward.metrics import ConfusionMatrix, PerImageOverlap
 from sward.reporting.data_card import evenly
-from sward.reporting.runs import Group
+from sward.reporting.runs import Group, config_for_images
 from sward.reporting.scores import metric_of
 from sward.runs.load import build_split, load_run
 from sward.training.progress import Progress
@@ -116,9 +116,7 @@ def terms(groups: Sequence[Group], folder: Path) -> Picture | None:
 
 
 def _split(group: Group, split: str, root: Path | None) -> SegmentationDataset:
-    config = group.config
-    config.dataset.root = root or config.dataset.root
-    return build_split(config, split, train=False)
+    return build_split(config_for_images(group.runs[0], root), split, train=False)
 
 
 def _network(group: Group) -> nn.Module:

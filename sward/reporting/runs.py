@@ -14,6 +14,7 @@ from sward.config import DistillationConfig, TrainingConfig
 from sward.config_json import differences
 from sward.data import DatasetInfo
 from sward.methods import METHOD_TITLES
+from sward.runs.load import has_teacher_run, stored_split
 from sward.training.run_folder import RunFolder, read_json
 
 Role = Literal["teacher", "alone", "distilled"]
@@ -80,8 +81,6 @@ def read_runs(paths: Sequence[Path]) -> list[ReportedRun]:
 def _read(path: Path, title: str) -> ReportedRun:
     folder = RunFolder(path)
     config, info = folder.read()
-    if folder.split.exists():
-        config.dataset.split_by = str(folder.split)
     evaluations = {
         file.stem.removeprefix("evaluation-"): read_json(dict, file) for file in sorted(path.glob("evaluation-*.json"))
     }
@@ -89,6 +88,14 @@ def _read(path: Path, title: str) -> ReportedRun:
     if validated:
         evaluations = {VALIDATION: validated[-1]["validation"], **evaluations}
     return ReportedRun(title, folder, config, info, evaluations)
+
+
+def config_for_images(run: ReportedRun, root: Path | None) -> TrainingConfig:
+    """Return the configuration that finds the frames of a run, in `root` where it is given; changes no `run.config`."""
+    dataset = run.config.dataset
+    split_by = stored_split(run.folder.path) or dataset.split_by
+    dataset = dataclasses.replace(dataset, root=root or dataset.root, split_by=split_by)
+    return dataclasses.replace(run.config, dataset=dataset)
 
 
 def _titles(paths: Sequence[Path]) -> list[str]:
@@ -128,6 +135,8 @@ def teacher_of(run: ReportedRun) -> ReportedRun | None:
 
 
 def _teacher_folders(path: Path, config: DistillationConfig) -> list[Path]:
+    if not has_teacher_run(config.teacher):
+        return []
     beside = path.resolve().parent / "teacher"
     return [beside] if config.teacher.run is None else [config.teacher.run, beside]
 

@@ -166,6 +166,13 @@ def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple
     return trained.model, network
 
 
+def has_teacher_run(config: TeacherConfig) -> bool:
+    """Return whether the teacher comes from a run of `sward train-teacher`, not from a file, a library or nowhere."""
+    if config.weights is not None or config.untrained:
+        return False
+    return config.run is not None or not config.name.startswith("transformers:")
+
+
 def check_teacher_logits(config: TeacherConfig, info: DatasetInfo, method: str, taps: Sequence[str]) -> None:
     """Raise a ValueError if a method compares the logits of a teacher whose classifier has random weights.
 

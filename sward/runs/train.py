@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,6 +44,20 @@ from sward.training.teacher import FrozenTeacher
 from sward.training.teacher_cache import TeacherCache, TrunkCache
 
 
+@dataclass(frozen=True)
+class _Images:
+    """The images of a run."""
+
+    train: SegmentationDataset
+    """Training split."""
+    validation: SegmentationDataset
+    """Validation split."""
+    counts: dict[str, LabelCounts]
+    """Split -> its labels, where they are in files."""
+    unlabelled: UnlabelledImages | ImageShards | None = None
+    """Images without labels."""
+
+
 def train_student(config: DistillationConfig) -> TrainingResult:
     """Train a student, alone or with a teacher and a distillation loss (`sward train`).
 
@@ -66,7 +81,7 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
     config.steps(len(train_set))
     counts = _check_data(config, train_set, validation_set)
     task = _task_loss(config, train_set.info, counts)
-    unlabelled = _unlabelled(config, train_set)
+    images = _Images(train_set, validation_set, counts, _unlabelled(config, train_set))
     distributed.share_of(config.batch)
     info = train_set.info
     # Build the student first, so that a seed gives it the same weights with and without distillation.
@@ -104,9 +119,7 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
             else:
                 teacher = TeacherCache(frozen, config.teacher.cache)
     run = RunFolder(config.output or student_run(config))
-    return _fit(
-        student, loss, task, counts, config, train_set, validation_set, run, teacher, unlabelled, teacher_weights
-    )
+    return _fit(student, task, config, images, run, loss=loss, teacher=teacher, teacher_weights=teacher_weights)
 
 
 def _with_layers(
@@ -171,7 +184,7 @@ def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> Train
         assert isinstance(network, Teacher)
         network.trunk_cache = TrunkCache(network.trunk, config.cache)
     run = RunFolder(config.output or teacher_run(config.preset))
-    return _fit(network, None, task, counts, config, train_set, validation_set, run, None)
+    return _fit(network, task, config, _Images(train_set, validation_set, counts), run)
 
 
 def _make_root_absolute(config: TrainingConfig) -> None:
@@ -246,6 +259,22 @@ def _class_weights(stated: tuple[str, ...], counts: LabelCounts | None, num_clas
     return weights
 
 
+def _frames(images: _Images) -> dict[str, dict[str, str]]:
+    """Return split -> frame -> checksums, and warn of validation images that the run also learns from."""
+    frames = {"train": frame_sums(images.train), "val": frame_sums(images.validation)}
+    if isinstance(images.unlabelled, UnlabelledImages):
+        frames["unlabelled"] = frame_sums(images.unlabelled)
+    for split, kind in (("train", "training"), ("unlabelled", "unlabelled")):
+        both = known_images(frames.get(split, {}), frames["val"])
+        if both and distributed.is_main():
+            warnings.warn(
+                f"{len(both)} validation images are {kind} images too, so their scores say nothing about new images; "
+                f"the first is {both[0]}",
+                stacklevel=4,
+            )
+    return frames
+
+
 def _placed(network: nn.Module, config: TrainingConfig, device: torch.device) -> nn.Module:
     network = network.to(device)
     return network.to(memory_format=torch.channels_last) if config.channels_last else network
@@ -253,39 +282,30 @@ def _placed(network: nn.Module, config: TrainingConfig, device: torch.device) ->
 
 def _fit(
     network: nn.Module,
-    loss: DistillationLoss | None,
     task: nn.Module,
-    counts: dict[str, LabelCounts],
     config: TrainingConfig,
-    train_set: SegmentationDataset,
-    validation_set: SegmentationDataset,
+    images: _Images,
     run: RunFolder,
-    teacher: FrozenTeacher | TeacherCache | None,
-    unlabelled: UnlabelledImages | ImageShards | None = None,
+    *,
+    loss: DistillationLoss | None = None,
+    teacher: FrozenTeacher | TeacherCache | None = None,
     teacher_weights: str | None = None,
 ) -> TrainingResult:
+    """Train in the folder of the run; `teacher_weights` is the checksum that a resumed run must find again."""
     if config.sync_batch_norm:
         network = distributed.synchronise_batch_norm(network)
         loss = None if loss is None else distributed.synchronise_batch_norm(loss)
     # The weights above were drawn from the same seed in every process; dropout differs between processes.
     seed_generators(distributed.rank_seed(config.seed))
-    frames = {"train": frame_sums(train_set), "val": frame_sums(validation_set)}
-    if isinstance(unlabelled, UnlabelledImages):
-        frames["unlabelled"] = frame_sums(unlabelled)
-    both = known_images(frames["train"], frames["val"])
-    if both and distributed.is_main():
-        warnings.warn(
-            f"{len(both)} validation images are training images too, so their scores say nothing about new images; the "
-            f"first is {both[0]}",
-            stacklevel=3,
-        )
+    frames = _frames(images)
     identity = {f"{split} data": digest(sums) for split, sums in frames.items() if sums}
     if teacher_weights is not None:
         identity["teacher"] = teacher_weights
+    info = images.train.info
     with run.locked():
-        run.start(config, train_set.info)
-        run.keep_split(train_set.assignment)
-        run.keep_labels({split: found.summary(train_set.info.classes) for split, found in counts.items()})
+        run.start(config, info)
+        run.keep_split(images.train.assignment)
+        run.keep_labels({split: found.summary(info.classes) for split, found in images.counts.items()})
         run.keep_frames(frames)
         step_module = TrainingStep(
             network,
@@ -300,11 +320,11 @@ def _fit(
         return fit(
             step_module,
             config,
-            train_set,
-            validation_set,
+            images.train,
+            images.validation,
             run,
             teacher=teacher,
-            unlabelled=unlabelled,
+            unlabelled=images.unlabelled,
             identity=identity,
         )
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sward import distributed
-from sward.config import DistillationConfig, TrainingConfig
+from sward.config import DistillationConfig, TapConfig, TrainingConfig
 from sward.data import DatasetInfo
 from sward.losses import DistillationLoss
 from sward.training.step import TrainingStep
@@ -35,9 +35,11 @@ def try_step(
         return
     device = next(network.parameters()).device
     height, width = config.dataset.image_size
-    tall, wide = (height, width)
+    tall, wide = height, width
+    taps: TapConfig | None = None
     if isinstance(config, DistillationConfig) and teacher is not None:
         tall, wide = config.teacher_image_size
+        taps = config.student_taps
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(config.batch + config.unlabelled_per_step, 3, height, width, generator=generator)
     labels = torch.randint(0, info.num_classes, (len(images), height, width), generator=generator)
@@ -46,7 +48,7 @@ def try_step(
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
-            step = TrainingStep(*copy.deepcopy((network, task, loss)), precision=config.precision).train()
+            step = TrainingStep(*copy.deepcopy((network, task, loss)), precision=config.precision, taps=taps).train()
             features = {} if teacher is None else teacher(seen.to(device))
             step(images.to(device), labels.to(device), features).loss.backward()
     except ValueError as error:

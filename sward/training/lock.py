@@ -62,8 +62,9 @@ def _acquire(path: Path) -> tuple[int | None, str | None]:
             return None, holder or "one in another process"
         except OSError:
             pass  # A file system without locks: better than no training.
-        if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
-            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                break
         os.close(descriptor)  # Another run ended and removed the file between the two calls above.
     with contextlib.suppress(OSError):  # On a full disk the lock holds without a name.
         os.ftruncate(descriptor, 0)

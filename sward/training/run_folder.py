@@ -87,6 +87,11 @@ class RunFolder:
         if not distributed.is_main():
             return
         self.last.parent.mkdir(exist_ok=True)
+        if not self.holds_checkpoint():
+            # Left by a run that died before its first checkpoint: a new run need not have a split or files to replace
+            # them with, and its scores would be taken on the other run's split.
+            for path in (self.split, self.labels, self.frames):
+                path.unlink(missing_ok=True)
         _write_text(self.config, to_json(config))
         _write_text(self.dataset, to_json(info))
         _write_text(self.path / "environment.json", json.dumps(environment(), indent=2))

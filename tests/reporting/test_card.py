@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sward.cli.main import main
-from sward.config import DistillationConfig, TeacherTrainingConfig
+from sward.config import DistillationConfig, TeacherConfig, TeacherTrainingConfig
 from sward.data import DatasetInfo
 from sward.reporting.card import write_card
 from sward.training.run_folder import RunFolder
@@ -77,6 +77,35 @@ def test_a_card_names_data_teacher_licence_and_what_it_is_not_for(tmp_path: Path
     assert "<script>" not in text
     assert "&lt;script&gt;x&lt;/script&gt;" in text
     assert "This network is itself a teacher." in write_card(tmp_path / "teacher").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "name"),
+    [
+        (TeacherConfig(name="vit", weights=Path("vit.pt")), "vit"),
+        (TeacherConfig(name="vit", untrained=True), "vit"),
+        (TeacherConfig(name="transformers:here"), "transformers:here"),
+        (TeacherConfig(name="vit"), "hiera_demo"),
+        (TeacherConfig(name="vit", run=Path("moved")), "hiera_demo"),
+    ],
+)
+def test_a_teacher_beside_a_run_counts_only_where_the_run_can_have_learned_from_it(
+    tmp_path: Path, teacher: TeacherConfig, name: str
+) -> None:
+    for folder, config in (
+        ("teacher", TeacherTrainingConfig(model="hiera_demo")),
+        ("sward-seed0", DistillationConfig(teacher=teacher)),
+    ):
+        (tmp_path / folder).mkdir()
+        RunFolder(tmp_path / folder).start(config, INFO)
+    assert f"Distilled with SWARD from {name}." in write_card(tmp_path / "sward-seed0").read_text(encoding="utf-8")
+
+
+def test_a_teacher_that_is_not_at_hand_is_named_by_its_folder(tmp_path: Path) -> None:
+    folder = student(tmp_path / "sward-seed0", 0, None)
+    assert "Distilled with SWARD from the teacher in runs/demo/teacher." in write_card(folder).read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.usefixtures("few_images")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from sward.figures.contours import PREDICTION, TRUTH, contour_grid
 from sward.models.flops import gemm_flops
 from sward.reporting.costs import Cost
 from sward.reporting.headline import headline
-from sward.reporting.runs import group, read_runs, with_companions
+from sward.reporting.runs import config_for_images, group, read_runs, with_companions
 from sward.training.run_folder import RunFolder
 from tests.support.drawn_figures import DrawnFigure, rgb
 from tests.support.report_pages import CHECK, Page, browse, find_browser
@@ -74,6 +75,21 @@ def score_on_test(folder: Path, dice: float) -> None:
         "split": "test",
     }
     (folder / "evaluation-camvid-test.json").write_text(json.dumps(stored))
+
+
+def test_a_page_shows_the_configuration_as_it_is_stored(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", None)
+    (folder / "split.csv").write_text("frame_id,split\n")
+    (run,) = read_runs([folder])
+    stored = run.config.dataset
+    found = config_for_images(run, tmp_path / "elsewhere").dataset
+    assert (found.root, found.split_by) == (tmp_path / "elsewhere", str(folder / "split.csv"))
+    assert (stored.root, stored.split_by) == (tmp_path / "nowhere", None)
+    assert main(["report", str(folder), "--root", str(tmp_path / "elsewhere")]) == 0
+    page = html.unescape((folder / "report.html").read_text(encoding="utf-8"))
+    assert (folder / "config.json").read_text(encoding="utf-8").strip() in page
+    # A split that does not fit the data is said too, as missing images are.
+    assert "No images of two: split_by must be None for camvid, got" in page
 
 
 @pytest.fixture

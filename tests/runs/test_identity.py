@@ -134,6 +134,10 @@ def test_scores_on_images_that_were_trained_on_come_with_a_warning(trained: Path
         evaluate_run(trained / "run", root=copy)
     with pytest.warns(UserWarning, match="1 validation images are training images too"):
         train_student(on_folder(copy, trained / "leaking"))
+    distilled: dict[str, Any] = dict(distillation="kd", teacher=TeacherConfig(name="hiera_demo", untrained=True))
+    config = on_folder(trained / "data", trained / "more", unlabelled=(str(trained / "data/images/val"),), **distilled)
+    with pytest.warns(UserWarning, match="2 validation images are unlabelled images too"):
+        train_student(config)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evaluate_run(trained / "run")

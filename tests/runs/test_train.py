@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from sward.config import DatasetConfig, OptimizerConfig, TeacherConfig
+from sward.config import DatasetConfig, OptimizerConfig, TapConfig, TeacherConfig
+from sward.data import DatasetInfo
 from sward.evaluation import Evaluation
+from sward.losses import DistillationInputs, DistillationLoss, DistillationOutput, SegmentationCrossEntropy
 from sward.runs import train_student
+from sward.runs.trial import try_step
 from sward.training import checkpoints, loop
 from sward.training.run_folder import RunFolder
+from sward.training.teacher import FrozenTeacher
 from tests.support.training_runs import small
 
 pytestmark = pytest.mark.usefixtures("few_images")
@@ -115,3 +120,39 @@ def test_validation_errors_and_undefined_scores_leave_checkpoints(
     monkeypatch.setattr(loop, "evaluate", lambda *arguments, **options: undefined)
     train_student(small(tmp_path / "undefined", distillation="none"))
     assert checkpoints.load(tmp_path / "undefined/checkpoints/best.pt")["step"] == 4
+
+
+class _LastIsPooled(nn.Module):
+    """A layer that returns its map first and a pooled one last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 4, stride=4)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        maps = self.layer(images)
+        return maps, maps.mean((-2, -1), keepdim=True)
+
+
+class _Student(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage, self.classify = _LastIsPooled(), nn.Conv2d(4, 2, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.interpolate(self.classify(self.stage(images)[0]), images.shape[-2:])
+
+
+class _TakesOneSize(DistillationLoss):
+    def forward(self, inputs: DistillationInputs) -> DistillationOutput:
+        maps = inputs.student["stage"]
+        assert maps.shape[1:] == (4, 8, 8)
+        return DistillationOutput(maps.mean(), {})
+
+
+def test_the_trial_step_reads_layers_as_the_run_will(tmp_path: Path) -> None:
+    student = _Student()
+    teacher = FrozenTeacher(nn.Conv2d(3, 2, 1), [])
+    config = small(tmp_path / "run", dataset=DatasetConfig(image_size=(32, 32)), student_taps=TapConfig(select=0))
+    info = DatasetInfo("two", ("a", "b"), ((0, 0, 0), (1, 1, 1)))
+    try_step(student, SegmentationCrossEntropy(), _TakesOneSize(["stage"], []), teacher, config, info)

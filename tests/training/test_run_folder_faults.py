@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from sward.cli.main import main
-from sward.config import DatasetConfig
+from sward.config import DatasetConfig, DistillationConfig
+from sward.data import DatasetInfo
 from sward.runs import train_student
 from sward.training.lock import locked
 from sward.training.run_folder import RunFolder
@@ -53,6 +54,19 @@ def test_one_process_cannot_run_twice_in_a_folder(tmp_path: Path) -> None:
             pass
     with locked(tmp_path):
         pass
+
+
+def test_a_new_run_forgets_the_split_of_one_that_died_before_its_first_checkpoint(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    kept = (run.split, run.labels, run.frames)
+    for path in kept:
+        path.write_text("{}")
+    run.start(DistillationConfig(), DatasetInfo("two", ("a", "b"), ((0, 0, 0), (1, 1, 1))))
+    assert not any(path.exists() for path in kept)
+    for path in (*kept, run.last):
+        path.write_text("{}")
+    run.start(DistillationConfig(resume=True), DatasetInfo("two", ("a", "b"), ((0, 0, 0), (1, 1, 1))))
+    assert all(path.exists() for path in kept)
 
 
 @pytest.fixture
