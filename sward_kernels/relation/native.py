@@ -12,8 +12,8 @@ from sward_kernels import cpp
 
 LIBRARY = cpp.Library("relational_kl", Path(__file__).with_name("native.cpp"))
 
-MOST_PIXELS = 4096
-"""Pixels per image up to which this runs: two maps of `P x P` exponentials exist at once, 128 MiB here."""
+MOST_PIXELS = 2048
+"""Pixels per image up to which this runs: two maps of `P x P` exponentials exist at once, 32 MiB here."""
 
 LOWEST_TEMPERATURE = 0.025
 """Below it, the exponential of a cosine of -1 against one of 1 would underflow in fp32."""
