@@ -238,3 +238,17 @@ METHODS: dict[str, Callable[[DistillationPair], DistillationLoss]] = {
     "pairwise": _pairwise,
 }
 """Every method that `--distillation` accepts besides `"none"`."""
+
+METHOD_TITLES = {
+    "none": "student alone",
+    "kd": "+ KD",
+    "cwd": "+ CWD",
+    "at": "+ AT",
+    "fitnet": "+ FitNets",
+    "pairwise": "+ pairwise (SKD)",
+    "cirkd": "+ CIRKD",
+    "maskd": "+ MasKD",
+    "freekd": "+ FreeKD",
+    "sward": "+ SWARD",
+}
+"""Names in tables and reports, of `"none"` too."""

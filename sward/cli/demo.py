@@ -22,8 +22,9 @@ from sward.deploy.proof import Exported, export_run
 from sward.evaluation import predict_sample
 from sward.figures.predictions import prediction_grid
 from sward.models.flops import complexity
+from sward.paired import Difference, paired_t
+from sward.reporting.card import write_card
 from sward.reporting.page import write_report
-from sward.reproduce.paired import Difference, paired_t
 from sward.runs import evaluate_run, load_run, train_student, train_teacher
 from sward.runs.load import build_split
 from sward.training.interruption import TrainingInterrupted
@@ -216,6 +217,7 @@ def _train(config: TeacherTrainingConfig | DistillationConfig) -> _Finished:
         ):
             trained = train_teacher(config) if isinstance(config, TeacherTrainingConfig) else train_student(config)
             scores = evaluate_run(folder.path, split=SPLIT, checkpoint="last")
+            write_card(folder.path)
     except TrainingInterrupted as stop:
         # A plain one can travel to another process.
         raise KeyboardInterrupt(str(stop)) from None

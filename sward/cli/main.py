@@ -140,7 +140,7 @@ def _train(words: list[str]) -> None:
         return
     from sward.runs import train_student
 
-    printing.print_result(train_student(config), config.metric)
+    _finish(train_student(config), config.metric)
 
 
 @_command("train-teacher", "train the teacher that a preset distils")
@@ -152,7 +152,16 @@ def _train_teacher(words: list[str]) -> None:
         return
     from sward.runs import train_teacher
 
-    printing.print_result(train_teacher(config), config.metric)
+    _finish(train_teacher(config), config.metric)
+
+
+def _finish(result: Any, metric: str) -> None:
+    from sward import distributed
+    from sward.reporting.card import write_card
+
+    if distributed.is_main():
+        write_card(result.run)
+    printing.print_result(result, metric)
 
 
 def _configuration(command: str, kind: Any, of_preset: Callable[[Any], Any], words: list[str]) -> Any:
@@ -290,6 +299,7 @@ def _layers(words: list[str]) -> None:
 @_command("evaluate", "score a run on a split of its data set or of another one")
 def _evaluate(words: list[str]) -> None:
     options = _parse(Evaluate, "evaluate", words)
+    from sward.reporting.card import write_card
     from sward.runs import evaluate_run, evaluation_file
     from sward.training.run_folder import RunFolder
 
@@ -307,6 +317,7 @@ def _evaluate(words: list[str]) -> None:
     printing.print_evaluation(result, f"{dataset}, {options.split} split, {result.images} images")
     path = evaluation_file(options.run, **scored)
     if path.exists():
+        write_card(options.run)
         print(f"written: {path}")
 
 

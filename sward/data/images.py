@@ -47,7 +47,7 @@ LOSSY = ("JPEG", "MPO", "JPEG2000", "AVIF")
 """Pillow's names of the formats that change pixel values; WebP is taken as lossless."""
 
 # Errors that Pillow raises, depending on the format and on the kind of damage.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+_DAMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error)
 _ORIENTATION = 0x0112
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _TAIL = 4096

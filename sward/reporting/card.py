@@ -10,11 +10,11 @@ from sward import __version__, atomic
 from sward.config import DistillationConfig, TeacherTrainingConfig, TrainingConfig
 from sward.deploy.metadata import evaluation_size
 from sward.deploy.proof import Exported
+from sward.methods import METHOD_TITLES
 from sward.reporting.data_card import counts_of_run
 from sward.reporting.runs import ReportedRun, group, read_runs, same_but_seed, teacher_of
 from sward.reporting.scores import METRICS, interval_text, score
 from sward.reporting.templates import render
-from sward.reproduce.experiments import METHOD_TITLES
 
 NAME = "MODEL_CARD.md"
 """Name of the card in a run folder."""

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from sward.config import DistillationConfig, TrainingConfig
 from sward.config_json import differences
 from sward.data import DatasetInfo
-from sward.reproduce.experiments import METHOD_TITLES
+from sward.methods import METHOD_TITLES
 from sward.training.run_folder import RunFolder, read_json
 
 Role = Literal["teacher", "alone", "distilled"]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sward.paired import Difference, paired_t
 from sward.reporting.runs import VALIDATION, Group, ReportedRun
-from sward.reproduce.paired import Difference, paired_t
 
 METRICS = (
     ("mIoU %", "mean_iou"),

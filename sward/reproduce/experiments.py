@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sward import data, presets
 from sward.losses.recipes import PAPER, ContextReduction, TeacherNormalization, TeacherProjections
-from sward.methods import METHODS
+from sward.methods import METHOD_TITLES, METHODS
 
 Scale = Literal["paper", "small"]
 Scores = tuple[float | None, ...]
@@ -24,19 +24,6 @@ CLASSES = (("mIoU", "mean_iou"), ("mAcc", "mean_accuracy"))
 
 PDR_WEIGHT = 0.1
 """Gamma of Eq. 20 in runs that add PDR to a preset without it."""
-
-METHOD_TITLES = {
-    "none": "student alone",
-    "kd": "+ KD",
-    "cwd": "+ CWD",
-    "at": "+ AT",
-    "fitnet": "+ FitNets",
-    "pairwise": "+ pairwise (SKD)",
-    "cirkd": "+ CIRKD",
-    "maskd": "+ MasKD",
-    "freekd": "+ FreeKD",
-    "sward": "+ SWARD",
-}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sward.reproduce.paired import Difference
+from sward.paired import Difference
 
 NOTHING = "-"
 

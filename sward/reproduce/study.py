@@ -23,6 +23,7 @@ from sward.config_json import differences, to_json
 from sward.data import DatasetNotFoundError
 from sward.data.files import PairedFiles
 from sward.evaluation import Evaluation
+from sward.reporting.card import write_card
 from sward.reproduce.experiments import TEACHER, EvaluationSet, Frames, Run, teacher_of
 from sward.reproduce.options import Options
 from sward.runs import (
@@ -261,6 +262,7 @@ class Study:
         cost = Cost(steps=folder.records()[-1]["step"], seconds=result.seconds, peak_memory=memory)
         text = json.dumps(dataclasses.asdict(cost), indent=2)
         (folder.path / "cost.json").write_text(text + "\n", encoding="utf-8")
+        write_card(folder.path)
 
     def cost(self, run: Run, seed: int) -> Cost | None:
         """Return the cost of the run; None before it is finished."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from sward import data, presets
 from sward.models.flops import complexity
+from sward.paired import paired_bootstrap, paired_t
 from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, Table, method
-from sward.reproduce.paired import paired_bootstrap, paired_t
 from sward.reproduce.rendering import Column, Comparison, FilledTable, Mean, Value
 from sward.reproduce.study import Study
 

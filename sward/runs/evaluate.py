@@ -94,10 +94,6 @@ def evaluate_run(
     if is_writable:
         text = json.dumps({**identity, **result.to_dict_with_images()}, indent=2, allow_nan=False)
         atomic.write(file, f"{text}\n".encode())
-        # Imported here: cards build on runs.
-        from sward.reporting.card import write_card
-
-        write_card(path)
     return result
 
 

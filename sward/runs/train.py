@@ -297,7 +297,7 @@ def _fit(
         if config.compile:
             # In place, which keeps the keys of the state dict; after opening the taps, so that they are traced.
             network.compile()
-        result = fit(
+        return fit(
             step_module,
             config,
             train_set,
@@ -307,12 +307,6 @@ def _fit(
             unlabelled=unlabelled,
             identity=identity,
         )
-        if distributed.is_main():
-            # Imported here: cards build on runs.
-            from sward.reporting.card import write_card
-
-            write_card(run.path)
-        return result
 
 
 def train_masks(config: MaskTrainingConfig) -> Path:

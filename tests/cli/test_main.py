@@ -217,7 +217,7 @@ def test_an_output_that_cannot_be_written_is_named_before_any_work(
 def test_a_demo_cannot_go_to_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     Path("a-file").write_text("kept")
     assert main(["demo", "--output", "a-file"]) == 2
-    assert "cannot write to a-file/teacher (Not a directory); choose another --output" in capsys.readouterr().err
+    assert "cannot write to a-file/unlabelled (Not a directory); choose another --output" in capsys.readouterr().err
 
 
 def test_a_page_is_not_a_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

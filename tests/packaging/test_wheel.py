@@ -103,7 +103,15 @@ def test_the_metadata_names_version_licence_and_extras(wheel: Path, installed: I
     metadata = email.message_from_bytes(archive.read(path))
     assert metadata["License-Expression"] == "Apache-2.0"
     assert path.replace("METADATA", "licenses/LICENSE") in archive.namelist()
-    assert set(metadata.get_all("Provides-Extra", [])) == {"models", "figures", "export", "dev", "all"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {
+        "models",
+        "figures",
+        "stream",
+        "export",
+        "docs",
+        "dev",
+        "all",
+    }
     assert 'sam2==1.1.0; extra == "models"' in metadata.get_all("Requires-Dist", [])
     assert installed.run(installed.scripts / "sward", "--version").strip() == f"sward {metadata['Version']}"
 

@@ -66,7 +66,7 @@ def test_runs_are_trained_once_and_the_table_holds_their_scores(
     assert "| + FreeKD | 0 | - | - | - | - | - | - |" in printed
 
     rows = table_rows(Path("out/methods-demo.csv"))
-    scores = json.loads(Path("out/demo/sward-seed0/evaluation-scenes-val.json").read_text())
+    scores = json.loads(Path("out/demo/sward-seed0/evaluation-scenes-val-last.json").read_text())
     assert scores["checkpoint"] == "last"
     assert float(rows["+ SWARD"]["scenes mIoU mean"]) == pytest.approx(100 * scores["mean_iou"])
     cost = json.loads(Path("out/demo/sward-seed0/cost.json").read_text())
