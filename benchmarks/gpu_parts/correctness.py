@@ -113,6 +113,7 @@ def _check_graph(suite: Suite, layout: str) -> Row:
         return loss, *torch.autograd.grad(loss, maps, upstream)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which still fills the maps and the shift
     with torch.cuda.stream(stream):
         call()
     torch.cuda.current_stream().wait_stream(stream)

@@ -28,6 +28,8 @@ def serves(image: Tensor) -> bool:
         and len(image) == 3
         and image.numel() > 0
         and image.is_contiguous()
+        # Without vector instructions PyTorch rounds between a product and a sum.
+        and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
         and LIBRARY.why_not() is None
     )
 

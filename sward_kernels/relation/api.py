@@ -38,7 +38,7 @@ def relational_kl(
         temperature: divides every cosine similarity; positive. Default 0.1.
         implementation: `"reference"` (plain autograd, holds the `[B, B, P, P]` maps), `"eager"` (row tiles,
             closed-form gradient, any device), `"native"` (the same gradient in C++, every pair of images once: fp32 on
-            a CPU, up to 4096 pixels, compiled for it on first use), `"triton"` (online softmax, backward by
+            a CPU, up to 2048 pixels, compiled for it on first use), `"triton"` (online softmax, backward by
             recomputation) or `"auto"` (default): triton on GPU tensors, native where it takes the call, eager
             elsewhere; where triton or native cannot run, eager with a warning.
 

@@ -12,8 +12,8 @@ from sward_kernels import cpp
 
 LIBRARY = cpp.Library("relational_kl", Path(__file__).with_name("native.cpp"))
 
-MOST_PIXELS = 4096
-"""Pixels per image up to which this runs: two maps of `P x P` exponentials exist at once, 128 MiB here."""
+MOST_PIXELS = 2048
+"""Pixels per image up to which this runs: two maps of `P x P` exponentials exist at once, 32 MiB here."""
 
 LOWEST_TEMPERATURE = 0.025
 """Below it, the exponential of a cosine of -1 against one of 1 would underflow in fp32."""
@@ -61,16 +61,18 @@ def relational_kl(
     images, pixels, _ = student_units.shape
     student, teacher = student_units.contiguous(), teacher_units.contiguous()
     loss = student.new_empty((), dtype=torch.float64)
-    gradient = torch.empty_like(student) if wants_gradient else student.new_empty(0)
+    gradient = torch.empty_like(student_units) if wants_gradient else student.new_empty(0)
+    dense = torch.empty_like(student) if wants_gradient and not gradient.is_contiguous() else gradient
     arguments = _Arguments(
         images,
         pixels,
         (student.shape[2], teacher.shape[2]),
         (student.data_ptr(), teacher.data_ptr()),
         1 / temperature,
-        gradient.data_ptr() if wants_gradient else None,
+        dense.data_ptr() if wants_gradient else None,
         loss.data_ptr(),
     )
     if LIBRARY.functions.relate_images(ctypes.byref(arguments), torch.get_num_threads()):
         raise MemoryError("relational_kl has no memory left for the relation of two images")
-    return loss.float(), gradient
+    # The strides that the operator announces to torch.compile are those of the input.
+    return loss.float(), gradient if dense is gradient else gradient.copy_(dense)

@@ -69,8 +69,7 @@ def windowed_distillation(
             in cache-sized chunks, any device), `"compiled"` (eager through `torch.compile`), `"native"` (the same
             gradients in C++: fp32, bf16 and fp16 on a CPU, compiled for it on first use), `"triton"`, or `"auto"`:
             triton on GPU tensors, native in these dtypes on a CPU with windows of up to 16 x 16, eager elsewhere; where
-            triton or native
-            cannot run, eager with a warning.
+            triton or native cannot run, eager with a warning.
 
     Returns:
         `WindowedDistillation(loss, attention, value, context)`. Gradients have the strides of their inputs.
