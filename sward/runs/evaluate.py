@@ -157,7 +157,8 @@ def _identity(
     settings = config.dataset
     weights = (run.best if checkpoint == "best" else run.last).read_bytes()
     sums = frame_sums(images)
-    seen = known_images(run.read_frames().get("train", {}), sums)
+    frames = run.read_frames()
+    seen = known_images({**frames.get("train", {}), **frames.get("unlabelled", {})}, sums)
     if seen and split != "train":
         warnings.warn(
             f"{len(seen)} of the {len(sums)} images of the split {split} were trained on, so their scores say nothing "
