@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -81,9 +82,16 @@ def read_runs(paths: Sequence[Path]) -> list[ReportedRun]:
 def _read(path: Path, title: str) -> ReportedRun:
     folder = RunFolder(path)
     config, info = folder.read()
-    evaluations = {
-        file.stem.removeprefix("evaluation-"): read_json(dict, file) for file in sorted(path.glob("evaluation-*.json"))
-    }
+    evaluations = {}
+    for file in sorted(path.glob("evaluation-*.json")):
+        stored = read_json(dict, file)
+        # Earlier versions did not store which weights they scored.
+        if stored.get("weights") not in (None, folder.weights_sum(stored.get("checkpoint", "best"))):
+            warnings.warn(
+                f"{file} is left out: the run was trained on since; score it again with 'sward evaluate'", stacklevel=3
+            )
+            continue
+        evaluations[file.stem.removeprefix("evaluation-")] = stored
     validated = [record for record in folder.records() if "validation" in record]
     if validated:
         evaluations = {VALIDATION: validated[-1]["validation"], **evaluations}

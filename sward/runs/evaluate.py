@@ -151,11 +151,10 @@ def _is_writable(path: Path) -> bool:
 
 
 def _identity(
-    run: RunFolder, config: TrainingConfig, images: SegmentationDataset, split: str, checkpoint: str
+    run: RunFolder, config: TrainingConfig, images: SegmentationDataset, split: str, checkpoint: Literal["best", "last"]
 ) -> dict[str, str | None]:
     """Return what the scores belong to, and warn of frames that the run was trained on."""
     settings = config.dataset
-    weights = (run.best if checkpoint == "best" else run.last).read_bytes()
     sums = frame_sums(images)
     frames = run.read_frames()
     seen = known_images({**frames.get("train", {}), **frames.get("unlabelled", {})}, sums)
@@ -172,5 +171,5 @@ def _identity(
         "root": None if settings.root is None else str(settings.root.absolute()),
         "frames": digest(sums) if sums else None,
         "checkpoint": checkpoint,
-        "weights": hashlib.sha256(weights).hexdigest()[:16],
+        "weights": run.weights_sum(checkpoint),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -167,6 +168,11 @@ class RunFolder:
                 f"{self.path} holds a run with another configuration: {different[0]}; "
                 "resume it with its own configuration, or choose another --output"
             )
+
+    def weights_sum(self, checkpoint: Literal["best", "last"]) -> str | None:
+        """Return a checksum of the file of the best or the last weights; None without the file."""
+        path = self.best if checkpoint == "best" else self.last
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
 
     def holds_checkpoint(self) -> bool:
         """Return whether there is a run to resume."""

@@ -12,6 +12,7 @@ from sward.cli.main import main
 from sward.config import DistillationConfig, TeacherConfig, TeacherTrainingConfig
 from sward.data import DatasetInfo
 from sward.reporting.card import write_card
+from sward.reporting.runs import read_runs
 from sward.training.run_folder import RunFolder
 from tests.support.deployable import make_run, register
 
@@ -106,6 +107,20 @@ def test_a_teacher_that_is_not_at_hand_is_named_by_its_folder(tmp_path: Path) ->
     assert "Distilled with SWARD from the teacher in runs/demo/teacher." in write_card(folder).read_text(
         encoding="utf-8"
     )
+
+
+@pytest.mark.usefixtures("few_images")
+def test_scores_of_earlier_weights_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch)
+    make_run(tmp_path / "run")
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    (run,) = read_runs([tmp_path / "run"])
+    assert "scenes-val" in run.evaluations
+    with run.folder.best.open("ab") as file:
+        file.write(b"trained on")
+    with pytest.warns(UserWarning, match="evaluation-scenes-val.json is left out: the run was trained on since"):
+        (run,) = read_runs([tmp_path / "run"])
+    assert "scenes-val" not in run.evaluations
 
 
 @pytest.mark.usefixtures("few_images")
