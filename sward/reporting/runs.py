@@ -208,7 +208,14 @@ def _belong_together(one: ReportedRun, other: ReportedRun) -> bool:
         dataclasses.replace(run.config, seed=0, dataset=dataclasses.replace(run.config.dataset, split_by=None))
         for run in (one, other)
     )
-    return not differences(first, second) and _split(one) == _split(other)
+    return not differences(first, second) and _split(one) == _split(other) and _taught_by(one) == _taught_by(other)
+
+
+def _taught_by(run: ReportedRun) -> Path | None:
+    config = run.config
+    if not isinstance(config, DistillationConfig) or config.distillation == "none" or config.teacher.run is None:
+        return None
+    return config.teacher.run.resolve()
 
 
 def _split(run: ReportedRun) -> str | None:

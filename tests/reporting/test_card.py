@@ -12,7 +12,7 @@ from sward.cli.main import main
 from sward.config import DistillationConfig, TeacherConfig, TeacherTrainingConfig
 from sward.data import DatasetInfo
 from sward.reporting.card import write_card
-from sward.reporting.runs import read_runs
+from sward.reporting.runs import group, read_runs
 from sward.training.run_folder import RunFolder
 from tests.support.deployable import make_run, register
 
@@ -107,6 +107,17 @@ def test_a_teacher_that_is_not_at_hand_is_named_by_its_folder(tmp_path: Path) ->
     assert "Distilled with SWARD from the teacher in runs/demo/teacher." in write_card(folder).read_text(
         encoding="utf-8"
     )
+
+
+def test_students_of_two_teachers_are_two_groups(tmp_path: Path) -> None:
+    runs = []
+    for seed, teacher in ((0, "one"), (1, "one"), (2, "other")):
+        folder = tmp_path / f"sward-seed{seed}"
+        folder.mkdir()
+        config = DistillationConfig(seed=seed, teacher=TeacherConfig(run=tmp_path / teacher))
+        RunFolder(folder).start(config, INFO)
+        runs.append(folder)
+    assert [[run.config.seed for run in each.runs] for each in group(read_runs(runs))] == [[0, 1], [2]]
 
 
 @pytest.mark.usefixtures("few_images")
