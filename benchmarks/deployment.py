@@ -9,7 +9,7 @@ measured again, unless with `--again`. Most of the time of a first run is compil
 
 Weights are random: they change neither time nor memory. Before anything is timed, every file is compared with PyTorch
 on the same image (logits to 1e-4; int8 has no such bound, its accuracy is what `sward export --int8` proves on data).
-Variants of a case are timed in turn, round by round; their medians go to `deployment_cpu.csv` and `.md` in
+Variants of a case are timed one after the other; their medians go to `deployment_cpu.csv` and `.md` in
 `benchmarks/results`.
 """
 
@@ -119,17 +119,20 @@ def _export(network: nn.Module, name: str, size: int, folder: Path) -> dict[str,
 
 
 def _times(variants: dict[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Time the variants in turn: at least 3 rounds, at most `rounds` or `seconds`, after one to warm up."""
+    """Time one variant after the other: at least 3 rounds, at most `rounds` or `seconds`, after two to warm up.
+
+    Not in turn: threads of ONNX Runtime and of torch spin for a while after a call, and would slow each other down.
+    """
     times: dict[str, list[float]] = {name: [] for name in variants}
-    start = time.perf_counter()
-    for number in range(rounds + 1):
-        if number > 3 and time.perf_counter() - start > seconds:
-            break
-        for name, run in variants.items():
+    for name, run in variants.items():
+        time.sleep(0.2)
+        run()
+        run()
+        start = time.perf_counter()
+        while len(times[name]) < rounds and (len(times[name]) < 3 or time.perf_counter() - start < seconds):
             begin = time.perf_counter()
             run()
-            if number:
-                times[name].append(1000 * (time.perf_counter() - begin))
+            times[name].append(1000 * (time.perf_counter() - begin))
     return times
 
 
@@ -232,7 +235,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", type=int, default=[128, 256, 512])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing per case, after at least 3 rounds")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing per variant, after at least 3 rounds")
     parser.add_argument("--minutes", type=float, default=10.5, help="start no case after this time")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--again", action="store_true", help="measure cases again that the results have")
