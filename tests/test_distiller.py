@@ -19,6 +19,7 @@ from sward.config import TapConfig
 from sward.features import FeatureTaps
 from sward.losses import DistillationInputs, ReceptiveTokens, SegmentationCrossEntropy, save_masks
 from sward.losses.freekd import FrequencyPrompts
+from tests.support.token_network import TokenNetwork
 
 
 class Net(nn.Module):
@@ -130,33 +131,8 @@ def test_without_labels_sward_leaves_out_pdr() -> None:
     assert all(parameter.grad.isfinite().all() for parameter in made.student.encoder.parameters())
 
 
-class Tokens(nn.Module):
-    """A transformer's shape: maps come as tokens behind eleven others, and the second block in a dictionary."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.ModuleList([nn.Conv2d(3, 8, 16, 16), *(_Block(8) for _ in range(2))])
-        self.head = nn.Conv2d(8, 3, 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        maps = self.encoder[0](images)
-        tokens = torch.cat([maps.new_zeros(len(maps), 11, 8), maps.flatten(2).transpose(1, 2)], 1)
-        for block in self.encoder[1:]:
-            tokens = block(tokens)["tokens"]
-        return self.head(tokens[:, 11:].transpose(1, 2).unflatten(2, maps.shape[-2:]))
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-
-    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
-        return {"tokens": self.linear(tokens), "logits": 0 * tokens}
-
-
 def test_outputs_that_no_shape_explains_are_read_as_told() -> None:
-    student, teacher, (images, labels) = Net(4), Tokens(), batch()
+    student, teacher, (images, labels) = Net(4), TokenNetwork(3), batch()
     options: dict[str, Any] = {"num_classes": 3, "image_size": (64, 64), "window_size": (4,), "embed_dim": 8}
     layers: dict[str, Any] = {"student_layers": ["encoder.3"], "teacher_layers": ["encoder.2"]}
     with pytest.raises(ValueError, match="prefix_tokens"):
@@ -174,7 +150,7 @@ def test_outputs_that_no_shape_explains_are_read_as_told() -> None:
     assert made(images, labels).loss != loss
 
 
-def _tokens(teacher: Tokens, images: Tensor) -> Tensor:
+def _tokens(teacher: TokenNetwork, images: Tensor) -> Tensor:
     patches = teacher.encoder[0](images).flatten(2).transpose(1, 2)
     return torch.cat([patches.new_zeros(len(patches), 11, 8), patches], 1)
 

@@ -32,36 +32,13 @@ class Mine(nn.Module):
         return {"out": self.head(self.encoder(images))}
 
 
-class Hidden(nn.Module):
-    """A user's transformer: its blocks return dictionaries, with tokens behind more others than are looked for."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.encoder = nn.ModuleList([nn.Conv2d(3, 8, 16, 16), Block(), Block()])
-        self.head = nn.Conv2d(8, num_classes, 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        maps = self.encoder[0](images)
-        tokens = torch.cat([maps.new_zeros(len(maps), 11, 8), maps.flatten(2).transpose(1, 2)], 1)
-        for block in self.encoder[1:]:
-            tokens = block(tokens)["tokens"]
-        return self.head(tokens[:, 11:].transpose(1, 2).unflatten(2, maps.shape[-2:]))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
-        return {"tokens": self.linear(tokens), "logits": tokens}
-
-
 @pytest.fixture(autouse=True)
 def in_a_folder_with_a_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    Path("mine.py").write_text(f"from {Mine.__module__} import Hidden as hidden, Mine as build\n")
+    Path("mine.py").write_text(
+        f"from tests.support.token_network import TokenNetwork as hidden\nfrom {Mine.__module__} import Mine as build\n"
+    )
     sys.modules[Mine.__module__] = sys.modules[__name__]
     sys.modules.pop("mine", None)
     torch.set_num_threads(1)
