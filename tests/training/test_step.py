@@ -146,7 +146,7 @@ def test_the_gradient_is_clipped_to_its_norm_and_the_norm_before_is_logged(tmp_p
         applied = 10 * torch.cat([moment.flatten() for moment in moments]).norm().item()
         assert applied == pytest.approx(norms[clip] if clip is None else clip, rel=1e-3)
     assert norms[None] == pytest.approx(norms[1e-3])
-    with pytest.raises(ValueError, match="optimizer\.clip_norm must be above 0, got 0"):
+    with pytest.raises(ValueError, match=r"optimizer\.clip_norm must be above 0, got 0"):
         small(tmp_path, optimizer=OptimizerConfig(clip_norm=0)).check()
 
 
