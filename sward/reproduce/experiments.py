@@ -65,8 +65,9 @@ class EvaluationSet:
     title: str
     """Header of the group."""
     split: str
-    """Split of the data set. On `"val"` the last weights are scored, so that the scored images did not select them; on
-    other splits the weights with the best validation score."""
+    """Split of the data set. On `"val"` the last weights are scored, so that the scored images did not select them, and
+    on another data set than the run's, whose validation images say little about it; else the weights with the best
+    validation score."""
     metrics: tuple[tuple[str, str], ...]
     """Header and name in `sward.evaluation.Evaluation` of each column."""
     dataset: str | None = None
@@ -80,7 +81,8 @@ class EvaluationSet:
 
     def checkpoint(self, run: Run) -> Literal["best", "last"]:
         """Return which weights of `run` are scored. For a teacher they are always those that it was distilled with."""
-        return "last" if self.split == "val" and run.name != TEACHER else "best"
+        is_unselected = self.split == "val" or self.dataset is not None
+        return "last" if is_unselected and run.name != TEACHER else "best"
 
 
 @dataclass(frozen=True)
