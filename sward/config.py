@@ -360,8 +360,8 @@ class DistillationConfig(TrainingConfig):
     """How the student's layers arrange their output."""
     unlabelled: tuple[str, ...] = ()
     """Folders of images without masks, text files with the path of one image per line, or tar files to stream, as
-    `shards/{000..999}.tar` or `pipe:COMMAND`. The teacher is distilled on them too; the task loss, PDR and all terms
-    that need labels see the labelled images only."""
+    `shards/{000..999}.tar` or `pipe:COMMAND`, which a shell runs. The teacher is distilled on them too; the task loss,
+    PDR and all terms that need labels see the labelled images only."""
     unlabelled_batch: int | None = None
     """Unlabelled images per step, over all processes, beside `batch` labelled ones; None takes as many as `batch`."""
     pseudo_labels: float | None = None
