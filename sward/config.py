@@ -346,6 +346,9 @@ class DistillationConfig(TrainingConfig):
 
     distillation: str = "sward"
     """The method: `"none"`, or a name in `sward.methods.METHODS`."""
+    distillation_factor: float = 1.0
+    """Factor of the whole distillation loss beside the task loss; 1 keeps the method's own weights, for the peers those
+    that their authors published."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The frozen network."""
     recipe: RecipeName = "recommended"
@@ -390,6 +393,7 @@ class DistillationConfig(TrainingConfig):
     def check(self) -> None:
         """Validate the fields; a teacher cache also needs fixed views, since it can only reuse repeated images."""
         super().check()
+        _check_number("distillation_factor", self.distillation_factor)
         if self.distillation != "none":
             self.sward.check()
             if self.teacher.image_size is not None:

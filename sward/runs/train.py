@@ -313,6 +313,7 @@ def _fit(
             network,
             task.to(next(network.parameters()).device),
             loss,
+            factor=config.distillation_factor if isinstance(config, DistillationConfig) else 1.0,
             precision=config.precision,
             taps=config.student_taps if isinstance(config, DistillationConfig) else None,
         )
