@@ -23,7 +23,7 @@ from sward.evaluation import predict_sample
 from sward.figures.predictions import prediction_grid
 from sward.models.flops import complexity
 from sward.paired import Difference, paired_t
-from sward.reporting.card import write_card
+from sward.reporting.card import write_card, write_export_card
 from sward.reporting.page import write_report
 from sward.runs import evaluate_run, load_run, train_student, train_teacher
 from sward.runs.load import build_split
@@ -133,6 +133,7 @@ def run(
     exported = export_run(
         output / "sward-seed0", output / "student.onnx", checkpoint="last", split=SPLIT, overwrite=True
     )
+    write_export_card(exported)
     folders = [config.output for config in (*distilled, *alone, teacher) if config.output is not None]
     return DemoResult(
         rows=[_row(kind, config, results[kind]) for kind, config in shown.items()],
