@@ -64,7 +64,7 @@ def headline(groups: Sequence[Group], costs: Mapping[str, Cost | None]) -> Headl
     stored = first_scores(groups, evaluation)
     weights = "weights of the last step" if evaluation == VALIDATION else f"{stored.get('checkpoint', 'best')} weights"
     more = [f"{best.title}: {compared} {name} on {stored['images']} images ({evaluation}, {weights})."]
-    if len(rivals) > 1:
+    if len(rivals) > 1 and best.role == "distilled":
         more[0] = f"{more[0][:-1]}, the best of {len(rivals)} distilled students."
     if own is not None:
         more.append(

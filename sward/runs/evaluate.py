@@ -33,7 +33,7 @@ def evaluate_run(
     tile: tuple[int, int] | None = None,
     overlap: int | None = None,
 ) -> Evaluation:
-    """Score a run and write the scores to `evaluation_file(path, ...)` and into its model card.
+    """Score a run and write the scores to `evaluation_file(path, ...)`.
 
     Warns if frames of the split were trained on, or if the folder of the run is read-only: then nothing is written.
 
