@@ -1,16 +1,16 @@
 """`sward reproduce`: each table and figure of the paper from one command.
 
-`options` holds the command-line options, `experiments` defines the rows and runs of each table, `study` trains them,
-`tables` writes the tables, `plan` estimates the cost, and `figures` draws the figures.
+`options` holds the command-line options, `experiments` (the paper's tables) and `own_tables` define the rows and runs
+of each table, `study` trains them, `tables` writes the tables, `plan` estimates the cost, and `figures` draws the figures.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from sward.reproduce import experiments
+from sward.reproduce import experiments, own_tables
 from sward.reproduce.experiments import Table, own_tests
-from sward.reproduce.figures import figure
+from sward.reproduce.figures import check_choices, figure
 from sward.reproduce.options import DEFAULT_PRESET, OWN_PRESETS, Options
 from sward.reproduce.plan import describe_plan
 from sward.reproduce.rendering import markdown, write
@@ -47,9 +47,9 @@ def reproduce(options: Options) -> list[Path]:
 
 def _table(options: Options) -> Table:
     if options.what in ("methods", "questions"):
-        return getattr(experiments, options.what)(options.preset or DEFAULT_PRESET)
+        return getattr(own_tables, options.what)(options.preset or DEFAULT_PRESET)
     if options.what in OWN_PRESETS:
-        return getattr(experiments, options.what)()
+        return getattr(own_tables, options.what)()
     return getattr(experiments, options.what)(options.scale)
 
 
@@ -60,6 +60,7 @@ def _figure(study: Study) -> list[Path]:
     if options.dry_run:
         print(describe_plan(study, schedule))
         return []
+    check_choices(options, wanted.runs)
     tests = [test for run in wanted.runs for test in own_tests(run.preset)]
     study.check(wanted.runs, tests)
     for _ in study.run_all(schedule):

@@ -9,10 +9,11 @@ import pytest
 
 from sward import presets
 from sward.methods import METHODS
-from sward.reproduce import experiments
-from sward.reproduce.experiments import TEACHER, Table, methods, questions, teacher_of
+from sward.reproduce import experiments, own_tables
+from sward.reproduce.experiments import TEACHER, Table, teacher_of
 from sward.reproduce.figures import figure
 from sward.reproduce.options import Options
+from sward.reproduce.own_tables import methods, questions
 from sward.reproduce.study import Study
 
 TABLES = [
@@ -22,8 +23,8 @@ TABLES = [
         for make in (methods, questions)
         for preset in ("clinicdb-small", "colondb-small", "camvid-small", "cityscapes-mbv3")
     ),
-    experiments.unlabelled(),
-    experiments.masks(),
+    own_tables.unlabelled(),
+    own_tables.masks(),
 ]
 
 
@@ -88,7 +89,7 @@ def test_methods_are_those_of_sward_train() -> None:
 
 
 def test_unlabelled_frames_are_never_those_of_the_test() -> None:
-    table = experiments.unlabelled()
+    table = own_tables.unlabelled()
     study = Study(Options("unlabelled"))
     unseen = table.tests[1]
     frames = [run.unlabelled for run in table.runs() if run.unlabelled is not None]
@@ -107,10 +108,10 @@ def test_unlabelled_frames_are_never_those_of_the_test() -> None:
 def test_fewer_masks_take_as_many_steps_and_share_no_teacher() -> None:
     study = Study(Options("masks"))
     frames = presets.CLINICDB_FRAMES
-    full = {run.name: study.config(run, 0) for run in experiments.masks().runs() if run.preset == "clinicdb-small"}
+    full = {run.name: study.config(run, 0) for run in own_tables.masks().runs() if run.preset == "clinicdb-small"}
     for preset, share in (("clinicdb-small-25", 0.25), ("clinicdb-small-10", 0.1)):
         assert teacher_of(preset).preset == preset
-        for name, run in ((run.name, run) for run in experiments.masks().runs() if run.preset == preset):
+        for name, run in ((run.name, run) for run in own_tables.masks().runs() if run.preset == preset):
             config, other = study.config(run, 0), full[name]
             used = round(share * frames)
             assert config.steps(used) == other.steps(frames)

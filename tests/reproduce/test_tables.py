@@ -12,8 +12,9 @@ import pytest
 
 from sward.evaluation import Evaluation
 from sward.paired import Difference
-from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, methods, table2, unlabelled
+from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, table2
 from sward.reproduce.options import Options
+from sward.reproduce.own_tables import methods, unlabelled
 from sward.reproduce.rendering import (
     Column,
     Comparison,
