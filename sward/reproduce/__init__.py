@@ -1,7 +1,8 @@
 """`sward reproduce`: each table and figure of the paper from one command.
 
 `options` holds the command-line options, `experiments` (the paper's tables) and `own_tables` define the rows and runs
-of each table, `study` trains them, `tables` writes the tables, `plan` estimates the cost, and `figures` draws the figures.
+of each table, `study` trains them, `tables` writes the tables, `plan` estimates the cost, and `figures` draws the
+figures.
 """
 
 from __future__ import annotations
