@@ -21,7 +21,7 @@ from sward.deploy.export import require_onnx
 from sward.deploy.proof import Exported, export_run
 from sward.models.flops import complexity
 from sward.paired import Difference, paired_t
-from sward.reporting.card import write_card
+from sward.reporting.card import write_card, write_export_card
 from sward.reporting.page import write_report
 from sward.reproduce.experiments import EvaluationSet
 from sward.reproduce.figures import draw_predictions, load_network
@@ -134,6 +134,7 @@ def run(
     exported = export_run(
         output / "sward-seed0", output / "student.onnx", checkpoint="last", split=SPLIT, overwrite=True
     )
+    write_export_card(exported)
     folders = [config.output for config in (*distilled, *alone, teacher) if config.output is not None]
     return DemoResult(
         rows=[_row(kind, config, results[kind]) for kind, config in shown.items()],

@@ -1,16 +1,16 @@
 """`sward reproduce`: each table and figure of the paper from one command.
 
-`options` holds the command-line options, `experiments` (the paper's tables) and `own_tables` define the rows and runs
-of each table, `study` trains them, `tables` writes the tables, `plan` estimates the cost, and `figures` draws the
-figures.
+`options` holds the command-line options, `experiments` defines the rows and runs of each table, `study` trains them,
+`tables` writes the tables, `plan` estimates the cost, and `figures` draws the figures.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from sward.reproduce import experiments, own_tables
-from sward.reproduce.experiments import Table, own_tests
+from sward.reproduce import experiments
+from sward.reproduce.experiments import Run, Table, own_tests
 from sward.reproduce.figures import check_choices, figure
 from sward.reproduce.options import DEFAULT_PRESET, OWN_PRESETS, Options
 from sward.reproduce.plan import describe_plan
@@ -39,18 +39,28 @@ def reproduce(options: Options) -> list[Path]:
     notes = study.check(table.runs(), table.tests)
     costs = model_costs(table) if any(row.shows_cost for row in table.rows) else None
     written: list[Path] = []
-    for _ in study.run_all(study.schedule(table.runs())):
-        filled = fill(table, study, notes, costs)
+    for _ in _train(table, study):
+        filled = fill(study.choose(table), study, notes, costs)
         written = write(filled, options.output / table.name)
     print(markdown(filled))
     return written
 
 
+def _train(table: Table, study: Study) -> Iterator[tuple[Run, int]]:
+    """Train every run of the table, then the other seeds of those that were chosen from."""
+    yield from study.run_all(study.schedule(table.runs()))
+    chosen = {(run.preset, run.name): run for row in study.choose(table).rows for run in row.runs}
+    more = [run for run in table.runs() if run.trial and not chosen.get((run.preset, run.name), run).trial]
+    if more and study.options.seeds > 1:
+        runs = [chosen.get((run.preset, run.name), run) for run in table.runs()]
+        yield from study.run_all(study.schedule(runs))
+
+
 def _table(options: Options) -> Table:
-    if options.what in ("methods", "questions"):
-        return getattr(own_tables, options.what)(options.preset or DEFAULT_PRESET)
+    if options.what in ("methods", "questions", "peers", "length"):
+        return getattr(experiments, options.what)(options.preset or DEFAULT_PRESET)
     if options.what in OWN_PRESETS:
-        return getattr(own_tables, options.what)()
+        return getattr(experiments, options.what)()
     return getattr(experiments, options.what)(options.scale)
 
 

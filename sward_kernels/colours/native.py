@@ -10,7 +10,9 @@ from torch import Tensor
 
 from sward_kernels import cpp
 
-LIBRARY = cpp.Library("colours", Path(__file__).with_name("native.cpp"), flags=("-ffp-contract=off",))
+LIBRARY = cpp.Library(
+    "colours", Path(__file__).with_name("native.cpp"), flags=("-ffp-contract=off", "-fno-trapping-math")
+)
 
 
 class _Image(ctypes.Structure):
