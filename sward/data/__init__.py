@@ -216,6 +216,8 @@ def build(
         dataset.set_on_corrupt(on_corrupt)
         dataset.image_range = _checked(image_range)
         dataset.use_pack(packed)
+        if train:
+            dataset.keep_decoded()
     dataset.views = views
     if teacher_size is not None:
         if not isinstance(dataset.transform, TrainingTransform):

@@ -8,14 +8,15 @@ import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sward.data.images import SUFFIXES, CorruptFileError, check_file, open_image, read_image
+from sward.data.images import SUFFIXES, CorruptFileError, check_file, open_image, read_header, read_image
+from sward.data.kept import KeptFrames
 from sward.data.lists import choose_share
 from sward.data.masks import indices, list_values
 from sward.data.packed import PackedFrames, find_pack
@@ -67,6 +68,7 @@ class PairedFiles(SegmentationDataset):
         self.on_corrupt: OnCorrupt = "stop"
         self.image_range: tuple[float, float] | None = None
         self.packed: PackedFrames | None = None
+        self.kept: KeptFrames | None = None
         # Shared memory, so that only one loader process warns about a file.
         self._warned = torch.zeros(len(self.pairs), dtype=torch.bool).share_memory_()
 
@@ -89,6 +91,20 @@ class PairedFiles(SegmentationDataset):
         self.packed = find_pack(
             where, self.info.name, self.info.num_classes, self.folder, self.pairs, decoding=self.decoding
         )
+
+    def keep_decoded(self) -> None:
+        """Keep decoded frames in memory for later epochs, if frames of the size of the first fit `kept.LIMIT`.
+
+        Changes to a file are then only seen by the next run. Frames of a pack are not kept, since they are mapped into
+        memory already.
+        """
+        header = read_header(self.pairs[0].image) if self.pairs and self.packed is None else None
+        if header is not None and KeptFrames.fit(len(self), header.size):
+            self.kept = KeptFrames(len(self), header.size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Loader processes that are spawned share no memory; they decode.
+        return {**self.__dict__, "kept": None}
 
     def set_on_corrupt(self, on_corrupt: OnCorrupt) -> None:
         """Set what `read` does with damaged files: `"skip"` warns once per file and reads the next frame.
@@ -117,7 +133,12 @@ class PairedFiles(SegmentationDataset):
         pair = self.pairs[index]
         if self.packed is not None and index in self.packed:
             return *self.packed.read(index), pair.name
-        return *self.read_files(pair), pair.name
+        frame = None if self.kept is None else self.kept.read(index)
+        if frame is None:
+            frame = self.read_files(pair)
+            if self.kept is not None:
+                self.kept.write(index, *frame)
+        return *frame, pair.name
 
     def read_files(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """Decode an image and its mask; see `read`."""

@@ -35,6 +35,18 @@ INDEX = "index.json"
 FORMAT = 2
 
 
+def frame_bytes(height: int, width: int) -> int:
+    """Return the bytes of a frame: three per pixel for the image, one for the label."""
+    return 4 * height * width
+
+
+def split_frame(data: NDArray[np.uint8], height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return the views `image [3, H, W]` and `labels [H, W]` of the bytes of a frame."""
+    pixels = height * width
+    image = torch.from_numpy(data[: 3 * pixels].reshape(height, width, 3)).permute(2, 0, 1)
+    return image, torch.from_numpy(data[3 * pixels : 4 * pixels].reshape(height, width))
+
+
 class Source(NamedTuple):
     """A source file when it was decoded: path relative to the data set's folder, bytes, modification time in ns."""
 
@@ -61,7 +73,7 @@ class Frame(NamedTuple):
 
     @property
     def size(self) -> int:
-        return 4 * self.height * self.width
+        return frame_bytes(self.height, self.width)
 
 
 class Shard(NamedTuple):
@@ -183,9 +195,7 @@ class PackedFrames:
                     f"{self.folder / file} is damaged: the checksum of {frame.image.path} does not match; {self._again}"
                 )
             self._checked[index] = True
-        pixels = frame.height * frame.width
-        image = torch.from_numpy(data[: 3 * pixels].reshape(frame.height, frame.width, 3)).permute(2, 0, 1)
-        return image, torch.from_numpy(data[3 * pixels :].reshape(frame.height, frame.width))
+        return split_frame(data, frame.height, frame.width)
 
     def _map(self, file: str) -> NDArray[np.uint8]:
         if file not in self._maps:
