@@ -2,10 +2,12 @@
 
     SWARD_DATA=/datasets python benchmarks/step_parts.py
     SWARD_DATA=/datasets python benchmarks/step_parts.py --threads 1 --clock cpu      # on a machine that others use
+    SWARD_DATA=/datasets python benchmarks/step_parts.py --preset clinicdb-unext --recipe paper
 
-The presets are those of two cores and `clinicdb-unext` at 256x256, batch 8, each with the recommended recipe, and the
-teacher's trunk features in the cache. Parts are timed in turn, round by round, and the fastest round counts. `--clock
-cpu` counts the processor time of this thread instead of the time of day. Writes `benchmarks/results/step_parts.csv`.
+The presets are those of two cores and `clinicdb-unext` at 256x256, batch 8, with the teacher's trunk features in the
+cache. Parts are timed in turn, round by round, and the fastest round counts. `--clock cpu` counts the processor time of
+this thread instead of the time of day. Writes `benchmarks/results/step_parts.csv` for all presets with the recommended
+recipe.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,7 @@ from harness import Session
 from sward import data, methods, models, presets
 from sward.alignment import Standardization, aligned_size
 from sward.losses import PDRLoss, SegmentationCrossEntropy, SWARDDistillation
+from sward.losses.recipes import RecipeName
 from sward.runs.load import distillation_pair
 from sward.training import FrozenTeacher, TrainingStep
 from sward.training.teacher_cache import TrunkCache
@@ -54,10 +58,10 @@ def fastest(parts: Parts, clock: Callable[[], float], seconds: float) -> dict[st
     return times
 
 
-def parts_of(preset: str, size: tuple[int, int], folder: Path) -> Parts:
+def parts_of(preset: str, recipe: RecipeName, size: tuple[int, int], folder: Path) -> Parts:
     """Return what is timed, by name."""
     config = presets.get(preset).student
-    config.use_recipe("recommended")
+    config.use_recipe(recipe)
     if size != tuple(config.dataset.image_size):
         config.teacher.image_size = None
     config.dataset.image_size, config.batch = size, BATCH
@@ -97,7 +101,9 @@ def parts_of(preset: str, size: tuple[int, int], folder: Path) -> Parts:
     theirs = [features[tap] for tap in loss.teacher_taps]
     mwad, stages = loss.mwad, range(len(own))
     sizes = [aligned_size(*pair) for pair in zip(own, theirs, strict=True)]
-    pdr = PDRLoss(info.num_classes, normalize=True, ignore_index=info.ignore_index)
+    pdr, normalised_pdr = (
+        PDRLoss(info.num_classes, normalize=normalize, ignore_index=info.ignore_index) for normalize in (False, True)
+    )
 
     def standardizations() -> list[Standardization]:
         return [each for each in mwad.standardization if isinstance(each, Standardization)]
@@ -142,7 +148,8 @@ def parts_of(preset: str, size: tuple[int, int], folder: Path) -> Parts:
         ],
         "  student projected": lambda: torch.autograd.backward(project(), upstream),
         "  windowed distillation": windows,
-        "normalised PDR": lambda: pdr(taps[loss.pdr_tap], labels).loss.backward(),
+        "PDR": lambda: pdr(taps[loss.pdr_tap], labels).loss.backward(),
+        "normalised PDR": lambda: normalised_pdr(taps[loss.pdr_tap], labels).loss.backward(),
         "optimiser": optimizer.step,
         "step, with features": whole_step,
     }
@@ -153,6 +160,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each case (default: 20)")
+    parser.add_argument("--preset", choices=CASES, help="default: all")
+    parser.add_argument("--recipe", choices=get_args(RecipeName), default="recommended")
     options = parser.parse_args()
     if "SWARD_DATA" not in os.environ:
         parser.error("SWARD_DATA must name the folder of the data sets, got nothing")
@@ -160,8 +169,12 @@ def main() -> int:
     session = Session("step_parts", torch.device("cpu"))
     rows = []
     for preset, size in CASES.items():
+        if options.preset not in (None, preset):
+            continue
         with tempfile.TemporaryDirectory(prefix="sward-step-parts-") as folder:
-            times = fastest(parts_of(preset, size, Path(folder)), CLOCKS[options.clock], options.seconds)
+            times = fastest(
+                parts_of(preset, options.recipe, size, Path(folder)), CLOCKS[options.clock], options.seconds
+            )
         case = f"{preset}, {size[0]}x{size[1]}, batch {BATCH}"
         print(f"\n{case}\n  {'part':<36}{'ms':>9}{'of the student':>16}")
         for part, milliseconds in times.items():
@@ -170,6 +183,8 @@ def main() -> int:
             rows.append(
                 (session.device_name, torch.__version__, options.clock, case, part.strip(), milliseconds, share)
             )
+    if options.preset is not None or options.recipe != "recommended":
+        return 0
     path = RESULTS / "step_parts.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)

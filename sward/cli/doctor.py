@@ -54,8 +54,8 @@ def _implementations() -> list[tuple[str, str]]:
     found = []
     for part, library, otherwise, elsewhere in (
         ("MWAD", windowed_distillation.LIBRARY, "eager", "in windows above 16 x 16 and in other dtypes"),
-        ("PDR", prototypes.LIBRARY, "eager", "for normalised features and in other dtypes"),
-        ("CIRKD", relation.LIBRARY, "eager", "above 4096 pixels per image and in float64"),
+        ("PDR", prototypes.LIBRARY, "eager", "in other dtypes"),
+        ("CIRKD", relation.LIBRARY, "eager", f"above {relation.MOST_PIXELS} pixels per image and in float64"),
         ("standardised teacher", standardization.LIBRARY, "PyTorch", "in other dtypes"),
     ):
         reason = library.why_not()

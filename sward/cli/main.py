@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=2, cutoff=0.4) or list(COMMANDS)
             raise ValueError(f"unknown command {name!r}; did you mean {' or '.join(near)}?")
-        COMMANDS[name][0](rest)
+        with printing.plain_warnings():
+            COMMANDS[name][0](rest)
     except (ValueError, FileNotFoundError, IsADirectoryError, NotImplementedError, ModuleNotFoundError) as error:
         if sys.flags.dev_mode:
             raise

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sward.reproduce import experiments
 from sward.reproduce.experiments import Run, Table, own_tests
-from sward.reproduce.figures import figure
+from sward.reproduce.figures import check_choices, figure
 from sward.reproduce.options import DEFAULT_PRESET, OWN_PRESETS, Options
 from sward.reproduce.plan import describe_plan
 from sward.reproduce.rendering import markdown, write
@@ -71,6 +71,7 @@ def _figure(study: Study) -> list[Path]:
     if options.dry_run:
         print(describe_plan(study, schedule))
         return []
+    check_choices(options, wanted.runs)
     tests = [test for run in wanted.runs for test in own_tests(run.preset)]
     study.check(wanted.runs, tests)
     for _ in study.run_all(schedule):

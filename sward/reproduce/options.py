@@ -66,11 +66,14 @@ class Options:
     untrained_trunk: bool = False
     """Start the teacher from random weights instead of its pretrained trunk, for a quick trial."""
     image: int = 0
-    """For figures of single images: index of the first image in the scored split."""
+    """For figures of single images: index of the first image in the scored split; figure1 and attention take the first
+    from there on that shows enough of the class."""
     target: str | None = None
-    """For figure1: class of the activation maps; car or polyp by default."""
+    """For figure1 and attention: the class whose activation maps are shown, or on which the query lies; car or polyp by
+    default."""
     pixel: tuple[int, int] | None = None
-    """For attention: row and column of the query pixel at the network's input size; the centre by default."""
+    """For attention: row and column of the query pixel at the network's input size; by default in the midst of the
+    class."""
     device: str | None = None
     """Device to run on; the GPU if there is one."""
     dry_run: bool = False

@@ -72,8 +72,8 @@ def prototype_discrimination(
             `DistributedDataParallel` does, the parameters' gradients equal those of one process with the whole batch.
             Divide by the world size if you sum gradients yourself.
         implementation: `"reference"` (plain autograd PyTorch, the specification), `"eager"` (closed-form gradient in
-            cache-sized chunks, any device), `"native"` (the same two passes in C++: fp32 on a CPU with
-            `normalize=False`, compiled for it on first use), `"compiled"` (native where it supports the call, eager
+            cache-sized chunks, any device), `"native"` (the same two passes in C++: fp32 on a CPU, compiled for it on
+            first use), `"compiled"` (native where it supports the call, eager
             elsewhere: eager through `torch.compile` is slower), `"triton"`, or `"auto"`: triton on GPU tensors,
             compiled elsewhere. Where there is no C++ compiler for compiled or auto, or triton cannot run a call of
             auto, eager runs with a warning.
@@ -100,22 +100,22 @@ def prototype_discrimination(
             )
             separation, compactness = (value.detach() for value in values)
             return PrototypeDiscrimination(loss, separation, compactness, prototypes.detach(), counts)
-        passes = _choose_passes(implementation, features, num_classes, normalize)
+        passes = _choose_passes(implementation, features, num_classes)
         return PrototypeDiscrimination(*closed_form.prototype_discrimination(*arguments, passes))
 
 
-def _choose_passes(implementation: str, features: Tensor, num_classes: int, normalize: bool) -> Passes:
+def _choose_passes(implementation: str, features: Tensor, num_classes: int) -> Passes:
     wanted = implementation
     if wanted == "auto":
         wanted = "triton" if features.is_cuda else "compiled"  # is_cuda is true for ROCm tensors too
     if wanted == "compiled":
-        wanted = "native" if native.serves(features, normalize) else "eager"
+        wanted = "native" if native.serves(features) else "eager"
     try:
         if wanted == "triton":
             passes = _triton_passes(features, num_classes)
             return _or_eager(passes) if implementation == "auto" else passes
         if wanted == "native":
-            native.require_support(features, normalize)
+            native.require_support(features)
             return native.passes
     except NotImplementedError as reason:
         if implementation == wanted:

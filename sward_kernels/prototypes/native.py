@@ -1,4 +1,4 @@
-"""Prototype statistics and the gradient in C++ (`native.cpp`): fp32 features on a CPU, not normalised."""
+"""Prototype statistics and the gradient in C++ (`native.cpp`): fp32 features on a CPU."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class _Statistics(ctypes.Structure):
         ("classes", ctypes.c_void_p),
         ("num_classes", ctypes.c_int64),
         ("shift", ctypes.c_void_p),
+        ("inverses", ctypes.c_void_p),
         ("sums", ctypes.c_void_p),
         ("squares", ctypes.c_void_p),
     )
@@ -51,22 +52,23 @@ class _Gradient(ctypes.Structure):
         ("classes", ctypes.c_void_p),
         ("num_classes", ctypes.c_int64),
         ("slopes", ctypes.c_void_p),
+        ("inverses", ctypes.c_void_p),
         ("offsets", ctypes.c_void_p),
         ("offsets_by_class", ctypes.c_void_p),
     )
 
 
-def serves(features: Tensor, normalize: bool) -> bool:
+def serves(features: Tensor) -> bool:
     """Whether these passes are written for such features."""
-    return features.is_cpu and features.dtype == torch.float32 and not normalize
+    return features.is_cpu and features.dtype == torch.float32
 
 
-def require_support(features: Tensor, normalize: bool) -> None:
+def require_support(features: Tensor) -> None:
     """Raise NotImplementedError, with the reason, if these passes cannot run on such features here."""
-    if not serves(features, normalize):
+    if not serves(features):
         raise NotImplementedError(
-            "implementation='native' of prototype_discrimination takes fp32 features on a CPU with normalize=False, "
-            f"got {features.dtype} on {features.device.type} with normalize={normalize}; use 'eager'"
+            "implementation='native' of prototype_discrimination takes fp32 features on a CPU, "
+            f"got {features.dtype} on {features.device.type}; use 'eager'"
         )
     LIBRARY.require()
 
@@ -82,6 +84,10 @@ def _rows_join(features: Tensor) -> bool:
     return features.stride(2) == features.shape[3] * features.stride(3)
 
 
+def _one_per_pixel(features: Tensor) -> Tensor:
+    return features.new_empty(len(features), *features.shape[2:])
+
+
 def statistics(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,11 +101,13 @@ def statistics(
     )
     sums, squares = features.new_zeros(2, blocks, num_classes + 1, BLOCK, dtype=torch.float64)
     own = classes.int().contiguous()
+    inverses = _one_per_pixel(features) if normalize else None
     arguments = _Statistics(
         _describe(features, _rows_join(features)),
         own.data_ptr(),
         num_classes,
         table.data_ptr(),
+        None if inverses is None else inverses.data_ptr(),
         sums.data_ptr(),
         squares.data_ptr(),
     )
@@ -121,7 +129,9 @@ def gradient(
     """Return the gradient of the features, in their strides where they are dense."""
     slope, offset = scaled(slope, offset, upstream, features)
     classes = class_indices(labels, len(slope), ignore_index)
-    slopes, by_class = F.pad(slope, (0, 1))[classes].contiguous(), F.pad(offset, (0, 0, 0, 1)).contiguous()
+    by_class = F.pad(offset, (0, 0, 0, 1)).contiguous()
+    inverses = _one_per_pixel(features) if normalize else None
+    slopes = _one_per_pixel(features) if normalize else F.pad(slope, (0, 1))[classes].contiguous()
     by_channel, own = by_class.T.contiguous(), classes.int().contiguous()
     result = torch.empty_like(features)
     join_rows = _rows_join(features) and _rows_join(result)
@@ -131,6 +141,7 @@ def gradient(
         own.data_ptr(),
         len(slope),
         slopes.data_ptr(),
+        None if inverses is None else inverses.data_ptr(),
         by_channel.data_ptr(),
         by_class.data_ptr(),
     )

@@ -10,8 +10,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <new>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "matrices.h"
 
@@ -29,6 +34,7 @@ namespace {
 
 constexpr int64_t TILE = 128;
 constexpr int64_t AREA = TILE * TILE;
+constexpr int64_t GROUP = 4;  // row tiles that are related to a column tile in turn
 constexpr int64_t DEPTH = 128;  // of a step of a product
 constexpr int PARTS = 3;  // sums of the student's exponentials, of the teacher's, and of their divergence
 
@@ -37,13 +43,32 @@ struct Sizes {
     int64_t width[2];  // channels, padded to whole vectors
 };
 
+// Floats that are not cleared, on large pages where the system has them: a fault per 4 KiB costs more than the writes.
+struct LargePages {
+    float* data = nullptr;
+
+    void reset(int64_t count) {
+        constexpr int64_t PAGE = 1 << 21;
+        const int64_t bytes = (count * 4 + PAGE - 1) / PAGE * PAGE;
+        data = static_cast<float*>(std::aligned_alloc(PAGE, bytes));
+#ifdef MADV_HUGEPAGE
+        if (data) madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+    }
+    ~LargePages() { std::free(data); }
+};
+
 struct Memory {
     Memory(const Arguments& given, const Sizes& sizes) {
         const int64_t rows = given.images * sizes.tiles * TILE, square = sizes.tiles * sizes.tiles;
         for (int side = 0; side < 2; ++side) columns[side] = take(rows * given.channels[side]);
         units = take(rows * sizes.width[0]);
         gradient = take(given.gradient ? rows * sizes.width[0] : 0);
-        for (float*& each : exponentials) each = take(square * AREA);
+        for (auto& each : maps) each.reset(square * AREA);
+        for (int side = 0; side < 2; ++side) {
+            exponentials[side] = maps[side].data;
+            ready = ready && exponentials[side];
+        }
         for (float*& each : parts) each = take(square * PARTS * TILE);
         for (auto& side : totals)
             for (double*& each : side) {
@@ -68,7 +93,8 @@ private:
         return floats[used++].get();
     }
     int used = 0, used_doubles = 0;
-    std::unique_ptr<float[]> floats[8];
+    std::unique_ptr<float[]> floats[6];
+    LargePages maps[2];
     std::unique_ptr<double[]> doubles[2 * PARTS];
 };
 
@@ -103,12 +129,12 @@ void relate(
     const int64_t at = row_tile * sizes.tiles + column_tile;
     const int64_t rows = std::min(TILE, given.pixels - row_tile * TILE);
     const int64_t columns = std::min(TILE, given.pixels - column_tile * TILE);
-    float* scores[2];
+    // Close together in cache; the maps of exponentials are then written once, from end to end.
+    alignas(64) float scores[2][AREA];
     for (int side = 0; side < 2; ++side) {
         const int64_t channels = given.channels[side];
         const float* a = given.units[side] + (i * given.pixels + row_tile * TILE) * channels;
         const float* b = memory.columns[side] + (j * sizes.tiles + column_tile) * TILE * channels;
-        scores[side] = memory.exponentials[side] + at * AREA;
         multiply_deep(scores[side], a, channels, 1, b, rows, channels, TILE, true);
     }
     float *of_rows = memory.parts[0] + at * PARTS * TILE, *of_columns = memory.parts[1] + at * PARTS * TILE;
@@ -117,7 +143,8 @@ void relate(
     float real[TILE] = {};
     std::fill_n(real, columns, 1.0f);
     for (int64_t row = 0; row < TILE; ++row) {
-        float *student = scores[0] + row * TILE, *teacher = scores[1] + row * TILE;
+        float* student = memory.exponentials[0] + at * AREA + row * TILE;
+        float* teacher = memory.exponentials[1] + at * AREA + row * TILE;
         if (row >= rows) {
             std::fill_n(student, TILE, 0.0f);
             std::fill_n(teacher, TILE, 0.0f);
@@ -125,7 +152,8 @@ void relate(
         }
         Lanes sums[PARTS] = {};
         for (int64_t column = 0; column < TILE; column += LANES) {
-            const Lanes s = load(student + column), t = load(teacher + column), own = load(real + column);
+            const Lanes s = load(scores[0] + row * TILE + column), t = load(scores[1] + row * TILE + column);
+            const Lanes own = load(real + column);
             Lanes values[PARTS];
             values[0] = exponential((s - 1.0f) * given.inverse_temperature) * own;
             values[1] = exponential((t - 1.0f) * given.inverse_temperature) * own;
@@ -223,9 +251,12 @@ extern "C" int relate_images(const Arguments* arguments, int threads) {
             const int directions = itself ? 1 : 2;
 #pragma omp parallel num_threads(threads)
             {
-#pragma omp for schedule(dynamic)
-                for (int64_t at = 0; at < tiles * tiles; ++at)
-                    if (!itself || at / tiles <= at % tiles) relate(given, sizes, memory, i, j, at / tiles, at % tiles);
+#pragma omp for schedule(dynamic, GROUP)
+                for (int64_t at = 0; at < (tiles + GROUP - 1) / GROUP * GROUP * tiles; ++at) {
+                    // A group of row tiles stays in cache while every column tile is read once for all of them.
+                    const int64_t row = at / (GROUP * tiles) * GROUP + at % GROUP, column = at / GROUP % tiles;
+                    if (row < tiles && (!itself || row <= column)) relate(given, sizes, memory, i, j, row, column);
+                }
 #pragma omp for schedule(static)
                 for (int64_t at = 0; at < directions * tiles; ++at)
                     add_parts(sizes, memory, at / tiles, itself, at % tiles);

@@ -92,13 +92,13 @@ def test_where_the_doctor_says_native_native_runs_and_elsewhere_it_does_not(monk
     expected = "native (C++) in fp32, bf16 and fp16; eager in windows above 16 x 16 and in other dtypes"
     assert said["MWAD, CPU tensors"] == expected
     assert runs_native("MWAD", torch.bfloat16, window=16)
-    assert said["PDR, CPU tensors"] == "native (C++) in fp32; eager for normalised features and in other dtypes"
-    assert said["CIRKD, CPU tensors"] == "native (C++) in fp32; eager above 4096 pixels per image and in float64"
+    assert said["PDR, CPU tensors"] == "native (C++) in fp32; eager in other dtypes"
+    assert said["CIRKD, CPU tensors"] == "native (C++) in fp32; eager above 2048 pixels per image and in float64"
     assert runs_native("MWAD", window=16)
     assert not runs_native("MWAD", window=17)
     assert not runs_native("MWAD", torch.float64, window=16)
     assert runs_native("PDR")
-    assert not runs_native("PDR", normalize=True)
+    assert runs_native("PDR", normalize=True)
     assert not runs_native("PDR", torch.float64)
     assert runs_native("CIRKD")
     assert not runs_native("CIRKD", torch.float64)

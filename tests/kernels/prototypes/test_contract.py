@@ -228,10 +228,10 @@ def test_warns_once_when_auto_leaves_triton(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("sward_kernels.fallback._warned", set())
     features = torch.randn(1, 2, 2, 2).as_subclass(OnGpu)
     with pytest.warns(RuntimeWarning, match="runs eager instead of triton: no such size"):
-        assert api._choose_passes("auto", features, 2, False) is eager.passes
-    assert api._choose_passes("auto", features, 2, False) is eager.passes
+        assert api._choose_passes("auto", features, 2) is eager.passes
+    assert api._choose_passes("auto", features, 2) is eager.passes
     with pytest.raises(NotImplementedError, match="no such size"):
-        api._choose_passes("triton", features, 2, False)
+        api._choose_passes("triton", features, 2)
 
 
 def test_auto_runs_eager_where_a_pass_of_triton_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
