@@ -5,8 +5,9 @@
     python benchmarks/gpu_suite.py --rehearse          # tiny sizes in Triton's interpreter: no GPU, no times
 
 Each part runs in a process of its own under a time limit, and its rows are kept as they come. Run the command again to
-go on: parts that are done are not repeated, and neither are rows that a part has already measured; delete the folder to
-start over. `report.md` in the folder holds one table of all rows. The exit status is 1 if anything failed.
+go on: parts that are done are not repeated, and neither are rows that a part has already measured, unless they failed;
+delete the folder to start over. `report.md` in the folder holds one table of all rows. The exit status is 1 if anything
+failed.
 
 Times are those of the device: while the host prepares a call, the device waits in a kernel that does nothing, and the
 clock starts after it, behind a write that flushes the L2 cache. Each time is the median of several calls. Backward is
@@ -32,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from gpu_parts.correctness import check, run_tests
 from gpu_parts.counters import count
-from gpu_parts.rows import COLUMNS, REPOSITORY, Suite, read_rows
+from gpu_parts.rows import COLUMNS, REPOSITORY, Suite, has_failed, read_rows
 from gpu_parts.timings import compare_tiles, time_compiled, time_dtype, time_others, time_step
 
 RESULTS = Path(__file__).parent / "results"
@@ -130,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     state = folder / "parts.json"
     ends: dict[str, str] = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {}
     for name in options.parts:
-        if ends.get(name, "").startswith("done"):
+        if ends.get(name, "").startswith("done") and not any(map(has_failed, read_rows(folder / f"{name}.jsonl"))):
             print(f"{name}: done before")
             continue
         began = time.perf_counter()
@@ -141,8 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_report(folder, device, ends)
     print(f"written: {write_report(folder, device, ends)}")
     rows = [row for name in PARTS for row in read_rows(folder / f"{name}.jsonl")]
-    failed = any("FAILED" in str(row.get("note", "")) for row in rows)
-    return 1 if failed or not all(end.startswith("done") for end in ends.values()) else 0
+    return 1 if any(map(has_failed, rows)) or not all(end.startswith("done") for end in ends.values()) else 0
 
 
 if __name__ == "__main__":

@@ -346,6 +346,9 @@ class DistillationConfig(TrainingConfig):
 
     distillation: str = "sward"
     """The method: `"none"`, or a name in `sward.methods.METHODS`."""
+    distillation_factor: float = 1.0
+    """Factor of the whole distillation loss beside the task loss; 1 keeps the method's own weights, for the peers those
+    that their authors published."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The frozen network."""
     recipe: RecipeName = "recommended"
@@ -357,8 +360,8 @@ class DistillationConfig(TrainingConfig):
     """How the student's layers arrange their output."""
     unlabelled: tuple[str, ...] = ()
     """Folders of images without masks, text files with the path of one image per line, or tar files to stream, as
-    `shards/{000..999}.tar` or `pipe:COMMAND`. The teacher is distilled on them too; the task loss, PDR and all terms
-    that need labels see the labelled images only."""
+    `shards/{000..999}.tar` or `pipe:COMMAND`, which a shell runs. The teacher is distilled on them too; the task loss,
+    PDR and all terms that need labels see the labelled images only."""
     unlabelled_batch: int | None = None
     """Unlabelled images per step, over all processes, beside `batch` labelled ones; None takes as many as `batch`."""
     pseudo_labels: float | None = None
@@ -390,6 +393,7 @@ class DistillationConfig(TrainingConfig):
     def check(self) -> None:
         """Validate the fields; a teacher cache also needs fixed views, since it can only reuse repeated images."""
         super().check()
+        _check_number("distillation_factor", self.distillation_factor)
         if self.distillation != "none":
             self.sward.check()
             if self.teacher.image_size is not None:

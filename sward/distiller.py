@@ -258,7 +258,7 @@ def _layers_of(
         if names is None:
             return size, choice
         return size, LayerChoice(tuple(names), names[-1], choice.penultimate if len(names) > 1 else names[-1])
-    raise ValueError(f"{side}: {problem}; pass image_size=(height, width) that both networks accept")
+    raise ValueError(f"{side}: {problem.removesuffix('.')}; pass image_size=(height, width) that both networks accept")
 
 
 def _check_classes(student: nn.Module, size: tuple[int, int], num_classes: int) -> None:

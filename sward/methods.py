@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from sward.config import MaskMethod, SWARDConfig, TapConfig
-from sward.features import map_channels
+from sward.features import evaluating, map_channels
 from sward.layers import LayerChoice
 from sward.losses import (
     LOGITS,
@@ -201,7 +201,8 @@ def _freekd(pair: DistillationPair) -> FreeKDLoss:
 def new_masks(method: MaskMethod, teacher: nn.Module, layers: LayerChoice, image_size: tuple[int, int]) -> TeacherMasks:
     """Create untrained MasKD tokens or FreeKD prompts for a teacher, at the layer that `mask_tap` names."""
     if method == "maskd":
-        with torch.no_grad():
+        # Its batch norm must not learn from the blank image.
+        with torch.no_grad(), evaluating(teacher):
             logits = teacher(next(teacher.parameters()).new_zeros(1, 3, *image_size))
         return ReceptiveTokens(max(logits.shape[1], 2))
     return FrequencyPrompts.preset("released", map_channels(teacher, [mask_tap(method, layers)], image_size)[0])

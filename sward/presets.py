@@ -248,10 +248,16 @@ _PRESETS: dict[str, Callable[[], Preset]] = {
     "clinicdb-small": _small_unext(
         "CVC-ClinicDB at 128x128, split by sequence, ViT-S/14 to UNeXt, two cores", "cvc_clinicdb", "dice", "sequence"
     ),
+    "clinicdb-random-small": _small_unext(
+        "CVC-ClinicDB at 128x128, random split, ViT-S/14 to UNeXt, two cores", "cvc_clinicdb", "dice", "ratio"
+    ),
     "clinicdb-small-25": _few_masks(0.25),
     "clinicdb-small-10": _few_masks(0.1),
     "colondb-small": _small_unext(
         "CVC-ColonDB at 128x128, random split, ViT-S/14 to UNeXt, two cores", "cvc_colondb", "dice", "ratio"
+    ),
+    "colondb-sequence-small": _small_unext(
+        "CVC-ColonDB at 128x128, split by sequence, ViT-S/14 to UNeXt, two cores", "cvc_colondb", "dice", "sequence"
     ),
     "camvid-small": _small(
         "CamVid at 128x160, ViT-S/14 to DeepLabV3+ MobileNetV3-Small, two cores",

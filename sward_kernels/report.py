@@ -27,7 +27,7 @@ from sward_kernels.targets import TARGETS, Target
 
 OPERATIONS = {
     "windowed_distillation": "windowed.plan",
-    "prototypes": "prototypes.launch",
+    "prototypes": "prototypes.plan",
     "relational_kl": "relation.launch",
 }
 """Operation -> the module of `sward_kernels` whose `configurations(target)` yields the shipped configurations."""

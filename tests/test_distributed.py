@@ -6,11 +6,11 @@ import contextlib
 import dataclasses
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +22,23 @@ from torch import Tensor, nn
 from sward import data, distributed, methods, models, runs
 from sward.alignment import Standardization
 from sward.cli.main import main
-from sward.config import (
-    DatasetConfig,
-    DistillationConfig,
-    MaskTrainingConfig,
-    SWARDConfig,
-    TeacherConfig,
-    TeacherTrainingConfig,
-)
-from sward.data import EvaluationTransform, SegmentationDataset
+from sward.config import DistillationConfig, MaskTrainingConfig, SWARDConfig, TeacherConfig
+from sward.data import Batch, EvaluationTransform, SegmentationDataset
 from sward.evaluation import evaluate
-from sward.runs import train_masks, train_student, train_teacher
+from sward.runs import train_masks, train_student
 from sward.training import FrozenTeacher, loop
 from sward.training.interruption import TrainingInterrupted
 from tests.support.training_runs import (
     SERVER,
+    SMALL_SCENES,
     SPLITS,
     assert_equal_runs,
     checkpoint,
+    group_of_two,
     records,
     small,
     small_cirkd,
-    use_few_images,
+    teach,
     write_images,
 )
 
@@ -51,14 +46,15 @@ TOLERANCE = 1e-9
 """Of weights after five steps, in float64: AdamW's first steps move every weight by the learning rate, 1e-3, whatever
 the size of its gradient, so the rounding of float32 would show as up to 1e-4 where a gradient is nearly zero."""
 
-DATASET = DatasetConfig(name="scenes", image_size=(32, 32))
 CASES = {name: name for name in methods.METHODS} | {
     "none": "none",
     "sward, one shift a process": "sward",
     "sward as the paper has it": "sward",
     "sward and unlabelled images": "sward",
     "kd and unlabelled images": "kd",
+    **{f"{name}, one process without labels": name.split()[0] for name in ("sward as the paper has it", "kd", "cirkd")},
 }
+BATCH = 4
 
 
 def case(folder: Path, name: str, output: Path) -> DistillationConfig:
@@ -67,7 +63,8 @@ def case(folder: Path, name: str, output: Path) -> DistillationConfig:
         output,
         distillation=CASES[name],
         iterations=5,
-        dataset=DATASET,
+        batch=BATCH,
+        dataset=SMALL_SCENES,
         sward=SWARDConfig(weights=(1.0, 0.1), window_size=(4,), embed_dim=8, shift=shift),
         teacher=TeacherConfig(run=folder / "teacher", masks=folder / f"{CASES[name]}.pt"),
     )
@@ -110,6 +107,21 @@ def prepare() -> None:
     )
 
 
+def train_case(folder: Path, name: str, side: str, hidden: int) -> None:
+    """Train a case into `folder/side/name`; where its name says so, the last `hidden` labels of a batch are ignored."""
+    stream = loop.batches
+
+    def partly_labelled(*arguments: Any, **options: Any) -> Iterator[Batch]:
+        for batch in stream(*arguments, **options):
+            batch.labels[len(batch.labels) - hidden :] = 255
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "without labels" in name:
+            patch.setattr(loop, "batches", partly_labelled)
+        train_student(case(folder, name, folder / side / name))
+
+
 class Striped(SegmentationDataset):
     """Seven images for batches of two: neither the batches nor the images divide evenly by two."""
 
@@ -142,10 +154,10 @@ def standardised(maps: Tensor, group: Any = None) -> dict[str, Tensor]:
     return {"maps": standardization(maps), **standardization.state_dict()}
 
 
-def one_process(folder: Path) -> None:
+def one_process(processes: int, folder: Path) -> None:
     prepare()
     for name in CASES:
-        train_student(case(folder, name, folder / "one" / name))
+        train_case(folder, name, "one", hidden=BATCH // processes)
 
 
 def train_on_shards(folder: Path, name: str) -> None:
@@ -153,7 +165,7 @@ def train_on_shards(folder: Path, name: str) -> None:
     config = case(folder, "sward", folder / "shards" / name)
     config.iterations, config.unlabelled_batch = 4, 4
     config.unlabelled = (f"{folder}/{{0..3}}.tar",)
-    config.dataset = dataclasses.replace(DATASET, workers=1)
+    config.dataset = dataclasses.replace(SMALL_SCENES, workers=1)
     if name == "resumed":
         remember = loop.LossWatch.remember
 
@@ -175,7 +187,7 @@ def one_of_several(rank: int, processes: int, folder: Path) -> None:
     os.environ["RANK"] = str(rank)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
     for name in CASES:
-        train_student(case(folder, name, folder / "several" / name))
+        train_case(folder, name, "several", hidden=BATCH // processes if rank == processes - 1 else 0)
     if processes == 2:
         for name in ("whole", "resumed"):
             train_on_shards(folder, name)
@@ -200,21 +212,8 @@ def folder(processes: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
         with tarfile.open(folder / f"{shard}.tar", "w") as archive:
             for number in range(shard, 5):
                 archive.add(folder / f"images/{number}.png", f"{number}.png")
-    with pytest.MonkeyPatch.context() as patch:
-        use_few_images(patch)
-        train_teacher(
-            TeacherTrainingConfig(
-                model="hiera_demo", dataset=DATASET, batch=4, iterations=2, train_trunk=True, output=folder / "teacher"
-            )
-        )
-        for method in ("maskd", "freekd"):
-            teacher = TeacherConfig(run=folder / "teacher")
-            train_masks(
-                MaskTrainingConfig(
-                    method=method, dataset=DATASET, teacher=teacher, batch=4, steps=1, output=folder / f"{method}.pt"
-                )
-            )
-    running = [SERVER.Process(target=one_process, args=(folder,))]
+    teach(folder, iterations=2)
+    running = [SERVER.Process(target=one_process, args=(processes, folder))]
     running += [SERVER.Process(target=one_of_several, args=(rank, processes, folder)) for rank in range(processes)]
     for process in running:
         process.start()
@@ -386,11 +385,10 @@ def test_torchrun_restarts_a_run_whose_process_died_and_it_goes_on(tmp_path: Pat
     assert printed.count("best mean_iou on validation") == 1
 
 
-def one_that_may_die(rank: int, folder: Path) -> None:
+def one_that_may_die(rank: int, environment: dict[str, str], folder: Path) -> None:
     torch.set_num_threads(1)
     data.scenes.SPLITS.update(SPLITS)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": (folder / "port").read_text()}
+    os.environ |= environment
     log_record = loop.log_record
 
     def log(state: Any, *others: Any) -> dict[str, Any]:
@@ -406,10 +404,10 @@ def one_that_may_die(rank: int, folder: Path) -> None:
 
 
 def test_the_others_end_with_a_sentence_if_a_process_dies(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        (tmp_path / "port").write_text(str(free.getsockname()[1]))
-    running = [SERVER.Process(target=one_that_may_die, args=(rank, tmp_path)) for rank in range(2)]
+    running = [
+        SERVER.Process(target=one_that_may_die, args=(rank, environment, tmp_path))
+        for rank, environment in enumerate(group_of_two())
+    ]
     for process in running:
         process.start()
     try:

@@ -81,14 +81,14 @@ LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format
 
 
 class Suite:
-    """The rows of one part, which are on disk as soon as they exist."""
+    """The rows of one part, which are on disk as soon as they exist; those that failed before are tried again."""
 
     def __init__(self, part: str, folder: Path, rehearsal: bool) -> None:
         self.part, self.folder, self.rehearsal = part, folder, rehearsal
         self.sizes = TINY if rehearsal else PAPER
         self.device = torch.device("cpu" if rehearsal else "cuda")
         self._path = folder / f"{part}.jsonl"
-        rows = read_rows(self._path)
+        rows = [row for row in read_rows(self._path) if not has_failed(row)]
         self._path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self._known = {_place(row) for row in rows}
 
@@ -132,6 +132,11 @@ def read_rows(path: Path) -> list[Row]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def has_failed(row: Row) -> bool:
+    """Whether a row is that of an error or a wrong result."""
+    return "FAILED" in str(row.get("note", ""))
 
 
 def _place(row: Row) -> tuple[str, ...]:

@@ -19,13 +19,13 @@ from sward.config import DistillationConfig, TeacherConfig, TeacherTrainingConfi
 from sward.data.scenes import render
 from sward.deploy.export import require_onnx
 from sward.deploy.proof import Exported, export_run
-from sward.evaluation import predict_sample
-from sward.figures.predictions import prediction_grid
 from sward.models.flops import complexity
 from sward.paired import Difference, paired_t
-from sward.reporting.card import write_card
+from sward.reporting.card import write_card, write_export_card
 from sward.reporting.page import write_report
-from sward.runs import evaluate_run, load_run, train_student, train_teacher
+from sward.reproduce.experiments import EvaluationSet
+from sward.reproduce.figures import draw_predictions, load_network
+from sward.runs import evaluate_run, train_student, train_teacher
 from sward.runs.load import build_split
 from sward.training.interruption import TrainingInterrupted
 from sward.training.run_folder import RunFolder, make_folder
@@ -130,15 +130,17 @@ def run(
     differences = [
         with_sward.mean_iou - without.mean_iou for with_sward, without in zip(results["sward"], results["none"])
     ]
+    images = len(build_split(teacher, SPLIT, train=False))
     exported = export_run(
         output / "sward-seed0", output / "student.onnx", checkpoint="last", split=SPLIT, overwrite=True
     )
+    write_export_card(exported)
     folders = [config.output for config in (*distilled, *alone, teacher) if config.output is not None]
     return DemoResult(
         rows=[_row(kind, config, results[kind]) for kind, config in shown.items()],
-        images=len(build_split(teacher, SPLIT, train=False)),
+        images=images,
         gain=paired_t(differences),
-        grid=_grid(shown, output / "predictions.png"),
+        grid=_grid(shown, images, output / "predictions.png"),
         report=write_report(folders, output / "report.html"),
         exported=exported,
     )
@@ -247,13 +249,10 @@ def _row(kind: str, config: TeacherTrainingConfig | DistillationConfig, results:
     )
 
 
-def _grid(shown: dict[str, TeacherTrainingConfig | DistillationConfig], path: Path) -> Path:
-    dataset = build_split(shown["none"], SPLIT, train=False)
-    samples = [dataset[index] for index in range(min(GRID_ROWS, len(dataset)))]
-    columns = {"truth": [sample.labels for sample in samples]}
+def _grid(shown: dict[str, TeacherTrainingConfig | DistillationConfig], images: int, path: Path) -> Path:
+    networks = {}
     for kind, config in shown.items():
         assert config.output is not None
-        network = load_run(config.output, "last")[2]
-        columns[TITLES[kind]] = [predict_sample(network, sample) for sample in samples]
-    images = [dataset.read(index)[0] for index in range(len(samples))]
-    return prediction_grid(images, columns, dataset.info, path)
+        networks[TITLES[kind]] = load_network(config.output, "last")
+    rows = range(min(GRID_ROWS, images))
+    return draw_predictions(networks, EvaluationSet("scenes", SPLIT, ()), rows, path)

@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=2, cutoff=0.4) or list(COMMANDS)
             raise ValueError(f"unknown command {name!r}; did you mean {' or '.join(near)}?")
-        COMMANDS[name][0](rest)
+        with printing.plain_warnings():
+            COMMANDS[name][0](rest)
     except (ValueError, FileNotFoundError, IsADirectoryError, NotImplementedError, ModuleNotFoundError) as error:
         if sys.flags.dev_mode:
             raise
@@ -348,27 +349,28 @@ def _predict(words: list[str]) -> None:
 def _export(words: list[str]) -> None:
     options = _parse(Export, "export", words)
     from sward.deploy.proof import export_run
+    from sward.reporting.card import write_export_card
 
     if options.fp16 and options.int8:
         raise ValueError("fp16 must be off with --int8, got both")
-    printing.print_export(
-        export_run(
-            options.run,
-            options.output,
-            checkpoint=options.checkpoint,
-            input=options.input,
-            output=options.returns,
-            size=options.size,
-            check=options.check,
-            split=options.split,
-            root=options.root,
-            tolerance=options.tolerance,
-            precision="int8" if options.int8 else "fp16" if options.fp16 else "fp32",
-            calibrate=options.calibrate,
-            force=options.force,
-            overwrite=options.overwrite,
-        )
+    exported = export_run(
+        options.run,
+        options.output,
+        checkpoint=options.checkpoint,
+        input=options.input,
+        output=options.returns,
+        size=options.size,
+        check=options.check,
+        split=options.split,
+        root=options.root,
+        tolerance=options.tolerance,
+        precision="int8" if options.int8 else "fp16" if options.fp16 else "fp32",
+        calibrate=options.calibrate,
+        force=options.force,
+        overwrite=options.overwrite,
     )
+    write_export_card(exported)
+    printing.print_export(exported)
 
 
 @_command("reproduce", "run the experiments of a table or figure of the paper and create it")

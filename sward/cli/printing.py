@@ -1,10 +1,34 @@
-"""Print results as rich tables; rich is imported when the first table is printed."""
+"""Print results as rich tables, and warnings as lines; rich is imported when the first table is printed."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print a warning as one line, and the same warning once; no change where Python's development mode is on."""
+    before, shown = warnings.formatwarning, set[str]()
+
+    def one_line(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+        text = str(message)
+        if category is not UserWarning:
+            return before(message, category, *place, **line)
+        if text in shown:
+            return ""
+        shown.add(text)
+        return f"warning: {text}\n"
+
+    if not sys.flags.dev_mode:
+        warnings.formatwarning = one_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def print_result(result: Any, metric: str) -> None:
@@ -50,8 +74,9 @@ def print_export(exported: Any) -> None:
         if proof.dice_pytorch is not None:
             rows.insert(1, ("Dice, mean over images (%)", _percent(proof.dice), _percent(proof.dice_pytorch)))
         height, width = proof.image_size
+        threads = "1 thread" if proof.threads == 1 else f"{proof.threads} threads"
         print_table(
-            f"{proof.images} images of {proof.split}; latency at {height} x {width}, {proof.threads} threads",
+            f"{proof.images} images of {proof.split}; latency at {height} x {width}, {threads}",
             ("", "file", "PyTorch"),
             rows,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 import warnings
@@ -247,6 +248,17 @@ def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
             digits = ""
         parts.append((1, 0, character))
     return tuple(parts)
+
+
+def unique_ends(paths: Sequence[Path]) -> list[str]:
+    """Return the shortest end of each path that tells it from the others, of one length; equal paths stay equal."""
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    ends = [each[-1:] for each in parts]
+    for length in range(2, max(map(len, parts), default=1) + 1):
+        if len(set(ends)) == len(set(parts)):
+            break
+        ends = [each[-length:] for each in parts]
+    return ["/".join(each) for each in ends]
 
 
 def locate(title: str, root: Path, folders: Sequence[str], layouts: Sequence[Sequence[str]], source: str) -> Path:

@@ -189,6 +189,11 @@ class SegmentationDataset(Dataset[Sample | TeacherSample], ABC):
     def read(self, index: int) -> tuple[Tensor, Tensor, str]:
         """`image [3, H, W]` uint8, `labels [H, W]` uint8 and the name of a frame, before any transform."""
 
+    def picture(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return image and labels of a frame as figures show them, of equal size; networks may see fewer pixels."""
+        image, labels, _ = self.read(index)
+        return image, labels
+
     def __getitem__(self, index: int) -> Sample | TeacherSample:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.info.name} has {len(self)} samples, so there is no sample {index}")

@@ -30,6 +30,8 @@ BACKGROUND, STRIPES, CHECKS, DOTS, RINGS = range(5)
 
 SPLITS = {"train": 1024, "val": 128, "test": 128}
 SMALLEST_SIDE = 32
+PICTURE_SCALE = 4
+"""Pixels in figures per pixel that networks see, in each direction."""
 
 
 class Scenes(SegmentationDataset):
@@ -81,21 +83,28 @@ class Scenes(SegmentationDataset):
         image, labels = render(self.series, index, *self.image_size)
         return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(labels), f"{self.split}-{index:05d}"
 
+    def picture(self, index: int) -> tuple[Tensor, Tensor]:
+        image, labels = render(self.series, index, *self.image_size, scale=PICTURE_SCALE)
+        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(labels)
 
-def render(seed: int, index: int, height: int, width: int) -> tuple[Labels, Labels]:
-    """Draw scene `index` of the series `seed`: image `[height, width, 3]` and labels `[height, width]`, both uint8."""
-    painter = _Painter(np.random.default_rng(np.random.SeedSequence((seed, index))), height, width)
+
+def render(seed: int, index: int, height: int, width: int, *, scale: int = 1) -> tuple[Labels, Labels]:
+    """Draw scene `index` of the series `seed`: image `[height, width, 3]` and labels `[height, width]`, both uint8.
+
+    With `scale`, both sides are that much longer and the scene is the same, with finer noise.
+    """
+    painter = _Painter(np.random.default_rng(np.random.SeedSequence((seed, index))), height, width, scale)
     return painter.paint()
 
 
 class _Painter:
-    def __init__(self, rng: np.random.Generator, height: int, width: int) -> None:
+    def __init__(self, rng: np.random.Generator, height: int, width: int, scale: int) -> None:
         self.rng = rng
-        self.height, self.width = height, width
+        self.height, self.width, self.scale = height * scale, width * scale, scale
         # Lengths below are in pixels of a 128-pixel image.
-        self.unit = min(height, width) / 128
-        self.image = np.empty((height, width, 3), np.float32)
-        self.labels = np.zeros((height, width), np.uint8)
+        self.unit = min(self.height, self.width) / 128
+        self.image = np.empty((self.height, self.width, 3), np.float32)
+        self.labels = np.zeros((self.height, self.width), np.uint8)
 
     def paint(self) -> tuple[Labels, Labels]:
         rng = self.rng
@@ -138,7 +147,7 @@ class _Painter:
         inside = distance < wobble
 
         # With less than 4 pixels per period, a small image would show no texture.
-        period = max(4.0, rng.uniform(10, 14) * self.unit)
+        period = max(4.0 * self.scale, rng.uniform(10, 14) * self.unit)
         u, v = _rotate(y, x, rng.uniform(0, math.pi))
         phase_u, phase_v = rng.uniform(0, 2, 2).astype(np.float32)
         # Two columns and two rows of cells per period.

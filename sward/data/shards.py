@@ -1,8 +1,9 @@
 """Unlabelled images from tar files, for sets that no folder holds; read with the library webdataset.
 
 A source is a path or address with braces, such as `shards/{000..999}.tar`, or commands that write one shard each, such
-as `pipe:curl -s https://host/{000..999}.tar`. Every image `NAME.SUFFIX` in the files is used. Images with two
-suffixes, such as the mask `NAME.seg.png`, are left out with a warning; other files are skipped.
+as `pipe:curl -s https://host/{000..999}.tar`. webdataset runs these commands in a shell, so they must not come from
+strangers. Every image `NAME.SUFFIX` in the files is used. Images with two suffixes, such as the mask `NAME.seg.png`,
+are left out with a warning; other files are skipped.
 
 **Order.** Every pass shuffles the shards by the seed and the number of the pass, deals them to the processes, and those
 of a process to its loader processes. So no two processes read one shard in a pass. Each loader process shuffles its

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sward.data.files import PairedFiles
+from sward.data.files import PairedFiles, unique_ends
 from sward.data.images import read_image
 from sward.data.layouts import list_tree
 from sward.data.packed import PackedFrames, find_pack
@@ -70,7 +70,9 @@ class UnlabelledImages(PairedFiles):
     ) -> None:
         pairs = list(like.unlabelled) if isinstance(like, PairedFiles) else []
         found = {source: _pairs(source) for source in map(Path, sources)}
-        pairs += [pair for part in found.values() for pair in part]
+        # Two folders `images` must not hold frames of one name.
+        for end, (source, part) in zip(unique_ends(list(found)), found.items()):
+            pairs += [pair._replace(name=end + pair.name.removeprefix(source.name)) for pair in part]
         assert isinstance(like.transform, TrainingTransform)
         super().__init__(
             like.info, Path(sources[0]) if sources else Path(), pairs, like.transform.at(image_size), stream_seed(seed)

@@ -26,7 +26,7 @@ from sward.deploy.network import DeployedNetwork, Input, Output
 from sward.deploy.precision import CALIBRATION_IMAGES, SAMPLED_IMAGES, Precision, check_precision, save, to_fp16
 from sward.deploy.predictor import Checkpoint, Predictor, as_input, find_run, labels_at, load, onnx_session
 from sward.metrics import ConfusionMatrix, PerImageOverlap
-from sward.runs.load import build_split, load_run
+from sward.runs.load import build_split, config_for_images, load_run
 from sward.training.progress import Progress
 from sward.training.run_folder import make_folder
 
@@ -95,6 +95,8 @@ class ProofError(ValueError):
 class Exported:
     """What `export_run` wrote."""
 
+    run: Path
+    """Folder of the run that it was made from."""
     path: Path
     """The exported file."""
     metadata: Metadata
@@ -111,7 +113,7 @@ class Exported:
 
     @property
     def card_path(self) -> Path:
-        """The model card."""
+        """The model card, which the commands write."""
         return self.path.with_name(f"{self.path.name}.md")
 
 
@@ -132,7 +134,7 @@ def export_run(
     force: bool = False,
     overwrite: bool = False,
 ) -> Exported:
-    """Write the network of a run to `path`, compare the file with PyTorch, and write `PATH.json` and a model card.
+    """Write the network of a run to `path`, compare the file with PyTorch, and write `PATH.json`.
 
     Args:
         run: run folder, or a checkpoint in it.
@@ -164,7 +166,7 @@ def export_run(
     folder, weights = find_run(run, checkpoint)
     config, info, network = load_run(folder, weights)
     metadata = dataclasses.replace(Metadata.of_run(config, info, weights), input=input, output=output, fixed_size=size)
-    config.dataset.root = root or config.dataset.root
+    config = config_for_images(folder, config, root)
     # Before the export, which takes longer: a data set that is not there is found out at once.
     images = None if check == 0 else evaluation_images(config, split, check)
     examples = evaluation_images(config, "train", calibrate) if precision == "int8" else None
@@ -183,12 +185,7 @@ def export_run(
             refused = quantisation.refuse_layers(info, tolerance)
             if refused:
                 proof = prove(network, load(path), images, info, split=split, tolerance=tolerance)
-    exported = finish(Exported(path, metadata, proof, refused), force=force)
-    # Imported here: cards build on proofs.
-    from sward.reporting.card import write_export_card
-
-    write_export_card(folder, exported)
-    return exported
+    return finish(Exported(folder, path, metadata, proof, refused), force=force)
 
 
 class Quantisation:

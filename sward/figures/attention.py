@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,12 @@ from torch import Tensor, nn
 
 from sward.config import TapConfig
 from sward.features import FeatureTaps
+from sward.figures.heat import draw_heat
 from sward.figures.style import plot_library, save_figure
 from sward.losses import SWARDDistillation
+
+QUERY = "cyan"
+"""Colour of the query and of the border of its window."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,16 @@ class WindowAttention:
     """The same for the student."""
     divergence: float
     """KL(teacher || student) of the query over the whole window, padding included (Eq. 11)."""
+    side: int
+    """Pixels per side of a whole window; one at the edge of the map may be cut."""
+
+
+def check_pixel(pixel: tuple[int, int], size: tuple[int, int]) -> None:
+    """Raise a ValueError if `pixel`, row and column, is outside of an image of `size`, height and width."""
+    if not all(0 <= place < side for place, side in zip(pixel, size, strict=True)):
+        raise ValueError(
+            f"pixel must be a row and column inside the image of {size[0]} x {size[1]} pixels, got {pixel}"
+        )
 
 
 @torch.no_grad()
@@ -65,8 +80,7 @@ def window_attention(
         ValueError: if the pixel is outside the image.
     """
     height, width = image.shape[-2:]
-    if not (0 <= pixel[0] < height and 0 <= pixel[1] < width):
-        raise ValueError(f"pixel must be a row and column inside the image of {height} x {width} pixels, got {pixel}")
+    check_pixel(pixel, (height, width))
     ours, theirs = ((taps or TapConfig()).arguments() for taps in (student_taps, teacher_taps))
     with (
         FeatureTaps(student, loss.stage_taps, **ours) as own,
@@ -86,7 +100,7 @@ def window_attention(
         divergence = (of_teacher.exp() * (of_teacher - of_student)).sum()
         rows, columns = min(side, grid[0] - corner[0]), min(side, grid[1] - corner[1])
         maps = [each[:rows, :columns].exp().float() for each in (of_teacher, of_student)]
-        found.append(WindowAttention(stage, grid, corner, query, maps[0], maps[1], float(divergence)))
+        found.append(WindowAttention(stage, grid, corner, query, maps[0], maps[1], float(divergence), side))
     return found
 
 
@@ -99,11 +113,13 @@ def _log_attention(qkv: Tensor, side: int, corner: tuple[int, int], query: tuple
     return scores.flatten().log_softmax(0).unflatten(0, (side, side))
 
 
-def attention_figure(image: Tensor, stages: Sequence[WindowAttention], path: Path) -> Path:
-    """Draw one row per stage: the image with window and query, and the attention of teacher and student.
+def attention_figure(picture: Tensor, stages: Sequence[WindowAttention], path: Path) -> Path:
+    """Draw one row per stage: the picture with windows and query, and what teacher and student attend to in the window.
+
+    Attention is shown relative to uniform attention, over the window's part of the picture.
 
     Args:
-        image: uint8 RGB `[3, H, W]`.
+        picture: uint8 RGB `[3, H, W]`, of any size.
         stages: output of `window_attention`. Each row has one colour scale.
         path: path of the PNG; an SVG is written beside it.
 
@@ -111,33 +127,58 @@ def attention_figure(image: Tensor, stages: Sequence[WindowAttention], path: Pat
         The path of the PNG.
     """
     plt = plot_library()
-    height, width = image.shape[-2:]
     figure, axes = plt.subplots(
-        len(stages), 3, figsize=(8.0, 2.6 * len(stages) + 0.2), squeeze=False, layout="constrained"
+        len(stages), 3, figsize=(8.0, 2.55 * len(stages) + 0.2), squeeze=False, layout="constrained"
     )
     for (whole, *sides), stage in zip(axes, stages, strict=True):
-        tall, wide = height / stage.grid[0], width / stage.grid[1]
-        rows, columns = stage.teacher.shape
-        corner = (stage.corner[1] * wide - 0.5, stage.corner[0] * tall - 0.5)
-        whole.imshow(image.permute(1, 2, 0).cpu().numpy())
-        whole.add_patch(
-            plt.Rectangle(corner, columns * wide, rows * tall, fill=False, edgecolor="white", linewidth=2.0)
-        )
-        centre = ((stage.query[1] + 0.5) * wide - 0.5, (stage.query[0] + 0.5) * tall - 0.5)
-        whole.plot(*centre, marker="+", color="cyan", markersize=10, markeredgewidth=2)
-        whole.set_ylabel(f"stage {stage.stage + 1}, {stage.grid[0]} x {stage.grid[1]}")
-        largest = max(float(stage.teacher.max()), float(stage.student.max()))
-        for axis, attention in zip(sides, (stage.teacher, stage.student), strict=True):
-            shown = axis.imshow(attention.cpu().numpy(), cmap="viridis", vmin=0, vmax=largest)
-            local = (stage.query[1] - stage.corner[1], stage.query[0] - stage.corner[0])
-            axis.plot(*local, marker="+", color="red", markersize=10, markeredgewidth=2)
-            padding = 1 - float(attention.sum())
+        _draw_windows(whole, picture, stage)
+        whole.set_ylabel(f"stage {stage.stage + 1}: {stage.grid[0]} x {stage.grid[1]}")
+        maps = [attention * stage.side**2 for attention in (stage.teacher, stage.student)]
+        limits = min(float(each.min()) for each in maps), max(float(each.max()) for each in maps)
+        box = _window(picture, stage)
+        top, bottom, left, right = box
+        for axis, attention in zip(sides, maps, strict=True):
+            shown = draw_heat(axis, picture, attention, box, limits)
+            axis.plot(*_query(picture, stage), marker="+", color=QUERY, markersize=10, markeredgewidth=2, zorder=4)
+            axis.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5))
+            padding = 1 - float(attention.sum()) / stage.side**2
             axis.set_xlabel(f"{100 * padding:.0f} % on padding" if padding > 0.005 else "")
         whole.set_xlabel(f"KL(teacher || student) = {stage.divergence:.3f}")
-        figure.colorbar(shown, ax=sides, shrink=0.85, pad=0.02, label="attention")
-        for axis in (whole, *sides):
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-    for axis, title in zip(axes[0], ("window and query", "teacher", "student"), strict=True):
+        figure.colorbar(shown, ax=sides, shrink=0.85, pad=0.02, label="times uniform", format="%.2f")
+    for axis, title in zip(axes[0], ("windows and query", "teacher", "student"), strict=True):
         axis.set_title(title)
     return save_figure(figure, path)
+
+
+def _draw_windows(axis: Any, picture: Tensor, stage: WindowAttention) -> None:
+    """Draw the picture with the borders of all windows, the query and the border of its window."""
+    height, width = picture.shape[-2:]
+    axis.imshow(picture.permute(1, 2, 0).cpu().numpy())
+    for row in range(stage.side, stage.grid[0], stage.side):
+        axis.axhline(row * height / stage.grid[0] - 0.5, color="white", linewidth=0.8)
+    for column in range(stage.side, stage.grid[1], stage.side):
+        axis.axvline(column * width / stage.grid[1] - 0.5, color="white", linewidth=0.8)
+    top, bottom, left, right = _window(picture, stage)
+    corner, width_and_height = (left - 0.5, top - 0.5), (right - left, bottom - top)
+    # Above the white lines, and whole where it follows the edge of the picture.
+    border = {"edgecolor": QUERY, "linewidth": 2.5, "clip_on": False, "zorder": 3}
+    axis.add_patch(plot_library().Rectangle(corner, *width_and_height, fill=False, **border))
+    axis.plot(*_query(picture, stage), marker="+", color=QUERY, markersize=10, markeredgewidth=2, zorder=4)
+    axis.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    axis.spines[:].set_visible(False)
+
+
+def _window(picture: Tensor, stage: WindowAttention) -> tuple[int, int, int, int]:
+    """Return top, bottom, left and right of the query's window in pixels of the picture."""
+    edges = []
+    for axis in (0, 1):
+        scale = picture.shape[axis + 1] / stage.grid[axis]
+        start, length = stage.corner[axis], stage.teacher.shape[axis]
+        edges += [round(start * scale), round((start + length) * scale)]
+    return edges[0], edges[1], edges[2], edges[3]
+
+
+def _query(picture: Tensor, stage: WindowAttention) -> tuple[float, float]:
+    """Return x and y of the query's centre in pixels of the picture."""
+    y, x = ((stage.query[axis] + 0.5) * picture.shape[axis + 1] / stage.grid[axis] - 0.5 for axis in (0, 1))
+    return x, y

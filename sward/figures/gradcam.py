@@ -6,16 +6,17 @@ Selvaraju et al., "Grad-CAM", ICCV 2017; for segmentation the class score is sum
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sward.alignment import resize
 from sward.features import FeatureTaps
+from sward.figures.heat import draw_heat
 from sward.figures.style import plot_library, save_figure
 
 
@@ -66,11 +67,26 @@ class ActivationRow:
     truth: Tensor
     """Bool `[H, W]`, the ground truth of the class; its outline is drawn."""
     maps: Mapping[str, Tensor]
-    """Column title -> output of `grad_cam` for that network."""
+    """Column title -> output of `grad_cam` for that network, of any size."""
+
+
+def activation_inside(activation: Tensor, truth: Tensor) -> float:
+    """Return the fraction of an activation map that lies on the class; nan for a map that is 0 everywhere.
+
+    Args:
+        activation: output of `grad_cam`, of any size.
+        truth: bool `[H, W]`.
+    """
+    values = resize(activation[None, None].double(), (truth.shape[-2], truth.shape[-1]))[0, 0]
+    total = values.sum()
+    return float(values[truth].sum() / total) if total > 0 else float("nan")
 
 
 def activation_figure(rows: Sequence[ActivationRow], path: Path) -> Path:
     """Draw each image and one heat map per network over it (Fig. 1), with the ground truth outlined in white.
+
+    Below each map stands `activation_inside`, and below the image the share of the class, which a map that is equal
+    everywhere would have.
 
     Returns:
         The path of the PNG; an SVG is written beside it.
@@ -81,24 +97,24 @@ def activation_figure(rows: Sequence[ActivationRow], path: Path) -> Path:
     figure, axes = plt.subplots(
         len(rows),
         len(titles),
-        figsize=(2.0 * len(titles) + 1.0, 2.05 * sum(heights) + 0.35),
+        figsize=(2.0 * len(titles) + 1.0, 2.0 * sum(heights) + 0.25 * len(rows) + 0.35),
         height_ratios=heights,
         squeeze=False,
         layout="constrained",
     )
     shown = None
     for line, row in zip(axes, rows, strict=True):
-        pixels = row.image.permute(1, 2, 0).cpu().numpy()
-        grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2) / 255
-        line[0].imshow(pixels)
+        height, width = row.image.shape[-2:]
+        line[0].imshow(row.image.permute(1, 2, 0).cpu().numpy())
         line[0].set_ylabel(row.title)
+        line[0].set_xlabel(f"{100 * float(row.truth.float().mean()):.0f} % of the image")
         for axis, heat in zip(line[1:], row.maps.values(), strict=True):
-            axis.imshow(grey)
-            values = heat.cpu().numpy()
-            shown = axis.imshow(values, cmap="inferno", vmin=0, vmax=1, alpha=0.25 + 0.6 * values)
+            shown = draw_heat(axis, row.image, heat, (0, height, 0, width), (0.0, 1.0))
+            inside = activation_inside(heat, row.truth)
+            axis.set_xlabel("no activation" if math.isnan(inside) else f"{100 * inside:.0f} % inside")
         for axis in line:
             if row.truth.any():
-                axis.contour(row.truth.cpu().numpy(), levels=[0.5], colors="white", linewidths=0.8)
+                axis.contour(row.truth.cpu().numpy(), levels=[0.5], colors="white", linewidths=1.0)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
     for axis, title in zip(axes[0], titles, strict=True):

@@ -135,15 +135,18 @@ def feature_space_figure(
 
     plt = plot_library()
     measured = {title: separability(*panel) for title, panel in panels.items()}
-    columns = -(-len(panels) // 2)
-    figure = plt.figure(figsize=(3.2 * columns + 3.0, 6.6), layout="constrained")
+    lines = 1 if len(panels) <= 3 else 2
+    columns = -(-len(panels) // lines)
+    figure = plt.figure(figsize=(3.2 * columns + 2.8, 3.1 * lines + 0.4), layout="constrained")
+    # Two rows for the bars; a single line of panels spans both.
     grid = figure.add_gridspec(2, columns + 1, width_ratios=[*[1.0] * columns, 0.8])
     for index, (title, (features, labels)) in enumerate(panels.items()):
-        axis = figure.add_subplot(grid[index // columns, index % columns])
+        place = grid[index // columns, index % columns] if lines == 2 else grid[:, index]
+        axis = figure.add_subplot(place)
         points = TSNE(perplexity=min(30, (len(labels) - 1) / 3), init="pca", random_state=seed).fit_transform(features)
         # Draw in random order, so that no class covers the others.
         order = np.random.default_rng(seed).permutation(len(labels))
-        axis.scatter(*points[order].T, c=visible_colours(info)[labels[order]], s=5, linewidths=0, rasterized=True)
+        axis.scatter(*points[order].T, c=visible_colours(info)[labels[order]], s=8, linewidths=0, rasterized=True)
         axis.set(xticks=[], yticks=[], title=f"({chr(ord('a') + index)}) {title}")
         axis.spines[:].set_visible(True)
         axis.spines[:].set_color("0.8")
@@ -151,7 +154,8 @@ def feature_space_figure(
         axis = figure.add_subplot(grid[line, columns])
         values = [getattr(each, field) for each in measured.values()]
         bars = axis.barh(list(measured), values, color="0.55", height=0.6)
-        axis.bar_label(bars, fmt="%.2f", padding=3)
+        # Adding zero turns -0.0 into 0.0.
+        axis.bar_label(bars, [f"{round(value, 2) + 0.0:.2f}" for value in values], padding=3)
         axis.margins(x=0.25)
         axis.axvline(0, color="0.3", linewidth=0.8)
         axis.invert_yaxis()

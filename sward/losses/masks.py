@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ TeacherMasks = ReceptiveTokens | FrequencyPrompts
 """What is learned on a teacher: MasKD's tokens or FreeKD's prompts."""
 
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
+
+STEPS_PER_CHECK = 20
+"""Steps after which the losses are looked at together, since looking waits for the device."""
 
 _KINDS: dict[str, type[ReceptiveTokens] | type[FrequencyPrompts]] = {
     ReceptiveTokens.kind: ReceptiveTokens,
@@ -124,7 +127,9 @@ def learn_masks(
 
     Raises:
         ValueError: if `batches` is empty, or for what `mask_learning_loss` rejects.
+        FloatingPointError: if a loss is infinite or not a number.
     """
+    losses: list[Tensor] = []
     optimizer, scheduler = _recipe(masks, tap, steps)
     device = next(masks.parameters()).device
     with _frozen(teacher):
@@ -134,8 +139,22 @@ def learn_masks(
             output.loss.backward()
             optimizer.step()
             scheduler.step()
+            losses.append(output.loss.detach())
+            if step % STEPS_PER_CHECK == 0 or step == steps:
+                _check_finite(losses, step, tap)
+                losses.clear()
             if on_step is not None:
                 on_step(step, output.terms)
+
+
+def _check_finite(losses: Sequence[Tensor], last: int, tap: str) -> None:
+    bad = torch.stack(list(losses)).isfinite().logical_not().nonzero()
+    if len(bad):
+        step = last - len(losses) + 1 + int(bad[0])
+        raise FloatingPointError(
+            f"the loss of step {step} is not finite while masks of the teacher's layer {tap!r} are learned; "
+            "nothing is saved"
+        )
 
 
 def save_masks(path: str | Path, masks: TeacherMasks, teacher: nn.Module, tap: str) -> None:

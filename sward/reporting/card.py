@@ -60,9 +60,9 @@ def write_card(run: Path) -> Path:
     return _write(run, run / NAME, None)
 
 
-def write_export_card(run: Path, exported: Exported) -> Path:
-    """Write the card of a run beside an exported file, with what is said of the file, and return its path."""
-    return _write(run, exported.card_path, exported)
+def write_export_card(exported: Exported) -> Path:
+    """Write the card of a run beside a file exported from it, with what is said of the file, and return its path."""
+    return _write(exported.run, exported.card_path, exported)
 
 
 def _write(run: Path, path: Path, exported: Exported | None) -> Path:

@@ -11,8 +11,8 @@ import numpy as np
 from sward.data import SegmentationDataset
 from sward.data.check import count_labels
 from sward.data.files import PairedFiles
-from sward.reporting.runs import ReportedRun, config_for_images
-from sward.runs.load import build_split
+from sward.reporting.runs import ReportedRun
+from sward.runs.load import build_split, config_for_images
 from sward.training.run_folder import read_json
 
 SPLITS = ("train", "val", "test")
@@ -40,7 +40,7 @@ def splits_on_disk(run: ReportedRun, root: Path | None) -> dict[str, Segmentatio
         DatasetNotFoundError: if the images are not there.
         ValueError: if they are not those of the run.
     """
-    config = config_for_images(run, root)
+    config = config_for_images(run.folder.path, run.config, root)
     found = {}
     for split in SPLITS:
         try:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sward.reporting.costs import Cost, this_cpu
-from sward.reporting.runs import VALIDATION, Group
+from sward.reporting.runs import VALIDATION, Group, teacher_folder
 from sward.reporting.scores import against, decisive, first_scores, interval_text, metric_of, score
 
 MISSING = {
@@ -45,11 +45,14 @@ def headline(groups: Sequence[Group], costs: Mapping[str, Cost | None]) -> Headl
     rivals = [(group, found) for group, found in scored if group.role == "distilled"]
     rivals = rivals or [(group, found) for group, found in scored if group.role == "alone"] or scored
     best, mine = max(rivals, key=lambda each: each[1].mean)
-    teacher = _teacher(best, [group for group, _ in scored])
+    teacher = _teacher(best, groups)
+    if best.role == "distilled" and teacher is None and MISSING["teacher"] not in missing:
+        missing.insert(0, MISSING["teacher"])  # the page holds teachers, but of other students
+    theirs = None if teacher is None else scores[teacher.title]
     own, other = costs.get(best.title), None if teacher is None else costs.get(teacher.title)
     speed = "" if own is None else f" and {own.milliseconds:.1f} ms per image on this CPU"
     who = "teacher" if best.role == "teacher" else "student"
-    if teacher is not None and (theirs := scores[teacher.title]) is not None and theirs.mean > 0:
+    if theirs is not None and theirs.mean > 0:
         kept = f"The student keeps {100 * mine.mean / theirs.mean:.1f} % of the teacher's {name}"
         size = "" if own is None or other is None else f" with {_share(own.params, other.params)} the parameters"
         first = f"{kept}{size}{speed if size else ''}."
@@ -61,7 +64,7 @@ def headline(groups: Sequence[Group], costs: Mapping[str, Cost | None]) -> Headl
     stored = first_scores(groups, evaluation)
     weights = "weights of the last step" if evaluation == VALIDATION else f"{stored.get('checkpoint', 'best')} weights"
     more = [f"{best.title}: {compared} {name} on {stored['images']} images ({evaluation}, {weights})."]
-    if len(rivals) > 1:
+    if len(rivals) > 1 and best.role == "distilled":
         more[0] = f"{more[0][:-1]}, the best of {len(rivals)} distilled students."
     if own is not None:
         more.append(
@@ -80,17 +83,12 @@ def baseline(group: Group, groups: Sequence[Group]) -> Group | None:
     return next((each for each in groups if each.role == "alone" and each.config.model == group.config.model), None)
 
 
-def _teacher(group: Group, scored: Sequence[Group]) -> Group | None:
-    if group.role == "teacher":
+def _teacher(group: Group, groups: Sequence[Group]) -> Group | None:
+    """Return the group that holds the teacher of a distilled student."""
+    folder = teacher_folder(group.runs[0])
+    if folder is None:
         return None
-    teachers = [each for each in scored if each.role == "teacher"]
-    run = getattr(getattr(group.config, "teacher", None), "run", None)
-    own = [
-        each
-        for each in teachers
-        if run is not None and any(run.resolve() == r.folder.path.resolve() for r in each.runs)
-    ]
-    return next(iter(own or teachers), None)
+    return next((each for each in groups if any(folder.samefile(run.folder.path) for run in each.runs)), None)
 
 
 def _gain(best: Group, alone: Group, evaluation: str, metric: str, name: str) -> str:

@@ -15,9 +15,9 @@ from sward.figures.contours import contour_grid, labelled_images
 from sward.figures.curves import term_curves, training_curves
 from sward.metrics import ConfusionMatrix, PerImageOverlap
 from sward.reporting.data_card import evenly
-from sward.reporting.runs import Group, config_for_images
+from sward.reporting.runs import Group
 from sward.reporting.scores import metric_of
-from sward.runs.load import build_split, load_run
+from sward.runs.load import build_split, config_for_images, load_run
 from sward.training.progress import Progress
 
 RANKED = 50
@@ -116,7 +116,8 @@ def terms(groups: Sequence[Group], folder: Path) -> Picture | None:
 
 
 def _split(group: Group, split: str, root: Path | None) -> SegmentationDataset:
-    return build_split(config_for_images(group.runs[0], root), split, train=False)
+    run = group.runs[0]
+    return build_split(config_for_images(run.folder.path, run.config, root), split, train=False)
 
 
 def _network(group: Group) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import warnings
 from collections import Counter
@@ -14,8 +15,9 @@ from typing import Any, Literal
 from sward.config import DistillationConfig, TrainingConfig
 from sward.config_json import differences
 from sward.data import DatasetInfo
+from sward.data.files import unique_ends
 from sward.methods import METHOD_TITLES
-from sward.runs.load import has_teacher_run, stored_split
+from sward.runs.load import has_teacher_run
 from sward.training.run_folder import RunFolder, read_json
 
 Role = Literal["teacher", "alone", "distilled"]
@@ -83,10 +85,11 @@ def _read(path: Path, title: str) -> ReportedRun:
     folder = RunFolder(path)
     config, info = folder.read()
     evaluations = {}
+    weights_sum = functools.cache(folder.weights_sum)  # reads the whole checkpoint
     for file in sorted(path.glob("evaluation-*.json")):
         stored = read_json(dict, file)
         # Earlier versions did not store which weights they scored.
-        if stored.get("weights") not in (None, folder.weights_sum(stored.get("checkpoint", "best"))):
+        if stored.get("weights") not in (None, weights_sum(stored.get("checkpoint", "best"))):
             warnings.warn(
                 f"{file} is left out: the run was trained on since; score it again with 'sward evaluate'", stacklevel=3
             )
@@ -98,22 +101,12 @@ def _read(path: Path, title: str) -> ReportedRun:
     return ReportedRun(title, folder, config, info, evaluations)
 
 
-def config_for_images(run: ReportedRun, root: Path | None) -> TrainingConfig:
-    """Return the configuration that finds the frames of a run, in `root` where it is given; changes no `run.config`."""
-    dataset = run.config.dataset
-    split_by = stored_split(run.folder.path) or dataset.split_by
-    dataset = dataclasses.replace(dataset, root=root or dataset.root, split_by=split_by)
-    return dataclasses.replace(run.config, dataset=dataset)
-
-
 def _titles(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest suffixes of the paths that are unique."""
-    parts = [path.resolve().parts for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        titles = ["/".join(each[-length:]) for each in parts]
-        if len(set(titles)) == len(titles):
-            return titles
-    raise ValueError(f"paths must be distinct run folders, got {', '.join(map(str, paths))}")
+    """Return the shortest ends of the paths that are unique."""
+    titles = unique_ends([path.resolve() for path in paths])
+    if len(set(titles)) < len(titles):
+        raise ValueError(f"paths must be distinct run folders, got {', '.join(map(str, paths))}")
+    return titles
 
 
 def with_companions(paths: Sequence[Path]) -> list[Path]:
@@ -136,10 +129,15 @@ def with_companions(paths: Sequence[Path]) -> list[Path]:
 
 def teacher_of(run: ReportedRun) -> ReportedRun | None:
     """Return the run of the teacher that a distilled run names or that lies beside it; None if there is none."""
+    folder = teacher_folder(run)
+    return None if folder is None else _read(folder, folder.name)
+
+
+def teacher_folder(run: ReportedRun) -> Path | None:
+    """Return the folder of `teacher_of`, without reading its scores."""
     if run.role != "distilled" or not isinstance(run.config, DistillationConfig):
         return None
-    folder = _first(_teacher_folders(run.folder.path, run.config), run.info)
-    return None if folder is None else _read(folder, folder.name)
+    return _first(_teacher_folders(run.folder.path, run.config), run.info)
 
 
 def _teacher_folders(path: Path, config: DistillationConfig) -> list[Path]:

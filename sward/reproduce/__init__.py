@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from sward.reproduce import experiments
-from sward.reproduce.experiments import Table, own_tests
-from sward.reproduce.figures import figure
+from sward.reproduce.experiments import Run, Table, own_tests
+from sward.reproduce.figures import check_choices, figure
 from sward.reproduce.options import DEFAULT_PRESET, OWN_PRESETS, Options
 from sward.reproduce.plan import describe_plan
 from sward.reproduce.rendering import markdown, write
@@ -38,15 +39,25 @@ def reproduce(options: Options) -> list[Path]:
     notes = study.check(table.runs(), table.tests)
     costs = model_costs(table) if any(row.shows_cost for row in table.rows) else None
     written: list[Path] = []
-    for _ in study.run_all(study.schedule(table.runs())):
-        filled = fill(table, study, notes, costs)
+    for _ in _train(table, study):
+        filled = fill(study.choose(table), study, notes, costs)
         written = write(filled, options.output / table.name)
     print(markdown(filled))
     return written
 
 
+def _train(table: Table, study: Study) -> Iterator[tuple[Run, int]]:
+    """Train every run of the table, then the other seeds of those that were chosen from."""
+    yield from study.run_all(study.schedule(table.runs()))
+    chosen = {(run.preset, run.name): run for row in study.choose(table).rows for run in row.runs}
+    more = [run for run in table.runs() if run.trial and not chosen.get((run.preset, run.name), run).trial]
+    if more and study.options.seeds > 1:
+        runs = [chosen.get((run.preset, run.name), run) for run in table.runs()]
+        yield from study.run_all(study.schedule(runs))
+
+
 def _table(options: Options) -> Table:
-    if options.what in ("methods", "questions"):
+    if options.what in ("methods", "questions", "peers", "length"):
         return getattr(experiments, options.what)(options.preset or DEFAULT_PRESET)
     if options.what in OWN_PRESETS:
         return getattr(experiments, options.what)()
@@ -60,6 +71,7 @@ def _figure(study: Study) -> list[Path]:
     if options.dry_run:
         print(describe_plan(study, schedule))
         return []
+    check_choices(options, wanted.runs)
     tests = [test for run in wanted.runs for test in own_tests(run.preset)]
     study.check(wanted.runs, tests)
     for _ in study.run_all(schedule):

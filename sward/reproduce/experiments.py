@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ OVERLAP = (("mDice", "dice"), ("mIoU", "iou"))
 CLASSES = (("mIoU", "mean_iou"), ("mAcc", "mean_accuracy"))
 """Columns of Table 1: IoU and recall per class over all pixels, mean over classes."""
 
+FACTORS = (0.01, 0.1, 10.0)
+"""Factors of a distillation loss that `peers` tries, besides 1."""
 PDR_WEIGHT = 0.1
 """Gamma of Eq. 20 in runs that add PDR to a preset without it."""
 
@@ -52,6 +54,8 @@ class Run:
     """Dotted name of a configuration field -> value."""
     unlabelled: Frames | None = None
     """Frames that it distils besides the labelled images."""
+    trial: bool = False
+    """Whether it only serves to choose a setting: then it is trained with seed 0 alone."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,9 @@ class EvaluationSet:
     title: str
     """Header of the group."""
     split: str
-    """Split of the data set. On `"val"` the last weights are scored, so that the scored images did not select them; on
-    other splits the weights with the best validation score."""
+    """Split of the data set. On `"val"` the last weights are scored, so that the scored images did not select them, and
+    on another data set than the run's, whose validation images say little about it; else the weights with the best
+    validation score."""
     metrics: tuple[tuple[str, str], ...]
     """Header and name in `sward.evaluation.Evaluation` of each column."""
     dataset: str | None = None
@@ -76,7 +81,8 @@ class EvaluationSet:
 
     def checkpoint(self, run: Run) -> Literal["best", "last"]:
         """Return which weights of `run` are scored. For a teacher they are always those that it was distilled with."""
-        return "last" if self.split == "val" and run.name != TEACHER else "best"
+        is_unselected = self.split == "val" or self.dataset is not None
+        return "last" if is_unselected and run.name != TEACHER else "best"
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,9 @@ class Row:
     """Whether the row shows parameters and FLOPs (those of a method equal those of the student)."""
     against: Run | None = None
     """A run to compare with, besides the student alone."""
+    choices: tuple[Run, ...] = ()
+    """Runs of which the one with the best validation score at seed 0 takes the place of `runs`; empty where nothing is
+    to be chosen."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +124,11 @@ class Table:
     """What the runs named by the rows' `against` have in common."""
 
     def runs(self) -> list[Run]:
-        """Return every run once, teachers first, then in the order of the rows."""
-        found = {(run.preset, run.name): run for row in self.rows for run in row.runs}
+        """Return every run once, those to choose from too, teachers first, then in the order of the rows."""
+        found: dict[tuple[str, str], Run] = {}
+        for row in self.rows:
+            for run in (*row.runs, *row.choices):
+                found.setdefault((run.preset, run.name), run)
         for run in list(found.values()):
             teacher = teacher_of(run.preset)
             found.setdefault((teacher.preset, teacher.name), teacher)
@@ -273,6 +285,50 @@ def methods(preset: str) -> Table:
     return Table(f"methods-{preset}", f"Every method, {presets.get(preset).description}", tests, rows, costs=True)
 
 
+def peers(preset: str) -> Table:
+    """Define a table of SWARD and its peers, each with its own weights and with a factor chosen on validation images.
+
+    All choose from the same factors, `FACTORS`.
+    """
+    names = (name for name in METHOD_TITLES if name in ("kd", "cwd", "cirkd", "maskd", "freekd", "sward"))
+    tests = own_tests(preset)
+    nothing: tuple[Scores, ...] = ((),) * len(tests)
+    rows = [
+        Row("teacher", (teacher_of(preset),) * len(tests), nothing),
+        Row(METHOD_TITLES["none"], (method(preset, "none"),) * len(tests), nothing),
+    ]
+    for name in names:
+        given = (method(preset, name),) * len(tests)
+        scaled = (
+            Run(preset, f"{name}-times-{factor:g}", name, {"distillation_factor": factor}, trial=True)
+            for factor in FACTORS
+        )
+        rows.append(Row(METHOD_TITLES[name], given, nothing))
+        rows.append(Row(f"{METHOD_TITLES[name]}, chosen factor", given, nothing, choices=(given[0], *scaled)))
+    return Table(
+        f"peers-{preset}",
+        f"SWARD and its peers, each as its authors weight it and with the factor of its loss (1 or {_listed(FACTORS)}) "
+        f"that scores best on the validation images with seed 0; {presets.get(preset).description}",
+        tests,
+        tuple(rows),
+    )
+
+
+def length(preset: str) -> Table:
+    """Define a table of twice the steps: whether distillation saves training or raises what a student can reach."""
+    epochs = presets.get(preset).student.epochs
+    if epochs is None:
+        raise ValueError(f"preset must be one whose length is in epochs for length, got {preset!r}")
+    tests = own_tests(preset)
+    rows = []
+    for name in ("none", "sward"):
+        once = method(preset, name)
+        twice = dataclasses.replace(once, name=f"{name}-twice", overrides={"epochs": 2 * epochs})
+        for run, passes in ((once, epochs), (twice, 2 * epochs)):
+            rows.append(Row(f"{METHOD_TITLES[name]}, {passes} epochs", (run,) * len(tests), ((),) * len(tests)))
+    return Table(f"length-{preset}", f"Training length, {presets.get(preset).description}", tests, tuple(rows))
+
+
 def questions(preset: str) -> Table:
     """Define a table of open questions: one change to the preset's settings per row; the last row uses the paper's."""
     base = presets.get(preset).student.sward
@@ -298,6 +354,7 @@ def questions(preset: str) -> Table:
         f"PDR on features {pdr}": sward(
             preset, f"pdr-{pdr.replace(' ', '-')}", weights=weights, normalize=not base.normalize
         ),
+        **{f"teacher at {factor:g} times the size": _teacher_size(preset, factor) for factor in (0.5, 2)},
         **{f"window {side} x {side}": sward(preset, f"window-{side}", window_size=(side,)) for side in windows},
         # At 128 pixels the deepest map has 4 x 4 positions, so most of a larger window is padding.
         "window 8 x 8, deepest stage 4 x 4": sward(preset, "window-8-8-8-4", window_size=(8, 8, 8, 4)),
@@ -369,6 +426,12 @@ def with_pdr(preset: str) -> Run:
     return method(preset, "sward") if gamma else sward(preset, "pdr", weights=(beta, PDR_WEIGHT))
 
 
+def _teacher_size(preset: str, factor: float) -> Run:
+    """Return the run whose teacher sees larger or smaller images, that is, has more or fewer tokens per image."""
+    height, width = (int(factor * side) for side in presets.get(preset).student.teacher_image_size)
+    return Run(preset, f"sward-teacher-{height}", "sward", {"teacher.image_size": (height, width)})
+
+
 def own_tests(preset: str) -> tuple[EvaluationSet, ...]:
     """Return where runs of `preset` are scored: its own test images, and for ClinicDB also all of ColonDB."""
     config = presets.get(preset).student
@@ -407,6 +470,10 @@ def _comparison(sets: tuple[str, ...], paper: Mapping[str, tuple[Scores, ...]]) 
             title = f"{'T' if name == TEACHER else 'S'}: {model}"
         rows.append(Row(title, runs, figures, shows_cost=name in (TEACHER, "none")))
     return rows
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
 
 
 def _ablation_tests(scale: Scale) -> tuple[EvaluationSet, ...]:

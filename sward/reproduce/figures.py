@@ -3,34 +3,47 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal, TypeVar
 
-import torch
-import torch.nn.functional as F
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
-from sward.alignment import resize
+from sward import data, presets
+from sward.alignment import resize_labels
 from sward.config import TrainingConfig
 from sward.data import DatasetInfo, SegmentationDataset
 from sward.evaluation import predict_sample
-from sward.figures.attention import attention_figure, window_attention
+from sward.figures.attention import attention_figure, check_pixel, window_attention
 from sward.figures.gradcam import ActivationRow, activation_figure, grad_cam
 from sward.figures.predictions import prediction_grid
 from sward.figures.tsne import feature_space_figure, pixel_features
 from sward.layers import default_layers
 from sward.losses import SWARDDistillation
-from sward.reproduce.experiments import EvaluationSet, Run, Scale, method, mwad, own_tests, teacher_of, with_pdr
-from sward.reproduce.options import DEFAULT_PRESET
+from sward.reproduce.experiments import (
+    TEACHER,
+    EvaluationSet,
+    Run,
+    Scale,
+    method,
+    mwad,
+    own_tests,
+    teacher_of,
+    with_pdr,
+)
+from sward.reproduce.options import DEFAULT_PRESET, Options
 from sward.reproduce.study import Study
 from sward.runs import load_distillation, load_run
 from sward.runs.load import build_split
 
+Configured = TypeVar("Configured", bound=TrainingConfig)
+
 ROWS = 3
 """Images per data set in the grid of predictions."""
-LEAST_SHARE = 0.02
-"""Fraction of an image's pixels that the class must cover for Grad-CAM."""
+LEAST_SHARE = 0.1
+"""Fraction of an image's pixels that the class must cover for Grad-CAM and attention."""
 FEATURE_IMAGES = 40
 FEATURE_PIXELS = 200
 FEATURE_STRIDE = 4
@@ -65,15 +78,32 @@ def figure(name: str, scale: Scale, preset: str | None) -> Figure:
     return Figure(_runs([chosen], "sward"), lambda study: _attention(study, chosen))
 
 
+def check_choices(options: Options, runs: Sequence[Run]) -> None:
+    """Raise a ValueError if a data set of these runs lacks the class of the options, or its images the pixel."""
+    if options.what not in ("figure1", "attention"):
+        return
+    for config in (presets.get(run.preset).student for run in runs if run.name != TEACHER):
+        dataset = config.dataset
+        if dataset.name != "folder":
+            _target(data.describe(dataset.name), options.target)
+        if options.what == "attention" and options.pixel is not None:
+            check_pixel(options.pixel, dataset.image_size)
+
+
 def _runs(sets: list[str], *methods: str) -> list[Run]:
     return [run for preset in sets for run in (teacher_of(preset), *(method(preset, name) for name in methods))]
 
 
 @dataclass(frozen=True)
-class _Network:
+class TrainedNetwork:
+    """The network of a run, for figures."""
+
     model: str
+    """Its name, as in `sward.models.build`."""
     network: nn.Module
+    """In eval mode, on the CPU."""
     config: TrainingConfig
+    """Configuration of its run."""
 
     @property
     def penultimate(self) -> str:
@@ -85,68 +115,58 @@ class _Network:
         return build_split(_on(self.config, test), test.split, train=False)
 
 
-def _on(config: TrainingConfig, test: EvaluationSet) -> TrainingConfig:
-    if test.dataset is None:
-        return config
-    return replace(config, dataset=replace(config.dataset, name=test.dataset, split_by=None))
+Networks = Mapping[str, TrainedNetwork]
+"""Title of a column or panel -> network; the images shown are those of the last one."""
 
 
-def _load(study: Study, run: Run, test: EvaluationSet) -> _Network:
-    config, _, network = load_run(study.folder(run, 0).path, test.checkpoint(run))
-    config.dataset.root = study.options.data or config.dataset.root
-    return _Network(config.model, network, config)
+def load_network(folder: Path, checkpoint: Literal["best", "last"], root: Path | None = None) -> TrainedNetwork:
+    """Load the network of the run in `folder`; its data sets lie in `root`, by default where the run found them."""
+    config, _, network = load_run(folder, checkpoint)
+    config.dataset.root = root or config.dataset.root
+    return TrainedNetwork(config.model, network, config)
 
 
-def _columns(study: Study, preset: str, test: EvaluationSet, *methods: str) -> dict[str, _Network]:
-    titles = {"none": "baseline", "freekd": "FreeKD", "sward": "SWARD"}
-    runs = {"teacher": teacher_of(preset), **{titles[name]: method(preset, name) for name in methods}}
-    return {title: _load(study, run, test) for title, run in runs.items()}
+def activation_row(networks: Networks, test: EvaluationSet, name: str | None, start: int) -> ActivationRow:
+    """Compute Grad-CAM of the first image from `start` on that shows enough of a class.
 
+    Args:
+        networks: one per column.
+        test: the images.
+        name: the class; None for car, polyp or the first after the background.
+        start: index of an image.
 
-def _figure1(study: Study, sets: list[str]) -> list[Path]:
-    rows = []
-    for preset in sets:
-        test = own_tests(preset)[0]
-        networks = _columns(study, preset, test, "none", "sward")
-        dataset = networks["SWARD"].images(test)
-        target = _target(dataset.info, study.options.target)
-        index = _first_with(dataset, target, study.options.image)
-        image, labels, _ = dataset.read(index)
-        sample, size = dataset[index], (labels.shape[-2], labels.shape[-1])
-        maps = {}
-        for title, each in networks.items():
-            seen = each.images(test)[index].image
-            maps[title] = resize(grad_cam(each.network, each.penultimate, seen, target)[None, None], size)[0, 0]
-        name = f"{test.title}, {dataset.info.classes[target]}"
-        rows.append(ActivationRow(name, image, sample.labels == target, maps))
-    return [activation_figure(rows, _path(study, "figure1"))]
-
-
-def _figure3(study: Study, sets: list[str]) -> Iterator[Path]:
-    for preset in sets:
-        for test in own_tests(preset) if study.options.scale == "small" else own_tests(preset)[:1]:
-            networks = _columns(study, preset, test, "none", "freekd", "sward")
-            dataset = networks["SWARD"].images(test)
-            chosen = [(study.options.image + row * (len(dataset) // ROWS)) % len(dataset) for row in range(ROWS)]
-            columns = {"ground truth": [dataset[index].labels for index in chosen]}
-            for title, each in networks.items():
-                seen = each.images(test)
-                columns[title] = [predict_sample(each.network, seen[index]) for index in chosen]
-            images = [dataset.read(index)[0] for index in chosen]
-            name = f"figure3-{dataset.info.name}{'' if test.dataset is None else '-unseen'}"
-            yield prediction_grid(images, columns, dataset.info, _path(study, name))
-
-
-def _figure4(study: Study, preset: str) -> list[Path]:
-    test = own_tests(preset)[0]
-    runs = {
-        "student alone": method(preset, "none"),
-        "teacher": teacher_of(preset),
-        "student with MWAD": mwad(preset),
-        "student with MWAD + PDR": with_pdr(preset),
+    Raises:
+        ValueError: if there is no such class.
+    """
+    dataset = _shown(networks, test)
+    target = _target(dataset.info, name)
+    index = _first_with(dataset, target, start)
+    image, labels = dataset.picture(index)
+    maps = {
+        title: grad_cam(each.network, each.penultimate, each.images(test)[index].image, target)
+        for title, each in networks.items()
     }
-    networks = {title: _load(study, run, test) for title, run in runs.items()}
-    dataset = networks["student alone"].images(test)
+    return ActivationRow(f"{test.title}, {dataset.info.classes[target]}", image, labels == target, maps)
+
+
+def draw_predictions(networks: Networks, test: EvaluationSet, indices: Sequence[int], path: Path) -> Path:
+    """Draw the predictions of all networks for some images (Fig. 3); returns the path of the PNG."""
+    dataset = _shown(networks, test)
+    pictures = [dataset.picture(index) for index in indices]
+    columns = {"truth": [labels for _, labels in pictures]}
+    for title, each in networks.items():
+        seen = each.images(test)
+        samples = [seen[index]._replace(labels=labels) for index, (_, labels) in zip(indices, pictures)]
+        columns[title] = [predict_sample(each.network, sample) for sample in samples]
+    return prediction_grid([image for image, _ in pictures], columns, dataset.info, path)
+
+
+def draw_feature_space(networks: Networks, test: EvaluationSet, path: Path) -> Path:
+    """Draw t-SNE and separability of the penultimate features (Fig. 4); returns the path of the PNG.
+
+    The measures are also written as JSON beside it.
+    """
+    dataset = _shown(networks, test)
     height, width = dataset[0].image.shape[-2:]
     count = min(FEATURE_IMAGES, len(dataset))
     images = [index * len(dataset) // count for index in range(count)]
@@ -161,36 +181,125 @@ def _figure4(study: Study, preset: str) -> list[Path]:
         )
         for title, each in networks.items()
     }
-    path, measured = feature_space_figure(panels, dataset.info, _path(study, "figure4"))
+    path, measured = feature_space_figure(panels, dataset.info, path)
     values = {title: asdict(each) for title, each in measured.items()}
     path.with_suffix(".json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    return [path]
+    return path
 
 
-def _attention(study: Study, preset: str) -> list[Path]:
-    pair = load_distillation(study.folder(method(preset, "sward"), 0).path)
+def draw_attention(
+    folder: Path,
+    test: EvaluationSet,
+    path: Path,
+    *,
+    name: str | None = None,
+    start: int = 0,
+    pixel: tuple[int, int] | None = None,
+    root: Path | None = None,
+) -> Path:
+    """Draw the window attention of one pixel in the student of a SWARD run and in its teacher.
+
+    Args:
+        folder: the run.
+        test: the images.
+        path: path of the PNG.
+        name: the class of the image and of the query, as in `activation_row`.
+        start: the first image from here on that shows enough of the class.
+        pixel: row and column of the query at the student's input size; by default in the midst of the class.
+        root: folder of the data sets.
+
+    Returns:
+        The path of the PNG.
+    """
+    pair = load_distillation(folder)
     assert pair is not None
     assert isinstance(pair.loss, SWARDDistillation)
-    pair.config.dataset.root = study.options.data or pair.config.dataset.root
-    test = own_tests(preset)[0]
-    dataset = build_split(pair.config, test.split, train=False)
-    larger = replace(pair.config, dataset=replace(pair.config.dataset, image_size=pair.config.teacher_image_size))
-    index = study.options.image % len(dataset)
-    image, seen = dataset[index].image, build_split(larger, test.split, train=False)[index].image
-    size = (image.shape[-2], image.shape[-1])
-    pixel = study.options.pixel or (size[0] // 2, size[1] // 2)
+    config = pair.config
+    config.dataset.root = root or config.dataset.root
+    dataset = build_split(_on(config, test), test.split, train=False)
+    larger = replace(config, dataset=replace(config.dataset, image_size=config.teacher_image_size))
+    target = _target(dataset.info, name)
+    index = _first_with(dataset, target, start)
+    sample = dataset[index]
+    size = (sample.image.shape[-2], sample.image.shape[-1])
     stages = window_attention(
         pair.student,
         pair.teacher,
         pair.loss,
-        image,
-        pixel,
-        seen,
-        student_taps=pair.config.student_taps,
-        teacher_taps=pair.config.teacher.taps,
+        sample.image,
+        pixel or _innermost(resize_labels(sample.labels[None], size)[0] == target),
+        build_split(_on(larger, test), test.split, train=False)[index].image,
+        student_taps=config.student_taps,
+        teacher_taps=config.teacher.taps,
     )
-    shown = F.interpolate(dataset.read(index)[0][None].float(), size=size, mode="bilinear", antialias=True)[0]
-    return [attention_figure(shown.round().to(torch.uint8), stages, study.options.output / f"attention-{preset}.png")]
+    return attention_figure(dataset.picture(index)[0], stages, path)
+
+
+def _on(config: Configured, test: EvaluationSet) -> Configured:
+    if test.dataset is None:
+        return config
+    return replace(config, dataset=replace(config.dataset, name=test.dataset, split_by=None))
+
+
+def _shown(networks: Networks, test: EvaluationSet) -> SegmentationDataset:
+    return list(networks.values())[-1].images(test)
+
+
+def _load(study: Study, runs: Mapping[str, Run], test: EvaluationSet) -> dict[str, TrainedNetwork]:
+    return {
+        title: load_network(study.folder(run, 0).path, test.checkpoint(run), study.options.data)
+        for title, run in runs.items()
+    }
+
+
+def _columns(study: Study, preset: str, test: EvaluationSet, *methods: str) -> dict[str, TrainedNetwork]:
+    titles = {"none": "student alone", "freekd": "student + FreeKD", "sward": "student + SWARD"}
+    runs = {"teacher": teacher_of(preset), **{titles[name]: method(preset, name) for name in methods}}
+    return _load(study, runs, test)
+
+
+def _figure1(study: Study, sets: list[str]) -> list[Path]:
+    rows = []
+    for preset in sets:
+        test = own_tests(preset)[0]
+        networks = _columns(study, preset, test, "none", "sward")
+        rows.append(activation_row(networks, test, study.options.target, study.options.image))
+    return [activation_figure(rows, _path(study, "figure1"))]
+
+
+def _figure3(study: Study, sets: list[str]) -> Iterator[Path]:
+    for preset in sets:
+        for test in own_tests(preset) if study.options.scale == "small" else own_tests(preset)[:1]:
+            networks = _columns(study, preset, test, "none", "freekd", "sward")
+            dataset = _shown(networks, test)
+            chosen = [(study.options.image + row * (len(dataset) // ROWS)) % len(dataset) for row in range(ROWS)]
+            name = f"figure3-{dataset.info.name}{'' if test.dataset is None else '-unseen'}"
+            yield draw_predictions(networks, test, chosen, _path(study, name))
+
+
+def _figure4(study: Study, preset: str) -> list[Path]:
+    test = own_tests(preset)[0]
+    runs = {
+        "teacher": teacher_of(preset),
+        "student alone": method(preset, "none"),
+        "student + MWAD": mwad(preset),
+        "student + MWAD + PDR": with_pdr(preset),
+    }
+    return [draw_feature_space(_load(study, runs, test), test, _path(study, "figure4"))]
+
+
+def _attention(study: Study, preset: str) -> list[Path]:
+    options = study.options
+    path = draw_attention(
+        study.folder(method(preset, "sward"), 0).path,
+        own_tests(preset)[0],
+        options.output / f"attention-{preset}.png",
+        name=options.target,
+        start=options.image,
+        pixel=options.pixel,
+        root=options.data,
+    )
+    return [path]
 
 
 def _target(info: DatasetInfo, name: str | None) -> int:
@@ -210,6 +319,17 @@ def _first_with(dataset: SegmentationDataset, target: int, start: int) -> int:
         if (dataset[index].labels == target).float().mean() >= LEAST_SHARE:
             return index
     return start % len(dataset)
+
+
+def _innermost(region: Tensor) -> tuple[int, int]:
+    """Return the pixel of the region that is farthest from its border and the image's; the centre without a region."""
+    from scipy.ndimage import distance_transform_edt
+
+    if not region.any():
+        return region.shape[0] // 2, region.shape[1] // 2
+    depth = distance_transform_edt(np.pad(region.cpu().numpy(), 1))[1:-1, 1:-1]
+    row, column = np.unravel_index(int(depth.argmax()), depth.shape)
+    return int(row), int(column)
 
 
 def _path(study: Study, name: str) -> Path:

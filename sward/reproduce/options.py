@@ -18,6 +18,8 @@ What = Literal[
     "table4",
     "methods",
     "questions",
+    "peers",
+    "length",
     "unlabelled",
     "masks",
     "figure1",
@@ -39,7 +41,8 @@ class Options:
     """
 
     what: Annotated[What, tyro.conf.Positional]
-    """Table or figure of the paper, or methods (all of them), questions (open in the paper), unlabelled (images without
+    """Table or figure of the paper, or methods (all of them), questions (open in the paper), peers
+    (weights chosen on validation), length (twice the epochs), unlabelled (images without
     masks), masks (how many), attention (windows)."""
     scale: Scale = "paper"
     """paper: exactly as in section 4.1; small: CVC-ClinicDB and CamVid at a size for two CPU cores."""
@@ -52,7 +55,8 @@ class Options:
     output: Path = Path("runs/reproduce")
     """Folder of the runs, tables and figures."""
     preset: str | None = None
-    """Preset of methods, questions and attention (clinicdb-small by default), or of a figure; not for other tables."""
+    """Preset of methods, questions, peers, length and attention (clinicdb-small by default), or of a figure; not for
+    other tables."""
     only: tuple[str, ...] = ()
     """Names of runs to train (none, sward, ...), with their teacher; all by default. The table shows finished runs."""
     iterations: int | None = None
@@ -62,11 +66,14 @@ class Options:
     untrained_trunk: bool = False
     """Start the teacher from random weights instead of its pretrained trunk, for a quick trial."""
     image: int = 0
-    """For figures of single images: index of the first image in the scored split."""
+    """For figures of single images: index of the first image in the scored split; figure1 and attention take the first
+    from there on that shows enough of the class."""
     target: str | None = None
-    """For figure1: class of the activation maps; car or polyp by default."""
+    """For figure1 and attention: the class whose activation maps are shown, or on which the query lies; car or polyp by
+    default."""
     pixel: tuple[int, int] | None = None
-    """For attention: row and column of the query pixel at the network's input size; the centre by default."""
+    """For attention: row and column of the query pixel at the network's input size; by default in the midst of the
+    class."""
     device: str | None = None
     """Device to run on; the GPU if there is one."""
     dry_run: bool = False

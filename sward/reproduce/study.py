@@ -24,7 +24,7 @@ from sward.data import DatasetNotFoundError
 from sward.data.files import PairedFiles
 from sward.evaluation import Evaluation
 from sward.reporting.card import write_card
-from sward.reproduce.experiments import TEACHER, EvaluationSet, Frames, Run, teacher_of
+from sward.reproduce.experiments import TEACHER, EvaluationSet, Frames, Run, Table, teacher_of
 from sward.reproduce.options import Options
 from sward.runs import (
     evaluate_run,
@@ -167,8 +167,8 @@ class Study:
         return "finished" if (folder.path / "cost.json").exists() else "started"
 
     def seeds(self, run: Run) -> range:
-        """Return the seeds of a run: one for a teacher, `--seeds` for a student."""
-        return range(1 if run.name == TEACHER else self.options.seeds)
+        """Return the seeds of a run: one for a teacher or a trial, `--seeds` for a student."""
+        return range(1 if run.name == TEACHER or run.trial else self.options.seeds)
 
     def schedule(self, runs: Iterable[Run]) -> list[tuple[Run, int]]:
         """Return every run with every seed, in order: teachers, then all runs of seed 0, of seed 1, ...
@@ -263,6 +263,28 @@ class Study:
         text = json.dumps(dataclasses.asdict(cost), indent=2)
         (folder.path / "cost.json").write_text(text + "\n", encoding="utf-8")
         write_card(folder.path)
+
+    def choose(self, table: Table) -> Table:
+        """Return the table with the best choice per row that has some; without rows whose choices are unfinished."""
+        rows = []
+        for row in table.rows:
+            scores = [self._validation_score(run) for run in row.choices]
+            if None in scores:
+                continue
+            if scores:
+                best = max(zip(scores, row.choices, strict=True), key=lambda each: each[0] or 0.0)[1]
+                factor = best.overrides.get("distillation_factor", 1.0)
+                run = dataclasses.replace(best, trial=False)
+                row = dataclasses.replace(row, title=f"{row.title} {factor:g}", runs=(run,) * len(row.runs))
+            rows.append(row)
+        return dataclasses.replace(table, rows=tuple(rows))
+
+    def _validation_score(self, run: Run) -> float | None:
+        """Return the best validation score of the run with seed 0; None before it is finished."""
+        if self.cost(run, 0) is None:
+            return None
+        metric = self.config(run, 0).metric
+        return max(record["validation"][metric] for record in self.folder(run, 0).records() if "validation" in record)
 
     def cost(self, run: Run, seed: int) -> Cost | None:
         """Return the cost of the run; None before it is finished."""

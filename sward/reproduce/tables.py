@@ -211,12 +211,16 @@ def _standing_notes(table: Table, *, with_costs: bool, paired: bool) -> list[str
             "Parameters and FLOPs by the paper's rule: 2 x ptflops multiply-adds of one 3x512x512 image; for a SAM 2.1 "
             "teacher, parameters of the whole SAM 2.1 model and FLOPs of its image encoder."
         )
-    if any(test.split == "val" for test in table.tests):
+    weights = {
+        "Validation images": any(test.split == "val" for test in table.tests),
+        "Data sets that no run sees": any(test.dataset is not None for test in table.tests),
+    }
+    for images in (images for images, there in weights.items() if there):
         notes.append(
-            "Validation images: last weights of the students, best weights of the teacher (those that were distilled)."
+            f"{images}: last weights of the students, best weights of the teacher (those that were distilled)."
         )
-    if any(test.split != "val" for test in table.tests):
-        notes.append("Test images: the weights with the best validation score.")
+    if any(test.split != "val" and test.dataset is None for test in table.tests):
+        notes.append("Test images of the run's own data set: the weights with the best validation score.")
     if table.costs:
         notes.append(
             "s/step: training loop including data loading and the teacher's forward pass, without validation. Peak "

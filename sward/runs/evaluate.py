@@ -15,7 +15,7 @@ from sward.data.frames import digest, frame_sums, known_images
 from sward.deploy.network import DeployedNetwork
 from sward.deploy.tiles import TiledNetwork, check_tile
 from sward.evaluation import Evaluation, evaluate
-from sward.runs.load import build_split, choose_device, load_run, stored_split
+from sward.runs.load import build_split, choose_device, config_for_images, load_run
 from sward.training.progress import Progress
 from sward.training.run_folder import RunFolder, make_folder
 
@@ -33,7 +33,7 @@ def evaluate_run(
     tile: tuple[int, int] | None = None,
     overlap: int | None = None,
 ) -> Evaluation:
-    """Score a run and write the scores to `evaluation_file(path, ...)` and into its model card.
+    """Score a run and write the scores to `evaluation_file(path, ...)`.
 
     Warns if frames of the split were trained on, or if the folder of the run is read-only: then nothing is written.
 
@@ -69,12 +69,10 @@ def evaluate_run(
         tile=tile,
         overlap=overlap,
     )
+    config = config_for_images(path, config, root)
     settings = config.dataset
-    # The frames that this run left for validation and testing, even if the folder has changed since.
-    settings.split_by = stored_split(path) or settings.split_by
     if dataset is not None and dataset != settings.name:
         settings.name, settings.split_by, settings.packed = dataset, None, "auto"
-    settings.root = root or settings.root
     settings.split_by = split_by or settings.split_by
     images = build_split(config, split, train=False)
     if images.info.classes != info.classes:

@@ -40,10 +40,15 @@ def load_run(
     return config, info, network.eval()
 
 
-def stored_split(path: Path) -> str | None:
-    """Return the path of the split that the run in `path` has drawn, for `DatasetConfig.split_by`; None without one."""
+def config_for_images(path: Path, config: TrainingConfig, root: Path | None = None) -> TrainingConfig:
+    """Return the configuration that finds the frames of the run in `path`, in `root` where it is given.
+
+    A split that the run has drawn holds, even if the folder of the data has changed since. `config` stays as it is.
+    """
     split = RunFolder(path).split
-    return str(split) if split.exists() else None
+    split_by = str(split) if split.exists() else config.dataset.split_by
+    dataset = dataclasses.replace(config.dataset, root=root or config.dataset.root, split_by=split_by)
+    return dataclasses.replace(config, dataset=dataset)
 
 
 @dataclass(frozen=True)

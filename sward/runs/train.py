@@ -260,18 +260,20 @@ def _class_weights(stated: tuple[str, ...], counts: LabelCounts | None, num_clas
 
 
 def _frames(images: _Images) -> dict[str, dict[str, str]]:
-    """Return split -> frame -> checksums, and warn of validation images that the run also learns from."""
+    """Return split -> frame -> checksums, and warn of validation images that the run sees without labels.
+
+    `sward.data.check.check_splits` has warned of those that are training images too.
+    """
     frames = {"train": frame_sums(images.train), "val": frame_sums(images.validation)}
     if isinstance(images.unlabelled, UnlabelledImages):
         frames["unlabelled"] = frame_sums(images.unlabelled)
-    for split, kind in (("train", "training"), ("unlabelled", "unlabelled")):
-        both = known_images(frames.get(split, {}), frames["val"])
-        if both and distributed.is_main():
-            warnings.warn(
-                f"{len(both)} validation images are {kind} images too, so their scores say nothing about new images; "
-                f"the first is {both[0]}",
-                stacklevel=4,
-            )
+    both = known_images(frames.get("unlabelled", {}), frames["val"])
+    if both and distributed.is_main():
+        warnings.warn(
+            f"{len(both)} validation images are unlabelled images too, so their scores say nothing about new images; "
+            f"the first is {both[0]}",
+            stacklevel=4,
+        )
     return frames
 
 
@@ -311,6 +313,7 @@ def _fit(
             network,
             task.to(next(network.parameters()).device),
             loss,
+            factor=config.distillation_factor if isinstance(config, DistillationConfig) else 1.0,
             precision=config.precision,
             taps=config.student_taps if isinstance(config, DistillationConfig) else None,
         )

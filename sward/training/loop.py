@@ -117,7 +117,9 @@ def fit(
     confidence = config.pseudo_labels if isinstance(config, DistillationConfig) else None
     replica = distributed.replicate(step_module.train(), device)
     collapse = CollapseWatch()
-    evaluation, watch, throughput = None, LossWatch(), Throughput(config.batch, state.step, state.stopwatch.read())
+    evaluation, watch = None, LossWatch()
+    per_step = config.batch + (0 if unlabelled is None else config.unlabelled_per_step)
+    throughput = Throughput(per_step, state.step, state.stopwatch.read())
     with Progress(run.path.name, steps, start=state.step) as progress, Interruption() as interruption:
         while state.step < steps:
             logs, saves, validates = (

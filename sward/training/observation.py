@@ -96,6 +96,7 @@ class LossWatch:
         raise NonFiniteLossError(
             f"the loss of step {first} is not finite ({shown}) for the images {', '.join(names)}{cause}; "
             "earlier checkpoints are kept"
+            + ("" if cause else "; try a lower --optimizer.lr or --optimizer.clip-norm 1")
         )
 
 
@@ -148,7 +149,7 @@ class Throughput:
     """Images per second of training, over all processes.
 
     Args:
-        batch: images per step, over all processes.
+        batch: images per step, with and without labels, over all processes.
         step: steps taken so far.
         seconds: seconds of training so far.
     """

@@ -38,6 +38,7 @@ class TrainingStep(nn.Module):
         model: the network that learns.
         task: `(logits, labels) -> scalar`.
         distillation: None to train on the labels alone.
+        factor: of the distillation loss beside the task loss, after the method's own weights.
         precision: of the forward pass, losses included (they keep to float32 where they need it).
         taps: how the network's layers arrange their output.
     """
@@ -48,10 +49,12 @@ class TrainingStep(nn.Module):
         task: nn.Module,
         distillation: DistillationLoss | None = None,
         *,
+        factor: float = 1.0,
         precision: Precision = "fp32",
         taps: TapConfig | None = None,
     ) -> None:
         super().__init__()
+        self.factor = factor
         self.precision: Precision = precision
         self.model = model
         self.task = task
@@ -75,7 +78,8 @@ class TrainingStep(nn.Module):
             if diagnose:
                 with torch.no_grad():
                     diagnostics = self.distillation.diagnostics(inputs)
-        return StepOutput(task + output.loss, terms | output.terms, terms | output.weighted_terms(), diagnostics)
+            weighted = {name: self.factor * term for name, term in output.weighted_terms().items()}
+        return StepOutput(task + self.factor * output.loss, terms | output.terms, terms | weighted, diagnostics)
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

@@ -63,8 +63,13 @@ def require_dtype(tensor: Tensor) -> None:
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Make `device` the current one, as a launch needs it; do nothing on the CPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    """Make `device` the current one, as a launch needs it; do nothing where it is, and on the CPU."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def needs_64_bits(maps: Tensor) -> bool:
@@ -104,8 +109,8 @@ Made = TypeVar("Made")
 
 _MOST_CALLS = 1024
 _caches: list[dict[Hashable, Any]] = []
-_failures: dict[Hashable, str] = {}
-"""Problem -> why its kernels cannot run here. Triton would try to compile them anew at every call."""
+_failures: dict[tuple[torch.device, Hashable], str] = {}
+"""Device and problem -> why its kernels cannot run there. Triton would try to compile them anew at every call."""
 
 
 class CallCache(dict[Hashable, Made]):
@@ -139,7 +144,9 @@ class PreparedLaunch:
         """Prepare a launch of `programs` programs.
 
         Args:
-            problem: what decides whether the kernel compiles; if it does not, no launch of an equal problem is tried.
+            problem: everything that decides whether the kernels of a call compile (sizes that are compiled in, dtypes,
+                layouts, options). If one of them does not, no kernel of an equal problem is tried on that device again:
+                a forward kernel is of no use without its backward kernel.
             kernel: the `@triton.jit` function.
             programs: size of the grid.
             num_warps: warps per program.
@@ -160,8 +167,8 @@ class PreparedLaunch:
         Raises:
             NotImplementedError: if Triton cannot compile the kernel, or the device cannot hold it.
         """
-        if _failures and self.problem in _failures:
-            raise NotImplementedError(_failures[self.problem])
+        if _failures and (device, self.problem) in _failures:
+            raise NotImplementedError(_failures[device, self.problem])
         values = self._arguments.copy()
         variant: list[Hashable] = []
         for name, value in arguments.items():
@@ -184,7 +191,7 @@ class PreparedLaunch:
                 raise
             name = getattr(self.kernel, "__name__", "kernel")
             reason = f"implementation='triton' cannot compile or load {name} here ({_summary(error)}); use 'eager'"
-            _failures[self.problem] = reason
+            _failures[device, self.problem] = reason
             raise NotImplementedError(reason) from error
 
 

@@ -137,7 +137,11 @@ def _or_eager(triton: Passes) -> Passes:
 
         return run
 
-    return Passes(choose(triton.statistics, eager.passes.statistics), choose(triton.gradient, eager.passes.gradient))
+    return Passes(
+        choose(triton.statistics, eager.passes.statistics),
+        choose(triton.gradient, eager.passes.gradient),
+        triton.closed_form and choose(triton.closed_form, closed_form.in_precision_of),
+    )
 
 
 def _triton_passes(features: Tensor, num_classes: int) -> Passes:

@@ -5,7 +5,8 @@ The implementations differ only in two passes over the features (`passes.Passes`
 * `statistics` reduces the features to a count, a mean and a scatter (sum of squared distances to the mean) per class;
 * `gradient` turns two small tables into the gradient of the features.
 
-Between the two there are only K x C numbers. They are computed here, in float64, without reading a value on the host.
+Between the two there are only K x C numbers. They are computed here, in float64, without reading a value on the host,
+unless the implementation has a kernel for them.
 """
 
 from __future__ import annotations
@@ -62,6 +63,25 @@ def closed_form(statistics: Statistics, margin: float, terms: tuple[float, float
     return ClosedForm(loss, separation, compactness, slope, offset)
 
 
+def in_precision_of(
+    counts: Tensor, means: Tensor, scatter: Tensor, margin: float, terms: tuple[float, float], features: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`(loss, separation, compactness, prototypes, slope, offset)`, the last two float64: `Passes.closed_form`."""
+    result = closed_form(Statistics(counts, means, scatter), margin, terms)
+    precision = torch.promote_types(features.dtype, torch.float32)
+    scalars = (scalar.to(precision) for scalar in (result.loss, result.separation, result.compactness))
+    return *scalars, means.to(precision, copy=True), result.slope, result.offset  # type: ignore[return-value]
+
+
+def scaled(slope: Tensor, offset: Tensor, upstream: Tensor | None, features: Tensor) -> tuple[Tensor, Tensor]:
+    """The tables times the upstream gradient, in the precision of the features' gradient."""
+    if upstream is None:
+        return slope, offset
+    precision = torch.promote_types(features.dtype, torch.float32)
+    scale = upstream.double()
+    return (slope * scale).to(precision), (offset * scale).to(precision)
+
+
 def merge_over_processes(local: Statistics, process_group: ProcessGroup) -> Statistics:
     """Return the statistics of all processes' batches together: two all-reduces of `K * (C + 2)` float64 numbers."""
     counts = local.counts.double()
@@ -113,32 +133,22 @@ class _ClosedFormLoss(torch.autograd.Function):
         if process_group is not None:
             statistics = merge_over_processes(statistics, process_group)
             processes = torch.distributed.get_world_size(process_group)
-        result = closed_form(statistics, margin, terms)
-        ctx.save_for_backward(features, labels, result.slope, result.offset)
+        compute = passes.closed_form or in_precision_of
+        loss, separation, compactness, prototypes, slope, offset = compute(*statistics, margin, terms, features)
+        ctx.save_for_backward(features, labels, slope, offset)
         ctx.passes, ctx.ignore_index, ctx.normalize, ctx.processes = passes, ignore_index, normalize, processes
-
-        precision = torch.promote_types(features.dtype, torch.float32)
-        loss, separation, compactness = (
-            scalar.to(precision) for scalar in (result.loss, result.separation, result.compactness)
-        )
-        prototypes = statistics.means.to(precision, copy=True)
-        counts = statistics.counts.clone()
-        ctx.mark_non_differentiable(separation, compactness, prototypes, counts)
-        return loss, separation, compactness, prototypes, counts
+        ctx.set_materialize_grads(False)  # else backward would allocate and fill zeros for the other four outputs
+        ctx.mark_non_differentiable(separation, compactness, prototypes, statistics.counts)
+        return loss, separation, compactness, prototypes, statistics.counts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 9
         features, labels, slope, offset = ctx.saved_tensors
-        scale = upstream.double() * ctx.processes
-        precision = torch.promote_types(features.dtype, torch.float32)
+        if ctx.processes > 1:
+            upstream = upstream.double() * ctx.processes
         with without_autocast(features.device):  # backward may run under autocast, unlike forward
-            gradient = ctx.passes.gradient(
-                features,
-                labels,
-                (slope * scale).to(precision),
-                (offset * scale).to(precision),
-                ctx.ignore_index,
-                ctx.normalize,
-            )
+            gradient = ctx.passes.gradient(features, labels, slope, offset, ctx.ignore_index, ctx.normalize, upstream)
         return gradient, *(None,) * 8

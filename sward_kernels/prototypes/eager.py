@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sward_kernels.labels import class_indices
 from sward_kernels.prototypes.classes import inverse_norms, one_pixel_of_each_class, statistics_about
+from sward_kernels.prototypes.closed_form import scaled
 from sward_kernels.prototypes.passes import register_passes
 
 # Bytes of the features of one chunk. A GPU needs larger products.
@@ -101,9 +102,16 @@ def _buffer(features: Tensor, precision: torch.dtype) -> Tensor:
 
 
 def gradient(
-    features: Tensor, labels: Tensor, slope: Tensor, offset: Tensor, ignore_index: int, normalize: bool
+    features: Tensor,
+    labels: Tensor,
+    slope: Tensor,
+    offset: Tensor,
+    ignore_index: int,
+    normalize: bool,
+    upstream: Tensor | None = None,
 ) -> Tensor:
     """Return the gradient of the features, in their dtype and, where they are dense, in their strides."""
+    slope, offset = scaled(slope, offset, upstream, features)
     classes = class_indices(labels, len(slope), ignore_index)
     slope, table = F.pad(slope, (0, 1)), _table(offset)
     result = torch.empty_like(features)

@@ -290,10 +290,11 @@ def statistics_kernel(
         "pixels", "width", "tiles", "stride_image", "stride_channel", "stride_y", "stride_x",
         "gradient_stride_image", "gradient_stride_channel", "gradient_stride_y", "gradient_stride_x",
         "label_stride_image", "label_stride_y", "label_stride_x", "ignore_index",
-    ]
+    ],
+    do_not_specialize_on_alignment=["upstream"],
 )  # fmt: skip
 def gradient_kernel(
-    features, labels, slope, offset, gradient,
+    features, labels, slope, offset, upstream, gradient,
     pixels, width, tiles, stride_image, stride_channel, stride_y, stride_x,
     gradient_stride_image, gradient_stride_channel, gradient_stride_y, gradient_stride_x,
     label_stride_image, label_stride_y, label_stride_x, ignore_index,
@@ -301,7 +302,10 @@ def gradient_kernel(
     CHANNELS_LAST: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
     ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Store `slope[k] f + offset[k]` for one tile of pixels and channels, 0 for a pixel of no class."""
+    """Store `slope[k] f + offset[k]` for one tile of pixels and channels, 0 for a pixel of no class.
+
+    The upstream gradient, unless it is None, multiplies the result.
+    """
     channel_blocks: tl.constexpr = (CHANNELS + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
     channel_block = tl.program_id(0) % channel_blocks
     tile = tl.program_id(0) // channel_blocks
@@ -330,6 +334,8 @@ def gradient_kernel(
         result = own_slope[:, None] * x + own_offset
     else:
         result = own_slope[None, :] * x + own_offset
+    if upstream is not None:
+        result *= tl.load(upstream).to(ACCUMULATE)
     offsets = tile_offsets(pixel, channel, width, gradient_strides, CHANNELS_LAST, FLAT, ALIGNED, WIDE)
     tl.store(gradient + offsets, round_to(result, gradient.dtype.element_ty, INTERPRET), mask=mask)
 
@@ -339,10 +345,11 @@ def gradient_kernel(
         "pixels", "width", "tiles", "stride_image", "stride_channel", "stride_y", "stride_x",
         "gradient_stride_image", "gradient_stride_channel", "gradient_stride_y", "gradient_stride_x",
         "label_stride_image", "label_stride_y", "label_stride_x", "ignore_index",
-    ]
+    ],
+    do_not_specialize_on_alignment=["upstream"],
 )  # fmt: skip
 def normalized_gradient_kernel(
-    features, labels, offset, gradient,
+    features, labels, offset, upstream, gradient,
     pixels, width, tiles, stride_image, stride_channel, stride_y, stride_x,
     gradient_stride_image, gradient_stride_channel, gradient_stride_y, gradient_stride_x,
     label_stride_image, label_stride_y, label_stride_x, ignore_index,
@@ -352,6 +359,7 @@ def normalized_gradient_kernel(
 ):  # fmt: skip
     """Store `(offset[k] - (offset[k] . u) u) / |f|`, with `u = f / |f|`, for one tile of pixels and all channels.
 
+    The upstream gradient multiplies it, as in `gradient_kernel`.
     The first loop sums over the channels; the second finds the tile in cache.
     """
     image = tl.program_id(0) // tiles
@@ -380,6 +388,8 @@ def normalized_gradient_kernel(
         products += x * own_offset
     inverse = inverse_length(tl.sum(squares, 1 if CHANNELS_LAST else 0), NORM_FLOOR)
     along = tl.sum(products, 1 if CHANNELS_LAST else 0) * inverse * inverse
+    if upstream is not None:
+        inverse *= tl.load(upstream).to(ACCUMULATE)
     for start in range(0, CHANNELS, BLOCK_CHANNELS):
         channel = start + tl.arange(0, BLOCK_CHANNELS)
         mask = tile_mask(inside, channel, CHANNELS, CHANNELS_LAST)

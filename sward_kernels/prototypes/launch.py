@@ -1,37 +1,28 @@
-"""Grids, arguments and registration of the Triton kernels of the prototype regularization."""
+"""Grids, arguments and registration of the Triton kernels of the prototype regularization.
+
+`plan.py` decides what a call compiles; the report takes it from there as well.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sward_kernels.gpu.launching import (
-    INTERPRETED,
-    TRITON_TYPES,
-    CallCache,
-    PreparedLaunch,
-    accumulator,
-    needs_64_bits,
-    require_dtype,
-    require_gpu,
-)
-from sward_kernels.labels import class_indices
-from sward_kernels.prototypes.classes import one_pixel_of_each_class, statistics_about
-from sward_kernels.prototypes.closed_form import NORM_FLOOR
-from sward_kernels.prototypes.kernels import (
-    gradient_kernel,
-    normalized_gradient_kernel,
-    statistics_kernel,
-)
+from sward_kernels import labels as labels_module
+from sward_kernels.gpu.launching import CallCache, PreparedLaunch, require_dtype, require_gpu
+from sward_kernels.prototypes.kernels import statistics_kernel
 from sward_kernels.prototypes.passes import register_passes
-from sward_kernels.prototypes.tile_table import tiles_of
-from sward_kernels.resources import Configuration
-from sward_kernels.targets import Target, family_of
+from sward_kernels.prototypes.plan import (
+    CLASS_KERNELS,
+    CLASS_WARPS,
+    is_channels_last,
+    kernel_of_gradient,
+    problem_of,
+)
 
 MAX_CLASSES = 256
 MAX_CHANNELS = 2048
@@ -48,69 +39,35 @@ def require_support(features: Tensor, num_classes: int) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------- what is compiled
+# -------------------------------------------------------------------------------------------- what calls have in common
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """Everything about a call that decides what is compiled: not sizes of batch and image, strides or labels."""
+class _Statistics:
+    """The statistics of calls that differ in nothing but data."""
 
-    channels: int
-    num_classes: int
-    dtype: torch.dtype
+    launches: dict[str, PreparedLaunch]
+    """By name, in the order in which they run."""
+    precision: torch.dtype
+    found: tuple[int, int, int]
+    """Shapes of what the kernels hand to the next, here and below."""
+    shift: tuple[int, int]
+    sums: tuple[int, int, int]
+    squares: tuple[int, int]
+    scatter: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """The gradient of such calls."""
+
+    launch: PreparedLaunch
     channels_last: bool
-    flat: bool
-    aligned: bool
-    wide: bool
-    normalize: bool
-    family: str
-
-    def constants(self, kernel: str) -> tuple[dict[str, Any], int]:
-        """Constexpr arguments and warps of the `"statistics"` or `"gradient"` kernel."""
-        name = f"normalized_{kernel}" if self.normalize else kernel
-        tiles = tiles_of(name, self.num_classes, self.channels, self.dtype, self.flat, self.family)
-        constants: dict[str, Any] = {
-            "CHANNELS": self.channels,
-            "NUM_CLASSES": self.num_classes,
-            "BLOCK_PIXELS": tiles.pixels,
-            "BLOCK_CHANNELS": tiles.channels,
-            "CHANNELS_LAST": self.channels_last,
-            "FLAT": self.flat,
-            "ALIGNED": self.aligned,
-            "WIDE": self.wide,
-            "ACCUMULATE": accumulator(self.dtype),
-            "INTERPRET": INTERPRETED,
-        }
-        if kernel == "statistics":
-            constants |= {
-                "BLOCK_CLASSES": tiles.classes,
-                "TILES": tiles.steps,
-                "OWN_BLOCKS": tiles.blocks,
-                "NORMALIZE": self.normalize,
-            }
-        if kernel == "statistics" or self.normalize:
-            constants["NORM_FLOOR"] = NORM_FLOOR
-        return constants, tiles.num_warps
 
 
-def _problem(features: Tensor, labels: Tensor, num_classes: int, normalize: bool) -> _Problem:
-    _, channels, height, width = features.shape
-    stride_image, stride_channel, stride_y, stride_x = features.stride()
-    channels_last = _is_channels_last(features)
-    flat = stride_y == width * stride_x and labels.stride(1) == width * labels.stride(2) == width
-    flat = flat and (channels_last or stride_x == 1)
-    # 8 elements are 16 bytes of a 16-bit type: what a 128-bit load needs. The gradient is dense in the same layout.
-    if channels_last:
-        aligned = all(number % 8 == 0 for number in (stride_image, stride_y, stride_x, channels))
-    else:
-        aligned = flat and all(number % 8 == 0 for number in (stride_image, stride_channel, height * width))
-    wide = needs_64_bits(features)
-    family = family_of(features.device)
-    return _Problem(channels, num_classes, features.dtype, channels_last, flat, aligned, wide, normalize, family)
-
-
-def _is_channels_last(features: Tensor) -> bool:
-    return features.stride(1) == 1 and features.shape[1] > 1
+_statistics_calls: CallCache[_Statistics] = CallCache()
+_loss_calls: CallCache[tuple[PreparedLaunch, PreparedLaunch]] = CallCache()
+_gradient_calls: CallCache[_Gradient] = CallCache()
 
 
 def _strides(tensor: Tensor, prefix: str = "") -> dict[str, int]:
@@ -118,106 +75,79 @@ def _strides(tensor: Tensor, prefix: str = "") -> dict[str, int]:
     return {f"{prefix}stride_{axis}": stride for axis, stride in zip(axes, tensor.stride())}
 
 
-_launches: CallCache[tuple[PreparedLaunch, dict[str, Any], _Problem]] = CallCache()
+def _sizes(features: Tensor, labels: Tensor, ignore_index: int) -> dict[str, int]:
+    height, width = features.shape[2:]
+    sizes = {"pixels": height * width, "width": width, "ignore_index": ignore_index}
+    return sizes | _strides(features) | _strides(labels, "label_")
 
 
-def _prepared(
-    kernel: str, features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
-) -> tuple[PreparedLaunch, dict[str, Any], _Problem]:
-    """The launch of the `"statistics"` or `"gradient"` kernel, its constants, and what they were made from."""
-    layout = (features.shape, features.stride(), labels.stride(), features.dtype, features.device)
-    key = (kernel, *layout, num_classes, ignore_index, normalize)
-    found = _launches.get(key)
-    if found is not None:
-        return found
+def _prepare_statistics(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
+) -> _Statistics:
+    problem = problem_of(features, labels, num_classes, normalize)
     batch, channels, height, width = features.shape
-    problem = _problem(features, labels, num_classes, normalize)
-    constants, num_warps = problem.constants(kernel)
-    known = {
-        "pixels": height * width,
-        "width": width,
-        "ignore_index": ignore_index,
-        **_strides(features),
-        **_strides(labels, "label_"),
-        **constants,
-    }
+    sizes = _sizes(features, labels, ignore_index)
+
+    constants, num_warps = problem.constants("statistics")
     channel_blocks = math.ceil(channels / constants["BLOCK_CHANNELS"])
-    if kernel == "statistics":
-        known["chunks"] = math.ceil(height * width / (constants["BLOCK_PIXELS"] * constants["TILES"]))
-        programs = batch * known["chunks"] * math.ceil(channel_blocks / constants["OWN_BLOCKS"])
-        launch = PreparedLaunch(problem, statistics_kernel, programs, num_warps, known)
-    else:
-        known["tiles"] = math.ceil(height * width / constants["BLOCK_PIXELS"])
-        known |= _strides(torch.empty_like(features, memory_format=_memory_format(features)), "gradient_")
-        programs = batch * known["tiles"] * (1 if normalize else channel_blocks)
-        launch = PreparedLaunch(problem, _gradient_kernel(normalize), programs, num_warps, known)
-    return _launches.keep(key, (launch, known, problem))
+    chunks = math.ceil(height * width / (constants["BLOCK_PIXELS"] * constants["TILES"]))
+    programs = batch * chunks * math.ceil(channel_blocks / constants["OWN_BLOCKS"])
+    statistics = PreparedLaunch(
+        problem, statistics_kernel, programs, num_warps, {**constants, **sizes, "chunks": chunks}
+    )
 
+    def of_classes(name: str, grid: int, **known: int) -> PreparedLaunch:
+        constants = problem.class_constants(name)
+        return PreparedLaunch(problem, CLASS_KERNELS[name], grid, CLASS_WARPS, {**constants, **sizes, **known})
 
-def _launch(prepared: PreparedLaunch, arguments: dict[str, Any]) -> None:
-    prepared(arguments["features"].device, arguments)
-
-
-_INTEGERS = (
-    "pixels", "width", "chunks", "tiles", "ignore_index",
-    *(f"{prefix}stride_{axis}" for prefix in ("", "gradient_", "label_") for axis in ("image", "channel", "y", "x")),
-)  # fmt: skip
-
-
-def configurations(target: Target) -> Iterator[Configuration]:
-    """Every configuration that the report compiles for a target.
-
-    Other sizes run the same code with the same tiles. Slices are reported for one size. Not reported are float64,
-    which is for tests, and images of over 2**31 elements.
-    """
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for normalize in (False, True):
-            for num_classes, channels in REPORTED_SIZES if dtype != torch.float16 else ((19, 576),):
-                for channels_last in (True, False):
-                    for dense in (True, False) if (num_classes, channels) == (19, 576) else (True,):
-                        problem = _Problem(
-                            channels, num_classes, dtype, channels_last, dense, dense, False, normalize, target.family
-                        )
-                        yield _configuration("statistics", statistics_kernel, problem)
-                        yield _configuration("gradient", _gradient_kernel(normalize), problem)
-
-
-REPORTED_SIZES = ((2, 256), (19, 96), (19, 576), (64, 576), (100, 576), (150, 2048))
-"""Classes and channels: at least one pair per row of the tile table, from the paper's students up to ADE20K."""
-
-
-def _configuration(name: str, kernel: Any, problem: _Problem) -> Configuration:
-    constants, num_warps = problem.constants(name)
-    element = f"*{TRITON_TYPES[problem.dtype]}"
-    types = dict.fromkeys(("features", "gradient"), element) | {"labels": "*i64"}
-    types |= dict.fromkeys(("shift", "sums", "squares", "slope", "offset"), "*fp32")
-    types |= dict.fromkeys(_INTEGERS, "i32")
-    classes = f"x{constants['BLOCK_CLASSES']}" if name == "statistics" else ""
-    return Configuration(
-        operation="prototypes",
-        direction=f"{name} K={problem.num_classes}{' normalize' if problem.normalize else ''}",
-        kernel=kernel,
-        types={argument: types[argument] for argument in kernel.arg_names if argument not in constants},
-        constants=constants,
-        num_warps=num_warps,
-        details={
-            "dtype": TRITON_TYPES[problem.dtype],
-            "dim": problem.channels,
-            "layout": ("channels_last" if problem.channels_last else "nchw") + ("" if problem.flat else ", sliced"),
-            "tile": f"{constants['BLOCK_PIXELS']}x{constants['BLOCK_CHANNELS']}{classes}",
+    tiles = problem.class_constants("count")
+    label_chunks = math.ceil(height * width / (tiles["BLOCK_PIXELS"] * tiles["TILES"]))
+    blocks = math.ceil(channels / problem.class_constants("means")["BLOCK_CHANNELS"])
+    chunks, rows = batch * chunks, batch * chunks * channel_blocks
+    return _Statistics(
+        launches={
+            "count": of_classes("count", batch * label_chunks, chunks=label_chunks),
+            "first pixels": of_classes("first pixels", num_classes, programs=batch * label_chunks),
+            "statistics": statistics,
+            "means": of_classes("means", num_classes * blocks, chunks=chunks, rows=rows),
         },
-        # Features are read once, their gradient written once, one int64 label read; further reads may hit the cache.
-        ideal_bytes=problem.channels * problem.dtype.itemsize * (1 if name == "statistics" else 2) + 8,
-        flops=problem.channels * _FLOPS[name](problem.num_classes, problem.normalize),
-        unit="pixel",
+        precision=torch.promote_types(features.dtype, torch.float32),
+        found=(2, num_classes, batch * label_chunks),
+        shift=(num_classes, channels) if problem.channels_last else (channels, num_classes),
+        sums=(chunks, num_classes, channels),
+        squares=(rows, num_classes),
+        scatter=(num_classes, blocks),
     )
 
 
-_FLOPS = {
-    "statistics": lambda num_classes, normalize: 4 * num_classes + 4 + 3 * normalize,
-    "gradient": lambda num_classes, normalize: 7 if normalize else 2,
-}
-"""Operations per feature."""
+def _prepare_gradient(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
+) -> _Gradient:
+    problem = problem_of(features, labels, num_classes, normalize)
+    batch, channels, height, width = features.shape
+    constants, num_warps = problem.constants("gradient")
+    tiles = math.ceil(height * width / constants["BLOCK_PIXELS"])
+    channel_blocks = 1 if normalize else math.ceil(channels / constants["BLOCK_CHANNELS"])
+    known = _sizes(features, labels, ignore_index) | _strides(_allocate_gradient(features), "gradient_")
+    launch = PreparedLaunch(
+        problem,
+        kernel_of_gradient(normalize),
+        batch * tiles * channel_blocks,
+        num_warps,
+        {**constants, **known, "tiles": tiles},
+    )
+    return _Gradient(launch, problem.channels_last)
+
+
+def _prepare_loss(num_classes: int, features: Tensor) -> tuple[PreparedLaunch, PreparedLaunch]:
+    # Of the problem, the kernels see classes, channels and their order, which any labels and options share.
+    labels = torch.empty(features.shape[0], *features.shape[2:], dtype=torch.int8, device="meta")
+    problem = problem_of(features, labels, num_classes, normalize=False)
+    loss, total = (
+        PreparedLaunch(problem, CLASS_KERNELS[name], programs, CLASS_WARPS, problem.class_constants(name))
+        for name, programs in (("loss", num_classes), ("total", 1))
+    )
+    return loss, total
 
 
 # ------------------------------------------------------------------------------------------------------- the operators
@@ -226,49 +156,123 @@ _FLOPS = {
 def _statistics(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, channels = features.shape[:2]
-    launch, known, problem = _prepared("statistics", features, labels, num_classes, ignore_index, normalize)
+    device = features.device
+    if device.type == "cpu":  # the interpreter; on a GPU, a check would stall the device
+        labels_module.class_indices(labels, num_classes, ignore_index)
+    layout = (features.shape, features.stride(), labels.stride(), features.dtype, device)
+    key = (*layout, num_classes, ignore_index, normalize)
+    call = _statistics_calls.get(key)
+    if call is None:
+        made = _prepare_statistics(features, labels, num_classes, ignore_index, normalize)
+        call = _statistics_calls.keep(key, made)
+    found = features.new_empty(call.found, dtype=torch.int64)
+    counts = features.new_empty(num_classes, dtype=torch.int64)
+    shift = features.new_empty(call.shift, dtype=call.precision)
+    sums = features.new_empty(call.sums, dtype=call.precision)
+    squares = features.new_empty(call.squares, dtype=call.precision)
+    means = features.new_empty(num_classes, features.shape[1], dtype=torch.float64)
+    scatter = features.new_empty(call.scatter, dtype=torch.float64)
+    launches = call.launches
+    launches["count"](device, {"labels": labels, "found": found})
+    launches["first pixels"](device, {"features": features, "found": found, "counts": counts, "shift": shift})
+    launches["statistics"](
+        device, {"features": features, "labels": labels, "shift": shift, "sums": sums, "squares": squares}
+    )
+    launches["means"](
+        device,
+        {"sums": sums, "squares": squares, "shift": shift, "counts": counts, "means": means, "scatter": scatter},
+    )
+    # The order of all sums is fixed: bitwise repeatable.
+    return counts, means, scatter.sum(1).clamp_(min=0)
+
+
+def _closed_form(
+    counts: Tensor, means: Tensor, scatter: Tensor, margin: float, terms: tuple[float, float], features: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_classes = len(counts)
+    key = (num_classes, features.shape[1], features.stride(1), features.dtype, features.device)
+    call = _loss_calls.get(key)
+    if call is None:
+        call = _loss_calls.keep(key, _prepare_loss(num_classes, features))
+    launch_loss, launch_total = call
+    prototypes, slope, offset = _allocate_tables(means, features)
+    values = means.new_empty(num_classes, 3)
+    loss, separation, compactness = (slope.new_empty(()) for _ in range(3))
+    launch_loss(
+        features.device,
+        {
+            "counts": counts,
+            "means": means,
+            "scatter": scatter,
+            "values": values,
+            "prototypes": prototypes,
+            "slope": slope,
+            "offset": offset,
+            "margin": margin,
+            "separation_weight": terms[0],
+            "compactness_weight": terms[1],
+        },
+    )
+    launch_total(
+        features.device, {"values": values, "loss": loss, "separation": separation, "compactness": compactness}
+    )
+    return loss, separation, compactness, prototypes, slope, offset
+
+
+def _allocate_tables(means: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Prototypes, slope and offset; the last in the order of the features."""
     precision = torch.promote_types(features.dtype, torch.float32)
-    classes = class_indices(labels, num_classes, ignore_index)
-    shift = one_pixel_of_each_class(features, classes, num_classes, precision, normalize)
-    chunks = batch * known["chunks"]
-    channel_blocks = -(-channels // known["BLOCK_CHANNELS"])
-    sums = features.new_empty(chunks, num_classes, channels, dtype=precision)
-    squares = features.new_empty(chunks * channel_blocks, num_classes, dtype=precision)
-    table = _table(shift, problem)
-    _launch(launch, {"features": features, "labels": labels, "shift": table, "sums": sums, "squares": squares})
-    # The order of the sums is fixed: bitwise repeatable.
-    return statistics_about(shift, classes, sums.sum(0, dtype=torch.float64), squares.sum(0, dtype=torch.float64))
+    num_classes, channels = means.shape
+    prototypes = means.new_empty(num_classes, channels, dtype=precision)
+    slope = means.new_empty(num_classes, dtype=precision)
+    if is_channels_last(features):
+        return prototypes, slope, torch.empty_like(prototypes)
+    return prototypes, slope, means.new_empty(channels, num_classes, dtype=precision).T
 
 
-def _table(table: Tensor, problem: _Problem) -> Tensor:
-    """A table `[K, C]` of classes, contiguous along the same axis as the features."""
-    return table.contiguous() if problem.channels_last else table.T.contiguous()
-
-
-def _gradient_kernel(normalize: bool) -> Any:
-    return normalized_gradient_kernel if normalize else gradient_kernel
+def _fake_closed_form(
+    counts: Tensor, means: Tensor, scatter: Tensor, margin: float, terms: tuple[float, float], features: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tables = _allocate_tables(means, features)
+    loss, separation, compactness = (tables[0].new_empty(()) for _ in range(3))
+    return loss, separation, compactness, *tables
 
 
 def _gradient(
-    features: Tensor, labels: Tensor, slope: Tensor, offset: Tensor, ignore_index: int, normalize: bool
+    features: Tensor,
+    labels: Tensor,
+    slope: Tensor,
+    offset: Tensor,
+    ignore_index: int,
+    normalize: bool,
+    upstream: Tensor | None = None,
 ) -> Tensor:
-    launch, _, problem = _prepared("gradient", features, labels, slope.shape[0], ignore_index, normalize)
+    key = (
+        *(features.shape, features.stride(), labels.stride(), features.dtype, features.device),
+        *(len(slope), ignore_index, normalize),
+    )
+    call = _gradient_calls.get(key)
+    if call is None:
+        call = _gradient_calls.keep(key, _prepare_gradient(features, labels, len(slope), ignore_index, normalize))
     gradient = _allocate_gradient(features)
-    arguments = {"features": features, "labels": labels, "offset": _table(offset, problem), "gradient": gradient}
+    table = (offset if call.channels_last else offset.T).contiguous()
+    arguments: dict[str, Any] = {
+        "features": features,
+        "labels": labels,
+        "offset": table,
+        "upstream": upstream,
+        "gradient": gradient,
+    }
     if not normalize:
         arguments["slope"] = slope
-    _launch(launch, arguments)
+    call.launch(features.device, arguments)
     return gradient
 
 
-def _memory_format(features: Tensor) -> torch.memory_format:
-    """That of the gradient: dense, in the order of the features, so that loads and stores are vectorised alike."""
-    return torch.channels_last if _is_channels_last(features) else torch.contiguous_format
-
-
 def _allocate_gradient(features: Tensor) -> Tensor:
-    return torch.empty_like(features, memory_format=_memory_format(features))
+    """Dense, in the order of the features, so that loads and stores are vectorised alike."""
+    last = is_channels_last(features)
+    return torch.empty_like(features, memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-passes = register_passes("triton", _statistics, _gradient, _allocate_gradient)
+passes = register_passes("triton", _statistics, _gradient, _allocate_gradient, (_closed_form, _fake_closed_form))

@@ -12,6 +12,7 @@ from torch import Tensor
 from sward_kernels import cpp
 from sward_kernels.labels import class_indices
 from sward_kernels.prototypes.classes import one_pixel_of_each_class, statistics_about
+from sward_kernels.prototypes.closed_form import scaled
 from sward_kernels.prototypes.passes import register_passes
 
 LIBRARY = cpp.Library("prototype_discrimination", Path(__file__).with_name("native.cpp"))
@@ -117,9 +118,16 @@ def statistics(
 
 
 def gradient(
-    features: Tensor, labels: Tensor, slope: Tensor, offset: Tensor, ignore_index: int, normalize: bool
+    features: Tensor,
+    labels: Tensor,
+    slope: Tensor,
+    offset: Tensor,
+    ignore_index: int,
+    normalize: bool,
+    upstream: Tensor | None = None,
 ) -> Tensor:
     """Return the gradient of the features, in their strides where they are dense."""
+    slope, offset = scaled(slope, offset, upstream, features)
     classes = class_indices(labels, len(slope), ignore_index)
     by_class = F.pad(offset, (0, 0, 0, 1)).contiguous()
     inverses = _one_per_pixel(features) if normalize else None

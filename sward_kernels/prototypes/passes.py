@@ -1,4 +1,4 @@
-"""The two passes over the features that a fast implementation consists of, and their registration as operators."""
+"""The passes that a fast implementation consists of, and their registration as operators."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ class Statistics(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """The two passes of one implementation."""
+    """The two passes over the features of one implementation, and what lies between them."""
 
     statistics: Callable[..., tuple[Tensor, Tensor, Tensor]]
     """`(features, labels, num_classes, ignore_index, normalize) -> (counts, means, scatter)`."""
     gradient: Callable[..., Tensor]
-    """`(features, labels, slope [K], offset [K, C], ignore_index, normalize) -> [B, C, H, W]`.
+    """`(features, labels, slope [K], offset [K, C], ignore_index, normalize, upstream=None) -> [B, C, H, W]`.
 
-    The result is `slope[k] * f + offset[k]` for a pixel f of class k and 0 for a pixel of no class. With `normalize`
-    this formula holds for `u = f / |f|`, and the chain rule is applied: `(offset[k] - (offset[k] . u) u) / |f|`. The
-    slope, which acts along u, drops out."""
+    The result is `slope[k] * f + offset[k]` for a pixel f of class k and 0 for a pixel of no class, times the upstream
+    gradient if one is given. With `normalize` this formula holds for `u = f / |f|`, and the chain rule is applied:
+    `(offset[k] - (offset[k] . u) u) / |f|`. The slope, which acts along u, drops out."""
+    closed_form: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] | None = None
+    """`(counts, means, scatter, margin, terms, features) -> (loss, separation, compactness, prototypes, slope, offset)`
+    in the precision that belongs to the features; None: in PyTorch."""
 
 
 def register_passes(
@@ -38,8 +41,17 @@ def register_passes(
     statistics: Callable[..., tuple[Tensor, Tensor, Tensor]],
     gradient: Callable[..., Tensor],
     allocate_gradient: Callable[[Tensor], Tensor] = torch.empty_like,
+    closed_form: tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]] | None = None,
 ) -> Passes:
-    """Register both passes of an implementation; `allocate_gradient` returns a tensor like the gradient of features."""
+    """Register the passes of an implementation.
+
+    Args:
+        implementation: its name.
+        statistics: as in `Passes`, and so is `gradient`.
+        gradient: see `statistics`.
+        allocate_gradient: returns a tensor like the gradient of features.
+        closed_form: as in `Passes`, and the same function on tensors without data; None: in PyTorch.
+    """
     return Passes(
         register(
             f"prototype_statistics_{implementation}(Tensor features, Tensor labels, int num_classes, int ignore_index, "
@@ -49,9 +61,15 @@ def register_passes(
         ),
         register(
             f"prototype_gradient_{implementation}(Tensor features, Tensor labels, Tensor slope, Tensor offset, "
-            "int ignore_index, bool normalize) -> Tensor",
+            "int ignore_index, bool normalize, Tensor? upstream=None) -> Tensor",
             gradient,
-            lambda features, labels, slope, offset, ignore_index, normalize: allocate_gradient(features),
+            lambda features, *_: allocate_gradient(features),
+        ),
+        closed_form
+        and register(
+            f"prototype_closed_form_{implementation}(Tensor counts, Tensor means, Tensor scatter, float margin, "
+            "float[2] terms, Tensor features) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+            *closed_form,
         ),
     )
 

@@ -61,3 +61,23 @@ def tiles_of(
     if dtype == torch.float64 and family != "interpreter":  # one-hot tiles of 64 pixels exceed shared memory on Ada
         tiles = replace(tiles, pixels=16)
     return tiles
+
+
+def class_tiles(kernel: str, num_classes: int, channels: int, family: str) -> dict[str, int]:
+    """Return the constants of one of the kernels between the passes over the features, which work on small tables.
+
+    A tile has one row per class in `"count"` and `"loss"`, and about as many elements whatever their number.
+    """
+    classes = 1 << (num_classes - 1).bit_length()
+    columns = min(128, max(16, 4096 // classes))
+    widest, block = columns, 64
+    if family == "interpreter":  # there a step takes as long whatever its width
+        widest = block = 256
+    needed = 1 << (channels - 1).bit_length()
+    return {
+        "count": {"BLOCK_CLASSES": classes, "BLOCK_PIXELS": columns, "TILES": 16},
+        "first pixels": {"BLOCK_PROGRAMS": 256, "BLOCK_CHANNELS": min(256, needed)},
+        "means": {"BLOCK_CHUNKS": 16, "BLOCK_CHANNELS": min(block, needed), "BLOCK_ROWS": 256},
+        "loss": {"BLOCK_CLASSES": classes, "BLOCK_CHANNELS": min(widest, needed)},
+        "total": {"BLOCK_CLASSES": classes},
+    }[kernel]

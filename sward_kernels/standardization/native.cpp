@@ -222,7 +222,8 @@ extern "C" void moments(const Moments* arguments, int threads) {
             }
         for (int64_t own = 0; own < channels; ++own) {
             arguments->means[channel + own] = spreads[own].mean;
-            arguments->variances[channel + own] = std::max(0.0, spreads[own].squares / spreads[own].count);
+            // In this order a variance that is not a number stays one.
+            arguments->variances[channel + own] = std::max(spreads[own].squares / spreads[own].count, 0.0);
         }
     }
 }

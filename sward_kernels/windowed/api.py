@@ -12,13 +12,12 @@ from sward_kernels.arguments import are_weights, require_tensor, shown
 from sward_kernels.fallback import cannot_load, require_known, warn_once
 from sward_kernels.registration import without_autocast
 from sward_kernels.windowed import eager, gradient_in_forward, native, reference
+from sward_kernels.windowed.gradient_in_forward import Terms
 from sward_kernels.windows import Shift
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "compiled", "native", "triton")
 
 _OPERATORS = {"eager": eager.eager, "compiled": eager.compiled, "native": native.native}
-
-Terms = gradient_in_forward.Terms
 
 
 class WindowedDistillation(NamedTuple):

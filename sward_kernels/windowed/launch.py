@@ -17,10 +17,10 @@ from sward_kernels.fallback import warn_once
 from sward_kernels.gpu.launching import CallCache, PreparedLaunch, require_dtype, require_gpu
 from sward_kernels.registration import register
 from sward_kernels.windowed import eager, gradient_in_forward
+from sward_kernels.windowed.gradient_in_forward import Terms
 from sward_kernels.windowed.plan import (
     Layout,
     Plan,
-    Terms,
     backward_plans,
     max_registers,
     plan_of,
@@ -81,12 +81,15 @@ class _WindowedDistillation(torch.autograd.Function):
         )
         ctx.save_for_backward(qkv_student, qkv_teacher, statistics, shift)
         ctx.arguments = (window_size, offsets, terms, falls_back)
+        ctx.set_materialize_grads(False)  # else backward would allocate and fill zeros for the means
         ctx.mark_non_differentiable(means)
         return loss, means
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 7
         qkv_student, qkv_teacher, statistics, shift = ctx.saved_tensors
         window_size, offsets, terms, falls_back = ctx.arguments
         wanted = ctx.needs_input_grad[:2]

@@ -1,4 +1,4 @@
-"""Windowed distillation with closed-form gradients in C++ (`native.cpp`): fp32 on a CPU, window by window in cache."""
+"""Windowed distillation with closed-form gradients in C++ (`native.cpp`) on a CPU: in fp32, one window at a time."""
 
 from __future__ import annotations
 

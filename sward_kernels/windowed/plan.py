@@ -26,13 +26,11 @@ from sward_kernels.gpu.launching import (
 )
 from sward_kernels.resources import Configuration
 from sward_kernels.targets import Target, family_of
+from sward_kernels.windowed.gradient_in_forward import Terms
 from sward_kernels.windowed.kernels import RUNTIME_INTEGERS, backward_kernel, forward_kernel
 from sward_kernels.windowed.kernels_tiled_backward import backward_tiled_kernel
 from sward_kernels.windowed.kernels_tiled_forward import forward_tiled_kernel
 from sward_kernels.windowed.tile_table import Tiles, tiles_of
-
-Terms = tuple[float, float, float]
-"""Weights of the attention, value and context terms."""
 
 
 @dataclass(frozen=True)

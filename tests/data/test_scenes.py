@@ -22,6 +22,22 @@ def test_a_scene_is_a_function_of_seed_index_and_size() -> None:
         assert (image != other[0]).mean() > 0.9
 
 
+@pytest.mark.parametrize("size", [32, 64])
+def test_a_picture_for_figures_is_the_same_scene_with_more_pixels(size: int) -> None:
+    """At 32 pixels the textures are as coarse as the images need them, in the picture too."""
+    dataset = data.build("scenes", "val", train=False, image_size=size)
+    for index in range(6):
+        image, labels, _ = dataset.read(index)
+        large, large_labels = dataset.picture(index)
+        assert large.shape == (3, 4 * size, 4 * size)
+        # The label at the corner of four pixels may differ along an outline.
+        assert (large_labels[::4, ::4] == labels).float().mean() > 0.93
+        averaged = torch.nn.functional.avg_pool2d(large.float(), 4)
+        difference = (averaged - image).abs().mean()
+        other = (averaged - dataset.read(index + 6)[0]).abs().mean()
+        assert difference < 0.5 * other
+
+
 def test_scenes_leave_global_random_states_alone() -> None:
     torch.manual_seed(7)
     np.random.seed(7)  # noqa: NPY002 - the global state is what is being watched

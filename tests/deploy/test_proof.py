@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import sward
 from sward.cli.main import main
+from sward.config import TrainingConfig
 from sward.data import normalise
 from sward.deploy import proof
 from sward.deploy.proof import LabelledImages, ProofError, export_run
@@ -57,6 +58,19 @@ def test_scores_of_the_proof_are_those_of_evaluate(run: Path, tmp_path: Path) ->
     assert found is not None
     assert found.images == scores["images"] == 4
     assert found.mean_iou == pytest.approx(scores["mean_iou"], abs=1e-9)
+
+
+def test_the_proof_is_made_on_the_split_that_the_run_has_drawn(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run / "split.csv").write_text("frame_id,split\n")
+
+    def images(config: TrainingConfig, split: str, count: int | None) -> LabelledImages:
+        raise ValueError(f"{split} of {config.dataset.split_by} in {config.dataset.root}")
+
+    monkeypatch.setattr(proof, "evaluation_images", images)
+    with pytest.raises(ValueError, match=f"test of {run}/split.csv in {tmp_path}"):
+        export_run(run, tmp_path / "student.onnx", split="test", root=tmp_path)
 
 
 def test_another_network_in_the_file_fails_the_proof(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sward.figures.gradcam import ActivationRow, activation_figure, grad_cam
+from sward.figures.gradcam import ActivationRow, activation_figure, activation_inside, grad_cam
 from tests.support.drawn_figures import DrawnFigure
 
 
@@ -134,6 +135,10 @@ def test_figure_lays_each_heat_map_over_the_grey_image(
     panels = drawn.panels()
     assert [[axis.get_title() for axis in row] for row in panels] == [["image", "teacher", "SWARD"], [""] * 3]
     assert [row[0].get_ylabel() for row in panels] == ["scenes, wire", "polyps"]
+    assert [[axis.get_xlabel() for axis in row] for row in panels] == [
+        ["50 % of the image", "100 % inside", "no activation"],
+        ["0 % of the image", "no activation", "0 % inside"],
+    ]
     assert [bar.get_ylabel() for bar in drawn.colour_bars()] == ["activation relative to the map's maximum"]
 
     # The image has mean 90. Over it lies inferno, with opacity 0.25 where the map is 0 and 0.85 where it is 1.
@@ -155,6 +160,15 @@ def test_figure_lays_each_heat_map_over_the_grey_image(
     white = [[bool(outline_colours(drawn, axis, 14.5).min() > 200) for axis in row] for row in panels]
     assert white == [[True] * 3, [False] * 3]
     drawn.assert_svg_beside()
+
+
+def test_the_share_inside_weighs_the_activation_by_its_height_and_a_small_map_by_the_pixels_it_covers() -> None:
+    truth = torch.zeros(2, 4, dtype=torch.bool)
+    truth[:, :1] = True
+    assert activation_inside(torch.tensor([[3.0, 1.0, 0.0, 0.0]] * 2), truth) == pytest.approx(0.75)
+    # One value for the whole image: a quarter of it lies on the class, which covers a quarter.
+    assert activation_inside(torch.ones(1, 1), truth) == pytest.approx(0.25)
+    assert math.isnan(activation_inside(torch.zeros(2, 4), truth))
 
 
 def outline_colours(drawn: DrawnFigure, axis: object, x: float) -> np.ndarray:

@@ -13,6 +13,7 @@ from torch import nn
 from sward import data
 from sward.data import DatasetInfo
 from sward.figures.tsne import (
+    Separability,
     feature_space_figure,
     fisher_ratio,
     pixel_features,
@@ -97,7 +98,7 @@ def test_figure_shows_every_pixel_in_the_colour_of_its_class_and_the_measures(
     assert path == drawn.path
     assert measured == {title: separability(*panel) for title, panel in panels.items()}
 
-    (teacher, silhouette), (student, fisher) = drawn.panels()
+    (teacher, student, silhouette), (fisher,) = drawn.panels()
     assert [axis.get_title() for axis in (teacher, student)] == ["(a) teacher", "(b) student"]
     colours = {1: rgb(visible_colours(INFO)[1]), 2: (200, 0, 0)}
     for axis in (teacher, student):
@@ -120,3 +121,14 @@ def test_figure_shows_every_pixel_in_the_colour_of_its_class_and_the_measures(
         assert axis.yaxis_inverted()  # the first panel is the topmost bar
     assert drawn.colour_at(fisher, measured["teacher"].fisher / 2, 0) == rgb("0.55")
     drawn.assert_svg_beside()
+
+
+def test_four_networks_stand_two_by_two_and_no_number_is_minus_zero(
+    tmp_path: Path, drawn_figures: list[DrawnFigure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sward.figures.tsne.separability", lambda *_: Separability(-0.001, 0.5))
+    panel = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32), np.repeat([1, 2], 6)
+    feature_space_figure(dict.fromkeys("abcd", panel), INFO, tmp_path / "figure4.png")
+    (first, second, silhouette), (third, fourth, _) = drawn_figures[0].panels()
+    assert [axis.get_title()[-1] for axis in (first, second, third, fourth)] == ["a", "b", "c", "d"]
+    assert [text.get_text() for text in silhouette.texts] == ["0.00"] * 4

@@ -125,8 +125,13 @@ def test_scores_of_earlier_weights_do_not_count(tmp_path: Path, monkeypatch: pyt
     register(monkeypatch)
     make_run(tmp_path / "run")
     assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--split", "train"]) == 0
+    read = []
+    weights_sum = RunFolder.weights_sum
+    monkeypatch.setattr(RunFolder, "weights_sum", lambda self, name: read.append(name) or weights_sum(self, name))
     (run,) = read_runs([tmp_path / "run"])
-    assert "scenes-val" in run.evaluations
+    assert {"scenes-val", "scenes-train"} <= run.evaluations.keys()
+    assert read == ["best"]
     with run.folder.best.open("ab") as file:
         file.write(b"trained on")
     with pytest.warns(UserWarning, match="evaluation-scenes-val.json is left out: the run was trained on since"):

@@ -24,7 +24,8 @@ from sward.figures.contours import PREDICTION, TRUTH, contour_grid
 from sward.models.flops import gemm_flops
 from sward.reporting.costs import Cost
 from sward.reporting.headline import headline
-from sward.reporting.runs import config_for_images, group, read_runs, with_companions
+from sward.reporting.runs import group, read_runs, with_companions
+from sward.runs.load import config_for_images
 from sward.training.run_folder import RunFolder
 from tests.support.drawn_figures import DrawnFigure, rgb
 from tests.support.report_pages import CHECK, Page, browse, find_browser
@@ -82,7 +83,7 @@ def test_a_page_shows_the_configuration_as_it_is_stored(tmp_path: Path) -> None:
     (folder / "split.csv").write_text("frame_id,split\n")
     (run,) = read_runs([folder])
     stored = run.config.dataset
-    found = config_for_images(run, tmp_path / "elsewhere").dataset
+    found = config_for_images(run.folder.path, run.config, tmp_path / "elsewhere").dataset
     assert (found.root, found.split_by) == (tmp_path / "elsewhere", str(folder / "split.csv"))
     assert (stored.root, stored.split_by) == (tmp_path / "nowhere", None)
     assert main(["report", str(folder), "--root", str(tmp_path / "elsewhere")]) == 0
@@ -189,6 +190,23 @@ def test_what_is_missing_is_said(family: Path) -> None:
     assert first_lines(family / "none-seed1")[-1] == "No distilled run is at hand."
     shutil.rmtree(family / "none-seed0")
     assert "No run of the student alone is at hand" in first_lines(family / "sward-seed0")[-1]
+
+
+def test_another_students_teacher_is_not_shown(family: Path) -> None:
+    """A page of two students, each with its own teacher, and one whose teacher is not there."""
+    other = family / "other"
+    write_run(other / "teacher", scores(0.9, 0.9, 0.9, 0.9), teacher=True, model="hiera_demo", lr=0.002)
+    score_on_test(other / "teacher", 0.96)
+    write_run(other / "sward-seed0", scores(0.7, 0.9, 0.5, 0.41), distillation="sward", lr=0.002)
+    score_on_test(other / "sward-seed0", 0.72)
+    runs = [family / "teacher", family / "sward-seed0", other / "teacher", other / "sward-seed0"]
+    assert first_lines(*runs)[0] == "The student keeps 75.0 % of the teacher's Dice."  # 72 / 96
+    shutil.rmtree(other / "teacher")
+    lines = first_lines(family / "teacher", family / "sward-seed0", other / "sward-seed0")
+    assert lines[0] == "The student reaches 72.0 % Dice."
+    assert lines[-1].startswith("No run of the teacher is at hand")
+    # A student alone has no teacher.
+    assert first_lines(family / "teacher", family / "none-seed0")[0] == "The student reaches 40.0 % Dice."
 
 
 def test_two_runs_of_different_settings(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from sward import presets
 from sward.methods import METHODS
 from sward.reproduce import experiments
-from sward.reproduce.experiments import TEACHER, Table, methods, questions, teacher_of
+from sward.reproduce.experiments import TEACHER, Table, length, methods, peers, questions, teacher_of
 from sward.reproduce.figures import figure
 from sward.reproduce.options import Options
 from sward.reproduce.study import Study
@@ -19,9 +19,10 @@ TABLES = [
     *(getattr(experiments, f"table{number}")(scale) for number in (1, 2, 3, 4) for scale in ("paper", "small")),
     *(
         make(preset)
-        for make in (methods, questions)
+        for make in (methods, questions, peers)
         for preset in ("clinicdb-small", "colondb-small", "camvid-small", "cityscapes-mbv3")
     ),
+    length("clinicdb-small"),
     experiments.unlabelled(),
     experiments.masks(),
 ]
@@ -131,6 +132,9 @@ def test_questions_change_one_thing_each_from_the_preset() -> None:
     changed = {title: study.config(run, 0) for title, run in runs.items()}
     literal = changed.pop("SWARD as the paper sets it")
     assert (literal.recipe, literal.sward) == ("paper", presets.get("clinicdb-unext").student.sward)
+    larger = [changed.pop(f"teacher at {factor} times the size") for factor in ("0.5", "2")]
+    assert [config.sward for config in larger] == [base, base]
+    assert [config.teacher_image_size for config in larger] == [(112, 112), (448, 448)]
     for title, config in changed.items():
         # How PDR's features are scaled matters only where PDR has a weight.
         fields = 2 if title == "PDR on features as they are" else 1
@@ -147,12 +151,12 @@ def test_a_preset_without_pdr_adds_it_and_one_with_it_leaves_it_out() -> None:
     assert len({row.runs[0].name for row in rows}) == len(rows)
 
 
-def test_scores_on_validation_images_are_of_the_last_weights() -> None:
+def test_images_that_cannot_select_weights_score_the_last_ones() -> None:
     (camvid,) = experiments.table1("small").tests
     clinic, _, unseen = experiments.table2("small").tests
     student, teacher = experiments.method("camvid-small", "sward"), teacher_of("camvid-small")
-    assert [test.checkpoint(student) for test in (camvid, clinic, unseen)] == ["last", "best", "best"]
-    assert camvid.checkpoint(teacher) == "best"
+    assert [test.checkpoint(student) for test in (camvid, clinic, unseen)] == ["last", "best", "last"]
+    assert {test.checkpoint(teacher) for test in (camvid, clinic, unseen)} == {"best"}
 
 
 @pytest.mark.parametrize("name", ["figure1", "figure3", "figure4", "attention"])
@@ -168,3 +172,27 @@ def test_a_figure_of_one_preset_needs_its_runs_alone(name: str) -> None:
             "attention": {"clinicdb-small"},
         }[name]
     )
+
+
+def test_peers_choose_from_the_same_factors_as_sward() -> None:
+    study = Study(Options("peers", seeds=3))
+    rows = peers("colondb-small").rows
+    chosen = [row for row in rows if row.choices]
+    assert [row.runs[0].name for row in chosen] == ["kd", "cwd", "cirkd", "maskd", "freekd", "sward"]
+    for row in chosen:
+        configs = [study.config(run, 0) for run in row.choices]
+        assert sorted(config.distillation_factor for config in configs) == [0.01, 0.1, 1.0, 10.0]
+        assert [len(study.seeds(run)) for run in row.choices] == [3, 1, 1, 1]
+        for config in configs:
+            config.distillation_factor, config.output = 1.0, Path()
+        assert configs == [configs[0]] * 4
+
+
+def test_twice_the_length_changes_the_epochs_alone() -> None:
+    study = Study(Options("length"))
+    once, twice = (study.config(row.runs[0], 0) for row in length("colondb-small").rows[:2])
+    assert (once.epochs, twice.epochs) == (60, 120)
+    once.epochs, once.output = twice.epochs, twice.output
+    assert once == twice
+    with pytest.raises(ValueError, match="preset must be one whose length is in epochs for length, got 'city"):
+        length("cityscapes-mbv3")

@@ -12,7 +12,7 @@ import pytest
 
 from sward.evaluation import Evaluation
 from sward.paired import Difference
-from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, methods, table2, unlabelled
+from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, methods, peers, table2, unlabelled
 from sward.reproduce.options import Options
 from sward.reproduce.rendering import (
     Column,
@@ -27,6 +27,7 @@ from sward.reproduce.rendering import (
 )
 from sward.reproduce.study import Cost, Study
 from sward.reproduce.tables import average, fill, model_costs, signs_of_collapse
+from sward.training.run_folder import RunFolder
 
 TABLE = FilledTable(
     "50 % of A & B",
@@ -166,6 +167,43 @@ def test_a_row_is_compared_with_the_run_that_it_names(monkeypatch: pytest.Monkey
     assert found.low == pytest.approx(31 / 3 - 4.303 * (7 / 3) ** 0.5 / 3**0.5, abs=1e-3)
     assert all(row[column] is None for title, row in rows.items() if title != "+ SWARD, unlabelled too")
     assert any(note.startswith("Minus labelled images only") for note in filled.notes)
+
+
+class Validated(Scored):
+    """A study whose runs also have validation scores."""
+
+    SCORES: ClassVar[dict[str, list[float]]] = {
+        "cwd": [0.30, 0.50],
+        "cwd-times-0.01": [0.40, 0.45],
+        "cwd-times-0.1": [0.62, 0.55],  # the best of all, and not at its last validation
+        "cwd-times-10": [0.10, 0.20],
+        **{f"kd{end}": [0.4] for end in ("", "-times-0.01", "-times-0.1", "-times-10")},
+        "sward": [0.6],  # its other factors are not finished
+    }
+
+    def cost(self, run: Run, seed: int) -> Cost | None:
+        return Cost(steps=1, seconds=1.0, peak_memory=None) if run.name in self.SCORES and seed == 0 else None
+
+    def folder(self, run: Run, seed: int) -> RunFolder:
+        folder = super().folder(run, seed)
+        scores = [{"step": step, "validation": {"dice": dice}} for step, dice in enumerate(self.SCORES[run.name])]
+        folder.records = lambda: [{"step": 0, "loss": 1.0}, *scores]
+        return folder
+
+
+def test_the_factor_with_the_best_validation_score_is_chosen_and_unfinished_choices_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Study, "masks_file", lambda *_: Path("masks.pt"))
+    monkeypatch.setitem(Validated.SCORES, TEACHER, [0.9])
+    study = Validated(Options("peers", seeds=2))
+    table = study.choose(peers("colondb-small"))
+    rows = {row.title: row.runs[0] for row in table.rows}
+    assert rows["+ CWD, chosen factor 0.1"].name == "cwd-times-0.1"
+    assert len(study.seeds(rows["+ CWD, chosen factor 0.1"])) == 2
+    assert rows["+ KD, chosen factor 1"] == rows["+ KD"]  # of equal scores the published weight
+    assert "+ SWARD" in rows
+    assert not any(title.startswith("+ SWARD, chosen") for title in rows)
 
 
 def test_one_seed_has_no_column_of_differences() -> None:

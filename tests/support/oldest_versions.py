@@ -14,7 +14,7 @@ else:
 
 def oldest(requirements: list[str]) -> list[str]:
     """Return `NAME==VERSION` for each `NAME>=VERSION` or `NAME==VERSION`; what has no bound is left out."""
-    found = (re.match(r"([A-Za-z0-9_.-]+)\s*[>=]=\s*([0-9][^;,\s]*)", each) for each in requirements)
+    found = (re.match(r"([A-Za-z0-9_.-]+)(?:\[[^]]*\])?\s*[>=]=\s*([0-9][^;,\s]*)", each) for each in requirements)
     return sorted({f"{match[1]}=={match[2]}" for match in found if match})
 
 

@@ -6,7 +6,10 @@ import contextlib
 import functools
 import json
 import multiprocessing
+import os
+import socket
 import sys
+from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,18 @@ from PIL import Image
 from torch import Tensor
 
 from sward import data, methods
-from sward.config import DatasetConfig, DistillationConfig, OptimizerConfig, SWARDConfig, TeacherConfig
+from sward.config import (
+    MASK_METHODS,
+    DatasetConfig,
+    DistillationConfig,
+    MaskTrainingConfig,
+    OptimizerConfig,
+    SWARDConfig,
+    TeacherConfig,
+    TeacherTrainingConfig,
+)
 from sward.losses import CIRKDLoss, DistillationLoss
+from sward.runs import train_masks, train_teacher
 from tests.support.executed_lines import killed_at_line
 
 SPLITS = {"train": 18, "val": 4}
@@ -80,28 +93,77 @@ def write_images(folder: Path, count: int = 5) -> None:
         Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
+SMALL_SCENES = DatasetConfig(name="scenes", image_size=(32, 32))
+
+
+def teach(folder: Path, iterations: int) -> None:
+    """Train a teacher on `SMALL_SCENES` into `folder/teacher`, and masks of it into `folder/METHOD.pt`."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_few_images(patch)
+        train_teacher(
+            TeacherTrainingConfig(
+                model="hiera_demo",
+                dataset=SMALL_SCENES,
+                batch=4,
+                iterations=iterations,
+                train_trunk=True,
+                output=folder / "teacher",
+            )
+        )
+        for method in MASK_METHODS:
+            train_masks(
+                MaskTrainingConfig(
+                    method=method,
+                    dataset=SMALL_SCENES,
+                    teacher=TeacherConfig(run=folder / "teacher"),
+                    batch=4,
+                    steps=1,
+                    output=folder / f"{method}.pt",
+                )
+            )
+
+
 def use_few_images(patch: pytest.MonkeyPatch) -> None:
     """Cut `scenes` to `SPLITS` until the patch is undone."""
     for split, count in SPLITS.items():
         patch.setitem(data.scenes.SPLITS, split, count)
 
 
-def start(config: DistillationConfig, killed_at: int | None = None) -> BaseProcess:
+def start(
+    config: DistillationConfig, killed_at: int | None = None, environment: Mapping[str, str] | None = None
+) -> BaseProcess:
     """Train in a process of its own, which ends with the command line's exit codes.
 
     Args:
         config: the run.
         killed_at: the line of Python of training and saving, counted as they run, at which the process gets SIGKILL.
+        environment: variables that are added to those of this process.
     """
-    process = SERVER.Process(target=_train, args=(config, killed_at))
+    process = SERVER.Process(target=_train, args=(config, killed_at, environment or {}))
     process.start()
     return process
 
 
-def _train(config: DistillationConfig, killed_at: int | None) -> None:
+def start_two(config: DistillationConfig, killed_at: Mapping[int, int] | None = None) -> list[BaseProcess]:
+    """Train in two processes of one group; `killed_at` is that of `start` by rank."""
+    killed_at = killed_at or {}
+    return [start(config, killed_at.get(rank), each) for rank, each in enumerate(group_of_two())]
+
+
+def group_of_two() -> list[dict[str, str]]:
+    """Return the variables that torchrun sets for each of two processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+
+
+def _train(config: DistillationConfig, killed_at: int | None, environment: Mapping[str, str]) -> None:
     from sward import atomic, runs
     from sward.training import checkpoints, loop, run_folder, state
 
+    os.environ |= environment
     torch.set_num_threads(1)
     data.scenes.SPLITS.update(SPLITS)
     methods.METHODS["cirkd"] = small_cirkd

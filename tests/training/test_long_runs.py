@@ -12,40 +12,24 @@ import torch
 from torch import Tensor
 
 from sward import methods, models
-from sward.config import DatasetConfig, MaskTrainingConfig, Precision, TeacherConfig, TeacherTrainingConfig
+from sward.config import Precision, TeacherConfig
 from sward.data import DatasetInfo, EvaluationTransform, SegmentationDataset
 from sward.data.sample import voc_palette
 from sward.evaluation import evaluate
 from sward.losses import SegmentationCrossEntropy
-from sward.runs import train_masks, train_student, train_teacher
+from sward.runs import train_student
 from sward.training import TrainingStep
 from sward.training.observation import forget_peak_memory, peak_memory
-from tests.support.training_runs import checkpoint, records, small, small_cirkd
+from tests.support.training_runs import SMALL_SCENES, checkpoint, records, small, small_cirkd, teach
 
 pytestmark = pytest.mark.usefixtures("few_images")
-SCENES = DatasetConfig(name="scenes", image_size=(32, 32))
 
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher of a few steps and the masks of the methods that need some."""
-    from tests.support.training_runs import use_few_images
-
     folder = tmp_path_factory.mktemp("taught")
-    with pytest.MonkeyPatch.context() as patch:
-        use_few_images(patch)
-        train_teacher(
-            TeacherTrainingConfig(
-                model="hiera_demo", dataset=SCENES, batch=4, iterations=20, train_trunk=True, output=folder / "teacher"
-            )
-        )
-        for method in ("maskd", "freekd"):
-            teacher = TeacherConfig(run=folder / "teacher")
-            train_masks(
-                MaskTrainingConfig(
-                    method=method, dataset=SCENES, teacher=teacher, batch=4, steps=2, output=folder / f"{method}.pt"
-                )
-            )
+    teach(folder, iterations=20)
     return folder
 
 
@@ -59,7 +43,7 @@ def test_half_precision_stays_finite(
     config = small(
         tmp_path / "run",
         distillation=method,
-        dataset=SCENES,
+        dataset=SMALL_SCENES,
         iterations=500,
         precision=precision,
         teacher=TeacherConfig(run=taught / "teacher", masks=taught / f"{method}.pt", precision="bf16"),
@@ -75,7 +59,7 @@ def test_half_precision_stays_finite(
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "sward"])
 def test_memory_does_not_grow_over_2000_steps(method: str, tmp_path: Path) -> None:
-    config = small(tmp_path / "run", distillation=method, dataset=SCENES, batch=2, iterations=2000, log_every=100)
+    config = small(tmp_path / "run", distillation=method, dataset=SMALL_SCENES, batch=2, iterations=2000, log_every=100)
     train_student(config)
     peaks = {record["step"]: record["peak_memory_bytes"] for record in records(config.output) if "loss" in record}
     # Allocators settle within the first steps; a leak of one small map per step would be 100 MB.

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from sward import data, runs
 from sward.cli.main import main
+from sward.config import MaskMethod, MaskTrainingConfig, TeacherConfig
 from sward.losses import MWADLoss, SegmentationCrossEntropy
-from sward.runs import train_student
+from sward.runs import train_masks, train_student
 from sward.training.observation import (
     CollapseWatch,
     LossWatch,
@@ -25,7 +26,7 @@ from sward.training.observation import (
     peak_memory,
 )
 from sward.training.run_folder import RunFolder
-from tests.support.training_runs import checkpoint, records, small
+from tests.support.training_runs import SMALL_SCENES, checkpoint, records, small, write_images
 
 pytestmark = pytest.mark.usefixtures("few_images")
 
@@ -48,6 +49,15 @@ def test_a_log_line_holds_raw_and_weighted_terms_health_and_cost(tmp_path: Path)
         assert 2**27 < line["peak_memory_bytes"] < 2**40
     elapsed = lines[1]["seconds"] - lines[0]["seconds"]
     assert lines[1]["images_per_second"] == pytest.approx(2 * config.batch / elapsed, rel=1e-6)
+
+
+def test_images_without_labels_count_as_images_per_second(tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    config = small(tmp_path / "run", iterations=2, unlabelled=(tmp_path / "images",), unlabelled_batch=3)
+    train_student(config)
+    first, second = records(config.output)[:2]
+    expected = (config.batch + 3) / (second["seconds"] - first["seconds"])
+    assert second["images_per_second"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_how_often_a_run_is_logged_changes_nothing(tmp_path: Path) -> None:
@@ -133,6 +143,31 @@ def test_a_loss_that_is_not_finite_stops_with_step_terms_and_images(
     assert all(value.isfinite().all() for value in checkpoint(run)["model"].values())
 
 
+@pytest.mark.parametrize("command", ["train", "train-teacher"])
+def test_a_learning_rate_that_is_far_too_high_ends_in_one_sentence(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--distillation", "none"] if command == "train" else ["--train-trunk"]
+    options += [
+        "--optimizer.lr",
+        "1e30",
+        "--optimizer.weight-decay",
+        "0",
+        "--dataset.image-size",
+        "32",
+        "32",
+        "--batch",
+        "4",
+        "--iterations",
+        "20",
+    ]
+    assert main([command, "demo", *options, "--output", str(tmp_path / "run")]) == 1
+    printed = capsys.readouterr().err
+    assert f"sward {command}: the loss of step 2 is not finite (task " in printed
+    assert printed.endswith("earlier checkpoints are kept; try a lower --optimizer.lr or --optimizer.clip-norm 1\n")
+    assert "Traceback" not in printed
+
+
 def test_a_teacher_that_is_not_finite_is_named_with_layer_and_image() -> None:
     loss = torch.tensor(float("nan"))
     maps = {"deep": torch.ones(2, 3, 4, 4), "shallow": torch.ones(2, 3, 8, 8)}
@@ -151,9 +186,8 @@ def test_a_teacher_that_is_not_finite_is_named_with_layer_and_image() -> None:
     )
 
 
-def test_a_run_with_a_broken_teacher_says_that_it_is_the_teacher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def broken_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     load = runs.train.load_teacher
 
     def broken(*arguments: Any) -> tuple[str, nn.Module]:
@@ -163,8 +197,30 @@ def test_a_run_with_a_broken_teacher_says_that_it_is_the_teacher(
         return name, network
 
     monkeypatch.setattr(runs.train, "load_teacher", broken)
+
+
+@pytest.mark.usefixtures("broken_teacher")
+def test_a_run_with_a_broken_teacher_says_that_it_is_the_teacher(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError, match="where the teacher's map 'logits' is not finite for"):
         train_student(small(tmp_path / "run", distillation="kd"))
+
+
+@pytest.mark.usefixtures("broken_teacher")
+@pytest.mark.parametrize("method", ["maskd", "freekd"])
+def test_masks_of_a_broken_teacher_are_not_saved(method: MaskMethod, tmp_path: Path) -> None:
+    config = MaskTrainingConfig(
+        method=method,
+        dataset=SMALL_SCENES,
+        teacher=TeacherConfig(name="hiera_demo", untrained=True),
+        batch=4,
+        steps=2,
+        output=tmp_path / "masks.pt",
+    )
+    with pytest.raises(
+        FloatingPointError, match=r"the loss of step 1 is not finite while masks of the teacher's layer"
+    ):
+        train_masks(config)
+    assert not config.output.exists()
 
 
 def test_a_watch_forgets_what_it_has_looked_at() -> None:

@@ -20,7 +20,15 @@ from sward.cli.main import main
 from sward.config import DatasetConfig, DistillationConfig, OptimizerConfig, TeacherConfig
 from sward.runs import train_student
 from sward.training.run_folder import RunFolder
-from tests.support.training_runs import assert_equal_runs, checkpoint, records, small, start, write_images
+from tests.support.training_runs import (
+    assert_equal_runs,
+    checkpoint,
+    records,
+    small,
+    start,
+    start_two,
+    write_images,
+)
 
 pytestmark = pytest.mark.usefixtures("few_images")
 
@@ -199,6 +207,28 @@ def test_kills_at_fifty_moments_of_the_clock_lose_nothing(
     assert last.exitcode == 0
     assert kills >= 30, f"the run was over after {kills} kills"
     assert_equal_runs(uninterrupted("sward", steps), run)
+
+
+@pytest.mark.parametrize(("kills", "steps"), [(2, STEPS), pytest.param(50, 150, marks=pytest.mark.slow)])
+def test_two_processes_of_which_one_is_killed_end_bit_for_bit_as_two_never_killed(
+    tmp_path: Path, kills: int, steps: int
+) -> None:
+    options = dict(iterations=steps, evaluate_every=1, checkpoint_every=1)
+    moments, run = random.Random(13), tmp_path / "killed"
+    for _ in range(kills):
+        pair = start_two(small(run, **options, resume=True), {moments.randrange(2): moments.randrange(LINES // 2)})
+        while all(process.exitcode is None for process in pair):
+            time.sleep(0.02)
+        for process in pair:
+            process.kill()  # as torchrun ends the others of one that died
+            process.join()
+        assert -signal.SIGKILL in [process.exitcode for process in pair], "the run was over before it could be killed"
+    for folder, resume in ((run, True), (tmp_path / "whole", False)):
+        pair = start_two(small(folder, **options, resume=resume))
+        for process in pair:
+            process.join()
+        assert [process.exitcode for process in pair] == [0, 0]
+    assert_equal_runs(tmp_path / "whole", run)
 
 
 def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_the_gradient_is_clipped_to_its_norm_and_the_norm_before_is_logged(tmp_p
         applied = 10 * torch.cat([moment.flatten() for moment in moments]).norm().item()
         assert applied == pytest.approx(norms[clip] if clip is None else clip, rel=1e-3)
     assert norms[None] == pytest.approx(norms[1e-3])
-    with pytest.raises(ValueError, match="optimizer\.clip_norm must be above 0, got 0"):
+    with pytest.raises(ValueError, match=r"optimizer\.clip_norm must be above 0, got 0"):
         small(tmp_path, optimizer=OptimizerConfig(clip_norm=0)).check()
 
 
@@ -156,3 +156,20 @@ def test_the_task_loss_of_half_precision_logits_is_computed_in_float32() -> None
     loss = step(logits, labels, {}).loss
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, nn.functional.cross_entropy(logits.float(), labels))
+
+
+def test_the_factor_scales_the_distillation_loss_and_leaves_the_task_loss(tmp_path: Path) -> None:
+    found = {}
+    for factor in (1.0, 0.25):
+        run = tmp_path / str(factor)
+        train_student(small(run, iterations=1, distillation="cwd", distillation_factor=factor))
+        found[factor] = records(run)[0]
+    whole, quarter = found[1.0]["weighted"], found[0.25]["weighted"]
+    assert quarter == {"task": whole["task"]} | {
+        name: pytest.approx(value / 4) for name, value in whole.items() if name != "task"
+    }
+    assert quarter["task"] + sum(value for name, value in quarter.items() if name != "task") == pytest.approx(
+        found[0.25]["loss"]
+    )
+    with pytest.raises(ValueError, match="distillation_factor must be above 0, got 0"):
+        small(tmp_path, distillation_factor=0.0).check()

@@ -14,6 +14,7 @@ from sward import data
 from sward.cli.main import main
 from sward.config import DatasetConfig, DistillationConfig, TeacherConfig
 from sward.data import DatasetNotFoundError
+from sward.data.frames import frame_sums
 from sward.data.unlabelled import UnlabelledImages, join, stream_seed
 from sward.losses import CWDLoss, KDLoss, MWADLoss, PDRLoss, SegmentationCrossEntropy, SWARDLoss
 from sward.runs import train_student
@@ -54,6 +55,14 @@ def test_every_image_below_the_folders_is_taken_and_has_no_label(images: Path) -
             DatasetNotFoundError, match=r"must name folders of images or lists of them, got .*, which holds none"
         ):
             UnlabelledImages([images, folder], scenes(), (32, 32), seed=0)
+
+
+def test_folders_of_one_name_keep_their_frames_apart(images: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "b/a", 3)
+    dataset = UnlabelledImages([images / "a", tmp_path / "b/a", images / "b"], scenes(), (32, 32), seed=0)
+    names = [pair.name for pair in dataset.pairs]
+    assert names[:1] + names[5:6] + names[8:9] == ["photos/a/0", "b/a/0", "photos/b/0"]
+    assert len(frame_sums(dataset)) == len(dataset) == 10
 
 
 def test_packs_of_unlabelled_images_are_read_bit_for_bit(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

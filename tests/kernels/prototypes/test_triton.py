@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +14,8 @@ import tests.support.interpreter  # noqa: F401  (makes it fast)
 from sward_kernels import labels as labels_module
 from sward_kernels import prototype_discrimination
 from sward_kernels.gpu import launching
-from sward_kernels.prototypes import launch
+from sward_kernels.prototypes import launch, plan
+from sward_kernels.prototypes.tile_table import class_tiles
 from tests.support.error_budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
 from tests.support.prototype_cases import by_loops, close_clusters, run
 
@@ -103,7 +102,7 @@ def test_equals_loops_over_classes(
 @pytest.mark.parametrize("normalize", [False, True])
 def test_many_tiles_and_chunks(normalize: bool) -> None:
     """More pixels than one program takes, a last tile that is not full, and more channels than one block."""
-    problem = launch._Problem(40, 19, torch.float64, False, True, False, False, normalize, "interpreter")
+    problem = plan.Problem(40, 19, torch.float64, False, True, False, False, normalize, "interpreter")
     constants, _ = problem.constants("statistics")
     assert constants["TILES"] > 1
     assert constants["BLOCK_PIXELS"] * constants["TILES"] < 27 * 31
@@ -259,125 +258,24 @@ def test_sizes_not_served() -> None:
             prototype_discrimination(features, labels, num_classes, implementation="triton")
 
 
-# ------------------------------------------------------------------------------------- what the kernels load and store
+def test_more_programs_than_one_step_adds_up() -> None:
+    """Counts, first pixels and sums of chunks arrive from more programs than one step of their readers takes."""
+    features, labels = case(300, 3, 1, 2, 5)
+    problem = plan.problem_of(features, labels, 5, False)
+    assert problem.class_constants("first pixels")["BLOCK_PROGRAMS"] < 300
+    assert problem.class_constants("means")["BLOCK_CHUNKS"] < 300
+    assert_equals_reference(features, labels, 5)
+    tiles = problem.class_constants("count")
+    features, labels = case(1, 3, 48, 48, 19)
+    assert tiles["BLOCK_PIXELS"] * tiles["TILES"] < 48 * 48
+    assert_equals_reference(features, labels, 19, normalize=True)
 
 
-class Traffic:
-    """Record the elements of each tensor that interpreted kernels load and store, without masked lanes."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from triton.runtime.interpreter import interpreter_builder
-
-        self.loads: list[tuple[int, int]] = []
-        self.stores: list[tuple[int, int]] = []
-        for name, log in (("create_masked_load", self.loads), ("create_masked_store", self.stores)):
-            monkeypatch.setattr(interpreter_builder, name, self._counted(getattr(interpreter_builder, name), log, name))
-
-    @staticmethod
-    def _counted(original: Callable, log: list[tuple[int, int]], name: str) -> Callable:
-        mask_position = 1 if name == "create_masked_load" else 2
-
-        def counted(*arguments: object) -> object:
-            pointers, mask = arguments[0].data, arguments[mask_position].data
-            log.extend(zip(*torch.tensor(pointers[mask].astype("int64")).unique(return_counts=True)))
-            return original(*arguments)
-
-        return counted
-
-    @staticmethod
-    def of(log: list[tuple[int, int]], tensor: Tensor) -> tuple[int, int]:
-        """How many elements of `tensor` were loaded or stored, and how many times in total."""
-        begin = tensor.data_ptr()
-        end = begin + tensor.untyped_storage().nbytes()
-        mine = [(int(address), int(times)) for address, times in log if begin <= int(address) < end]
-        return len({address for address, _ in mine}), sum(times for _, times in mine)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("num_classes", [2, 19, 64, 150, 256])
-def test_features_and_gradient_move_once(monkeypatch: pytest.MonkeyPatch, layout: str, num_classes: int) -> None:
-    features, labels = case(2, 40, 10, 7, num_classes, dtype=torch.float32, layout=layout)
-    values = features.detach()
-    traffic = Traffic(monkeypatch)
-    launch.passes.statistics(values, labels, num_classes, 255, False)
-    assert traffic.of(traffic.loads, values) == (values.numel(), values.numel())
-    assert traffic.of(traffic.stores, values) == (0, 0)
-
-    traffic.loads.clear()
-    traffic.stores.clear()
-    slope, offset = torch.rand(num_classes), torch.rand(num_classes, 40)
-    gradient = launch.passes.gradient(values, labels, slope, offset, 255, False)
-    assert traffic.of(traffic.loads, values) == (values.numel(), values.numel())
-    assert traffic.of(traffic.stores, gradient) == (values.numel(), values.numel())
-    assert not gradient.isnan().any()
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_normalized_features_are_read_twice_by_one_program(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
-    """Features are read once for the lengths and once for the sums; besides, only tables of classes are stored."""
-    features, labels = case(2, 40, 20, 14, 19, dtype=torch.float32, layout=layout)
-    values = features.detach()
-    constants, _ = launch._problem(values, labels, 19, True).constants("statistics")
-    chunk = constants["BLOCK_PIXELS"] * constants["TILES"]
-    programs = []
-    monkeypatch.setattr(launch, "_launch", recorded(launch._launch, programs))
-    traffic = Traffic(monkeypatch)
-    launch.passes.statistics(values, labels, 19, 255, True)
-    assert programs == [2 * -(-20 * 14 // chunk)]  # each with a chunk of pixels to itself
-    assert traffic.of(traffic.loads, values) == (values.numel(), 2 * values.numel())
-    assert len(traffic.stores) == programs[0] * 19 * (40 + 2)  # sums, and squares of two blocks of channels
-
-    traffic.loads.clear()
-    traffic.stores.clear()
-    gradient = launch.passes.gradient(values, labels, torch.rand(19), torch.rand(19, 40), 255, True)
-    assert traffic.of(traffic.loads, values) == (values.numel(), 2 * values.numel())
-    assert traffic.of(traffic.stores, gradient) == (values.numel(), values.numel())
-
-
-def test_programs_for_every_multiprocessor() -> None:
-    """Normalised statistics of sixteen maps of 32 x 64: with many channels per program, few pixels must suffice."""
-    for num_classes, channels in launch.REPORTED_SIZES:
-        problem = launch._Problem(channels, num_classes, torch.bfloat16, True, True, True, False, True, "hopper")
-        constants, _ = problem.constants("statistics")
-        chunks = -(-32 * 64 // (constants["BLOCK_PIXELS"] * constants["TILES"]))
-        blocks = -(-channels // constants["BLOCK_CHANNELS"])
-        assert 16 * chunks * -(-blocks // constants["OWN_BLOCKS"]) >= 128
-
-
-def recorded(launcher: Callable, programs: list[int]) -> Callable:
-    def launched(prepared: launching.PreparedLaunch, arguments: dict[str, object]) -> None:
-        programs.append(prepared.programs)
-        launcher(prepared, arguments)
-
-    return launched
-
-
-@pytest.mark.parametrize(
-    "target",
-    [pytest.param("sm_80", marks=pytest.mark.slow), pytest.param("sm_89", marks=pytest.mark.slow), "sm_90", "gfx942"],
-)
-def test_kernels_compile_within_the_limits_of_a_target(target: str) -> None:
-    """The widest features and all class tables, one dtype: `python -m sward_kernels.report` compiles every one."""
-    from sward_kernels.report import report
-
-    rows = report(
-        [target],
-        lambda shipped: (
-            shipped.operation == "prototypes"
-            and shipped.details["dtype"] == "bf16"
-            and shipped.details["layout"] == "channels_last"
-            and shipped.constants["CHANNELS"] == 576
-        ),
-    )
-    assert {row["pass"] for row in rows} == {
-        f"{direction} K={num_classes}{normalize}"
-        for direction in ("statistics", "gradient")
-        for num_classes in (19, 64, 100)
-        for normalize in ("", " normalize")
-    }
-    for row in rows:
-        assert row["spill_bytes"] == row["stack_bytes"] == 0, row
-        assert row["shared_bytes"] <= row["shared_limit"], row
-        assert row["vector_loads"] >= 1, row
+@pytest.mark.parametrize("channels", [150, 600])
+def test_loss_over_several_blocks_of_channels(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the tiles of a GPU, whose blocks are narrower than the interpreter's."""
+    monkeypatch.setattr(plan, "class_tiles", lambda *sizes: class_tiles(*sizes[:3], "ampere"))
+    launching.forget_calls()
+    features, labels = case(1, channels, 5, 4, 7)
+    assert plan.problem_of(features, labels, 7, False).class_constants("loss")["BLOCK_CHANNELS"] < channels
+    assert_equals_reference(features, labels, 7, terms=(0.6, 2.0))

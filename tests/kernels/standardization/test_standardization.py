@@ -50,6 +50,22 @@ def test_moments_are_those_of_all_positions(shape: tuple[int, int, int, int], la
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows_in_its_channel_alone(value: float, layout: str) -> None:
+    features = maps(layout, 2, 19, 7, 9)
+    features[1, 17, 3, 4] = value
+    mean, variance = channel_moments(features)
+    assert variance[17].isnan()
+    assert not mean[17].isfinite()
+    others = torch.arange(19) != 17
+    assert mean[others].isfinite().all()
+    assert variance[others].isfinite().all()
+    standardised = standardize(features, mean.float(), variance.float().rsqrt(), (4, 5))
+    assert standardised[:, 17].isnan().all()
+    assert standardised[:, others].isfinite().all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [(7, 9), (3, 4), (1, 1), (20, 11), (5, 30)])
 def test_a_standardised_map_is_as_exact_as_plain_pytorch(size: tuple[int, int], layout: str) -> None:
     features = maps(layout, 2, 19, 7, 9)

@@ -394,6 +394,24 @@ def test_auto_runs_eager_with_one_warning_where_a_kernel_fails(
         run(student, teacher, 3, (1, 1), implementation="triton")
 
 
+def test_a_failure_disables_neither_other_shapes_nor_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = _failing_kernel("forward", OutOfResources(300000, 232448, "shared memory"), monkeypatch)
+    sides = maps(dtype=torch.float32)
+    narrow = [side[:, : side.shape[1] // 2] for side in sides]
+    others = ((sides, 3), (sides, 4), (narrow, 3), ([side.double() for side in sides], 3))
+    for count, (maps_of_call, window_size) in enumerate(others, start=1):
+        for _ in range(2):
+            with pytest.raises(NotImplementedError, match="OutOfResources"):
+                windowed_distillation(*maps_of_call, window_size, implementation="triton")
+        assert len(attempts) == count
+    ((_, problem), reason) = next(iter(launching._failures.items()))
+    launching._failures.clear()
+    launching._failures[torch.device("cuda", 1), problem] = reason
+    with pytest.raises(NotImplementedError):
+        windowed_distillation(*sides, 3, implementation="triton")
+    assert len(attempts) == len(others) + 1  # tried on this device, although it failed on another
+
+
 def test_an_error_of_the_device_is_no_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     _failing_kernel("forward", RuntimeError("Triton Error [CUDA]: an illegal memory access"), monkeypatch)
     with pytest.raises(RuntimeError, match="illegal memory access"):
