@@ -1,7 +1,8 @@
 """`sward reproduce`: each table and figure of the paper from one command.
 
-`options` holds the command-line options, `experiments` defines the rows and runs of each table, `study` trains them,
-`tables` writes the tables, `plan` estimates the cost, and `figures` draws the figures.
+`options` holds the command-line options, `paper_tables` and `own_tables` define the rows and runs of each table, which
+`experiments` describes, `study` trains them, `tables` writes the tables, `plan` estimates the cost, and `figures` draws
+the figures.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from sward.reproduce import experiments
+from sward.reproduce import own_tables, paper_tables
 from sward.reproduce.experiments import Run, Table, own_tests
 from sward.reproduce.figures import check_choices, figure
 from sward.reproduce.options import DEFAULT_PRESET, OWN_PRESETS, Options
@@ -58,10 +59,10 @@ def _train(table: Table, study: Study) -> Iterator[tuple[Run, int]]:
 
 def _table(options: Options) -> Table:
     if options.what in ("methods", "questions", "peers", "length"):
-        return getattr(experiments, options.what)(options.preset or DEFAULT_PRESET)
+        return getattr(own_tables, options.what)(options.preset or DEFAULT_PRESET)
     if options.what in OWN_PRESETS:
-        return getattr(experiments, options.what)()
-    return getattr(experiments, options.what)(options.scale)
+        return getattr(own_tables, options.what)()
+    return getattr(paper_tables, options.what)(options.scale)
 
 
 def _figure(study: Study) -> list[Path]:

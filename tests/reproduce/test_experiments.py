@@ -9,22 +9,23 @@ import pytest
 
 from sward import presets
 from sward.methods import METHODS
-from sward.reproduce import experiments
-from sward.reproduce.experiments import TEACHER, Table, length, methods, peers, questions, teacher_of
+from sward.reproduce import experiments, own_tables, paper_tables
+from sward.reproduce.experiments import TEACHER, Table, teacher_of
 from sward.reproduce.figures import figure
 from sward.reproduce.options import Options
+from sward.reproduce.own_tables import length, methods, peers, questions
 from sward.reproduce.study import Study
 
 TABLES = [
-    *(getattr(experiments, f"table{number}")(scale) for number in (1, 2, 3, 4) for scale in ("paper", "small")),
+    *(getattr(paper_tables, f"table{number}")(scale) for number in (1, 2, 3, 4) for scale in ("paper", "small")),
     *(
         make(preset)
         for make in (methods, questions, peers)
         for preset in ("clinicdb-small", "colondb-small", "camvid-small", "cityscapes-mbv3")
     ),
     length("clinicdb-small"),
-    experiments.unlabelled(),
-    experiments.masks(),
+    own_tables.unlabelled(),
+    own_tables.masks(),
 ]
 
 
@@ -69,14 +70,14 @@ def test_both_polyp_students_share_one_teacher() -> None:
 
 def test_table_3_switches_the_terms_on_one_after_the_other() -> None:
     study = Study(Options("table3"))
-    settings = [study.config(row.runs[0], 0).sward for row in experiments.table3("paper").rows[2:]]
+    settings = [study.config(row.runs[0], 0).sward for row in paper_tables.table3("paper").rows[2:]]
     assert [each.terms for each in settings] == [(1, 0, 0), (1, 1, 0), (1, 1, 1), (1, 1, 1)]
     assert [each.weights for each in settings] == [(2, 0), (2, 0), (2, 0), (2, 1)]
 
 
 def test_table_4_changes_the_shift_alone() -> None:
     study = Study(Options("table4"))
-    configs = [study.config(row.runs[0], 0) for row in experiments.table4("paper").rows[1:]]
+    configs = [study.config(row.runs[0], 0) for row in paper_tables.table4("paper").rows[1:]]
     assert [config.sward.shift for config in configs] == ["none", "deterministic", "stochastic"]
     for config in configs:
         config.sward.shift, config.output = "none", Path()
@@ -89,7 +90,7 @@ def test_methods_are_those_of_sward_train() -> None:
 
 
 def test_unlabelled_frames_are_never_those_of_the_test() -> None:
-    table = experiments.unlabelled()
+    table = own_tables.unlabelled()
     study = Study(Options("unlabelled"))
     unseen = table.tests[1]
     frames = [run.unlabelled for run in table.runs() if run.unlabelled is not None]
@@ -108,10 +109,10 @@ def test_unlabelled_frames_are_never_those_of_the_test() -> None:
 def test_fewer_masks_take_as_many_steps_and_share_no_teacher() -> None:
     study = Study(Options("masks"))
     frames = presets.CLINICDB_FRAMES
-    full = {run.name: study.config(run, 0) for run in experiments.masks().runs() if run.preset == "clinicdb-small"}
+    full = {run.name: study.config(run, 0) for run in own_tables.masks().runs() if run.preset == "clinicdb-small"}
     for preset, share in (("clinicdb-small-25", 0.25), ("clinicdb-small-10", 0.1)):
         assert teacher_of(preset).preset == preset
-        for name, run in ((run.name, run) for run in experiments.masks().runs() if run.preset == preset):
+        for name, run in ((run.name, run) for run in own_tables.masks().runs() if run.preset == preset):
             config, other = study.config(run, 0), full[name]
             used = round(share * frames)
             assert config.steps(used) == other.steps(frames)
@@ -147,13 +148,13 @@ def test_a_preset_without_pdr_adds_it_and_one_with_it_leaves_it_out() -> None:
         assert study.config(experiments.mwad(preset), 0).sward.weights == (beta, 0.0)
         assert study.config(experiments.with_pdr(preset), 0).sward.weights == (beta, gamma)
         assert [run.name for run in (experiments.mwad(preset), experiments.with_pdr(preset))].count("sward") == 1
-    rows = experiments.table3("small").rows[2:]
+    rows = paper_tables.table3("small").rows[2:]
     assert len({row.runs[0].name for row in rows}) == len(rows)
 
 
 def test_images_that_cannot_select_weights_score_the_last_ones() -> None:
-    (camvid,) = experiments.table1("small").tests
-    clinic, _, unseen = experiments.table2("small").tests
+    (camvid,) = paper_tables.table1("small").tests
+    clinic, _, unseen = paper_tables.table2("small").tests
     student, teacher = experiments.method("camvid-small", "sward"), teacher_of("camvid-small")
     assert [test.checkpoint(student) for test in (camvid, clinic, unseen)] == ["last", "best", "last"]
     assert {test.checkpoint(teacher) for test in (camvid, clinic, unseen)} == {"best"}

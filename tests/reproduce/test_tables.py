@@ -12,8 +12,10 @@ import pytest
 
 from sward.evaluation import Evaluation
 from sward.paired import Difference
-from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, methods, peers, table2, unlabelled
+from sward.reproduce.experiments import TEACHER, EvaluationSet, Run
 from sward.reproduce.options import Options
+from sward.reproduce.own_tables import methods, peers, unlabelled
+from sward.reproduce.paper_tables import table2
 from sward.reproduce.rendering import (
     Column,
     Comparison,
