@@ -87,9 +87,7 @@ def project(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     On a CPU as products of matrices, which on two cores take three quarters of a convolution's time, forward and
     backward. Not on a GPU: there torch gives fp32 convolutions TF32 and products not.
     """
-    # Autocast brings both to one dtype itself, all but float64.
-    if features.dtype == torch.float64 or not torch.is_autocast_enabled(features.device.type):
-        features = features.to(weight.dtype)
+    features = in_dtype_of(weight, features)
     if not features.is_cpu:
         return F.conv2d(features, weight[:, :, None, None], bias)
     if features.stride(1) == 1:
@@ -97,6 +95,13 @@ def project(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     pixels, matrices = features.flatten(2), weight.expand(len(features), -1, -1)
     products = matrices @ pixels if bias is None else torch.baddbmm(bias[:, None], matrices, pixels)
     return products.unflatten(2, features.shape[2:])
+
+
+def in_dtype_of(weight: Tensor, features: Tensor) -> Tensor:
+    """Features in the dtype of the weight that multiplies them; under autocast, which sees to that, as they are."""
+    if features.dtype == torch.float64 or not torch.is_autocast_enabled(features.device.type):  # it skips float64
+        return features.to(weight.dtype)
+    return features
 
 
 class ChannelProjection(nn.Conv2d):

@@ -29,17 +29,18 @@ OPERATIONS = {
     "windowed_distillation": "windowed.plan",
     "prototypes": "prototypes.plan",
     "relational_kl": "relation.launch",
+    "windowed_feature_distillation": "windowed_features.plan",
 }
 """Operation -> the module of `sward_kernels` whose `configurations(target)` yields the shipped configurations."""
 
 SECONDS_PER_CONFIGURATION = 600
 
 COLUMNS = (
-    "op", "pass", "target", "dtype", "precision", "layout", "window_size", "tokens", "dim", "tile", "num_warps",
-    "registers", "spill_bytes", "stack_bytes", "shared_bytes", "shared_limit", "occupancy", "tensor_core_instructions",
-    "vector_loads", "loads", "compile_seconds", "ideal_bytes", "flops", "unit", "bound_nanoseconds",
-    "device_memory_cycles", "multiplications", *(f"{pipe}_cycles" for pipe in PIPES), "bound_pipe", "bound_cycles",
-    "simulated_cycles",
+    "op", "pass", "target", "dtype", "precision", "layout", "window_size", "tokens", "channels", "dim", "tile",
+    "num_warps", "registers", "spill_bytes", "stack_bytes", "shared_bytes", "shared_limit", "occupancy",
+    "tensor_core_instructions", "vector_loads", "loads", "compile_seconds", "ideal_bytes", "flops", "unit",
+    "bound_nanoseconds", "device_memory_cycles", "multiplications", *(f"{pipe}_cycles" for pipe in PIPES), "bound_pipe",
+    "bound_cycles", "simulated_cycles",
 )  # fmt: skip
 """Keys of one row. `occupancy` is resident warps divided by the most possible; `spill_bytes` and `stack_bytes` are per
 thread; `vector_loads` are the 128-bit ones among `loads`; `compile_seconds` is processor time; `ideal_bytes` and

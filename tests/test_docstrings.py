@@ -26,6 +26,7 @@ PUBLIC = [
     data.build,
     metrics.ConfusionMatrix,
     sward_kernels.windowed_distillation,
+    sward_kernels.windowed_feature_distillation,
 ]
 
 

@@ -16,7 +16,7 @@ from sward_kernels import windowed_distillation
 
 def run_tests(suite: Suite) -> None:
     """All tests of the Triton kernels, on the device."""
-    paths = ["tests/kernels/windowed", "tests/kernels/prototypes", "tests/kernels/relation"]
+    paths = [f"tests/kernels/{name}" for name in ("windowed", "windowed_features", "prototypes", "relation")]
     files = sorted(str(each) for path in paths for each in (REPOSITORY / path).glob("test_triton*.py"))
     common = ["-p", "no:cacheprovider", "-n", "8", "--dist", "load"]  # a compilation takes a core for seconds
     for name, marks in (("fast", "not slow"), ("slow", "slow")):

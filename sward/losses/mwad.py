@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from sward.alignment import ChannelProjection, Standardization, aligned_size, project, resize
+from sward.alignment import ChannelProjection, Standardization, aligned_size, in_dtype_of, project, resize
 from sward.losses.recipes import RECOMMENDED, ContextReduction, TeacherNormalization, TeacherProjections
 from sward.losses.relation_health import relation_health
-from sward_kernels import WindowedDistillation, windowed_distillation
+from sward_kernels import WindowedDistillation, windowed_distillation, windowed_feature_distillation
 from sward_kernels.windowed.api import check_implementation, check_terms
+from sward_kernels.windowed_features.api import takes_features
 
 ShiftStrategy = Literal["stochastic", "deterministic", "none"]
 """The three window strategies of Table 4."""
@@ -40,7 +41,8 @@ class MWADLoss(nn.Module):
 
     Per stage: the teacher map is standardised per channel and goes through `phi` (1x1 convolution, Eq. 1), both maps
     are resized to their common grid (`psi`, Eq. 2-3), two bias-free 1x1 convolutions `Theta` give queries, keys and
-    values (Eq. 8), and `sward_kernels.windowed_distillation` compares them window by window (Eq. 4-14).
+    values (Eq. 8), and `sward_kernels.windowed_distillation` compares them window by window (Eq. 4-14). On a GPU
+    and for few student channels, `Theta` is part of the Triton kernels (`windowed_feature_distillation`).
 
     The defaults are the recommended recipe. The paper's is `teacher_normalization="none"`,
     `teacher_projections="learned"`, `context_reduction="sum"`; see `sward.losses.recipes`.
@@ -65,7 +67,7 @@ class MWADLoss(nn.Module):
         process_group: processes over whose maps the standardisation takes its statistics. Default: this process alone.
         generator: source of the offsets. Default: torch's global generator of the features' device, the only one
             that `torch.compile` can trace without a graph break.
-        implementation: passed to `sward_kernels.windowed_distillation`.
+        implementation: passed to `sward_kernels.windowed_distillation` or `windowed_feature_distillation`.
 
     Examples:
         >>> import torch
@@ -213,15 +215,14 @@ class MWADLoss(nn.Module):
     def _stage(self, index: int, student: Tensor, teacher: Tensor) -> WindowedDistillation:
         if self.training and self.standardization:
             cast(Standardization, self.standardization[index]).update(teacher)
-        qkv_student, qkv_teacher = self.project(index, student, teacher)
         attention, value, context = self.terms
         # The operation sums over channels, as in Eq. 13; a mean is that sum with a smaller weight.
         scale = 1.0 / self.embed_dim[index] if self.context_reduction == "mean" else 1.0
         if not torch.compiler.is_compiling():
-            self._warn_of_padding(index, qkv_student.shape[-2], qkv_student.shape[-1])
-        result = windowed_distillation(
-            qkv_student=qkv_student,
-            qkv_teacher=qkv_teacher,
+            self._warn_of_padding(index, *aligned_size(student, teacher))
+        compare, maps = self._operation(index, student, teacher)
+        result = compare(
+            *maps,
             window_size=self.window_size[index],
             shift=self._draw_shift(self.window_size[index], student.device),
             terms=(attention, value, context * scale),
@@ -229,15 +230,35 @@ class MWADLoss(nn.Module):
         )
         return result._replace(context=result.context * scale)
 
+    def _operation(
+        self, index: int, student: Tensor, teacher: Tensor
+    ) -> tuple[Callable[..., WindowedDistillation], tuple[Tensor, ...]]:
+        """The operation that compares one stage, and the maps that it takes."""
+        on_gpu = self.implementation == "triton" or (self.implementation == "auto" and student.is_cuda)
+        theta_student = cast(ChannelProjection, self.theta_student[index]).weight.flatten(1)
+        theta_teacher = cast(ChannelProjection, self.theta_teacher[index]).weight.flatten(1)
+        channels, dim, window_size = self.student_channels[index], self.embed_dim[index], self.window_size[index]
+        device, dtype = student.device, theta_student.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        if not on_gpu or not takes_features(channels, channels, dim, window_size, dtype, device):
+            return windowed_distillation, self.project(index, student, teacher)
+        # Theta is part of the Triton kernels, which read C channels in place of 3 D.
+        size = aligned_size(student, teacher)
+        features_student = in_dtype_of(theta_student, resize(student, size))
+        features_teacher = self.phi[index](self._normalized(index, teacher, size))
+        return windowed_feature_distillation, (features_student, features_teacher, theta_student, theta_teacher)
+
+    def _normalized(self, index: int, teacher: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.standardization:
+            return cast(Standardization, self.standardization[index]).normalize(teacher, size)
+        return resize(teacher, size)
+
     def _project_teacher(self, index: int, teacher: Tensor, size: tuple[int, int]) -> Tensor:
         phi = cast(ChannelProjection, self.phi[index])
         theta = cast(ChannelProjection, self.theta_teacher[index])
         enlarges = size[0] * size[1] > teacher.shape[-2] * teacher.shape[-1]
-        grid = (teacher.shape[-2], teacher.shape[-1]) if enlarges else size
-        if self.standardization:
-            features = cast(Standardization, self.standardization[index]).normalize(teacher, grid)
-        else:
-            features = resize(teacher, grid)
+        features = self._normalized(index, teacher, (teacher.shape[-2], teacher.shape[-1]) if enlarges else size)
         pixels = features.shape[0] * features.shape[-2] * features.shape[-1]
         teacher_channels, student_channels, width = phi.in_channels, phi.out_channels, theta.out_channels
         one_by_one = pixels * student_channels * (teacher_channels + width)

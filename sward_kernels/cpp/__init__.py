@@ -33,6 +33,7 @@ class Library:
     def __init__(self, operation: str, source: Path, flags: tuple[str, ...] = ()) -> None:
         self.operation = operation
         self.source = source
+        self.flags = flags
         self._functions: ctypes.CDLL | None = None
         self._reason: str | None = None
 

@@ -89,7 +89,7 @@ def windowed_distillation(
     """
     check_implementation(implementation)
     _check_maps(qkv_student, qkv_teacher)
-    _check_window(window_size, shift, qkv_student.device)
+    check_window(window_size, shift, qkv_student.device)
     check_terms(terms)
     if qkv_student.dtype != qkv_teacher.dtype:
         common = torch.promote_types(qkv_student.dtype, qkv_teacher.dtype)
@@ -176,7 +176,8 @@ def _check_maps(qkv_student: Tensor, qkv_teacher: Tensor) -> None:
         )
 
 
-def _check_window(window_size: int, shift: Shift, device: torch.device) -> None:
+def check_window(window_size: int, shift: Shift, device: torch.device) -> None:
+    """Raise ValueError for a window or a shift that `windowed_distillation` does not take."""
     if not isinstance(window_size, int) or isinstance(window_size, bool) or window_size < 1:
         raise ValueError(f"window_size must be an int of at least 1, got {window_size!r}")
     if isinstance(shift, Tensor):

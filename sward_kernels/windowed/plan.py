@@ -41,11 +41,12 @@ class Layout:
     aligned: bool
 
     @staticmethod
-    def of(qkv: Tensor) -> Layout:
-        channels_last = qkv.stride(1) == 1
+    def of(maps: Tensor, parts: int = 3) -> Layout:
+        """The layout of maps whose channels are `parts` parts of equal size that are loaded apart."""
+        channels_last = maps.stride(1) == 1
         # 8 elements are 16 bytes of a 16-bit type: what a 128-bit load needs. An axis of one element has no stride.
-        steps = [stride for axis, stride in enumerate(qkv.stride()) if axis != 1 and qkv.shape[axis] > 1]
-        aligned = channels_last and all(step % 8 == 0 for step in (*steps, qkv.shape[1] // 3))
+        steps = [stride for axis, stride in enumerate(maps.stride()) if axis != 1 and maps.shape[axis] > 1]
+        aligned = channels_last and all(step % 8 == 0 for step in (*steps, maps.shape[1] // parts))
         return Layout(channels_last, aligned)
 
 

@@ -59,6 +59,25 @@ def test_the_papers_configuration_fits_every_target() -> None:
         assert row["multiplications"] == {"forward": 4, "backward": 16}[row["pass"]] * 64 * 64 * 64
 
 
+def test_the_kernels_of_features_fit_one_target_of_each_kind() -> None:
+    details = {"dtype": "bf16", "window_size": 8, "channels": 32, "layout": "channels_last"}
+
+    def selected(shipped: Configuration) -> bool:
+        features = shipped.operation == "windowed_feature_distillation"
+        return features and shipped.direction != "backward teacher" and details.items() <= shipped.details.items()
+
+    rows = report.report(["sm_80", "sm_90", "gfx942"], selected)
+    assert len(rows) == 6
+    check(rows)
+    for row in rows:
+        if row["simulated_cycles"] is not None:
+            # In T x T x C = 64 x 64 x 32, with D = 64. Per side X G (1/2), H X^T (1), X Wv^T (1), A V (2), and Wq^T Wk
+            # (1/2, and as much again, for half of the warps repeat it) once in four windows. Backward for one side: dA
+            # and dV (2 each), dV Wv and dV^T X (1 each), dH and dS^T H (1 each), dH G^T (1/2), and dG (1/2, twice).
+            products = {"forward": 9.5, "backward student": 19.0}[row["pass"]]
+            assert row["multiplications"] == products * 64 * 64 * 32
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
 @pytest.mark.parametrize("target", TARGETS)

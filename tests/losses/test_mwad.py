@@ -1,5 +1,6 @@
 """MWADLoss against Eq. 1-15 written out, and its options."""
 
+import importlib
 import math
 import warnings
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sward.alignment import ChannelProjection, project
 from sward.losses import PAPER, MWADLoss, mwad
-from sward_kernels import windowed_distillation
+from sward_kernels import windowed_distillation, windowed_feature_distillation
 
 LITERAL = {name: getattr(PAPER, name) for name in ("teacher_normalization", "teacher_projections", "context_reduction")}
 
@@ -236,6 +237,44 @@ def test_features_of_any_dtype_are_projected_in_that_of_the_parameters(
     assert exact is not None
     assert gradient.dtype == student_dtype
     assert torch.equal(gradient, exact.to(student_dtype))
+
+
+@pytest.mark.parametrize(("window_size", "student_channels", "inside"), [(4, 6, True), (9, 6, False), (4, 65, False)])
+@pytest.mark.parametrize("recipe", ["paper", "recommended"])
+def test_triton_projects_narrow_features_inside_its_kernels(
+    window_size: int, student_channels: int, inside: bool, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    importlib.import_module("tests.support.interpreter")  # makes it fast
+    if torch.cuda.is_available():
+        pytest.skip("compares in float64, which the kernels take in the interpreter only")
+    used = []
+
+    def spy(*tensors: Tensor, **options: object) -> object:
+        used.append([tuple(tensor.shape) for tensor in tensors])
+        return windowed_feature_distillation(*tensors, **options)
+
+    monkeypatch.setattr(mwad, "windowed_feature_distillation", spy)
+    options = {"window_size": window_size, "embed_dim": 8, "shift": "deterministic"} | (
+        LITERAL if recipe == "paper" else {}
+    )
+    student = torch.randn(1, student_channels, 9, 8, dtype=torch.float64)
+    teacher = torch.randn(1, 5, 8, 11, dtype=torch.float64)
+    outcomes = []
+    for implementation in ("triton", "reference"):
+        torch.manual_seed(1)
+        loss = MWADLoss([student_channels], [5], implementation=implementation, **options).double()
+        leaf = student.clone().requires_grad_()
+        output = loss([leaf], [teacher])
+        output.loss.backward()
+        outcomes.append([output.loss, *output[1:4], leaf.grad, *(each.grad for each in loss.parameters())])
+    # On the common grid, and the teacher's features behind phi.
+    map_shape, weight_shape = (1, student_channels, 8, 8), (24, student_channels)
+    assert used == ([[map_shape, map_shape, weight_shape, weight_shape]] if inside else [])
+    for one, other in zip(*outcomes, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", FLOATING)

@@ -191,7 +191,8 @@ def test_a_weight_of_zero_trains_under_ddp_and_can_be_ramped_up(tmp_path: Path) 
     ]
     for process in ranks:
         output, errors = process.communicate(timeout=120)
-        assert output.strip() == "trained", errors[-2000:]
+        # torch 2.9 prints a line of its own about the group.
+        assert output.splitlines()[-1:] == ["trained"], errors[-2000:]
 
 
 def test_cross_entropy_leaves_ignored_pixels_out_of_the_mean() -> None:

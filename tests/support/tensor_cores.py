@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 
 from sward_kernels.windowed import kernels, kernels_tiled_backward, kernels_tiled_forward, tiles
+from sward_kernels.windowed_features import kernels as feature_kernels
 
-MODULES: Sequence[ModuleType] = (kernels, kernels_tiled_backward, kernels_tiled_forward, tiles)
+MODULES: Sequence[ModuleType] = (kernels, kernels_tiled_backward, kernels_tiled_forward, tiles, feature_kernels)
 """The modules of windowed distillation that multiply tiles."""
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from sward_kernels.gpu import launching
 from sward_kernels.windowed import api, launch, plan
 from sward_kernels.windowed.tile_table import Tiles
 from tests.support.distillation_cases import WEIGHTS, assert_same, maps_like, run
+from tests.support.memory_traffic import Traffic
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REPOSITORY = Path(__file__).parents[3]
@@ -229,73 +229,11 @@ def test_no_shift_batch_size_or_stage_compiles_anything_new() -> None:
     assert json.loads(finished.stdout) == [2] * 5 + [4] * 5 + [6] + [8, 10, 12]
 
 
-class Traffic:
-    """Count the loads and stores of every element, per argument and program; any other address is an error."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from triton.runtime import interpreter
-
-        self.launches: list[dict[str, dict[int, np.ndarray]]] = []  # "load student" -> program -> times, by element
-        self._arguments: dict[str, Tensor] = {}
-        builder = self._builder = interpreter.interpreter_builder
-        load, store = builder.create_masked_load, builder.create_masked_store
-
-        def counted_load(pointers: Any, mask: Any, *rest: Any) -> Any:
-            self._count("load", pointers.data, mask.data)
-            return load(pointers, mask, *rest)
-
-        def counted_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-            self._count("store", pointers.data, mask.data)
-            return store(pointers, value, mask, *rest)
-
-        monkeypatch.setattr(builder, "create_masked_load", counted_load)
-        monkeypatch.setattr(builder, "create_masked_store", counted_store)
-        run_launch = launch._launch
-
-        def recorded(prepared: Any, arguments: dict[str, Any]) -> None:
-            self._arguments = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-            self.launches.append({})
-            run_launch(prepared, arguments)
-
-        monkeypatch.setattr(launch, "_launch", recorded)
-
-    def _count(self, kind: str, addresses: np.ndarray, mask: np.ndarray) -> None:
-        addresses, mask = np.broadcast_arrays(addresses, mask)
-        remaining = addresses[mask].astype(np.int64)
-        for name, tensor in self._arguments.items():
-            first, reach = tensor.data_ptr(), _reach(tensor)
-            here = (remaining >= first) & (remaining < first + reach * tensor.element_size())
-            if here.any():
-                elements = (remaining[here] - first) // tensor.element_size()
-                programs = self.launches[-1].setdefault(f"{kind} {name}", {})
-                counts = programs.setdefault(self._builder.grid_idx[0], np.zeros(reach, dtype=np.int64))
-                counts += np.bincount(elements, minlength=reach)
-            remaining = remaining[~here]
-        assert remaining.size == 0, f"{kind} outside of every argument"
-
-    def times(self, index: int, name: str) -> np.ndarray:
-        """How often launch `index` loaded or stored each element of an argument, over all programs."""
-        return sum(self.launches[index][name].values())
-
-    def stored(self) -> dict[str, np.ndarray]:
-        """The arguments that were written, and how often each element was, over all launches."""
-        written: dict[str, np.ndarray] = {}
-        for index, launched in enumerate(self.launches):
-            for name in launched:
-                if name.startswith("store"):
-                    written[name] = written.get(name, 0) + self.times(index, name)
-        return written
-
-
-def _reach(tensor: Tensor) -> int:
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
-
-
 @pytest.fixture
 def traffic(monkeypatch: pytest.MonkeyPatch) -> Traffic:
     if DEVICE == "cuda":
         pytest.skip("memory traffic is counted in the interpreter")
-    return Traffic(monkeypatch)
+    return Traffic(launch, monkeypatch)
 
 
 OUTPUTS = {"store statistics", "store partials", "store student_gradient", "store teacher_gradient"}
