@@ -163,7 +163,7 @@ def _if_listed(split_by: str, split: str) -> list[str]:
     # A folder of lists need not have one for testing.
     if "{split}" in split_by and split == "test" and not Path(split_by.replace("{split}", split)).is_file():
         return []
-    return listed(split_by, split)[0]
+    return listed(split_by, split, choices="shares such as '80/10/10'")[0]
 
 
 def splits(root: Path, options: FolderOptions | None = None) -> list[str]:

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
-def listed(split_by: str, split: str) -> tuple[list[str], Path]:
+def listed(split_by: str, split: str, *, choices: str = "'sequence', 'ratio'") -> tuple[list[str], Path]:
     """Read the frame names of a split from a list, in the order of the list; also return the file.
 
     Args:
         split_by: path of one text file per split with the placeholder `{split}` and one name per line, or of one CSV
             file with the columns `frame_id` and `split`.
         split: name of the split.
+        choices: what `split_by` may be besides, for the message.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -26,7 +27,7 @@ def listed(split_by: str, split: str) -> tuple[list[str], Path]:
     path = Path(split_by.replace("{split}", split))
     if not path.is_file():
         raise FileNotFoundError(
-            f"split_by must be 'sequence', 'ratio' or the path of a list, got {split_by!r}; there is no file {path}"
+            f"split_by must be {choices} or the path of a list, got {split_by!r}; there is no file {path}"
         )
     if "{split}" in split_by:
         return _names(path), path
