@@ -164,6 +164,9 @@ def _train(config: DistillationConfig, killed_at: int | None, environment: Mappi
     from sward.training import checkpoints, loop, run_folder, state
 
     os.environ |= environment
+    # As under the command line. Loader processes of a fork server would outlive a trainer that is killed: they watch
+    # for the end of their parent, which is the server.
+    torch.multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     data.scenes.SPLITS.update(SPLITS)
     methods.METHODS["cirkd"] = small_cirkd
