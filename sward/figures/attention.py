@@ -139,7 +139,7 @@ def attention_figure(picture: Tensor, stages: Sequence[WindowAttention], path: P
         top, bottom, left, right = box
         for axis, attention in zip(sides, maps, strict=True):
             shown = draw_heat(axis, picture, attention, box, limits)
-            axis.plot(*_query(picture, stage), marker="+", color=QUERY, markersize=10, markeredgewidth=2, zorder=4)
+            _mark_query(axis, picture, stage)
             axis.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5))
             padding = 1 - float(attention.sum()) / stage.side**2
             axis.set_xlabel(f"{100 * padding:.0f} % on padding" if padding > 0.005 else "")
@@ -163,7 +163,7 @@ def _draw_windows(axis: Any, picture: Tensor, stage: WindowAttention) -> None:
     # Above the white lines, and whole where it follows the edge of the picture.
     border = {"edgecolor": QUERY, "linewidth": 2.5, "clip_on": False, "zorder": 3}
     axis.add_patch(plot_library().Rectangle(corner, *width_and_height, fill=False, **border))
-    axis.plot(*_query(picture, stage), marker="+", color=QUERY, markersize=10, markeredgewidth=2, zorder=4)
+    _mark_query(axis, picture, stage)
     axis.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     axis.spines[:].set_visible(False)
 
@@ -178,7 +178,7 @@ def _window(picture: Tensor, stage: WindowAttention) -> tuple[int, int, int, int
     return edges[0], edges[1], edges[2], edges[3]
 
 
-def _query(picture: Tensor, stage: WindowAttention) -> tuple[float, float]:
-    """Return x and y of the query's centre in pixels of the picture."""
-    y, x = ((stage.query[axis] + 0.5) * picture.shape[axis + 1] / stage.grid[axis] - 0.5 for axis in (0, 1))
-    return x, y
+def _mark_query(axis: Any, picture: Tensor, stage: WindowAttention) -> None:
+    """Draw a cross at the query's centre, in pixels of the picture."""
+    y, x = ((stage.query[way] + 0.5) * picture.shape[way + 1] / stage.grid[way] - 0.5 for way in (0, 1))
+    axis.plot(x, y, marker="+", color=QUERY, markersize=10, markeredgewidth=2, zorder=4)

@@ -234,14 +234,15 @@ class MWADLoss(nn.Module):
         self, index: int, student: Tensor, teacher: Tensor
     ) -> tuple[Callable[..., WindowedDistillation], tuple[Tensor, ...]]:
         """The operation that compares one stage, and the maps that it takes."""
-        on_gpu = self.implementation == "triton" or (self.implementation == "auto" and student.is_cuda)
+        if not (self.implementation == "triton" or (self.implementation == "auto" and student.is_cuda)):
+            return windowed_distillation, self.project(index, student, teacher)
         theta_student = cast(ChannelProjection, self.theta_student[index]).weight.flatten(1)
         theta_teacher = cast(ChannelProjection, self.theta_teacher[index]).weight.flatten(1)
         channels, dim, window_size = self.student_channels[index], self.embed_dim[index], self.window_size[index]
         device, dtype = student.device, theta_student.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        if not on_gpu or not takes_features(channels, channels, dim, window_size, dtype, device):
+        if not takes_features(channels, channels, dim, window_size, dtype, device):
             return windowed_distillation, self.project(index, student, teacher)
         # Theta is part of the Triton kernels, which read C channels in place of 3 D.
         size = aligned_size(student, teacher)

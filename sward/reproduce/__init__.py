@@ -51,9 +51,8 @@ def _train(table: Table, study: Study) -> Iterator[tuple[Run, int]]:
     """Train every run of the table, then the other seeds of those that were chosen from."""
     yield from study.run_all(study.schedule(table.runs()))
     chosen = {(run.preset, run.name): run for row in study.choose(table).rows for run in row.runs}
-    more = [run for run in table.runs() if run.trial and not chosen.get((run.preset, run.name), run).trial]
-    if more and study.options.seeds > 1:
-        runs = [chosen.get((run.preset, run.name), run) for run in table.runs()]
+    runs = [chosen.get((run.preset, run.name), run) for run in table.runs()]
+    if study.options.seeds > 1 and runs != table.runs():
         yield from study.run_all(study.schedule(runs))
 
 

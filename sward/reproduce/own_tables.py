@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 from sward import presets
 from sward.losses.recipes import PAPER, ContextReduction, TeacherNormalization, TeacherProjections
@@ -66,9 +65,10 @@ def peers(preset: str) -> Table:
         )
         rows.append(Row(METHOD_TITLES[name], given, nothing))
         rows.append(Row(f"{METHOD_TITLES[name]}, chosen factor", given, nothing, choices=(given[0], *scaled)))
+    factors = ", ".join(f"{factor:g}" for factor in FACTORS)
     return Table(
         f"peers-{preset}",
-        f"SWARD and its peers, each as its authors weight it and with the factor of its loss (1 or {_listed(FACTORS)}) "
+        f"SWARD and its peers, each as its authors weight it and with the factor of its loss (1 or {factors}) "
         f"that scores best on the validation images with seed 0; {presets.get(preset).description}",
         tests,
         tuple(rows),
@@ -185,7 +185,3 @@ def _teacher_size(preset: str, factor: float) -> Run:
     """Return the run whose teacher sees larger or smaller images, that is, has more or fewer tokens per image."""
     height, width = (int(factor * side) for side in presets.get(preset).student.teacher_image_size)
     return Run(preset, f"sward-teacher-{height}", "sward", {"teacher.image_size": (height, width)})
-
-
-def _listed(numbers: Sequence[float]) -> str:
-    return ", ".join(f"{number:g}" for number in numbers)

@@ -216,7 +216,7 @@ def _class_configuration(name: str, problem: Problem) -> Configuration:
             "loss": 6 * problem.channels * problem.num_classes,
             "total": 3,
         }[name],
-        unit={"count": "pixel", "first pixels": "class", "means": "class of a chunk"}.get(name, "class"),
+        unit={"count": "pixel", "means": "class of a chunk"}.get(name, "class"),
     )
 
 

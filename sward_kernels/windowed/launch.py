@@ -146,16 +146,15 @@ def _key(
     )
 
 
-def _known_arguments(plan: Plan, qkv_student: Tensor, qkv_teacher: Tensor, terms: Terms) -> dict[str, Any]:
-    """The arguments that do not change from call to call, by name."""
+def known_arguments(maps: dict[str, Tensor], terms: Terms) -> dict[str, Any]:
+    """The arguments, by name, that do not change from call to call; `maps` are those of each side, on one grid."""
     strides = {
         f"{side}_stride_{axis}": stride
-        for side, qkv in (("student", qkv_student), ("teacher", qkv_teacher))
-        for axis, stride in zip(("image", "channel", "y", "x"), qkv.stride())
+        for side, each in maps.items()
+        for axis, stride in zip(("image", "channel", "y", "x"), each.stride())
     }
-    batch, _, height, width = qkv_student.shape
+    batch, _, height, width = next(iter(maps.values())).shape
     return {
-        **plan.constants,
         **strides,
         "height": height,
         "width": width,
@@ -172,7 +171,8 @@ def _prepared(
     problem = problem_of(qkv_student, qkv_teacher, window_size, terms)
     batch, _, height, width = qkv_student.shape
     groups = batch * -(-WindowGrid(height, width, window_size).windows // plan.windows_per_program)
-    known = _known_arguments(plan, qkv_student, qkv_teacher, terms) | {"statistic_stride": statistic_stride}
+    maps = {"student": qkv_student, "teacher": qkv_teacher}
+    known = {**plan.constants, **known_arguments(maps, terms), "statistic_stride": statistic_stride}
     most_registers = max_registers(problem.family, plan.tiles)
     options = {"maxnreg": most_registers} if most_registers else {}
     programs = groups * plan.programs_per_group
@@ -261,8 +261,8 @@ def _backward(
             qkv_student, qkv_teacher, statistics, window_size, terms, wants_student_gradient, wants_teacher_gradient
         )
         call = _backwards.keep(key, made)
-    student_gradient = _allocate_gradient(qkv_student, call.student, wants_student_gradient)
-    teacher_gradient = _allocate_gradient(qkv_teacher, call.teacher, wants_teacher_gradient)
+    student_gradient = allocate_gradient(qkv_student, call.student, wants_student_gradient)
+    teacher_gradient = allocate_gradient(qkv_teacher, call.teacher, wants_teacher_gradient)
     arguments = {
         "student": qkv_student,
         "teacher": qkv_teacher,
@@ -292,18 +292,19 @@ def _prepare_backward(
     plans = backward_plans(problem, wants_student_gradient, wants_teacher_gradient)
     stride = statistics.shape[-1]
     launches = [_prepared(plan, qkv_student, qkv_teacher, window_size, terms, stride) for plan in plans]
-    return _Backward(launches, _memory_format(qkv_student), _memory_format(qkv_teacher))
+    return _Backward(launches, memory_format(qkv_student), memory_format(qkv_teacher))
 
 
-def _memory_format(qkv: Tensor) -> torch.memory_format:
+def memory_format(maps: Tensor) -> torch.memory_format:
     """That of the gradient: dense, in the order of the input, so that loads and stores are vectorised alike."""
-    return torch.channels_last if Layout.of(qkv).channels_last else torch.contiguous_format
+    return torch.channels_last if Layout.of(maps).channels_last else torch.contiguous_format
 
 
-def _allocate_gradient(qkv: Tensor, memory_format: torch.memory_format, wanted: bool) -> Tensor:
+def allocate_gradient(maps: Tensor, layout: torch.memory_format, wanted: bool) -> Tensor:
+    """The gradient of `maps`, empty if it is not wanted."""
     if not wanted:
-        return qkv.new_empty(0)
-    return torch.empty_like(qkv, memory_format=memory_format)
+        return maps.new_empty(0)
+    return torch.empty_like(maps, memory_format=layout)
 
 
 def _backward_fake(
@@ -319,8 +320,8 @@ def _backward_fake(
     wants_teacher_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     return (
-        _allocate_gradient(qkv_student, _memory_format(qkv_student), wants_student_gradient),
-        _allocate_gradient(qkv_teacher, _memory_format(qkv_teacher), wants_teacher_gradient),
+        allocate_gradient(qkv_student, memory_format(qkv_student), wants_student_gradient),
+        allocate_gradient(qkv_teacher, memory_format(qkv_teacher), wants_teacher_gradient),
     )
 
 

@@ -87,7 +87,7 @@ def plan_of(problem: Problem, direction: str, **flags: bool) -> Plan:
     student, teacher = problem.student_layout, problem.teacher_layout
     channels_last = student.channels_last and teacher.channels_last
     tiles = tiles_of(problem.family, direction, problem.dtype, problem.tokens, problem.dim, channels_last)
-    padded_dim = max(16, triton.next_power_of_2(problem.dim))  # tl.dot takes at least 16 channels
+    padded_dim = padded(problem.dim)
     constants: dict[str, Any] = {
         "WINDOW": problem.window_size,
         "DIM": problem.dim,
@@ -119,6 +119,11 @@ def plan_of(problem: Problem, direction: str, **flags: bool) -> Plan:
     if direction == "forward":
         return Plan(forward_tiled_kernel, constants, tiles, 1, programs, 5)
     return Plan(backward_tiled_kernel, constants, tiles, 1, 2 * programs * sum(flags.values()), 5)
+
+
+def padded(channels: int) -> int:
+    """The channels of a tile that holds so many: a power of 2, and at least 16 for `tl.dot`."""
+    return max(16, triton.next_power_of_2(channels))
 
 
 def backward_plans(problem: Problem, wants_student_gradient: bool, wants_teacher_gradient: bool) -> list[Plan]:

@@ -13,8 +13,9 @@ from sward_kernels.fallback import warn_once
 from sward_kernels.gpu.launching import CallCache, PreparedLaunch, require_dtype, require_gpu
 from sward_kernels.registration import register
 from sward_kernels.windowed.gradient_in_forward import Terms, precision
+from sward_kernels.windowed.launch import allocate_gradient, known_arguments, memory_format
 from sward_kernels.windowed_features import api
-from sward_kernels.windowed_features.plan import Layout, Plan, Problem, other_side, plan_of, problem_of
+from sward_kernels.windowed_features.plan import Plan, Problem, other_side, plan_of, problem_of
 from sward_kernels.windows import Shift, WindowGrid
 
 
@@ -73,12 +74,15 @@ class _WindowedFeatureDistillation(torch.autograd.Function):
         loss, means = _forward_operator(*(tensor.detach() for tensor in tensors), window_size, offsets, shift, terms)
         ctx.save_for_backward(*tensors, shift)
         ctx.arguments = (window_size, offsets, terms, falls_back)
+        ctx.set_materialize_grads(False)  # else backward would allocate and fill zeros for the means
         ctx.mark_non_differentiable(means)
         return loss, means
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 9
         features_student, features_teacher, weight_student, weight_teacher, shift = ctx.saved_tensors
         tensors = (features_student, features_teacher, weight_student, weight_teacher)
         window_size, offsets, terms, falls_back = ctx.arguments
@@ -144,29 +148,17 @@ def _prepared(problem: Problem, plan: Plan, maps: dict[str, Tensor], terms: Term
     groups_per_program = -(-groups // plan.most_programs)
     if own:
         maps = {"own": maps[own], "other": maps[other_side(own)]}
-    strides = {
-        f"{side}_stride_{axis}": stride
-        for side, features in maps.items()
-        for axis, stride in zip(("image", "channel", "y", "x"), features.stride())
-    }
-    pixels = batch * height * width
     known = {
         **plan.constants,
-        **strides,
-        "height": height,
-        "width": width,
+        **known_arguments(maps, terms),
         "groups_total": groups,
         "groups_per_program": groups_per_program,
-        "attention_weight": terms[0],
-        "value_weight": terms[1],
-        "context_weight": terms[2],
-        "inverse_count": 1.0 / pixels,
     }
     options = {"maxnreg": plan.tiles.max_registers} if plan.tiles.max_registers else {}
     programs = -(-groups // groups_per_program)
     launch = PreparedLaunch(problem, plan.kernel, programs, plan.tiles.num_warps, known, **options)
     features = next(iter(maps.values()))
-    return _Call(launch, precision(features), pixels)
+    return _Call(launch, precision(features), batch * height * width)
 
 
 def _launch(prepared: PreparedLaunch, arguments: dict[str, Any]) -> None:
@@ -232,7 +224,7 @@ def _backward(
     weights = {"student": weight_student, "teacher": weight_teacher}
     gradients: dict[str, tuple[Tensor, Tensor]] = {}
     for own, wanted in (("student", wants_student_gradient), ("teacher", wants_teacher_gradient)):
-        gradient = _allocate_gradient(maps[own], wanted)
+        gradient = allocate_gradient(maps[own], memory_format(maps[own]), wanted)
         if not wanted:
             gradients[own] = gradient, weights[own].new_empty(0)
             continue
@@ -268,14 +260,6 @@ def _weight_gradient(sums: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return torch.cat([keys @ dg.T, queries @ dg, dv]).to(weight.dtype)
 
 
-def _allocate_gradient(features: Tensor, wanted: bool) -> Tensor:
-    if not wanted:
-        return features.new_empty(0)
-    channels_last = Layout.of(features, parts=1).channels_last
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty_like(features, memory_format=memory_format)
-
-
 def _backward_fake(
     upstream: Tensor,
     features_student: Tensor,
@@ -290,8 +274,8 @@ def _backward_fake(
     wants_teacher_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        _allocate_gradient(features_student, wants_student_gradient),
-        _allocate_gradient(features_teacher, wants_teacher_gradient),
+        allocate_gradient(features_student, memory_format(features_student), wants_student_gradient),
+        allocate_gradient(features_teacher, memory_format(features_teacher), wants_teacher_gradient),
         torch.empty_like(weight_student) if wants_student_gradient else weight_student.new_empty(0),
         torch.empty_like(weight_teacher) if wants_teacher_gradient else weight_teacher.new_empty(0),
     )

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from sward_kernels.gpu.launching import (
@@ -20,7 +19,7 @@ from sward_kernels.gpu.launching import (
 )
 from sward_kernels.resources import Configuration
 from sward_kernels.targets import Target, family_of
-from sward_kernels.windowed.plan import Layout, Terms
+from sward_kernels.windowed.plan import Layout, Terms, padded
 from sward_kernels.windowed.tiles import STUDENT, TEACHER
 from sward_kernels.windowed_features.api import most_channels_of
 from sward_kernels.windowed_features.kernels import RUNTIME_INTEGERS, backward_kernel, forward_kernel
@@ -81,7 +80,7 @@ def plan_of(problem: Problem, own: str | None = None) -> Plan:
         "WINDOWS": windows,
         "BLOCK": tiles.tokens,
         "DIM": problem.dim,
-        "PADDED_DIM": _padded(problem.dim),
+        "PADDED_DIM": padded(problem.dim),
         "ATTENTION": problem.active_terms[0],
         "VALUE": problem.active_terms[1],
         "CONTEXT": problem.active_terms[2],
@@ -93,7 +92,7 @@ def plan_of(problem: Problem, own: str | None = None) -> Plan:
     for name, side in names.items():
         constants |= {
             f"{name.upper()}_CHANNELS": side.channels,
-            f"{name.upper()}_PADDED": _padded(side.channels),
+            f"{name.upper()}_PADDED": padded(side.channels),
             f"{name.upper()}_CHANNELS_LAST": side.layout.channels_last,
             f"{name.upper()}_ALIGNED": side.layout.aligned,
         }
@@ -106,10 +105,6 @@ def plan_of(problem: Problem, own: str | None = None) -> Plan:
 def other_side(side: str) -> str:
     """The name of the side that is not `side`."""
     return "teacher" if side == "student" else "student"
-
-
-def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))  # tl.dot takes at least 16
 
 
 def problem_of(features_student: Tensor, features_teacher: Tensor, dim: int, window_size: int, terms: Terms) -> Problem:
