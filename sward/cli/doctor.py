@@ -14,6 +14,7 @@ from sward_kernels.prototypes import native as prototypes
 from sward_kernels.relation import native as relation
 from sward_kernels.standardization import native as standardization
 from sward_kernels.windowed import native as windowed_distillation
+from sward_kernels.windowed_features import native as windowed_features
 
 OPTIONAL = {
     "torchvision": "training transforms",
@@ -54,12 +55,18 @@ def _implementations() -> list[tuple[str, str]]:
     found = []
     for part, library, otherwise, elsewhere in (
         ("MWAD", windowed_distillation.LIBRARY, "eager", "in windows above 16 x 16 and in other dtypes"),
+        (
+            "MWAD's projections",
+            windowed_features.LIBRARY,
+            "PyTorch",
+            f"above {windowed_features.MOST_CHANNELS} channels, in windows above 16 x 16 and in other dtypes",
+        ),
         ("PDR", prototypes.LIBRARY, "eager", "in other dtypes"),
         ("CIRKD", relation.LIBRARY, "eager", f"above {relation.MOST_PIXELS} pixels per image and in float64"),
         ("standardised teacher", standardization.LIBRARY, "PyTorch", "in other dtypes"),
     ):
         reason = library.why_not()
-        dtypes = "fp32, bf16 and fp16" if part == "MWAD" else "fp32"
+        dtypes = "fp32, bf16 and fp16" if part.startswith("MWAD") else "fp32"
         choice = f"native (C++) in {dtypes}" if reason is None else f"{otherwise} instead of native ({reason})"
         found.append((f"{part}, CPU tensors", f"{choice}; {otherwise} {elsewhere}"))
     reason = colours.LIBRARY.why_not()

@@ -15,7 +15,7 @@ from sward.losses.recipes import RECOMMENDED, ContextReduction, TeacherNormaliza
 from sward.losses.relation_health import relation_health
 from sward_kernels import WindowedDistillation, windowed_distillation, windowed_feature_distillation
 from sward_kernels.windowed.api import check_implementation, check_terms
-from sward_kernels.windowed_features.api import takes_features
+from sward_kernels.windowed_features.api import projects_inside
 
 ShiftStrategy = Literal["stochastic", "deterministic", "none"]
 """The three window strategies of Table 4."""
@@ -41,8 +41,8 @@ class MWADLoss(nn.Module):
 
     Per stage: the teacher map is standardised per channel and goes through `phi` (1x1 convolution, Eq. 1), both maps
     are resized to their common grid (`psi`, Eq. 2-3), two bias-free 1x1 convolutions `Theta` give queries, keys and
-    values (Eq. 8), and `sward_kernels.windowed_distillation` compares them window by window (Eq. 4-14). On a GPU
-    and for few student channels, `Theta` is part of the Triton kernels (`windowed_feature_distillation`).
+    values (Eq. 8), and `sward_kernels.windowed_distillation` compares them window by window (Eq. 4-14). For few
+    student channels, `Theta` is part of the Triton kernels and of the C++ (`windowed_feature_distillation`).
 
     The defaults are the recommended recipe. The paper's is `teacher_normalization="none"`,
     `teacher_projections="learned"`, `context_reduction="sum"`; see `sward.losses.recipes`.
@@ -234,17 +234,15 @@ class MWADLoss(nn.Module):
         self, index: int, student: Tensor, teacher: Tensor
     ) -> tuple[Callable[..., WindowedDistillation], tuple[Tensor, ...]]:
         """The operation that compares one stage, and the maps that it takes."""
-        if not (self.implementation == "triton" or (self.implementation == "auto" and student.is_cuda)):
-            return windowed_distillation, self.project(index, student, teacher)
         theta_student = cast(ChannelProjection, self.theta_student[index]).weight.flatten(1)
         theta_teacher = cast(ChannelProjection, self.theta_teacher[index]).weight.flatten(1)
         channels, dim, window_size = self.student_channels[index], self.embed_dim[index], self.window_size[index]
         device, dtype = student.device, theta_student.dtype
-        if torch.is_autocast_enabled(device.type):
+        if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
-        if not takes_features(channels, channels, dim, window_size, dtype, device):
+        if not projects_inside(self.implementation, channels, channels, dim, window_size, dtype, device):
             return windowed_distillation, self.project(index, student, teacher)
-        # Theta is part of the Triton kernels, which read C channels in place of 3 D.
+        # Theta is part of the kernels, which read C channels in place of 3 D.
         size = aligned_size(student, teacher)
         features_student = in_dtype_of(theta_student, resize(student, size))
         features_teacher = self.phi[index](self._normalized(index, teacher, size))

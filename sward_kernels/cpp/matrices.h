@@ -77,9 +77,6 @@ template <int COUNT, int VECTORS, bool ADD>
 inline void multiply_block(
     float* out, const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t depth, int64_t width) {
     Lanes sums[COUNT][VECTORS] = {};
-    if (ADD)
-        for (int i = 0; i < COUNT; ++i)
-            for (int j = 0; j < VECTORS; ++j) sums[i][j] = load(out + i * width + j * LANES);
 #pragma GCC unroll 4
     for (int64_t k = 0; k < depth; ++k) {
         Lanes row[VECTORS];
@@ -91,7 +88,10 @@ inline void multiply_block(
         }
     }
     for (int i = 0; i < COUNT; ++i)
-        for (int j = 0; j < VECTORS; ++j) store(out + i * width + j * LANES, sums[i][j]);
+        for (int j = 0; j < VECTORS; ++j) {
+            float* to = out + i * width + j * LANES;
+            store(to, ADD ? load(to) + sums[i][j] : sums[i][j]);
+        }
 }
 
 template <int COUNT, bool ADD>
@@ -104,7 +104,7 @@ inline void multiply_rows(
 }
 
 // out[row, column] = sum over k < depth of a[row * a_row + k * a_depth] * b[k, column]; `out` and `b` are `width` wide,
-// whole vectors. Added to `out` if ADD.
+// whole vectors. Added to `out` if ADD: each sum as a whole, which rounds less than adding its terms one after another.
 template <bool ADD = false>
 inline void multiply(
     float* out, const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t rows, int64_t depth,

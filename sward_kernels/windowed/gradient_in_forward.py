@@ -52,17 +52,21 @@ def windowed_distillation(
     # second's, so that no more than three of these four maps are alive at once.
     for qkv, gradient in ((qkv_student, student_gradient), (qkv_teacher, teacher_gradient)):
         if recording and qkv.requires_grad:
-            loss = _AttachGradient.apply(loss, qkv, gradient, pixels)
+            loss = attach_gradient(loss, qkv, gradient, pixels)
     return loss, attention, value, context
 
 
-class _AttachGradient(torch.autograd.Function):
-    """The identity on `loss`, whose gradient with respect to `qkv` becomes `gradient / pixels`."""
+def attach_gradient(loss: Tensor, tensor: Tensor, gradient: Tensor, pixels: int) -> Tensor:
+    """The loss, whose gradient with respect to `tensor` becomes `gradient / pixels`."""
+    attached: Tensor = _AttachGradient.apply(loss, tensor, gradient, pixels)
+    return attached
 
+
+class _AttachGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, qkv: Tensor, gradient: Tensor, pixels: int) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, tensor: Tensor, gradient: Tensor, pixels: int) -> Tensor:
         ctx.save_for_backward(gradient)
-        ctx.pixels, ctx.dtype = pixels, qkv.dtype
+        ctx.pixels, ctx.dtype = pixels, tensor.dtype
         return loss.clone()
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,19 +21,51 @@ LARGEST_FAST_WINDOW = 16
 """Window side up to which this is faster than `eager`; the matrices of larger windows do not fit in cache."""
 
 
+class Grid(ctypes.Structure):
+    """`Grid` of windows.h: the windows of a batch of maps."""
+
+    _fields_ = (
+        ("batch", ctypes.c_int64),
+        ("side", ctypes.c_int64),
+        ("window_rows", ctypes.c_int64),
+        ("window_columns", ctypes.c_int64),
+        ("rows", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+    )
+    _memory: tuple[Tensor, Tensor]
+    """What the pointers point to."""
+
+    @classmethod
+    def of(cls, maps: Tensor, window_size: int, offsets: Sequence[int]) -> Grid:
+        """The windows of maps `[B, C, H, W]` that are shifted by `offsets`."""
+        batch, _, height, width = maps.shape
+        grid = WindowGrid(height, width, window_size)
+        rows = maps.new_full((grid.padded_height,), -1, dtype=torch.int64)
+        columns = maps.new_full((grid.padded_width,), -1, dtype=torch.int64)
+        rows[:height], columns[:width] = grid.source_rows(offsets), grid.source_columns(offsets)
+        made = cls(batch, window_size, grid.window_rows, grid.window_columns, rows.data_ptr(), columns.data_ptr())
+        made._memory = rows, columns
+        return made
+
+
+class Map(ctypes.Structure):
+    """`Map` of windows.h: a batch of maps, null for an empty tensor."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4))
+
+    @classmethod
+    def of(cls, maps: Tensor) -> Map:
+        return cls(maps.data_ptr(), maps.stride()) if maps.numel() else cls()
+
+
 class _Arguments(ctypes.Structure):
     """`Arguments` of native.cpp."""
 
     _fields_ = (
-        ("batch", ctypes.c_int64),
+        ("grid", Grid),
         ("dim", ctypes.c_int64),
-        ("side", ctypes.c_int64),
-        ("window_rows", ctypes.c_int64),
-        ("window_columns", ctypes.c_int64),
-        ("maps", ctypes.c_void_p * 4),
-        ("strides", ctypes.c_int64 * 4 * 4),
-        ("rows", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
+        ("maps", Map * 2),
+        ("gradients", Map * 2),
         ("term_weights", ctypes.c_float * 3),
         ("epsilon", ctypes.c_float),
         ("values", ctypes.c_void_p),
@@ -81,22 +114,18 @@ def _run(
             result.copy_(gradient)
         return means, results[0], results[1]
     batch, channels, height, width = qkv_student.shape
-    grid = WindowGrid(height, width, window_size)
-    if shift is not None:
-        offsets = shift.tolist()
-    rows = qkv_student.new_full((grid.padded_height,), -1, dtype=torch.int64)
-    columns = qkv_student.new_full((grid.padded_width,), -1, dtype=torch.int64)
-    rows[:height], columns[:width] = grid.source_rows(offsets), grid.source_columns(offsets)
+    grid = Grid.of(qkv_student, window_size, offsets if shift is None else shift.tolist())
     gradients = allocate_gradients(qkv_student, qkv_teacher, wants_student_gradient, wants_teacher_gradient)
-    values = qkv_student.new_empty(batch * grid.windows, 3)
-
-    arguments = _Arguments(batch, channels // 3, window_size, grid.window_rows, grid.window_columns)
-    for index, maps in enumerate((qkv_student, qkv_teacher, *gradients)):
-        if maps.numel():
-            arguments.maps[index], arguments.strides[index] = maps.data_ptr(), maps.stride()
-    arguments.rows, arguments.columns, arguments.values = rows.data_ptr(), columns.data_ptr(), values.data_ptr()
-    arguments.term_weights, arguments.epsilon = tuple(terms), COSINE_EPSILON
-
+    values = qkv_student.new_empty(batch * grid.window_rows * grid.window_columns, 3)
+    arguments = _Arguments(
+        grid,
+        channels // 3,
+        (Map.of(qkv_student), Map.of(qkv_teacher)),
+        (Map.of(gradients[0]), Map.of(gradients[1])),
+        tuple(terms),
+        COSINE_EPSILON,
+        values.data_ptr(),
+    )
     if LIBRARY.functions.distil(ctypes.byref(arguments), torch.get_num_threads()):
         raise MemoryError("windowed_distillation has no memory left for one window per thread")
     # Windows are added in their own order, whatever the number of threads.

@@ -20,6 +20,7 @@ from sward_kernels.windowed.api import (
     check_window,
     windowed_distillation,
 )
+from sward_kernels.windowed_features import native
 from sward_kernels.windows import Shift
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -47,9 +48,9 @@ def windowed_feature_distillation(
     Per side, `[Q; K; V] = W X` for each pixel `X`: a 1x1 convolution without bias. Then as documented for
     `windowed_distillation`, of which this is the same function of the projected maps.
 
-    The Triton kernels compute the projections inside: device memory sees features of C channels instead of queries,
-    keys and values of 3 D. Forward and backward of both sides then move 8 C elements per token, where 1x1 convolutions
-    and `windowed_distillation` move 36 D + 6 C.
+    The Triton kernels and the C++ compute the projections inside: memory sees features of C channels instead of
+    queries, keys and values of 3 D. On a GPU, forward and backward of both sides then move 8 C elements per token,
+    where 1x1 convolutions and `windowed_distillation` move 36 D + 6 C.
 
     Args:
         features_student: `[B, C_s, H, W]`, any floating dtype and strides (neither NCHW nor channels_last is copied).
@@ -60,9 +61,10 @@ def windowed_feature_distillation(
         shift: as for `windowed_distillation`.
         terms: weights of the attention, value and context terms. A weight of 0 skips the term, which is returned as 0.
         implementation: `"triton"` projects inside the kernels; on a GPU it takes bf16 and fp16, windows of up to 64
-            tokens, D up to 64 and up to 64 channels on each side (32 on AMD). Any other of `windowed_distillation`
-            makes queries, keys and values first. `"auto"` is triton on GPU tensors that it takes, and what it is for
-            `windowed_distillation` elsewhere.
+            tokens, D up to 64 and up to 64 channels on each side (32 on AMD). `"native"` projects inside its C++ where
+            that is faster: up to 128 channels on each side and windows of up to 16 x 16. Elsewhere it makes queries,
+            keys and values first, as any other of `windowed_distillation` does. `"auto"` is triton on GPU tensors that
+            it takes, and what it is for `windowed_distillation` elsewhere.
 
     Returns:
         `WindowedDistillation(loss, attention, value, context)`. The loss has a gradient to features and weights of
@@ -88,7 +90,8 @@ def windowed_feature_distillation(
     check_window(window_size, shift, features_student.device)
     check_terms(terms)
     tensors = _in_one_dtype((features_student, features_teacher, weight_student, weight_teacher))
-    if implementation == "triton" or (implementation == "auto" and _prefers_triton(tensors, window_size)):
+    inside = projects_inside(implementation, *sizes_of(tensors), window_size, tensors[0].dtype, tensors[0].device)
+    if implementation == "triton" or (inside and tensors[0].is_cuda):
         falls_back = implementation == "auto"
         try:
             with without_autocast(features_student.device):
@@ -97,18 +100,34 @@ def windowed_feature_distillation(
             if not falls_back:
                 raise
             warn_once(f"windowed_feature_distillation makes queries, keys and values in memory: {reason}")
+    elif inside:
+        with without_autocast(features_student.device):
+            loss, *values = native.windowed_feature_distillation(*tensors, window_size, shift, terms)
+        attention, value, context = (each.detach() for each in values)
+        return WindowedDistillation(loss, attention, value, context)
     return projected(tensors, window_size, shift, terms, implementation)
-
-
-def _prefers_triton(tensors: Tensors, window_size: int) -> bool:
-    features = tensors[0]
-    return features.is_cuda and takes_features(*sizes_of(tensors), window_size, features.dtype, features.device)
 
 
 def sizes_of(tensors: Tensors) -> tuple[int, int, int]:
     """The channels of student and teacher, and D."""
     features_student, features_teacher, weight_student, _ = tensors
     return features_student.shape[1], features_teacher.shape[1], weight_student.shape[0] // 3
+
+
+def projects_inside(
+    implementation: str,
+    student_channels: int,
+    teacher_channels: int,
+    dim: int,
+    window_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> bool:
+    """Whether `implementation` projects features of so many channels inside its kernels, where that is faster."""
+    if implementation == "triton" or (implementation == "auto" and device.type == "cuda"):
+        return takes_features(student_channels, teacher_channels, dim, window_size, dtype, device)
+    channels = max(student_channels, teacher_channels)
+    return implementation in ("auto", "native") and native.serves(channels, window_size, dtype, device)
 
 
 def takes_features(

@@ -14,14 +14,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sward.cli import doctor
 from sward.cli.main import main
-from sward_kernels import cpp, prototype_discrimination, relational_kl, windowed_distillation
+from sward_kernels import (
+    cpp,
+    prototype_discrimination,
+    relational_kl,
+    windowed_distillation,
+    windowed_feature_distillation,
+)
+from tests.support.operators import Operators
 
 CPU = (
     "MWAD, CPU tensors",
+    "MWAD's projections, CPU tensors",
     "PDR, CPU tensors",
     "CIRKD, CPU tensors",
     "standardised teacher, CPU tensors",
@@ -46,30 +53,22 @@ def remove_packages(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in packages else find(name))
 
 
-class Operators(TorchDispatchMode):
-    """Collects the names of this project's operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "sward_kernels":
-            self.names.append(function.name())
-        return function(*args, **(kwargs or {}))
-
-
 def runs_native(operation: str, dtype: torch.dtype = torch.float32, **options: Any) -> bool:
     with Operators() as operators:
         if operation == "MWAD":
             maps = torch.randn(2, 1, 6, 20, 20, dtype=dtype)
             windowed_distillation(*maps, options["window"])
+        elif operation == "MWAD's projections":
+            features = torch.randn(2, 1, options["channels"], 20, 20, dtype=dtype)
+            weights = torch.randn(2, 6, options["channels"], dtype=dtype)
+            windowed_feature_distillation(*features, *weights, options["window"])
+            return "windowed_feature_distillation_native" in operators.returned
         elif operation == "CIRKD":
             relational_kl(*torch.randn(2, 1, 6, 3, dtype=dtype))
         else:
             features = torch.randn(2, 3, 8, 8, dtype=dtype)
             prototype_discrimination(features, torch.zeros(2, 8, 8, dtype=torch.int64), 2, **options)
-    return any("native" in name for name in operators.names)
+    return any("native" in name for name in operators.returned)
 
 
 def test_the_command_prints_versions_and_threads(capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,6 +91,14 @@ def test_where_the_doctor_says_native_native_runs_and_elsewhere_it_does_not(monk
     expected = "native (C++) in fp32, bf16 and fp16; eager in windows above 16 x 16 and in other dtypes"
     assert said["MWAD, CPU tensors"] == expected
     assert runs_native("MWAD", torch.bfloat16, window=16)
+    expected = (
+        "native (C++) in fp32, bf16 and fp16; PyTorch above 128 channels, in windows above 16 x 16 and in other dtypes"
+    )
+    assert said["MWAD's projections, CPU tensors"] == expected
+    assert runs_native("MWAD's projections", torch.bfloat16, window=16, channels=128)
+    assert not runs_native("MWAD's projections", window=17, channels=128)
+    assert not runs_native("MWAD's projections", window=16, channels=129)
+    assert not runs_native("MWAD's projections", torch.float64, window=16, channels=128)
     assert said["PDR, CPU tensors"] == "native (C++) in fp32; eager in other dtypes"
     assert said["CIRKD, CPU tensors"] == "native (C++) in fp32; eager above 2048 pixels per image and in float64"
     assert runs_native("MWAD", window=16)

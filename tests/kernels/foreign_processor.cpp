@@ -30,15 +30,9 @@ int main() {
     std::vector<float> maps[4] = {made_up(count), made_up(count), made_up(count), made_up(count)};
     const std::vector<int64_t> rows = {0, 1, 2, 3, 4, 5, 6, -1}, columns = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, -1};
     std::vector<float> values(6 * 3);
-    Arguments given = {};
-    given.batch = 1, given.dim = dim, given.side = 4, given.window_rows = 2, given.window_columns = 3;
-    for (int i = 0; i < 4; ++i) {
-        given.maps[i] = maps[i].data();
-        const int64_t strides[4] = {count, height * width, width, 1};
-        std::copy_n(strides, 4, given.strides[i]);
-    }
-    given.rows = rows.data(), given.columns = columns.data();
-    given.term_weights = {0.7f, 1.3f, 0.4f}, given.epsilon = 1e-8f, given.values = values.data();
+    const auto map = [&](int i) { return Map{maps[i].data(), {count, height * width, width, 1}}; };
+    const Arguments given = {{1, 4, 2, 3, rows.data(), columns.data()}, dim, {map(0), map(1)}, {map(2), map(3)},
+                             {0.7f, 1.3f, 0.4f}, 1e-8f, values.data()};
     if (distil(&given, 2)) return 1;
     print(values), print(maps[2]), print(maps[3]);
 }
@@ -100,6 +94,29 @@ int main() {
     const Standardize standardize_given = {of_features, of_result, means.data(), scales.data()};
     standardize(&standardize_given, 2);
     print(found_means), print(variances), print(result);
+}
+#elif OPERATION == 5  // the same windows of features: 7 channels, folded, and 17
+int main() {
+    const int64_t dim = 12, height = 7, width = 11, pixels = height * width, channels[2] = {7, 17};
+    const std::vector<int64_t> rows = {0, 1, 2, 3, 4, 5, 6, -1}, columns = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, -1};
+    std::vector<float> values(6 * 3), maps[4], projections[4], parts[2];
+    Features sides[2];
+    for (int i = 0; i < 2; ++i) {
+        const int64_t made = i ? 3 * dim : channels[0] + dim;
+        for (int k : {i, i + 2}) {
+            maps[k] = made_up(channels[i] * pixels);
+            projections[k] = made_up(made * channels[i]);
+        }
+        parts[i].resize(2 * made * whole_vectors(channels[i]));
+        const auto map = [&](int k) { return Map{maps[k].data(), {channels[i] * pixels, pixels, width, 1}}; };
+        sides[i] = {channels[i],     !i, map(i), map(i + 2), projections[i].data(),
+                    parts[i].data(), projections[i + 2].data()};
+    }
+    const Arguments given = {{1, 4, 2, 3, rows.data(), columns.data()}, dim, {sides[0], sides[1]},
+                             {0.7f, 1.3f, 0.4f}, 1e-8f, values.data()};
+    if (distil_features(&given, 2)) return 1;
+    print(values);
+    for (int k : {2, 3}) print(maps[k]), print(projections[k]);
 }
 #else  // colours
 int main() {

@@ -20,10 +20,11 @@ from sward_kernels.prototypes import native as prototypes
 from sward_kernels.relation import native as relation
 from sward_kernels.standardization import native as standardization
 from sward_kernels.windowed import native as windowed
+from sward_kernels.windowed_features import native as windowed_features
 
 DRIVER = Path(__file__).with_name("foreign_processor.cpp")
 # In the order of the numbers in the driver.
-LIBRARIES = [each.LIBRARY for each in (windowed, prototypes, relation, standardization, colours)]
+LIBRARIES = [each.LIBRARY for each in (windowed, prototypes, relation, standardization, windowed_features, colours)]
 ARM = "aarch64-linux-gnu-g++"
 
 

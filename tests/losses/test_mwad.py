@@ -12,6 +12,9 @@ from torch import Tensor
 from sward.alignment import ChannelProjection, project
 from sward.losses import PAPER, MWADLoss, mwad
 from sward_kernels import windowed_distillation, windowed_feature_distillation
+from sward_kernels.windowed_features import native as windowed_features
+from tests.support.error_budget import GRADIENT_FACTOR, assert_within_budget
+from tests.support.operators import Operators
 
 LITERAL = {name: getattr(PAPER, name) for name in ("teacher_normalization", "teacher_projections", "context_reduction")}
 
@@ -155,17 +158,20 @@ def test_evaluation_mode_does_not_shift_and_draws_nothing() -> None:
 def test_the_paper_s_recipe_is_its_equations_bit_for_bit() -> None:
     """Parameters drawn in this order, and these operations on them; no buffers."""
     torch.manual_seed(0)
-    loss = MWADLoss([4, 96], [5, 64], window_size=4, embed_dim=8, shift="deterministic", **LITERAL)
+    # The reference, since what `auto` is on a CPU makes one matrix of the projections of queries and keys.
+    options = {"implementation": "reference", "shift": "deterministic", **LITERAL}
+    loss = MWADLoss([4, 96], [5, 64], window_size=4, embed_dim=8, **options)
     torch.manual_seed(0)
     phi = [ChannelProjection(5, 4), ChannelProjection(64, 96)]
     theta_teacher, theta_student = ([ChannelProjection(width, 24, bias=False) for width in (4, 96)] for _ in range(2))
     student, teacher = maps([4, 96], [(8, 8), (4, 8)], torch.float32), maps([5, 64], [(8, 8), (8, 8)], torch.float32)
-    first = windowed_distillation(theta_student[0](student[0]), theta_teacher[0](phi[0](teacher[0])), 4, (2, 2)).loss
+    qkv_teacher = theta_teacher[0](phi[0](teacher[0]))
+    first = windowed_distillation(theta_student[0](student[0]), qkv_teacher, 4, (2, 2), implementation="reference").loss
     # The wide student merges the two convolutions of its teacher.
     matrix = theta_teacher[1].weight.flatten(1)
     small = F.interpolate(teacher[1], size=(4, 8), mode="bilinear", align_corners=False)
     merged = project(small, matrix @ phi[1].weight.flatten(1), matrix @ phi[1].bias)
-    second = windowed_distillation(theta_student[1](student[1]), merged, 4, (2, 2)).loss
+    second = windowed_distillation(theta_student[1](student[1]), merged, 4, (2, 2), implementation="reference").loss
     assert torch.equal(loss(student, teacher).loss, torch.stack([first, second]).mean())
     assert not list(loss.buffers())
     assert all(parameter.requires_grad for parameter in loss.parameters())
@@ -275,6 +281,34 @@ def test_triton_projects_narrow_features_inside_its_kernels(
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("window_size", "student_channels", "inside"), [(4, 6, True), (17, 6, False), (4, 129, False)])
+@pytest.mark.parametrize("recipe", ["paper", "recommended"])
+def test_on_a_cpu_narrow_features_are_projected_inside_the_operation(
+    window_size: int, student_channels: int, inside: bool, recipe: str
+) -> None:
+    if windowed_features.LIBRARY.why_not() is not None:
+        pytest.skip("the C++ does not compile here")
+    options = {"window_size": window_size, "embed_dim": 8, "shift": "deterministic"} | (
+        LITERAL if recipe == "paper" else {}
+    )
+    student, teacher = torch.randn(1, student_channels, 9, 8), torch.randn(1, 5, 8, 11)
+    outcomes = []
+    for implementation, dtype in (("auto", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        torch.manual_seed(1)
+        loss = MWADLoss([student_channels], [5], implementation=implementation, **options).to(dtype)
+        leaf = student.to(dtype, copy=True).requires_grad_()
+        with Operators() as operators:
+            output = loss([leaf], [teacher.to(dtype)])
+        output.loss.backward()
+        outcomes.append([output.loss, *output[1:4], leaf.grad, *(each.grad for each in loss.parameters())])
+        if implementation == "auto":
+            assert ("windowed_feature_distillation_native" in operators.returned) == inside
+    for one, plain, exact in zip(*outcomes, strict=True):
+        assert (one is None) == (exact is None)
+        if one is not None:
+            assert_within_budget(one, plain, exact, GRADIENT_FACTOR, "a term or a gradient")
 
 
 @pytest.mark.parametrize("dtype", FLOATING)

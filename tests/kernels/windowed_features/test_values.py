@@ -62,6 +62,22 @@ def test_autocast_leaves_float64_alone() -> None:
         assert torch.equal(windowed_feature_distillation(*sides, 4).loss, windowed_feature_distillation(*sides, 4).loss)
 
 
+@pytest.mark.parametrize("channels", [(6, 9), (3, 129)])
+def test_on_a_cpu_it_compiles_without_a_graph_break(channels: tuple[int, int]) -> None:
+    torch._dynamo.reset()
+    sides = sides_like((2, 9, 10), channels=channels, dtype=torch.float32)
+    leaves = Sides(*(tensor.requires_grad_() for tensor in sides))
+    compiled = torch.compile(
+        lambda shift, *tensors: windowed_feature_distillation(*tensors, 4, shift).loss,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    shift = torch.tensor([1, 2])
+    gradients = torch.autograd.grad(compiled(shift, *leaves), leaves)
+    expected = torch.autograd.grad(windowed_feature_distillation(*leaves, 4, shift).loss, leaves)
+    torch.testing.assert_close(gradients, expected)
+
+
 F, W = torch.zeros(2, 4, 6, 5), torch.zeros(24, 4)
 WRONG = [
     ((F.numpy(), F, W, W, 2), "features_student must be a torch.Tensor, got ndarray"),
