@@ -5,9 +5,9 @@
     SWARD_DATA=/datasets python benchmarks/step_parts.py --preset clinicdb-unext --recipe paper
 
 The presets are those of two cores and `clinicdb-unext` at 256x256, batch 8, with the teacher's trunk features in the
-cache. Parts are timed in turn, round by round, and the fastest round counts. `--clock cpu` counts the processor time of
-this thread instead of the time of day. Writes `benchmarks/results/step_parts.csv` for all presets with the recommended
-recipe.
+cache. Parts are timed in turn, round by round, and the fastest round counts. "Windowed distillation" includes what MWAD
+projects inside that operation. `--clock cpu` counts the processor time of this thread instead of the time of day. Writes
+`benchmarks/results/step_parts.csv` for all presets with the recommended recipe.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from sward.losses.recipes import RecipeName
 from sward.runs.load import distillation_pair
 from sward.training import FrozenTeacher, TrainingStep
 from sward.training.teacher_cache import TrunkCache
-from sward_kernels import windowed_distillation
 
 RESULTS = Path(__file__).parent / "results"
 CASES = {"clinicdb-small": (128, 128), "colondb-small": (128, 128), "clinicdb-unext": (256, 256)}
@@ -101,6 +100,7 @@ def parts_of(preset: str, recipe: RecipeName, size: tuple[int, int], folder: Pat
     theirs = [features[tap] for tap in loss.teacher_taps]
     mwad, stages = loss.mwad, range(len(own))
     sizes = [aligned_size(*pair) for pair in zip(own, theirs, strict=True)]
+    operations = [mwad._operation(index, own[index], theirs[index])[0] for index in stages]
     pdr, normalised_pdr = (
         PDRLoss(info.num_classes, normalize=normalize, ignore_index=info.ignore_index) for normalize in (False, True)
     )
@@ -108,19 +108,18 @@ def parts_of(preset: str, recipe: RecipeName, size: tuple[int, int], folder: Pat
     def standardizations() -> list[Standardization]:
         return [each for each in mwad.standardization if isinstance(each, Standardization)]
 
-    def project() -> list[Tensor]:
-        return [mwad.theta_student[index].project_and_resize(own[index], sizes[index]) for index in stages]  # type: ignore[operator]
+    def project() -> list[tuple[Tensor, ...]]:
+        return [mwad._operation(index, own[index], theirs[index])[1] for index in stages]
 
-    with torch.no_grad():
-        upstream = [torch.randn_like(each) for each in project()]
-        qkv_teacher = [mwad._project_teacher(index, theirs[index], sizes[index]) for index in stages]
-    qkv_student = [each.detach().requires_grad_() for each in project()]
+    operands = [[each.detach().requires_grad_(each.requires_grad) for each in stage] for stage in project()]
+    upstream = [[torch.randn_like(each) for each in stage] for stage in operands]
+
+    def project_and_back() -> None:
+        made = [pair for stage in zip(project(), upstream, strict=True) for pair in zip(*stage, strict=True)]
+        torch.autograd.backward(*zip(*((each, above) for each, above in made if each.grad_fn is not None), strict=True))
 
     def windows() -> None:
-        results = [
-            windowed_distillation(qkv_student[index], qkv_teacher[index], mwad.window_size[index], (3, 3))
-            for index in stages
-        ]
+        results = [operations[index](*operands[index], mwad.window_size[index], (3, 3)) for index in stages]
         torch.stack([result.loss for result in results]).sum().backward()
 
     def whole_step() -> None:
@@ -143,10 +142,7 @@ def parts_of(preset: str, recipe: RecipeName, size: tuple[int, int], folder: Pat
             each.update(maps) for each, maps in zip(standardizations(), theirs, strict=False)
         ],
         "  teacher standardised, resized": standardize,
-        "  teacher projected (with the above)": lambda: [
-            mwad._project_teacher(index, theirs[index], sizes[index]) for index in stages
-        ],
-        "  student projected": lambda: torch.autograd.backward(project(), upstream),
+        "  projected (with the above)": project_and_back,
         "  windowed distillation": windows,
         "PDR": lambda: pdr(taps[loss.pdr_tap], labels).loss.backward(),
         "normalised PDR": lambda: normalised_pdr(taps[loss.pdr_tap], labels).loss.backward(),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -199,6 +201,15 @@ def test_16_bit_features_are_computed_in_32(dtype: torch.dtype) -> None:
         assert torch.equal(one, other.to(dtype))
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names a part of x86-64")
+def test_narrower_vectors_give_the_same_within_the_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "c++ -mno-avx512f")
+    monkeypatch.setattr(native, "LIBRARY", cpp.Library(native.LIBRARY.operation, native.LIBRARY.source))
+    for window_size in (3, 8):
+        check(sides_like((2, 13, 19), dim=9, channels=(8, 21), dtype=torch.float32, seed=1), window_size, (1, 2))
+
+
 def test_it_is_chosen_where_it_is_faster() -> None:
     def inside(implementation: str, *sizes: int, dtype: torch.dtype = torch.float32) -> bool:
         return projects_inside(implementation, *sizes, dtype, torch.device("cpu"))  # type: ignore[arg-type]
@@ -221,7 +232,7 @@ def test_wider_features_are_projected_first(channels: tuple[int, int]) -> None:
     assert list(operators.returned) == ["windowed_distillation_native"]
 
 
-def test_without_a_compiler_auto_warns_once_and_runs_eager(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_without_a_compiler_auto_warns_once_and_runs_eager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr("sward_kernels.fallback._warned", set())
