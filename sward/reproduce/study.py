@@ -47,7 +47,14 @@ TRUNK_FILES = {
 }
 """File name of each teacher's pretrained trunk, as published (docs/reproduce.md)."""
 
-MASK_STEPS = {"clinicdb-small": 300, "colondb-small": 300, "camvid-small": 200, "demo": 100}
+MASK_STEPS = {
+    "clinicdb-small": 300,
+    "clinicdb-random-small": 300,
+    "colondb-small": 300,
+    "colondb-sequence-small": 300,
+    "camvid-small": 200,
+    "demo": 100,
+}
 """Steps of learning MasKD's tokens and FreeKD's prompts at the small scale; other presets use the papers' values."""
 
 
