@@ -39,6 +39,8 @@ class Sizes(NamedTuple):
 
     stages: tuple[Stage, ...]
     """The stages of the paper's presets; the first is the headline."""
+    features: tuple[tuple[Stage, int], ...]
+    """Stages that are compared from features, and the channels of these."""
     wide: Stage
     """A map of more than 2**31 elements."""
     prototypes: tuple[tuple[int, int, int, int, int], ...]
@@ -57,6 +59,8 @@ PAPER = Sizes(
         *(Stage(16, side, 2 * side) for side in (128, 64, 32, 16)),
         *(Stage(8, side, side) for side in (128, 64, 32, 16)),
     ),
+    # The first stages of MobileNetV3, UNeXt and ResUNet++.
+    features=((Stage(16, 128, 256), 16), (Stage(16, 128, 256), 32), (Stage(16, 128, 256), 64)),
     wide=Stage(1, 3376, 3376),
     prototypes=((16, 576, 32, 64, 19), (8, 256, 16, 16, 2), (8, 256, 64, 64, 2)),
     relation=(4, 2048, 256),
@@ -66,6 +70,7 @@ PAPER = Sizes(
 )
 TINY = Sizes(
     stages=(Stage(1, 4, 4, 16, 4), Stage(1, 5, 3, 16, 4)),
+    features=((Stage(1, 4, 4, 16, 4), 8),),
     wide=Stage(1, 8, 4, 16, 4),
     prototypes=((1, 8, 4, 4, 3),),
     relation=(1, 20, 8),

@@ -11,7 +11,7 @@ from torch import Tensor
 from gpu_parts.operation import fp32_products, maps_of, oracle_of, shift_on, verdict
 from gpu_parts.rows import DTYPES, LAYOUTS, Row, Stage, Suite
 from harness import worst_error
-from sward_kernels import prototype_discrimination, relational_kl, windowed_distillation
+from sward_kernels import prototype_discrimination, relational_kl, windowed_distillation, windowed_feature_distillation
 from sward_kernels.windows import WindowGrid
 
 
@@ -133,7 +133,11 @@ def time_compiled(suite: Suite) -> None:
 
 
 def time_others(suite: Suite) -> None:
-    """The prototype regularization and the relational KL."""
+    """Windowed distillation from features, the prototype regularization and the relational KL."""
+    for dtype in ("bf16", "fp16"):
+        for layout in LAYOUTS:
+            for stage, channels in suite.sizes.features:
+                _time_features(suite, stage, channels, dtype, layout)
     for dtype in ("bf16", "fp32"):
         for layout in LAYOUTS:
             for size in suite.sizes.prototypes:
@@ -151,13 +155,47 @@ def time_others(suite: Suite) -> None:
                     lambda implementation=implementation: relational_kl(  # type: ignore[misc]
                         student, teacher, implementation=implementation
                     ),
-                    student,
+                    (student,),
                     {"forward": 2 * map_bytes, "backward": 3 * map_bytes},
                     case=f"relational_kl B={images} P={pixels} C={channels}",
                     provider=implementation,
                     dtype=dtype,
                     layout="",
                 )
+
+
+def _time_features(suite: Suite, stage: Stage, channels: int, dtype: str, layout: str) -> None:
+    """Projections inside the kernels, and 1x1 convolutions before them; the teacher is frozen, as in MWADLoss."""
+    generator = torch.Generator(suite.device).manual_seed(0)
+    maps = torch.randn(2, stage.batch, channels, stage.height, stage.width, generator=generator, device=suite.device)
+    student, teacher = (each.to(DTYPES[dtype], memory_format=LAYOUTS[layout]) for each in maps)
+    weights = torch.randn(2, 3 * stage.dim, channels, generator=generator, device=suite.device) / channels**0.5
+    weight_student, weight_teacher = weights.to(DTYPES[dtype])
+    inputs = (student.requires_grad_(), weight_student.requires_grad_())
+    shift = shift_on(suite.device)
+
+    def inside() -> Tensor:
+        return windowed_feature_distillation(
+            student, teacher, weight_student, weight_teacher, stage.window_size, shift, implementation="triton"
+        ).loss
+
+    def before() -> Tensor:
+        qkv_student = F.conv2d(student, weight_student[:, :, None, None])
+        qkv_teacher = F.conv2d(teacher, weight_teacher[:, :, None, None])
+        return windowed_distillation(qkv_student, qkv_teacher, stage.window_size, shift, implementation="triton").loss
+
+    size = student.numel() * student.element_size()
+    for provider, loss in (("triton", inside), ("convolutions, triton", before)):
+        _time_both(
+            suite,
+            loss,
+            inputs,
+            {"forward": 2 * size, "backward": 3 * size},
+            case=f"windowed_feature_distillation C={channels} {stage}",
+            provider=provider,
+            dtype=dtype,
+            layout=layout,
+        )
 
 
 def _time_prototypes(suite: Suite, shape: tuple[int, int, int, int, int], dtype: str, layout: str) -> None:
@@ -173,7 +211,7 @@ def _time_prototypes(suite: Suite, shape: tuple[int, int, int, int, int], dtype:
             lambda implementation=implementation: (  # type: ignore[misc]
                 prototype_discrimination(features, labels, classes, implementation=implementation).loss
             ),
-            features,
+            (features,),
             {"forward": size, "backward": 2 * size},
             case=f"prototype_discrimination {'x'.join(map(str, shape[:4]))} K={classes}",
             provider=implementation,
@@ -182,7 +220,9 @@ def _time_prototypes(suite: Suite, shape: tuple[int, int, int, int, int], dtype:
         )
 
 
-def _time_both(suite: Suite, loss: Callable[[], Tensor], leaf: Tensor, sizes: dict[str, int], **place: str) -> None:
+def _time_both(
+    suite: Suite, loss: Callable[[], Tensor], inputs: tuple[Tensor, ...], sizes: dict[str, int], **place: str
+) -> None:
     for direction, size in sizes.items():
 
         def run(direction: str = direction, size: int = size) -> Row:
@@ -190,7 +230,7 @@ def _time_both(suite: Suite, loss: Callable[[], Tensor], leaf: Tensor, sizes: di
                 return _with_bandwidth(suite.milliseconds(loss), size)
             value = loss()
             upstream = torch.ones_like(value)
-            backward = suite.milliseconds(lambda: torch.autograd.grad(value, leaf, upstream, retain_graph=True))
+            backward = suite.milliseconds(lambda: torch.autograd.grad(value, inputs, upstream, retain_graph=True))
             return _with_bandwidth(backward, size)
 
         suite.attempt(run, **place, **{"pass": direction})

@@ -196,7 +196,10 @@ def describe(num_classes: int | None, options: FolderOptions | None = None) -> D
     }
     given = {name: count for name, count in counts.items() if count is not None}
     if not given:
-        raise ValueError(f"num_classes must be 2 to {IGNORE_INDEX} for the data set 'folder', got None")
+        raise ValueError(
+            f"num_classes must be 2 to {IGNORE_INDEX} for the data set 'folder', got None; name the classes, for "
+            "example with --classes background,polyp"
+        )
     if len(set(given.values())) > 1:
         said = ", ".join(f"{count} by {name}" for name, count in given.items())
         raise ValueError(f"num_classes, classes and mask_values must agree on the number of classes, got {said}")

@@ -50,23 +50,29 @@ class Layout:
         return Layout(channels_last, aligned)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Everything about a call that decides what is compiled: not sizes of batch and image, strides or shifts."""
+@dataclass(frozen=True, kw_only=True)
+class WindowProblem:
+    """What decides what is compiled, beside the maps: not sizes of batch and image, strides or shifts."""
 
     window_size: int
     dim: int
     dtype: torch.dtype
     precision: str
     family: str
-    student_layout: Layout
-    teacher_layout: Layout
     active_terms: tuple[bool, bool, bool]
     wide: bool
 
     @property
     def tokens(self) -> int:
         return self.window_size * self.window_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem(WindowProblem):
+    """Everything about a call that decides what is compiled."""
+
+    student_layout: Layout
+    teacher_layout: Layout
 
 
 @dataclass(frozen=True)
@@ -183,7 +189,17 @@ def configurations(target: Target) -> Iterator[Configuration]:
         dims = tuple(dim for dim in SHIPPED_DIMS if dim <= 64 or dtype != torch.float32)
         for window_size in SHIPPED_WINDOW_SIZES:
             for dim in dims:
-                problem = Problem(window_size, dim, dtype, precision, target.family, layout, layout, (True,) * 3, False)
+                problem = Problem(
+                    window_size=window_size,
+                    dim=dim,
+                    dtype=dtype,
+                    precision=precision,
+                    family=target.family,
+                    active_terms=(True, True, True),
+                    wide=False,
+                    student_layout=layout,
+                    teacher_layout=layout,
+                )
                 yield _configuration(problem, "forward", SAVE=True)
                 yield _configuration(problem, "backward", WANTS_STUDENT_GRADIENT=True, WANTS_TEACHER_GRADIENT=True)
 

@@ -119,6 +119,8 @@ class _Call:
     launch: PreparedLaunch
     dtype: torch.dtype
     """Of sums."""
+    layout: torch.memory_format
+    """Of the gradient."""
     pixels: int
 
 
@@ -158,7 +160,7 @@ def _prepared(problem: Problem, plan: Plan, maps: dict[str, Tensor], terms: Term
     programs = -(-groups // groups_per_program)
     launch = PreparedLaunch(problem, plan.kernel, programs, plan.tiles.num_warps, known, **options)
     features = next(iter(maps.values()))
-    return _Call(launch, precision(features), batch * height * width)
+    return _Call(launch, precision(features), memory_format(features), batch * height * width)
 
 
 def _launch(prepared: PreparedLaunch, arguments: dict[str, Any]) -> None:
@@ -224,12 +226,12 @@ def _backward(
     weights = {"student": weight_student, "teacher": weight_teacher}
     gradients: dict[str, tuple[Tensor, Tensor]] = {}
     for own, wanted in (("student", wants_student_gradient), ("teacher", wants_teacher_gradient)):
-        gradient = allocate_gradient(maps[own], memory_format(maps[own]), wanted)
-        if not wanted:
-            gradients[own] = gradient, weights[own].new_empty(0)
-            continue
         weight = weights[own]
+        if not wanted:
+            gradients[own] = weight.new_empty(0), weight.new_empty(0)
+            continue
         call = _call(features_student, features_teacher, len(weight) // 3, window_size, terms, own)
+        gradient = torch.empty_like(maps[own], memory_format=call.layout)
         sums_per_program = weight.shape[1] ** 2 + weight.numel() // 3
         partials = gradient.new_empty((call.launch.programs, sums_per_program), dtype=call.dtype)
         arguments = {

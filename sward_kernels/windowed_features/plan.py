@@ -19,7 +19,7 @@ from sward_kernels.gpu.launching import (
 )
 from sward_kernels.resources import Configuration
 from sward_kernels.targets import Target, family_of
-from sward_kernels.windowed.plan import Layout, Terms, padded
+from sward_kernels.windowed.plan import Layout, Terms, WindowProblem, padded
 from sward_kernels.windowed.tiles import STUDENT, TEACHER
 from sward_kernels.windowed_features.api import most_channels_of
 from sward_kernels.windowed_features.kernels import RUNTIME_INTEGERS, backward_kernel, forward_kernel
@@ -37,23 +37,12 @@ class Side:
     layout: Layout
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Everything about a call that decides what is compiled: not sizes of batch and image, strides or shifts."""
+@dataclass(frozen=True, kw_only=True)
+class Problem(WindowProblem):
+    """Everything about a call that decides what is compiled."""
 
-    window_size: int
-    dim: int
-    dtype: torch.dtype
-    precision: str
-    family: str
     student: Side
     teacher: Side
-    active_terms: tuple[bool, bool, bool]
-    wide: bool
-
-    @property
-    def tokens(self) -> int:
-        return self.window_size * self.window_size
 
 
 @dataclass(frozen=True)
@@ -147,7 +136,17 @@ def configurations(target: Target) -> Iterator[Configuration]:
         if channels > most_channels_of(target.family, dtype):
             continue
         side = Side(channels, layout)
-        problem = Problem(window_size, SHIPPED_DIM, dtype, "ieee", target.family, side, side, (True,) * 3, False)
+        problem = Problem(
+            window_size=window_size,
+            dim=SHIPPED_DIM,
+            dtype=dtype,
+            precision="ieee",
+            family=target.family,
+            active_terms=(True, True, True),
+            wide=False,
+            student=side,
+            teacher=side,
+        )
         for own in (None, "student", "teacher"):
             yield _configuration(problem, own)
 

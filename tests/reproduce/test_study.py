@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sward.reproduce
+from sward import presets
 from sward.cli.main import main
 from sward.config import DistillationConfig
 from sward.config_json import differences
@@ -201,3 +202,11 @@ def test_teacher_has_one_seed_and_comes_first() -> None:
         ("sward", 1),
         ("none", 1),
     ]
+
+
+def test_masks_of_a_small_preset_take_fewer_steps_than_its_student() -> None:
+    study = Study(Options("peers"))
+    small = [name for name in presets.names() if presets.get(name).student.dataset.image_size < (256, 256)]
+    assert {"demo", "clinicdb-random-small", "clinicdb-small-10"} < {*small}
+    for name in small:
+        assert (study.masks_config(method(name, "maskd"), "maskd").steps or 10_000) <= 300, name

@@ -15,7 +15,9 @@ FORWARD_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
 
 
-def assert_within_budget(actual: Tensor, reference: Tensor, oracle: Tensor, factor: float, what: str) -> None:
+def assert_within_budget(
+    actual: Tensor, reference: Tensor, oracle: Tensor, factor: float, what: str, rounding: torch.dtype | None = None
+) -> None:
     """Fail if `actual` is farther from `oracle` (float64) than `factor` times `reference` and one rounding are.
 
     Args:
@@ -24,11 +26,15 @@ def assert_within_budget(actual: Tensor, reference: Tensor, oracle: Tensor, fact
         oracle: what the reference computed in float64 from the same inputs.
         factor: `FORWARD_FACTOR` or `GRADIENT_FACTOR`.
         what: named in the message.
+        rounding: the dtype of the one rounding, where results are more precise than their inputs; that of `actual`,
+            which is then that of `reference`, by default.
     """
-    assert actual.dtype == reference.dtype, f"{what}: dtype {actual.dtype}, the reference has {reference.dtype}"
+    if rounding is None:
+        assert actual.dtype == reference.dtype, f"{what}: dtype {actual.dtype}, the reference has {reference.dtype}"
+        rounding = actual.dtype
     assert actual.shape == oracle.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
     assert torch.isfinite(actual).all(), f"{what} is not finite"
-    band = torch.finfo(actual.dtype).eps * oracle.abs().max().item()
+    band = torch.finfo(rounding).eps * oracle.abs().max().item()
     reference_error = (reference.double() - oracle).abs().max().item()
     error = (actual.double() - oracle).abs().max().item()
     budget = factor * (reference_error + band)

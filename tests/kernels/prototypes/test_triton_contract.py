@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +17,10 @@ pytest.importorskip("triton")
 import tests.support.interpreter  # noqa: F401  (makes it fast)
 from sward_kernels.gpu import launching
 from sward_kernels.prototypes import launch, plan
+from tests.support.mocked_gpu import compilations
 from tests.support.prototype_cases import close_clusters
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REPOSITORY = Path(__file__).parents[3]
 pytestmark = pytest.mark.usefixtures("poison_empty_tensors")
 
 
@@ -145,10 +140,7 @@ def test_a_call_allocates_and_launches_and_adds_one_table(monkeypatch: pytest.Mo
     ]  # fmt: skip
 
 
-# The launches of real calls up to the driver, which does nothing: argument binding without compiler and GPU.
 SECOND_CALLS = """
-import json, mocked_gpu
-compiled = mocked_gpu.install()
 import torch
 from sward_kernels import prototype_discrimination
 
@@ -159,19 +151,15 @@ def call(batch, height, width, **options):
     torch.stack(losses).mean().backward()
     return len(compiled)
 
-counts = [call(1, 4, 4)]
+counts.append(call(1, 4, 4))
 for batch, *size, ignore_index in ((1, 3, 5, 1), (2, 16, 16, 16), (3, 33, 17, -1), (16, 48, 64, 255)):
     counts.append(call(batch, *size, ignore_index=ignore_index))
 counts += [call(1, 4, 4, margin=2, terms=(0.5, 0)), call(1, 4, 4, margin=0.7, terms=(1, 0.25))]
-print(json.dumps(counts))
 """
 
 
 def test_no_size_weight_or_upstream_compiles_anything_new() -> None:
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'benchmarks'}"}
-    command = [sys.executable, "-c", SECOND_CALLS]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    assert json.loads(output) == [7] * 7
+    assert compilations(SECOND_CALLS) == [7] * 7
 
 
 def test_programs_for_every_multiprocessor() -> None:

@@ -20,6 +20,7 @@ from sward_kernels.windowed import plan
 from sward_kernels.windowed.tile_table import Tiles
 from sward_kernels.windows import WindowGrid
 from tests.support.distillation_cases import SCALARS, WEIGHTS, Outcome, assert_same, maps_like, run
+from tests.support.error_budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # A GPU passes weights and 1/n to the kernel as fp32, the interpreter as they are.
@@ -137,11 +138,8 @@ def test_error_is_within_that_of_the_plain_form(window_size: int, dim: int, dtyp
     names = (*SCALARS, "gradient_student", "gradient_teacher")
     values = zip(names, (*exact.result, *exact[1:]), plain(student, teacher, window_size), (*ours.result, *ours[1:]))
     for index, (name, truth, by_pytorch, by_kernel) in enumerate(values):
-        factor = 2 if index < 4 else 3
-        rounding = torch.finfo(dtype).eps * truth.abs().max().item()
-        budget = factor * ((by_pytorch.double() - truth).abs().max().item() + rounding)
-        error = (by_kernel.double() - truth).abs().max().item()
-        assert error <= budget, f"{name}: {error:.2e} over {budget:.2e}"
+        factor = FORWARD_FACTOR if index < 4 else GRADIENT_FACTOR
+        assert_within_budget(by_kernel, by_pytorch, truth, factor, name, rounding=dtype)
 
 
 def test_bfloat16_has_no_bias() -> None:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import warnings
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,9 +25,9 @@ from sward_kernels.windowed import api, launch, plan
 from sward_kernels.windowed.tile_table import Tiles
 from tests.support.distillation_cases import WEIGHTS, assert_same, maps_like, run
 from tests.support.memory_traffic import Traffic
+from tests.support.mocked_gpu import compilations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REPOSITORY = Path(__file__).parents[3]
 
 
 def maps(height: int = 4, width: int = 3, dim: int = 8, **options: Any) -> tuple[Tensor, Tensor]:
@@ -181,10 +176,7 @@ def test_a_cuda_graph_replays_the_call(window_size: int) -> None:
     assert all(torch.equal(one, other) for one, other in zip(replayed, step()))
 
 
-# The launches of real calls up to the driver, which does nothing: argument binding without compiler and GPU.
 SECOND_CALLS = """
-import json, mocked_gpu
-compiled = mocked_gpu.install()
 import torch
 from sward_kernels import relational_kl, windowed_distillation
 
@@ -195,7 +187,6 @@ def call(batch, height, width, shift, dim=16, window_size=4, dtype=torch.bfloat1
         windowed_distillation(*sides, window_size, shift, implementation="triton").loss.backward()
     return len(compiled)
 
-counts = []
 for window_size in (4, 9):
     counts.append(call(1, 4, 4, (0, 0), window_size=window_size))
     # Triton would specialise integers that are 1 or a multiple of 16.
@@ -212,21 +203,12 @@ for window_size in (4, 9):
 units = torch.randn(2, 3, 8, requires_grad=True)
 torch.stack([relational_kl(units, units, implementation="triton") for _ in range(4)]).mean().backward()
 counts.append(len(compiled))
-print(json.dumps(counts))
 """
 
 
 def test_no_shift_batch_size_or_stage_compiles_anything_new() -> None:
-    finished = subprocess.run(
-        [sys.executable, "-c", SECOND_CALLS],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY / "benchmarks"), str(REPOSITORY)])},
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr[-2000:]
     # Two kernels for small windows, two for large ones, two for another D; then one per pass, whatever the stage.
-    assert json.loads(finished.stdout) == [2] * 5 + [4] * 5 + [6] + [8, 10, 12]
+    assert compilations(SECOND_CALLS) == [2] * 5 + [4] * 5 + [6] + [8, 10, 12]
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from sward_kernels.windowed_features import plan
 from sward_kernels.windowed_features.api import takes_features
 from sward_kernels.windows import WindowGrid
 from tests.support.distillation_cases import WEIGHTS
+from tests.support.error_budget import FORWARD_FACTOR, GRADIENT_FACTOR, assert_within_budget
 from tests.support.feature_cases import NAMES, TENSORS, Sides, assert_same, run, sides_like
 from tests.support.tensor_cores import use_tensor_cores
 
@@ -145,11 +146,8 @@ def within_budget(sides: Sides, window_size: int) -> None:
     for index, (name, truth, by_pytorch, by_kernel) in enumerate(
         zip(NAMES, exact.values, plain(sides, window_size), ours.values, strict=True)
     ):
-        factor = 2 if index < 4 else 3
-        rounding = torch.finfo(sides.features_student.dtype).eps * truth.abs().max().item()
-        budget = factor * ((by_pytorch.double() - truth).abs().max().item() + rounding)
-        error = (by_kernel.double() - truth).abs().max().item()
-        assert error <= budget, f"{name}: {error:.2e} over {budget:.2e}"
+        factor = FORWARD_FACTOR if index < 4 else GRADIENT_FACTOR
+        assert_within_budget(by_kernel, by_pytorch, truth, factor, name, rounding=sides.features_student.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
