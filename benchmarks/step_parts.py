@@ -6,7 +6,7 @@
 
 The presets are those of two cores and `clinicdb-unext` at 256x256, batch 8, with the teacher's trunk features in the
 cache. Parts are timed in turn, round by round, and the fastest round counts. "Windowed distillation" includes what MWAD
-projects inside that operation. `--clock cpu` counts the processor time of this thread instead of the time of day. Writes
+projects inside it. `--clock cpu` counts the processor time of this thread instead of the time of day. Writes
 `benchmarks/results/step_parts.csv` for all presets with the recommended recipe.
 """
 

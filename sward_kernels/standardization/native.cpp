@@ -59,6 +59,7 @@ void add_row(const float* x, int64_t count, Spread& spread) {
         Lanes deviations[2] = {}, squares[2] = {};
         for (int64_t i = 0; i < whole; i += LANES) {
             const Lanes deviation = load(piece + i) - mean;
+            __builtin_prefetch(piece + i + PIECE);  // the next piece comes from memory meanwhile
             deviations[i / LANES % 2] += deviation;
             squares[i / LANES % 2] += deviation * deviation;
         }

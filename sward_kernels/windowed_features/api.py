@@ -90,8 +90,7 @@ def windowed_feature_distillation(
     check_window(window_size, shift, features_student.device)
     check_terms(terms)
     tensors = _in_one_dtype((features_student, features_teacher, weight_student, weight_teacher))
-    inside = projects_inside(implementation, *sizes_of(tensors), window_size, tensors[0].dtype, tensors[0].device)
-    if implementation == "triton" or (inside and tensors[0].is_cuda):
+    if implementation == "triton" or (implementation == "auto" and _prefers_triton(tensors, window_size)):
         falls_back = implementation == "auto"
         try:
             with without_autocast(features_student.device):
@@ -100,12 +99,17 @@ def windowed_feature_distillation(
             if not falls_back:
                 raise
             warn_once(f"windowed_feature_distillation makes queries, keys and values in memory: {reason}")
-    elif inside:
+    elif projects_inside(implementation, *sizes_of(tensors), window_size, tensors[0].dtype, tensors[0].device):
         with without_autocast(features_student.device):
             loss, *values = native.windowed_feature_distillation(*tensors, window_size, shift, terms)
         attention, value, context = (each.detach() for each in values)
         return WindowedDistillation(loss, attention, value, context)
     return projected(tensors, window_size, shift, terms, implementation)
+
+
+def _prefers_triton(tensors: Tensors, window_size: int) -> bool:
+    features = tensors[0]
+    return features.is_cuda and takes_features(*sizes_of(tensors), window_size, features.dtype, features.device)
 
 
 def sizes_of(tensors: Tensors) -> tuple[int, int, int]:
