@@ -184,7 +184,14 @@ WRONG: dict[str, tuple[Any, str]] = {
     "unknown method": (lambda: distiller(method="swrd"), "unknown distillation method 'swrd'; did you mean 'sward'"),
     "unknown recipe": (lambda: distiller(recipe="best"), "recipe must be one of 'recommended', 'paper', got 'best'"),
     "unknown setting": (lambda: distiller(window=4), "settings must be fields of SWARDConfig, got 'window'"),
-    "no classes": (lambda: distiller(num_classes=0), "num_classes must be at least 1, got 0"),
+    "one class": (
+        lambda: Distiller(Net(4, 1), Net(8, 1), num_classes=1, image_size=(64, 64)),
+        r"num_classes must be at least 2 \(a one-logit task has 2\), got 1",
+    ),
+    "one logit and three classes": (
+        lambda: Distiller(Net(4, 1), Net(8, 1), num_classes=3, image_size=(64, 64)),
+        "num_classes must be 2, as the student has one logit, got 3",
+    ),
     "other classes": (lambda: distiller(num_classes=19), "num_classes must be 3, the channels of .* got 19"),
     "misnamed layer": (
         lambda: distiller(student_layers=["encoder.7"]),
