@@ -193,7 +193,8 @@ class Distiller(nn.Module):
 
     def _no_labels(self, logits: Tensor) -> Tensor:
         """Return labels with which PDR leaves out every pixel, and the other methods none."""
-        label = self._ignore_index if self.method == "sward" else 0
+        other = 1 if self._ignore_index == 0 else 0
+        label = self._ignore_index if self.method == "sward" else other
         return torch.full((len(logits), *logits.shape[-2:]), label, device=logits.device)
 
     if TYPE_CHECKING:

@@ -121,6 +121,17 @@ def test_without_labels_it_distils_only() -> None:
         distiller(method="cirkd")(images)
 
 
+def test_without_labels_kd_compares_every_pixel_whatever_the_ignored_label() -> None:
+    student, teacher, (images, _) = Net(4), Net(8), batch()
+    losses = [
+        Distiller(student, teacher, num_classes=3, method="kd", image_size=(64, 64), ignore_index=ignored).eval()(
+            images
+        )
+        for ignored in (0, 255)
+    ]
+    assert losses[0].loss == losses[1].loss > 0
+
+
 def test_without_labels_sward_leaves_out_pdr() -> None:
     made, (images, labels) = distiller(recipe="paper").eval(), batch()
     without, labelled = made(images), made(images, labels)
