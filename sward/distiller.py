@@ -83,7 +83,8 @@ class Distiller(nn.Module):
             `PROBE_SIZES`.
         ignore_index: label that is left out.
         process_group: processes over which losses take their means.
-        settings: fields of `sward.config.SWARDConfig`, such as `window_size=(4,)` or `embed_dim=32`.
+        settings: fields of `sward.config.SWARDConfig`, such as `window_size=(8, 4)` or `embed_dim=32`; `window_size`
+            may be one number.
 
     Raises:
         ValueError: if the arguments do not fit together; the message names the cure.
@@ -278,6 +279,9 @@ def _settings(recipe: RecipeName, given: dict[str, Any]) -> SWARDConfig:
     for name in given:
         if name not in known or name in ("student_layers", "teacher_layers"):
             raise ValueError(f"settings must be fields of SWARDConfig, got {name!r}; there are {', '.join(known)}")
+    window = given.get("window_size")
+    if isinstance(window, int):
+        given = {**given, "window_size": (window,)}
     return SWARDConfig(**{**RECIPES[recipe]._asdict(), **given})
 
 

@@ -64,6 +64,12 @@ def test_loss_is_the_task_loss_plus_the_methods_on_the_same_maps() -> None:
     assert made.student_layers == made.teacher_layers == tuple(f"encoder.{stage}" for stage in range(4))
 
 
+def test_one_number_is_the_window_of_every_stage() -> None:
+    made = distiller(window_size=2)
+    assert made.distillation.mwad.window_size == (2, 2, 2, 2)
+    made(*batch()).backward()
+
+
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_gives_the_student_a_gradient(method: str, tmp_path: Any) -> None:
     student, teacher = Net(4), Net(8)
