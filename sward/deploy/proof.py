@@ -273,8 +273,9 @@ def finish(exported: Exported, written: Path, *, force: bool) -> Exported:
         raise ProofError(f"{proof.failure}; see {exported.failed_path}, or keep the file with --force")
     proven = written.with_name(exported.proof_path.name)
     atomic.write(proven, content)
-    # First, so that a crash in between never leaves a file beside the proof of another one.
-    exported.proof_path.unlink(missing_ok=True)
+    # First, so that no file ever stands beside the proof or the card of another one.
+    for path in (exported.proof_path, exported.card_path) if exported.path.exists() else ():
+        path.unlink(missing_ok=True)
     written.replace(exported.path)
     proven.replace(exported.proof_path)
     exported.failed_path.unlink(missing_ok=True)

@@ -128,8 +128,9 @@ def test_an_export_that_fails_leaves_an_older_file_and_its_proof(
         export_run(run, path, check=1, output="argmax", overwrite=True)
     assert set(contents()) == {*before, "student.pt2.failed.json"}
     assert {name: contents()[name] for name in before} == before
-    # The next one that succeeds replaces all three.
+    # The next one that succeeds replaces all, and the card of the old file goes.
     monkeypatch.setattr(proof, "prove", prove)
+    (folder / "student.pt2.md").write_text("the card of the old file")
     export_run(run, path, check=1, output="argmax", overwrite=True)
     assert set(contents()) == set(before)
     assert sward.load(path).metadata.output == "argmax"
