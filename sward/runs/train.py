@@ -35,9 +35,9 @@ from sward.runs.load import (
 )
 from sward.runs.trial import try_step
 from sward.training.batches import batches
-from sward.training.loop import TrainingResult, fit
+from sward.training.loop import TrainingResult, first_state, fit
 from sward.training.progress import Progress
-from sward.training.run_folder import RunFolder, make_folder, require_tensorboard
+from sward.training.run_folder import KeptData, RunFolder, make_folder, require_tensorboard
 from sward.training.state import seed_generators
 from sward.training.step import TrainingStep
 from sward.training.teacher import FrozenTeacher
@@ -304,11 +304,10 @@ def _fit(
     if teacher_weights is not None:
         identity["teacher"] = teacher_weights
     info = images.train.info
+    labels = {split: found.summary(info.classes) for split, found in images.counts.items()}
+    kept = KeptData(images.train.assignment, labels, frames)
     with run.locked():
-        run.start(config, info)
-        run.keep_split(images.train.assignment)
-        run.keep_labels({split: found.summary(info.classes) for split, found in images.counts.items()})
-        run.keep_frames(frames)
+        run.check(config, kept)
         step_module = TrainingStep(
             network,
             task.to(next(network.parameters()).device),
@@ -320,15 +319,18 @@ def _fit(
         if config.compile:
             # In place, which keeps the keys of the state dict; after opening the taps, so that they are traced.
             network.compile()
+        state = first_state(step_module, config, len(images.train), identity)
+        state.restore(run)
+        run.start(config, info, kept)
         return fit(
             step_module,
             config,
             images.train,
             images.validation,
             run,
+            state,
             teacher=teacher,
             unlabelled=images.unlabelled,
-            identity=identity,
         )
 
 

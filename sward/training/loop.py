@@ -58,31 +58,18 @@ class TrainingResult:
     """Time in the training loop, validation excluded."""
 
 
-def fit(
-    step_module: TrainingStep,
-    config: TrainingConfig,
-    train_set: SegmentationDataset,
-    validation_set: SegmentationDataset,
-    run: RunFolder,
-    *,
-    teacher: Callable[[Tensor], dict[str, Tensor]] | None = None,
-    unlabelled: UnlabelledImages | ImageShards | None = None,
-    identity: Mapping[str, str] | None = None,
-) -> TrainingResult:
-    """Train `step_module` as `config` says; the run folder can be resumed and evaluated.
+def first_state(
+    step_module: TrainingStep, config: TrainingConfig, images: int, identity: Mapping[str, str] | None = None
+) -> TrainingState:
+    """Return the state of a run before its first step, with the optimiser and schedule of `config`.
 
-    With `unlabelled`, every step also sees `config.unlabelled_per_step` of these images, whose labels are all ignored.
-    Resumes from the newest intact checkpoint in `run`, if there is one. Every process of a group must call this.
-    Checkpoints keep `identity`, the checksums of the data and the teacher, and are refused where it differs.
-
-    Raises:
-        ValueError: if a checkpoint belongs to another configuration, other data or another teacher.
-        TrainingInterrupted: on Ctrl-C or SIGTERM, after writing a checkpoint.
-        NonFiniteLossError: if the loss is infinite or nan; nothing is saved after that.
+    Args:
+        step_module: what is trained.
+        config: configuration of the run.
+        images: number of training images.
+        identity: checksums of the data and the teacher, see `TrainingState`.
     """
     device = next(step_module.parameters()).device
-    steps, epoch = config.steps(len(train_set)), len(train_set) // config.batch
-    validate_every = epoch * config.evaluate_every if config.evaluate_every else steps
     learnable = [parameter for parameter in step_module.parameters() if parameter.requires_grad]
     # On a CPU the fused update reads and writes each tensor once; the default takes a pass per operation.
     optimizer = torch.optim.AdamW(
@@ -91,12 +78,36 @@ def fit(
         weight_decay=config.optimizer.weight_decay,
         fused=True if device.type == "cpu" else None,
     )
-    schedule = LambdaLR(optimizer, learning_rate(config.optimizer, steps))
+    schedule = LambdaLR(optimizer, learning_rate(config.optimizer, config.steps(images)))
     scaler = torch.amp.GradScaler(device.type, enabled=step_module.precision == "fp16")
-    state = TrainingState(
+    return TrainingState(
         step_module.model, step_module.distillation, optimizer, schedule, scaler, config.optimizer.clip_norm, identity
     )
-    state.restore(run)
+
+
+def fit(
+    step_module: TrainingStep,
+    config: TrainingConfig,
+    train_set: SegmentationDataset,
+    validation_set: SegmentationDataset,
+    run: RunFolder,
+    state: TrainingState,
+    *,
+    teacher: Callable[[Tensor], dict[str, Tensor]] | None = None,
+    unlabelled: UnlabelledImages | ImageShards | None = None,
+) -> TrainingResult:
+    """Train `step_module` from `state` on as `config` says; the run folder can be resumed and evaluated.
+
+    With `unlabelled`, every step also sees `config.unlabelled_per_step` of these images, whose labels are all ignored.
+    Every process of a group must call this.
+
+    Raises:
+        TrainingInterrupted: on Ctrl-C or SIGTERM, after writing a checkpoint.
+        NonFiniteLossError: if the loss is infinite or nan; nothing is saved after that.
+    """
+    device = next(step_module.parameters()).device
+    steps, epoch = config.steps(len(train_set)), len(train_set) // config.batch
+    validate_every = epoch * config.evaluate_every if config.evaluate_every else steps
     stream = batches(
         train_set,
         config.batch,

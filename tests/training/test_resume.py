@@ -23,6 +23,7 @@ from sward.training.run_folder import RunFolder
 from tests.support.training_runs import (
     assert_equal_runs,
     checkpoint,
+    contents,
     records,
     small,
     start,
@@ -265,12 +266,10 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> Non
     train_student(small(tmp_path / "run", iterations=1))
     train_student(small(tmp_path / "other", iterations=1, distillation="none"))
     (tmp_path / "other" / "checkpoints" / "last.pt").replace(tmp_path / "run" / "checkpoints" / "last.pt")
+    before = contents(tmp_path / "run")
     with pytest.raises(ValueError, match="does not belong to this configuration, so the run cannot be resumed"):
-        train_student(small(tmp_path / "run", iterations=1, resume=True))
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        train_student(small(tmp_path / "run", iterations=2, resume=True))
+    assert contents(tmp_path / "run") == before
 
 
 def test_a_run_is_not_resumed_with_another_configuration_and_stays_as_it_is(tmp_path: Path) -> None:
