@@ -129,9 +129,25 @@ def fit(
     replica = distributed.replicate(step_module.train(), device)
     collapse = CollapseWatch()
     evaluation, watch = None, LossWatch()
+
+    def scored() -> Evaluation:
+        state.validation_due = True
+        with _saving_on_error(state, run), state.stopwatch.paused():
+            if config.batch_norm_images is not None:
+                # A run that resumes here has not drawn a batch yet.
+                train_set.set_epoch((state.step - 1) // epoch)
+                estimate_batch_norm(step_module.model, train_set, config.batch_norm_images, config.batch)
+            found = validate(step_module.model, validation_set, device)
+        run.log({"step": state.step, "validation": found.to_dict()})
+        state.validation_due = False
+        return found
+
     per_step = config.batch + (0 if unlabelled is None else config.unlabelled_per_step)
     throughput = Throughput(per_step, state.step, state.stopwatch.read())
     with Progress(run.path.name, steps, start=state.step) as progress, Interruption() as interruption:
+        if state.validation_due:
+            evaluation = scored()
+            state.save(run, evaluation.score(config.metric))
         while state.step < steps:
             logs, saves, validates = (
                 (state.step + 1) % every == 0 or state.step + 1 == steps
@@ -168,11 +184,7 @@ def fit(
                 progress.note(f"loss {record['loss']:.3f}")
             score = None
             if validates:
-                with state.stopwatch.paused(), _saving_on_error(state, run):
-                    if config.batch_norm_images is not None:
-                        estimate_batch_norm(step_module.model, train_set, config.batch_norm_images, config.batch)
-                    evaluation = validate(step_module.model, validation_set, device)
-                run.log({"step": state.step, "validation": evaluation.to_dict()})
+                evaluation = scored()
                 score = evaluation.score(config.metric)
             if saves or validates or stop:
                 state.save(run, score)
@@ -185,7 +197,7 @@ def fit(
 
 @contextmanager
 def _saving_on_error(state: TrainingState, run: RunFolder) -> Iterator[None]:
-    """Save a checkpoint before an error of the validation ends the run, so that no training is lost."""
+    """Save a checkpoint before an error of the validation ends the run; a resumed run validates first."""
     try:
         yield
     except Exception:

@@ -37,6 +37,7 @@ class TrainingState:
         step: optimiser steps taken.
         stopwatch: seconds of training.
         best_score: best validation score so far.
+        validation_due: whether the weights of this step were to be scored and are not yet.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class TrainingState:
         self.step = 0
         self.stopwatch = Stopwatch()
         self.best_score = -math.inf
+        self.validation_due = False
 
     def update(self, loss: Tensor, *, measure: bool = False) -> Tensor | None:
         """Take one optimiser step; return the gradient's norm before clipping if `measure` is set or clipping is on."""
@@ -132,6 +134,7 @@ class TrainingState:
             "step": self.step,
             "seconds": self.stopwatch.read(),
             "best_score": self.best_score,
+            "validation_due": self.validation_due,
             "identity": self.identity,
         }
 
@@ -140,6 +143,10 @@ class TrainingState:
         for name in ("step", "seconds", "best_score"):
             if not isinstance(state[name], (int, float)) or (name == "step" and state[name] not in range(2**62)):
                 raise ValueError(f"its {name} must be a number, got {state[name]!r}")
+        # Older checkpoints do not say.
+        due = state.get("validation_due", False)
+        if not isinstance(due, bool):
+            raise ValueError(f"its validation_due must be true or false, got {due!r}")
         self.model.load_state_dict(state["model"])
         if self.distillation is not None:
             self.distillation.load_state_dict(state["distillation"])
@@ -148,7 +155,7 @@ class TrainingState:
         self.scaler.load_state_dict(state["scaler"])
         if distributed.rank() < len(state["generators"]):
             _set_generator_states(self.distillation, state["generators"][distributed.rank()])
-        self.step, self.best_score = state["step"], state["best_score"]
+        self.step, self.best_score, self.validation_due = state["step"], state["best_score"], due
         self.stopwatch.start(state["seconds"])
 
 
