@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
 
 from sward import distributed
@@ -78,10 +77,16 @@ def first_state(
         weight_decay=config.optimizer.weight_decay,
         fused=True if device.type == "cpu" else None,
     )
-    schedule = LambdaLR(optimizer, learning_rate(config.optimizer, config.steps(images)))
+    factor = learning_rate(config.optimizer, config.steps(images))
     scaler = torch.amp.GradScaler(device.type, enabled=step_module.precision == "fp16")
     return TrainingState(
-        step_module.model, step_module.distillation, optimizer, schedule, scaler, config.optimizer.clip_norm, identity
+        step_module.model,
+        step_module.distillation,
+        optimizer,
+        lambda step: config.optimizer.lr * factor(step),
+        scaler,
+        config.optimizer.clip_norm,
+        identity,
     )
 
 
@@ -244,7 +249,7 @@ def log_record(
     return {
         "step": state.step,
         **losses,
-        "lr": state.schedule.get_last_lr()[0],
+        "lr": state.optimizer.param_groups[0]["lr"],
         "gradient_norm": None if gradient_norm is None else gradient_norm.item(),
         "images_per_second": throughput.until(state.step, seconds),
         "peak_memory_bytes": peak_memory(device),

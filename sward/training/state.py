@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from sward import distributed
 from sward.training import checkpoints
@@ -22,13 +20,13 @@ from sward.training.run_folder import RunFolder
 
 
 class TrainingState:
-    """Networks, optimiser, schedule, random generators and counters of a run.
+    """Networks, optimiser, random generators and counters of a run.
 
     Args:
         model: the network to train.
         distillation: the distillation loss, or None.
         optimizer: optimiser of the parameters of both.
-        schedule: learning rate schedule of the optimiser.
+        rate: the learning rate of a step, by the number of steps before it.
         scaler: loss scaler for fp16.
         clip_norm: largest norm of the gradient; None never clips.
         identity: what the state belongs to besides the configuration, name -> checksum, such as the data.
@@ -45,17 +43,14 @@ class TrainingState:
         model: nn.Module,
         distillation: nn.Module | None,
         optimizer: Optimizer,
-        schedule: LRScheduler,
+        rate: Callable[[int], float],
         scaler: torch.amp.GradScaler,
         clip_norm: float | None = None,
         identity: Mapping[str, str] | None = None,
     ) -> None:
         self.model, self.distillation = model, distillation
-        self.optimizer, self.schedule, self.scaler, self.clip_norm = optimizer, schedule, scaler, clip_norm
+        self.optimizer, self.rate, self.scaler, self.clip_norm = optimizer, rate, scaler, clip_norm
         self.identity = dict(identity or {})
-        if scaler.is_enabled():
-            # The scaler skips steps while it searches for its scale, and the schedule then warns of a wrong call order.
-            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before", UserWarning)
         self.step = 0
         self.stopwatch = Stopwatch()
         self.best_score = -math.inf
@@ -72,9 +67,10 @@ class TrainingState:
             norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
             if self.clip_norm is not None:
                 clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(self.step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.schedule.step()
         self.step += 1
         return norm
 
@@ -128,7 +124,6 @@ class TrainingState:
             "model": self.model.state_dict(),
             "distillation": {} if self.distillation is None else self.distillation.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "generators": generators,
             "step": self.step,
@@ -151,7 +146,6 @@ class TrainingState:
         if self.distillation is not None:
             self.distillation.load_state_dict(state["distillation"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         if distributed.rank() < len(state["generators"]):
             _set_generator_states(self.distillation, state["generators"][distributed.rank()])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sward.cli.main import main
 from sward.config import DatasetConfig, DistillationConfig, OptimizerConfig, TeacherConfig
@@ -295,6 +296,19 @@ def test_a_resumed_run_may_become_longer_and_work_elsewhere(tmp_path: Path) -> N
     train_student(small(tmp_path / "moved", iterations=4, distillation="none", resume=True, **changes))
     assert checkpoint(tmp_path / "moved")["step"] == 4
     assert json.loads((tmp_path / "moved" / "config.json").read_text())["iterations"] == 4
+
+
+def test_a_longer_run_takes_and_logs_the_rate_of_its_schedule_in_every_step(tmp_path: Path) -> None:
+    used: list[float] = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    try:
+        for steps in (4, 8):
+            train_student(small(tmp_path / "run", iterations=steps, distillation="none", resume=True))
+    finally:
+        hook.remove()
+    by_hand = [1e-3 * (1 - step / steps) ** 0.9 for steps, first in ((4, 0), (8, 4)) for step in range(first, steps)]
+    assert used == pytest.approx(by_hand)
+    assert [line["lr"] for line in records(tmp_path / "run") if "lr" in line] == used
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a file that is always full")
