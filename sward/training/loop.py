@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sward import distributed
 from sward.config import DistillationConfig, OptimizerConfig, TrainingConfig
@@ -213,20 +213,31 @@ def _saving_on_error(state: TrainingState, run: RunFolder) -> Iterator[None]:
 
 
 def estimate_batch_norm(model: nn.Module, dataset: SegmentationDataset, images: int, batch: int) -> None:
-    """Set the running statistics of every batch norm to their means over the first `images` images of `dataset`.
+    """Set the running statistics of trained batch norms to their means over the first `images` images of `dataset`.
 
-    Uses `torch.optim.swa_utils.update_bn` on full batches of the current epoch's views (one smaller batch if there are
-    fewer images than that). Restores the state of the random generators, so that training continues as without it.
+    Those that stay in eval mode while the model trains, as in a frozen trunk, keep theirs. Reads full batches of the
+    current epoch's views (one smaller batch if there are fewer images than that). Restores the state of the random
+    generators, so that training continues as without it.
     """
     device = next(model.parameters()).device
     images = min(images, len(dataset))
     batch = min(batch, images)
-    views = (
-        torch.stack([dataset[index].image for index in range(first, first + batch)])
-        for first in range(0, images - batch + 1, batch)
-    )
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
-        update_bn(views, model, device)
+    training = model.training
+    model.train()
+    momenta = {
+        module: module.momentum for module in model.modules() if isinstance(module, _BatchNorm) and module.training
+    }
+    for norm in momenta:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+    starts = range(0, images - batch + 1, batch) if momenta else ()
+    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with forked, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for first in starts:
+            model(torch.stack([dataset[index].image for index in range(first, first + batch)]).to(device))
+    for norm, momentum in momenta.items():
+        norm.momentum = momentum
+    model.train(training)
 
 
 def validate(model: nn.Module, dataset: SegmentationDataset, device: torch.device) -> Evaluation:
