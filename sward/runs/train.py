@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from sward import distributed, layers, methods, models
-from sward.config import DistillationConfig, MaskTrainingConfig, TeacherTrainingConfig, TrainingConfig, masks_path
+from sward.config import (
+    DistillationConfig,
+    MaskTrainingConfig,
+    TeacherTrainingConfig,
+    TrainingConfig,
+    check_batch,
+    masks_path,
+)
 from sward.data import DatasetInfo, SegmentationDataset
 from sward.data.check import LabelCounts, check_splits
 from sward.data.frames import digest, frame_sums, known_images
@@ -344,6 +351,7 @@ def train_masks(config: MaskTrainingConfig) -> Path:
         raise ValueError(
             f"train-masks must run in one process, got {distributed.launched_processes()}; start it without torchrun"
         )
+    config.check()
     device = choose_device(config.device)
     steps = config.steps or (10_000 if config.method == "maskd" else 2_000)
     if config.teacher.image_size is not None:
@@ -352,12 +360,14 @@ def train_masks(config: MaskTrainingConfig) -> Path:
             config, dataset=dataclasses.replace(config.dataset, image_size=config.teacher.image_size)
         )
     dataset = build_split(config, "train", train=True)
+    check_batch(config.batch, len(dataset))
     check_splits({"train": dataset}, skip_corrupt=config.on_corrupt == "skip")
     name, teacher = load_teacher(config.teacher, config.preset, dataset.info)
     teacher.to(device)
     torch.manual_seed(config.seed)
     choice = layers.default_layers(name, teacher, config.dataset.image_size)
-    masks = methods.new_masks(config.method, teacher, choice, config.dataset.image_size).to(device)
+    masks = methods.new_masks(config.method, teacher, choice, config.dataset.image_size, config.teacher.taps)
+    masks = masks.to(device)
     tap = methods.mask_tap(config.method, choice)
     check_teacher_logits(config.teacher, dataset.info, config.method, (tap,))
     stream = batches(dataset, config.batch, seed=config.seed, workers=config.dataset.workers)
