@@ -48,6 +48,12 @@ def _check_number(
     raise ValueError(f"{name} must be {condition}, got {value}")
 
 
+def check_batch(batch: int, images: int) -> None:
+    """Raise a ValueError if there are fewer training images than a batch needs."""
+    if images < batch:
+        raise ValueError(f"batch must be at most {images}, the number of training images, got {batch}")
+
+
 @dataclass
 class DatasetConfig:
     """Which images to use, and at what size."""
@@ -110,6 +116,13 @@ class DatasetConfig:
             self.split_seed,
             self.group_by,
         )
+
+    def check(self) -> None:
+        """Raise a ValueError if a number is out of its range."""
+        _check_number("dataset.image_size", min(self.image_size), 1)
+        _check_number("dataset.num_classes", self.num_classes, 2)
+        _check_number("dataset.workers", self.workers, 0)
+        _check_number("dataset.views", self.views, 1)
 
 
 @dataclass
@@ -298,12 +311,8 @@ class TrainingConfig:
         self._check_numbers()
 
     def _check_numbers(self) -> None:
-        dataset, optimizer = self.dataset, self.optimizer
-        height, width = dataset.image_size
-        _check_number("dataset.image_size", min(height, width), 1)
-        _check_number("dataset.num_classes", dataset.num_classes, 2)
-        _check_number("dataset.workers", dataset.workers, 0)
-        _check_number("dataset.views", dataset.views, 1)
+        optimizer = self.optimizer
+        self.dataset.check()
         _check_number("batch", self.batch, 1)
         _check_number("iterations", self.iterations, 1)
         _check_number("epochs", self.epochs, 1)
@@ -335,8 +344,7 @@ class TrainingConfig:
         Raises:
             ValueError: if the training set is smaller than one batch.
         """
-        if images < self.batch:
-            raise ValueError(f"batch must be at most {images}, the number of training images, got {self.batch}")
+        check_batch(self.batch, images)
         return self.iterations if self.iterations is not None else (self.epochs or 0) * (images // self.batch)
 
 
@@ -470,7 +478,7 @@ class MaskTrainingConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     """Images and labels."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    """The trained teacher."""
+    """The trained teacher. `masks`, `cache`, `precision` and `normalization` have no effect here and stay unset."""
     batch: int = 8
     """Images per step."""
     steps: int | None = None
@@ -483,6 +491,20 @@ class MaskTrainingConfig:
     """File to write; None uses `runs/PRESET/METHOD.pt`."""
     on_corrupt: OnCorrupt = "stop"
     """What to do if an image or mask cannot be read: `"stop"`, or `"skip"` to warn and use the next image."""
+
+    def check(self) -> None:
+        """Raise a ValueError if a field has an invalid value, or one of the teacher's that has no effect here."""
+        self.dataset.check()
+        _check_number("batch", self.batch, 1)
+        _check_number("steps", self.steps, 1)
+        _check_number("seed", self.seed, 0)
+        if self.teacher.image_size is not None:
+            _check_number("teacher.image_size", min(self.teacher.image_size), 1)
+        unused = TeacherConfig()
+        for name in ("masks", "cache", "precision", "normalization"):
+            default, got = getattr(unused, name), getattr(self.teacher, name)
+            if got != default:
+                raise ValueError(f"teacher.{name} must be {default!r} where masks are learned, got {str(got)!r}")
 
 
 def masks_path(preset: str, method: str) -> Path:

@@ -19,12 +19,20 @@ from sward.runs import evaluate as evaluate_module
 from sward.runs import evaluate_run, evaluation_file, load, train_student, train_teacher
 from sward.training import checkpoints
 from tests.support.folder_data import build, write_pairs
-from tests.support.training_runs import small
+from tests.support.training_runs import contents, small
 
 
 def on_folder(root: Path, output: Path, **changes: Any) -> DistillationConfig:
     dataset = DatasetConfig(name="folder", root=root, image_size=(32, 32), num_classes=2)
     return small(output, **dict(dataset=dataset, batch=2, iterations=2, distillation="none") | changes)
+
+
+def refuse(config: DistillationConfig, message: str) -> None:
+    """Assert that a run is refused and that its folder stays as it is."""
+    before = contents(config.output)
+    with pytest.raises(ValueError, match=message):
+        train_student(config)
+    assert contents(config.output) == before
 
 
 def repaint(path: Path) -> None:
@@ -48,8 +56,7 @@ def trained(tmp_path: Path) -> Path:
 )
 def test_a_run_is_not_resumed_on_changed_files(trained: Path, file: str, difference: str) -> None:
     repaint(trained / "data" / file)
-    with pytest.raises(ValueError, match=difference):
-        train_student(on_folder(trained / "data", trained / "run", resume=True, iterations=4))
+    refuse(on_folder(trained / "data", trained / "run", resume=True, iterations=4), difference)
     repaint(trained / "data" / file)
     train_student(on_folder(trained / "data", trained / "run", resume=True, iterations=4))
     assert checkpoints.load(trained / "run/checkpoints/last.pt")["step"] == 4
@@ -59,8 +66,17 @@ def test_a_checkpoint_is_not_continued_on_other_data(trained: Path) -> None:
     """The fingerprint lies in the checkpoint, not only beside it."""
     (trained / "run/frames.json").unlink()
     repaint(trained / "data/images/train/train1.png")
-    with pytest.raises(ValueError, match=r"the train data must be that with which the run in .* began, got another"):
-        train_student(on_folder(trained / "data", trained / "run", resume=True, iterations=4))
+    longer = on_folder(trained / "data", trained / "run", resume=True, iterations=4)
+    refuse(longer, "the train data must be that with which the run in .* began, got another")
+
+
+def test_a_run_is_not_resumed_on_another_split_or_other_labels(trained: Path) -> None:
+    run, other = trained / "run", write_pairs(trained / "other", train=5)
+    (run / "frames.json").unlink()
+    # The folder must not name the other data afterwards: an evaluation would score the run on them.
+    refuse(on_folder(other, run, resume=True, iterations=4), "4 masks in train, got 5")
+    (run / "split.csv").write_text("frame_id,split\ntrain0,val\n")
+    refuse(on_folder(other, run, resume=True, iterations=4), "the frames must be those in .*split.csv, with which the")
 
 
 def test_copied_data_in_another_folder_is_the_same_data(trained: Path) -> None:
@@ -101,8 +117,7 @@ def test_a_run_is_not_resumed_with_another_teacher(tmp_path: Path) -> None:
         )  # fmt: skip
 
     train_student(student("one"))
-    with pytest.raises(ValueError, match=r"the teacher must be that with which the run in .* began, got another one"):
-        train_student(student("other", resume=True))
+    refuse(student("other", resume=True), "the teacher must be that with which the run in .* began, got another one")
     train_student(student("one", resume=True))
 
 
