@@ -353,7 +353,8 @@ class DistillationConfig(TrainingConfig):
     """The frozen network."""
     recipe: RecipeName = "recommended"
     """Recipe that `sward` starts from: `"recommended"`, or `"paper"` for the equations and section 4.1 to the letter.
-    On the command line, options for single fields of `sward` override it."""
+    `--recipe`, `use_recipe` and a configuration file's `recipe` set its fields of `sward`, and options or the file
+    override single ones."""
     sward: SWARDConfig = field(default_factory=SWARDConfig)
     """Settings of `"sward"`."""
     student_taps: TapConfig = field(default_factory=TapConfig)
@@ -396,6 +397,7 @@ class DistillationConfig(TrainingConfig):
         _check_number("distillation_factor", self.distillation_factor)
         if self.distillation != "none":
             self.sward.check()
+            self._check_recipe()
             if self.teacher.image_size is not None:
                 _check_number("teacher.image_size", min(self.teacher.image_size), 1)
         if self.unlabelled and self.distillation == "none":
@@ -419,6 +421,16 @@ class DistillationConfig(TrainingConfig):
             )
         if self.teacher.cache is not None and self.dataset.views is None:
             raise ValueError(NEEDS_VIEWS.format("teacher.cache"))
+
+    def _check_recipe(self) -> None:
+        """Raise a ValueError if `sward` is set as another recipe than the named one, which never reached it."""
+        for name, recipe in RECIPES.items():
+            set_as_this = all(getattr(self.sward, key) == value for key, value in recipe._asdict().items())
+            if set_as_this and name != self.recipe:
+                raise ValueError(
+                    f"recipe must be {name!r} with these settings of sward, got {self.recipe!r}; set both with "
+                    f"--recipe or use_recipe({self.recipe!r})"
+                )
 
     def teacher_masks(self) -> Path:
         """Return the path of the masks that the method learned on this teacher.

@@ -29,6 +29,8 @@ def value_of(option: str, words: list[str]) -> str | None:
 def read_config(kind: type[Config], path: Path) -> Config:
     """Read a configuration from a YAML or JSON file; fields that it does not name keep their defaults.
 
+    A `recipe` sets the fields of `sward` that it defines and that the file does not name.
+
     Raises:
         FileNotFoundError: if there is no file.
         ValueError: if it is not a mapping of the fields of `kind`.
@@ -41,6 +43,9 @@ def read_config(kind: type[Config], path: Path) -> Config:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML.
         if not isinstance(values, dict):
             raise ValueError(f"got {type(values).__name__}")
+        recipe, settings = values.get("recipe"), values.get("sward", {})
+        if recipe in RECIPES and isinstance(settings, dict):
+            values["sward"] = {**RECIPES[recipe]._asdict(), **settings}
         config = from_json(kind, json.dumps(values))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must be YAML: {' '.join(str(error).split())}") from error
@@ -50,10 +55,18 @@ def read_config(kind: type[Config], path: Path) -> Config:
 
 
 def write_config(config: Any) -> str:
-    """Return a configuration as YAML text that `read_config` reads."""
+    """Return a configuration as YAML text that `read_config` reads.
+
+    Fields of `sward` that are as the `recipe` sets them are left out, so that an edited recipe changes them.
+    """
     import yaml
 
-    return yaml.safe_dump(json.loads(to_json(config)), sort_keys=False, default_flow_style=None, width=120)
+    values = json.loads(to_json(config))
+    if isinstance(config, DistillationConfig):
+        for name, value in RECIPES[config.recipe]._asdict().items():
+            if getattr(config.sward, name) == value:
+                del values["sward"][name]
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120)
 
 
 def apply_words(config: DistillationConfig | TeacherTrainingConfig | MaskTrainingConfig, words: list[str]) -> list[str]:
