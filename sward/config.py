@@ -151,13 +151,15 @@ class TeacherConfig:
     """The frozen network that is distilled."""
 
     run: Path | None = None
-    """Folder of the `sward train-teacher` run to load; None uses `runs/PRESET/teacher`."""
+    """Folder of the `sward train-teacher` run to load; None uses `runs/PRESET/teacher`. Only one of `run`, `untrained`
+    and `weights` may be set."""
     untrained: bool = False
     """Distil the teacher `name` with random weights instead, to try shapes and speed without a checkpoint."""
     name: str = "hiera_demo"
-    """Name of the teacher for `untrained` and `weights`, as in `sward.models.build`."""
+    """Name of the teacher for `untrained` and `weights`, as in `sward.models.build`. With a run, a name that is not the
+    preset's must be that of the run's network."""
     options: dict[str, int | str] = field(default_factory=dict)
-    """Options of its builder, on the command line as `--teacher.options KEY=VALUE ...`."""
+    """Options of its builder, on the command line as `--teacher.options KEY=VALUE ...`; a run needs none."""
     weights: Path | None = None
     """Checkpoint of the whole network `name`, in the formats of `model_weights`, instead of the run of `sward
     train-teacher`. A `transformers:` folder brings its own."""

@@ -12,6 +12,8 @@ from sward.losses.recipes import RECIPES
 
 Config = TypeVar("Config", DistillationConfig, TeacherTrainingConfig)
 
+TEACHER_SOURCES = {"--teacher.run", "--teacher.weights", "--teacher.untrained"}
+
 SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -72,8 +74,9 @@ def write_config(config: Any) -> str:
 def apply_words(config: DistillationConfig | TeacherTrainingConfig | MaskTrainingConfig, words: list[str]) -> list[str]:
     """Clear what the words of a command contradict in `config`, take their `KEY=VALUE` options, and return the rest.
 
-    `--recipe` sets its fields, which other options then change. `--iterations` clears `epochs` and the reverse. Another
-    model, teacher or data set clears the options, layers, windows and split that belong to the one before.
+    `--recipe` sets its fields, which other options then change. `--iterations` clears `epochs` and the reverse, and a
+    source of the teacher clears the others. Another model, teacher or data set clears the options, layers, windows and
+    split that belong to the one before.
     """
     if isinstance(config, DistillationConfig):
         for recipe in RECIPES:
@@ -96,13 +99,15 @@ def apply_words(config: DistillationConfig | TeacherTrainingConfig | MaskTrainin
         left = _take_options("--model-options", left, config, "model_options")
     if not isinstance(config, TeacherTrainingConfig):
         teacher = value_of("--teacher.name", words)
-        if teacher is not None and teacher != config.teacher.name:
-            config.teacher.weights = None
+        is_another = teacher not in (None, config.teacher.name)
+        if is_another or {word.partition("=")[0] for word in words} & TEACHER_SOURCES:
+            config.teacher.run, config.teacher.weights, config.teacher.untrained = None, None, False
+        if is_another:
             if isinstance(config, DistillationConfig):
                 _forget_stages(config.sward)
             if value_of("--teacher.options", words) is None:
                 config.teacher.options = {}
-            _check_teacher(teacher, words)
+            _check_teacher(str(teacher), words)
     dataset = value_of("--dataset.name", words)
     if dataset is not None and dataset != config.dataset.name:
         config.dataset.split_by, config.dataset.num_classes, config.dataset.packed = None, None, "auto"
