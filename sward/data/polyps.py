@@ -127,16 +127,17 @@ class Polyps(PairedFiles):
 
 
 def _select(release: Release, folder: Path, frames: dict[str, Pair], split: str, split_by: str) -> list[Pair]:
-    if split == ALL:
-        return list(frames.values())
-    table = SPLITS_FOLDER / f"{release.info.name}_{split_by}.csv"
-    if split_by not in ("sequence", "ratio"):
-        return _pick(frames, *listed(str(table) if table.is_file() else split_by, split))
-    if len(frames) not in release.frames:
+    counted = split_by in ("sequence", "ratio")
+    if counted and len(frames) not in release.frames:
         raise DatasetNotFoundError(
             f"{release.title} in {folder} is incomplete: it must have {' or '.join(map(str, release.frames))} images, "
             f"got {len(frames)}; {release.source}, or name the frames to use with split_by=<list>"
         )
+    if split == ALL:
+        return list(frames.values())
+    if not counted:
+        table = SPLITS_FOLDER / f"{release.info.name}_{split_by}.csv"
+        return _pick(frames, *listed(str(table) if table.is_file() else split_by, split))
     if split_by == "ratio":
         return [frames[name] for name in _draw(frames)[split]]
     shipped = folder / "lists" / "seq_{split}.txt"

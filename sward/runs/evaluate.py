@@ -8,8 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-from sward import atomic
-from sward.config import TrainingConfig
+from sward import atomic, data
+from sward.config import DatasetConfig, TrainingConfig
 from sward.data import EvaluationTransform, SegmentationDataset
 from sward.data.frames import digest, frame_sums, known_images
 from sward.deploy.network import DeployedNetwork
@@ -41,7 +41,8 @@ def evaluate_run(
         path: run folder.
         split: split of the data set.
         dataset: another data set with the same classes; None uses that of the run.
-        root: folder that holds the data set; None uses that of the run.
+        root: folder that holds the data set; None uses that of the run, where another data set must have a folder of
+            its own name, else `$SWARD_DATA`, then `./data`.
         split_by: how polyp data is split; None uses that of the run.
         checkpoint: which weights to score.
         batch: images per forward pass.
@@ -72,6 +73,7 @@ def evaluate_run(
     config = config_for_images(path, config, root)
     settings = config.dataset
     if dataset is not None and dataset != settings.name:
+        settings.root = root or _own_root(settings, dataset)
         settings.name, settings.split_by, settings.packed = dataset, None, "auto"
     settings.split_by = split_by or settings.split_by
     images = build_split(config, split, train=False)
@@ -118,16 +120,25 @@ def evaluation_file(
         FileNotFoundError, ValueError: if there is no run in `path`, or its files are damaged.
     """
     own = RunFolder(path).read()[0].dataset
+    own_root = _own_root(own, dataset or own.name)
     name = f"evaluation-{_short(dataset or own.name)}-{_short(split)}"
     if checkpoint != "best":
         name += f"-{checkpoint}"
-    if split_by is not None and split_by != own.split_by:
+    if split_by is not None and (split_by != own.split_by or dataset not in (None, own.name)):
         name += f"-by-{_short(split_by)}"
-    if root is not None and (own.root is None or root.resolve() != own.root.resolve()):
+    if root is not None and (own_root is None or root.resolve() != own_root.resolve()):
         name += f"-in-{_short(str(root.resolve()))}"
     if tile is not None:
         name += f"-tile-{tile[0]}x{tile[1]}" + ("" if overlap is None else f"-overlap-{overlap}")
     return path / f"{name}.json"
+
+
+def _own_root(own: DatasetConfig, dataset: str) -> Path | None:
+    """Return where a data set is looked for without a root: in that of the run, if that is not another one's folder.
+
+    The folder of one data set may have the layout of another, so that must have a folder of its own name.
+    """
+    return own.root if own.root is None or dataset == own.name or data.holds(own.root, dataset) else None
 
 
 def _short(value: str) -> str:

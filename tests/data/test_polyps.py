@@ -162,6 +162,10 @@ def test_incomplete_download(tmp_path: Path, write: Write) -> None:
     for split_by in ("sequence", "ratio"):
         with pytest.raises(DatasetNotFoundError, match=r"incomplete: it must have 612 images, got 10; .*https://"):
             data.build("cvc_clinicdb", "train", train=True, root=tmp_path, split_by=split_by)
+    write_pairs(tmp_path / "cvc_colondb", write, range(1, 11))
+    for name in ("cvc_clinicdb", "cvc_colondb"):
+        with pytest.raises(DatasetNotFoundError, match=r"incomplete: it must have .* images, got 10"):
+            data.build(name, "all", train=False, root=tmp_path)
 
 
 def test_missing_folder_beside_the_images(tmp_path: Path) -> None:

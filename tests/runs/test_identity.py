@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 from sward.cli.main import main
 from sward.config import DatasetConfig, DistillationConfig, TeacherConfig, TeacherTrainingConfig
+from sward.data import DatasetNotFoundError
 from sward.data.frames import PIECE, WHOLE, frame_sums
 from sward.runs import evaluate as evaluate_module
 from sward.runs import evaluate_run, evaluation_file, load, train_student, train_teacher
@@ -124,6 +126,47 @@ def test_scores_are_named_by_all_that_identifies_them(trained: Path) -> None:
     assert evaluated[evaluation_file(run, root=other)]["images"] == 1
     names = {evaluation_file(run, split_by=by).name for by in (None, "ratio", "a/list.csv", "b/list.csv", "list.csv")}
     assert len(names) == 5
+
+
+@pytest.fixture
+def polyps(tmp_path: Path) -> Path:
+    """Leave ClinicDB in `here/cvc_clinicdb`, ColonDB in `here/cvc_colondb`, and a list of their frames."""
+    for name, kind in itertools.product(("cvc_clinicdb", "cvc_colondb"), ("images", "masks")):
+        (tmp_path / "here" / name / kind).mkdir(parents=True)
+        for number in range(1, 7):
+            value = np.full((32, 32), 255 * (number % 2) if kind == "masks" else number, np.uint8)
+            value[:16] = len(name) if kind == "images" else 0
+            Image.fromarray(value).save(tmp_path / f"here/{name}/{kind}/{number}.png")
+    splits = {1: "train", 2: "train", 3: "val", 4: "val", 5: "test", 6: "test"}
+    rows = "".join(f"{number},{split}\n" for number, split in splits.items())
+    (tmp_path / "list.csv").write_text(f"frame_id,split\n{rows}")
+    return tmp_path
+
+
+def on_polyps(root: Path, output: Path, split_by: Path | str, **changes: Any) -> DistillationConfig:
+    dataset = DatasetConfig(name="cvc_clinicdb", root=root, image_size=(32, 32), split_by=str(split_by))
+    return small(output, **dict(dataset=dataset, batch=2, iterations=1, distillation="none") | changes)
+
+
+def test_the_folder_of_one_data_set_is_never_scored_as_another(polyps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(polyps)
+    monkeypatch.delenv("SWARD_DATA", raising=False)
+    split = str(polyps / "list.csv")
+    others: dict[str, Any] = dict(dataset="cvc_colondb", split="val", split_by=split)
+    train_student(on_polyps(polyps / "here/cvc_clinicdb", polyps / "alone", split))
+    with pytest.raises(DatasetNotFoundError, match=r"CVC-ColonDB not found: .*or set the root"):
+        evaluate_run(polyps / "alone", **others)
+    train_student(on_polyps(polyps / "here", polyps / "beside", split))
+    evaluate_run(polyps / "beside", **others)
+    evaluate_run(polyps / "alone", root=polyps / "here", **others)
+    found = [
+        json.loads(evaluation_file(polyps / name, **others, **more).read_text())["frames"]
+        for name, more in (("beside", {}), ("alone", dict(root=polyps / "here")))
+    ]
+    evaluate_run(polyps / "alone")
+    own = json.loads(evaluation_file(polyps / "alone").read_text())["frames"]
+    assert found[0] == found[1] != own
+    assert "-by-list-" in evaluation_file(polyps / "beside", **others).name
 
 
 def test_scores_on_images_that_were_trained_on_come_with_a_warning(trained: Path) -> None:
