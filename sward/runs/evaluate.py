@@ -43,7 +43,7 @@ def evaluate_run(
         dataset: another data set with the same classes; None uses that of the run.
         root: folder that holds the data set; None uses that of the run, where another data set must have a folder of
             its own name, else `$SWARD_DATA`, then `./data`.
-        split_by: how polyp data is split; None uses that of the run.
+        split_by: how polyp data is split; None, and that of the run, use the split that the run has kept.
         checkpoint: which weights to score.
         batch: images per forward pass.
         device: device to run on; None uses the GPU if there is one.
@@ -70,6 +70,10 @@ def evaluate_run(
         tile=tile,
         overlap=overlap,
     )
+    own = config.dataset
+    if (dataset or own.name, split_by) == (own.name, own.split_by) and _same_folder(root or own.root, own.root):
+        # The split that the run has kept, which the same words may not give any more.
+        split_by = None
     config = config_for_images(path, config, root)
     settings = config.dataset
     if dataset is not None and dataset != settings.name:
@@ -126,7 +130,7 @@ def evaluation_file(
         name += f"-{checkpoint}"
     if split_by is not None and (split_by != own.split_by or dataset not in (None, own.name)):
         name += f"-by-{_short(split_by)}"
-    if root is not None and (own_root is None or root.resolve() != own_root.resolve()):
+    if root is not None and not _same_folder(root, own_root):
         name += f"-in-{_short(str(root.resolve()))}"
     if tile is not None:
         name += f"-tile-{tile[0]}x{tile[1]}" + ("" if overlap is None else f"-overlap-{overlap}")
@@ -139,6 +143,10 @@ def _own_root(own: DatasetConfig, dataset: str) -> Path | None:
     The folder of one data set may have the layout of another, so that must have a folder of its own name.
     """
     return own.root if own.root is None or dataset == own.name or data.holds(own.root, dataset) else None
+
+
+def _same_folder(one: Path | None, other: Path | None) -> bool:
+    return one == other or (one is not None and other is not None and one.resolve() == other.resolve())
 
 
 def _short(value: str) -> str:

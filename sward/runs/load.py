@@ -43,7 +43,8 @@ def load_run(
 def config_for_images(path: Path, config: TrainingConfig, root: Path | None = None) -> TrainingConfig:
     """Return the configuration that finds the frames of the run in `path`, in `root` where it is given.
 
-    A split that the run has drawn holds, even if the folder of the data has changed since. `config` stays as it is.
+    A split that the run has drawn or read from a list holds, even if the folder of the data or the list has changed
+    since. `config` stays as it is.
     """
     split = RunFolder(path).split
     split_by = str(split) if split.exists() else config.dataset.split_by

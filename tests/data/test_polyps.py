@@ -142,6 +142,10 @@ def test_list_files_that_do_not_fit(tmp_path: Path, write: Write) -> None:
     (tmp_path / "a_train.txt").write_text("1\n17\n")
     with pytest.raises(ValueError, match=r"a_train.txt names frame '17', which does not exist"):
         build(str(tmp_path / "a_{split}.txt"))
+    (tmp_path / "a_train.txt").write_text("1\n")
+    (tmp_path / "a_val.txt").write_text("2\n1\n")
+    with pytest.raises(ValueError, match="frame '1' must be in one split, got train and val"):
+        build(str(tmp_path / "a_{split}.txt"))
     (tmp_path / "empty.csv").write_text("frame_id,split\n1,val\n")
     with pytest.raises(ValueError, match="names no frame for this split"):
         build(str(tmp_path / "empty.csv"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,46 @@ def test_the_folder_of_one_data_set_is_never_scored_as_another(polyps: Path, mon
     own = json.loads(evaluation_file(polyps / "alone").read_text())["frames"]
     assert found[0] == found[1] != own
     assert "-by-list-" in evaluation_file(polyps / "beside", **others).name
+
+
+def test_the_split_that_a_run_began_with_is_scored_though_its_list_has_changed(
+    polyps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(polyps)
+    train_student(on_polyps(polyps / "here", polyps / "run", "list.csv"))
+
+    def scored(**changes: Any) -> str:
+        evaluate_run(polyps / "run", **changes)
+        found: str = json.loads(evaluation_file(polyps / "run", **changes).read_text())["frames"]
+        return found
+
+    before = scored()
+    text = Path("list.csv").read_text()
+    Path("list.csv").write_text(text.replace("3,val", "3,test").replace("5,test", "5,val"))
+    assert scored() == scored(split_by="list.csv") == before
+    with pytest.raises(ValueError, match=r"the frames must be those in .*split\.csv, with which the run began"):
+        train_student(on_polyps(polyps / "here", polyps / "run", "list.csv", resume=True, iterations=2))
+    Path("other.csv").write_text(Path("list.csv").read_text())
+    assert scored(split_by="other.csv") != before
+    monkeypatch.chdir(polyps / "here")
+    assert scored() == before
+
+
+def test_the_split_that_a_run_has_drawn_is_not_drawn_again(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs", train=10)
+    (tmp_path / "data").mkdir()
+    for kind in ("images", "masks"):
+        (tmp_path / "pairs" / kind / "train").rename(tmp_path / "data" / kind)
+    config = on_folder(tmp_path / "data", tmp_path / "run")
+    config.dataset.split_by = "60/20/20"
+    train_student(config)
+    for number, kind in itertools.product(range(10, 40), ("images", "masks")):
+        shutil.copy(tmp_path / f"data/{kind}/train0.png", tmp_path / f"data/{kind}/train{number}.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for changes in ({}, dict(split_by="60/20/20"), dict(split_by="60/20/20", root=tmp_path / "run/../data")):
+            assert evaluate_run(tmp_path / "run", split="test", **changes).images == 2  # type: ignore[arg-type]
+        assert evaluate_run(tmp_path / "run", split="test", split_by="80/10/10").images == 4
 
 
 def test_scores_on_images_that_were_trained_on_come_with_a_warning(trained: Path) -> None:
