@@ -1,6 +1,7 @@
 """Teacher features on disk: the same training with and without, and never the features of another image or teacher."""
 
 import errno
+import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from sward import data, models
 from sward.config import DatasetConfig, DistillationConfig, MaskTrainingConfig, SWARDConfig, TeacherConfig
 from sward.losses import LOGITS
+from sward.losses.masks import teacher_fingerprint
 from sward.runs import train_masks, train_student
 from sward.runs.load import build_split
 from sward.training import FrozenTeacher, teacher_cache
@@ -84,6 +86,48 @@ def test_another_image_layer_weight_or_setting_is_another_entry(tmp_path: Path) 
     cache(tmp_path, network)(images)
     assert network.seen == before + 1
     assert len(list(tmp_path.iterdir())) == 4
+
+
+class Dilated(nn.Module):
+    """Networks of one class and one shape of weights."""
+
+    def __init__(self, dilation: int = 1, heads: int = 1, activation: object = F.gelu) -> None:
+        super().__init__()
+        self.stage = nn.Conv2d(3, 4, 3, padding=dilation, dilation=dilation)
+        self.attention = nn.MultiheadAttention(4, heads, batch_first=True)
+        self.activation = activation
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.activation(self.stage(images))
+        tokens = maps.flatten(2).transpose(1, 2)
+        return self.attention(tokens, tokens, tokens)[0].transpose(1, 2).unflatten(2, maps.shape[-2:])
+
+
+@pytest.mark.parametrize("change", [dict(dilation=2), dict(heads=2), dict(activation=F.relu)])
+def test_a_teacher_of_the_same_weights_that_is_made_in_another_way_has_entries_of_its_own(
+    change: dict[str, object], tmp_path: Path
+) -> None:
+    network, other, same = Dilated(), Dilated(**change), Dilated()
+    for made in (other, same):
+        made.load_state_dict(network.state_dict())
+    images = torch.randn(1, 3, 8, 8)
+    kept = cache(tmp_path, network)(images)
+    found = cache(tmp_path, other)(images)
+    assert torch.equal(found[LOGITS], FrozenTeacher(other, LAYERS)(images)[LOGITS])
+    assert not torch.equal(found[LOGITS], kept[LOGITS])
+    again = cache(tmp_path, same)
+    assert torch.equal(again(images)[LOGITS], kept[LOGITS])
+    assert again.files.hits == 1
+    assert TrunkCache(network, tmp_path).files.folder != TrunkCache(other, tmp_path).files.folder
+
+
+def test_trunks_of_the_small_presets_keep_their_folder(tmp_path: Path) -> None:
+    trunk = models.build("vit_small_dinov2", 2, token_stride=14).trunk.eval()
+    of_every_module = {name: str(value) for name, value in vars(nn.Module().eval()).items() if value in (None, False)}
+    settings = {**of_every_module, "token_stride": "14", "blocks": "(2, 5, 8, 11)"}
+    decisive = [1, settings, "DINOv2Trunk", teacher_fingerprint(trunk)]
+    key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:24]
+    assert TrunkCache(trunk, tmp_path).files.folder.name == key
 
 
 @pytest.mark.parametrize("damage", ["cut short", "a bit", "empty", "checksum alone"])
