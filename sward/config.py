@@ -400,8 +400,7 @@ class DistillationConfig(TrainingConfig):
         if self.distillation != "none":
             self.sward.check()
             self._check_recipe()
-            if self.teacher.image_size is not None:
-                _check_number("teacher.image_size", min(self.teacher.image_size), 1)
+            self._check_teacher()
         if self.unlabelled and self.distillation == "none":
             raise ValueError(
                 "unlabelled must be empty where distillation is 'none', since nothing would learn from them"
@@ -415,7 +414,10 @@ class DistillationConfig(TrainingConfig):
                 "pseudo_labels must be above 0 and at most 1 with unlabelled images and None without, got "
                 f"{self.pseudo_labels:g}"
             )
+
+    def _check_teacher(self) -> None:
         (height, width), (tall, wide) = self.dataset.image_size, self.teacher_image_size
+        _check_number("teacher.image_size", min(tall, wide), 1)
         if tall * width != wide * height:
             raise ValueError(
                 f"teacher.image_size must have the aspect ratio of dataset.image_size, {height}x{width}, "

@@ -107,6 +107,7 @@ class ImageFolder(PairedFiles):
         super().__init__(info, folder, pairs, transform, seed)
         self.assignment = assignment
         self.values = options.values
+        self._patterns = {"--images": options.images, "--masks": options.masks}
 
     @property
     def decoding(self) -> str:
@@ -114,6 +115,11 @@ class ImageFolder(PairedFiles):
         values = "" if self.values is None else f"mask_values {','.join(self.values.classes)}"
         ignored = f"ignore_values {','.join(self.values.ignore)}" if self.values and self.values.ignore else ""
         return " ".join(part for part in (super().decoding, values, ignored) if part)
+
+    @property
+    def patterns(self) -> dict[str, str]:
+        """The patterns that name images and masks; see `PairedFiles.patterns`."""
+        return {option: pattern for option, pattern in self._patterns.items() if pattern is not None}
 
     def decode(self, mask: Image, path: Path) -> NDArray[np.uint8]:
         """Return class indices and 255 for ignored pixels."""

@@ -77,6 +77,11 @@ def evaluate_run(
     config = config_for_images(path, config, root)
     settings = config.dataset
     if dataset is not None and dataset != settings.name:
+        if dataset == "folder":
+            raise ValueError(
+                "dataset must be one that defines its classes, got 'folder'; only a run that was trained on a folder "
+                "says how to read one"
+            )
         settings.root = root or _own_root(settings, dataset)
         settings.name, settings.split_by, settings.packed = dataset, None, "auto"
     settings.split_by = split_by or settings.split_by
@@ -86,7 +91,7 @@ def evaluate_run(
             f"dataset must have the classes of the run, {list(info.classes)}, "
             f"got {settings.name!r} with {list(images.info.classes)}"
         )
-    is_writable = _is_writable(path)
+    stores = is_writable(path)
     identity: dict[str, Any] = _identity(RunFolder(path), config, images, split, checkpoint)
     if tile is not None:
         # The wrapped network pads tiles to its multiple, as `sward predict --tile` does.
@@ -95,7 +100,7 @@ def evaluate_run(
         identity |= {"tile": tile, "overlap": tiled.overlap}
     with Progress(f"evaluate on {settings.name}, {split}", -(-len(images) // batch)) as progress:
         result = evaluate(network.to(target), images, batch=batch, device=target, advance=progress.advance)
-    if is_writable:
+    if stores:
         text = json.dumps({**identity, **result.to_dict_with_images()}, indent=2, allow_nan=False)
         atomic.write(file, f"{text}\n".encode())
     return result
@@ -157,12 +162,14 @@ def _short(value: str) -> str:
     return f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}"
 
 
-def _is_writable(path: Path) -> bool:
+def is_writable(path: Path, *, warn: bool = True) -> bool:
+    """Return whether `evaluate_run` can store scores in the folder of a run."""
     try:
         make_folder(path)
     except (ValueError, OSError) as error:
         reason = str(error).partition("; ")[0]
-        warnings.warn(f"{reason}; the scores are printed and not stored", stacklevel=3)
+        if warn:
+            warnings.warn(f"{reason}; the scores are printed and not stored", stacklevel=3)
         return False
     return True
 

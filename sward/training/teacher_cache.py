@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sward import atomic
 from sward.losses.masks import teacher_fingerprint
-from sward.models.teachers import DINOv2Trunk, HieraDemoTrunk
+from sward.models.teachers import DINOv2Trunk, HieraDemoTrunk, Teacher
 from sward.training.teacher import FrozenTeacher
 
 FORMAT = 1
@@ -28,7 +28,8 @@ _CHECKSUM_BYTES = 4
 class TeacherCache:
     """A frozen teacher that runs once per image and reads its features from disk after that.
 
-    For any teacher; where the teacher is a `sward.models.teachers.Teacher`, `TrunkCache` serves every method at once.
+    For any teacher; where the teacher is a `sward.models.teachers.Teacher`, `TrunkCache` serves every method at once;
+    `cached` chooses.
 
     Args:
         teacher: computes the features that are not there yet; every map it returns is kept.
@@ -72,6 +73,15 @@ class TrunkCache:
     def _compute(self, images: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
             return {str(index): maps for index, maps in enumerate(self.trunk(images))}
+
+
+def cached(teacher: FrozenTeacher, folder: Path) -> FrozenTeacher | TeacherCache:
+    """Return the teacher with a cache: of its trunk, unless a layer inside the trunk is caught, which then must run."""
+    network = teacher.network
+    if not isinstance(network, Teacher) or any(layer.split(".")[0] == "trunk" for layer in teacher.layers):
+        return TeacherCache(teacher, folder)
+    network.trunk_cache = TrunkCache(network.trunk, folder)
+    return teacher
 
 
 class FeatureFiles:

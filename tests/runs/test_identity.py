@@ -170,6 +170,12 @@ def test_the_folder_of_one_data_set_is_never_scored_as_another(polyps: Path, mon
     assert "-by-list-" in evaluation_file(polyps / "beside", **others).name
 
 
+def test_a_folder_is_scored_by_runs_on_folders_only(polyps: Path) -> None:
+    train_student(on_polyps(polyps / "here", polyps / "run", polyps / "list.csv"))
+    with pytest.raises(ValueError, match="dataset must be one that defines its classes, got 'folder'; only a run that"):
+        evaluate_run(polyps / "run", dataset="folder", root=polyps / "here/cvc_colondb", split="all")
+
+
 def test_the_split_that_a_run_began_with_is_scored_though_its_list_has_changed(
     polyps: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +245,12 @@ def test_a_folder_that_cannot_be_written_does_not_lose_the_scores(
         assert main(["evaluate", str(trained / "run")]) == 0
     assert "mIoU" in capsys.readouterr().out
     assert not list((trained / "run").glob("evaluation-*"))
+    older = evaluation_file(trained / "run")
+    older.write_text("{}")
+    with pytest.warns(UserWarning, match="the scores are printed and not stored"):
+        assert main(["evaluate", str(trained / "run")]) == 0
+    assert "written" not in capsys.readouterr().out
+    assert older.read_text() == "{}"
 
 
 @pytest.mark.parametrize("name", ["config.json", "dataset.json"])

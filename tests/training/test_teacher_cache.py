@@ -210,6 +210,34 @@ def test_a_run_is_the_same_from_an_empty_and_from_a_full_cache_and_close_to_one_
     assert len(list((tmp_path / "cache").glob("*/*"))) == len(views)
 
 
+@pytest.mark.usefixtures("few_images")
+def test_a_layer_inside_the_trunk_may_be_distilled_from_a_cache(tmp_path: Path) -> None:
+    settings = SWARDConfig(
+        window_size=(4,),
+        embed_dim=8,
+        student_layers=("encoder.2", "encoder.3"),
+        teacher_layers=("trunk.stem", "levels.1"),
+    )
+    filled, read, without = (
+        train_student(small(tmp_path, name, name != "without", sward=settings, iterations=3)).run
+        for name in ("filled", "read", "without")
+    )
+    found = weights(read)
+    assert all(torch.equal(value, found[key]) for key, value in weights(filled).items())
+    for one, other in zip(losses(filled), losses(without), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+    assert len(list((tmp_path / "cache").glob("*/*"))) == 18
+
+
+def test_a_student_alone_does_not_ask_what_its_teacher_would_see(tmp_path: Path) -> None:
+    teacher = TeacherConfig(image_size=(96, 128), cache=tmp_path)
+    config = small(tmp_path, "run", dataset=DatasetConfig(image_size=(64, 64)), teacher=teacher)
+    with pytest.raises(ValueError, match="the aspect ratio"):
+        config.check()
+    config.distillation = "none"
+    config.check()
+
+
 def test_training_without_fixed_views_is_refused(tmp_path: Path) -> None:
     config = small(tmp_path, "run", dataset=DatasetConfig(name="scenes", image_size=(64, 64)))
     with pytest.raises(
