@@ -33,6 +33,8 @@ class Preset:
     teacher: TeacherTrainingConfig
     """Configuration of `sward train-teacher`. The paper does not publish its teachers' recipes; with a frozen trunk,
     these presets train the head with the student's optimiser."""
+    mask_steps: int | None = None
+    """Steps of `sward train-masks`, for MasKD's tokens and FreeKD's prompts; None for the papers' numbers."""
 
 
 def names() -> list[str]:
@@ -51,7 +53,7 @@ def get(name: str) -> Preset:
         raise ValueError(f"unknown preset {name!r}; did you mean {' or '.join(map(repr, near))}?")
     made = _PRESETS[name]()
     # Student and teacher share their data set object; copy both so that a change to one preset stays local.
-    preset = Preset(made.description, copy.deepcopy(made.student), copy.deepcopy(made.teacher))
+    preset = dataclasses.replace(made, student=copy.deepcopy(made.student), teacher=copy.deepcopy(made.teacher))
     preset.student.preset = preset.teacher.preset = name
     return preset
 
@@ -147,6 +149,7 @@ def _demo() -> Preset:
             iterations=500,
             train_trunk=True,
         ),
+        mask_steps=100,
     )
 
 
@@ -162,6 +165,7 @@ def _small(
     teacher_epochs: int,
     schedule: Literal["poly", "cosine"],
     metric: Literal["mean_iou", "dice"],
+    mask_steps: int,
     batch_norm_images: int | None = None,
 ) -> Callable[[], Preset]:
     """Presets on real images for two CPU cores: a student from scratch, a teacher head on pretrained DINOv2.
@@ -194,6 +198,7 @@ def _small(
                 metric=metric,
                 evaluate_every=5,
             ),
+            mask_steps,
         )
 
     return make
@@ -213,6 +218,7 @@ def _small_unext(
         teacher_epochs=45,
         schedule="cosine",
         metric=metric,
+        mask_steps=300,
     )
 
 
@@ -270,6 +276,7 @@ _PRESETS: dict[str, Callable[[], Preset]] = {
         teacher_epochs=5,
         schedule="poly",
         metric="mean_iou",
+        mask_steps=200,
         batch_norm_images=160,
     ),
 }

@@ -187,8 +187,11 @@ def _train_masks(words: list[str]) -> None:
     from sward.config import MaskTrainingConfig
 
     name, rest = _preset("train-masks", expand(words))
-    student = presets.get(name).student
-    default = MaskTrainingConfig(preset=name, dataset=student.dataset, teacher=student.teacher, batch=student.batch)
+    preset = presets.get(name)
+    student = preset.student
+    default = MaskTrainingConfig(
+        preset=name, dataset=student.dataset, teacher=student.teacher, batch=student.batch, steps=preset.mask_steps
+    )
     config = _parse(MaskTrainingConfig, f"train-masks {name}", apply_words(default, rest), default)
     from sward.runs import train_masks
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sward.reporting.costs import Cost, this_cpu
-from sward.reporting.runs import VALIDATION, Group, teacher_folder
+from sward.reporting.runs import VALIDATION, Group, differences_beside_method, teacher_folder
 from sward.reporting.scores import against, decisive, first_scores, interval_text, metric_of, score
 
 MISSING = {
@@ -71,16 +71,30 @@ def headline(groups: Sequence[Group], costs: Mapping[str, Cost | None]) -> Headl
             f"Time: batches of one image of {own.size[0]} x {own.size[1]} pixels, {this_cpu()}, measured for this page."
         )
     alone = baseline(best, groups)
-    if best.role == "distilled" and alone is not None:
+    if alone is not None:
         more.append(_gain(best, alone, evaluation, metric, name))
+    elif best.role == "distilled" and MISSING["alone"] not in missing:
+        unlike = next(group for group in groups if group.role == "alone")
+        reason = differences_beside_method(best.runs[0], unlike.runs[0])[0]
+        more.append(
+            f"The students alone on this page were trained otherwise ({reason}), so that it cannot say what the "
+            "teacher adds."
+        )
     return Headline(first, (*more, *missing))
 
 
 def baseline(group: Group, groups: Sequence[Group]) -> Group | None:
-    """Return the student alone with the same network; None for teachers and students alone, and without one."""
+    """Return the student alone that was trained alike; None for teachers and students alone, and without one."""
     if group.role != "distilled":
         return None
-    return next((each for each in groups if each.role == "alone" and each.config.model == group.config.model), None)
+    return next(
+        (
+            each
+            for each in groups
+            if each.role == "alone" and not differences_beside_method(group.runs[0], each.runs[0])
+        ),
+        None,
+    )
 
 
 def _teacher(group: Group, groups: Sequence[Group]) -> Group | None:

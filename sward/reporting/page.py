@@ -17,7 +17,7 @@ from sward.reporting.costs import Cost, cost_of, this_cpu
 from sward.reporting.data_card import SplitCounts, counts_of_run, counts_on_disk, splits_on_disk
 from sward.reporting.headline import Headline, baseline, headline
 from sward.reporting.pictures import Picture
-from sward.reporting.runs import Group, ReportedRun, group, read_runs, with_companions
+from sward.reporting.runs import Group, ReportedRun, by_images, group, read_runs, with_companions
 from sward.reporting.scores import (
     METRICS,
     Score,
@@ -118,11 +118,10 @@ def write_report(paths: Sequence[Path], output: Path | None = None, *, root: Pat
     make_folder(output.parent)
     with TemporaryDirectory() as folder:
         sections = []
-        for index, name in enumerate(dict.fromkeys(run.info.name for run in runs)):
-            groups = group([run for run in runs if run.info.name == name])
+        for index, (name, alike) in enumerate(by_images(runs).items()):
             place = Path(folder) / str(index)
             place.mkdir()
-            sections.append(_section(name, groups, place, root))
+            sections.append(_section(name, group(alike), place, root))
         page = render(
             "report.html.j2",
             heading=given[0].title if len(given) == 1 else f"{len(given)} runs",

@@ -198,22 +198,89 @@ def group(runs: Sequence[ReportedRun]) -> list[Group]:
     ]
 
 
+def by_images(runs: Sequence[ReportedRun]) -> dict[str, list[ReportedRun]]:
+    """Return the runs whose scores can be compared, on the same images of the same classes, under a title for each."""
+    members: list[list[ReportedRun]] = []
+    for run in runs:
+        for each in members:
+            if each[0].info == run.info and _same_frames(each[0], run, ("val",)):
+                each.append(run)
+                break
+        else:
+            members.append([run])
+    names = Counter(each[0].info.name for each in members)
+    titles = (
+        each[0].info.name if names[each[0].info.name] == 1 else f"{each[0].info.name}, {_images_of(each[0])}"
+        for each in members
+    )
+    return dict(zip(titles, members, strict=True))
+
+
+def _images_of(run: ReportedRun) -> str:
+    split = run.config.dataset.split_by
+    return f"as in {run.title}" if split is None else f"split by {split}, as in {run.title}"
+
+
+def differences_beside_method(distilled: ReportedRun, alone: ReportedRun) -> list[str]:
+    """Describe what a distilled student and one alone differ in, besides distillation; nothing if they compare."""
+    one, other = distilled.config, alone.config
+    if not isinstance(one, DistillationConfig) or not isinstance(other, DistillationConfig):
+        raise TypeError("distilled and alone must be runs of students")
+    method = {name: getattr(other, name) for name in METHOD_FIELDS}
+    found = _differences(dataclasses.replace(distilled, config=dataclasses.replace(one, **method)), alone)
+    if not found and not _same_frames(distilled, alone, ("train", "val")):
+        found = ["the images differ"]
+    return found
+
+
+METHOD_FIELDS = (
+    "distillation",
+    "distillation_factor",
+    "teacher",
+    "recipe",
+    "sward",
+    "student_taps",
+    "unlabelled",
+    "unlabelled_batch",
+    "pseudo_labels",
+)
+"""Fields of `DistillationConfig` that a student alone does not use."""
+
+
 def _belong_together(one: ReportedRun, other: ReportedRun) -> bool:
     if type(one.config) is not type(other.config) or one.info != other.info:
         return False
-    # Where a split was drawn, its path differs between runs; the frames are compared by their own file.
+    return (
+        not _differences(one, other)
+        and _same_frames(one, other, ("train", "val", "unlabelled"))
+        and _taught_by(one) == _taught_by(other)
+    )
+
+
+def _differences(one: ReportedRun, other: ReportedRun) -> list[str]:
+    """Describe what the configurations of two runs differ in, besides the seed and where a split is stored."""
     first, second = (
         dataclasses.replace(run.config, seed=0, dataset=dataclasses.replace(run.config.dataset, split_by=None))
         for run in (one, other)
     )
-    return not differences(first, second) and _split(one) == _split(other) and _taught_by(one) == _taught_by(other)
+    return differences(first, second)
 
 
-def _taught_by(run: ReportedRun) -> Path | None:
+def _same_frames(one: ReportedRun, other: ReportedRun, splits: Iterable[str]) -> bool:
+    """Whether two runs have the same frames in these splits: by checksums where both have them, else by the split."""
+    first, second = one.folder.read_frames(), other.folder.read_frames()
+    if first and second:
+        return all(first.get(split) == second.get(split) for split in splits)
+    return _split(one) == _split(other)
+
+
+def _taught_by(run: ReportedRun) -> tuple[Path | None, Path | None]:
+    """Return the teacher and the masks of a distilled student."""
     config = run.config
-    if not isinstance(config, DistillationConfig) or config.distillation == "none" or config.teacher.run is None:
-        return None
-    return config.teacher.run.resolve()
+    if not isinstance(config, DistillationConfig) or config.distillation == "none":
+        return None, None
+    teacher, masks = (None if path is None else path.resolve() for path in (config.teacher.run, config.teacher.masks))
+    return teacher, masks
 
 
 def _split(run: ReportedRun) -> str | None:

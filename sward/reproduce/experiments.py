@@ -50,6 +50,8 @@ class Run:
     """Dotted name of a configuration field -> value."""
     unlabelled: Frames | None = None
     """Frames that it distils besides the labelled images."""
+    twice: bool = False
+    """Whether it takes twice the steps of the preset, or of `--iterations` and `--epochs`."""
     trial: bool = False
     """Whether it only serves to choose a setting: then it is trained with seed 0 alone."""
 
@@ -143,6 +145,17 @@ def teacher_of(preset: str) -> Run:
 def method(preset: str, name: str) -> Run:
     """Return the run of one method with the settings of the preset."""
     return Run(preset, name, name)
+
+
+def twice(run: Run) -> Run:
+    """Return the run with twice the steps."""
+    return dataclasses.replace(run, name=f"{run.name}-twice", twice=True)
+
+
+def alone(run: Run) -> Run:
+    """Return the student alone, as long as `run`."""
+    found = method(run.preset, "none")
+    return twice(found) if run.twice else found
 
 
 def sward(preset: str, variant: str, **overrides: Any) -> Run:

@@ -22,6 +22,7 @@ from sward.reproduce.experiments import (
     own_tests,
     sward,
     teacher_of,
+    twice,
     with_pdr,
 )
 
@@ -77,17 +78,25 @@ def peers(preset: str) -> Table:
 
 def length(preset: str) -> Table:
     """Define a table of twice the steps: whether distillation saves training or raises what a student can reach."""
-    epochs = presets.get(preset).student.epochs
-    if epochs is None:
-        raise ValueError(f"preset must be one whose length is in epochs for length, got {preset!r}")
     tests = own_tests(preset)
-    rows = []
-    for name in ("none", "sward"):
-        once = method(preset, name)
-        twice = dataclasses.replace(once, name=f"{name}-twice", overrides={"epochs": 2 * epochs})
-        for run, passes in ((once, epochs), (twice, 2 * epochs)):
-            rows.append(Row(f"{METHOD_TITLES[name]}, {passes} epochs", (run,) * len(tests), ((),) * len(tests)))
-    return Table(f"length-{preset}", f"Training length, {presets.get(preset).description}", tests, tuple(rows))
+    student, distilled = method(preset, "none"), method(preset, "sward")
+    runs = {
+        METHOD_TITLES["none"]: student,
+        f"{METHOD_TITLES['none']}, twice as long": twice(student),
+        METHOD_TITLES["sward"]: distilled,
+        f"{METHOD_TITLES['sward']}, twice as long": twice(distilled),
+    }
+    rows = tuple(
+        Row(title, (run,) * len(tests), ((),) * len(tests), against=twice(student) if run == distilled else None)
+        for title, run in runs.items()
+    )
+    return Table(
+        f"length-{preset}",
+        f"Training length, {presets.get(preset).description}",
+        tests,
+        rows,
+        against=f"{METHOD_TITLES['none']}, twice as long",
+    )
 
 
 def questions(preset: str) -> Table:

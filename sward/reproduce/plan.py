@@ -79,7 +79,13 @@ def _command(config: DistillationConfig | TeacherTrainingConfig) -> str:
 
 
 def _masks_command(config: MaskTrainingConfig) -> str:
-    default = MaskTrainingConfig(preset=config.preset, method=config.method, dataset=config.dataset, batch=config.batch)
+    default = MaskTrainingConfig(
+        preset=config.preset,
+        method=config.method,
+        dataset=config.dataset,
+        batch=config.batch,
+        steps=presets.get(config.preset).mask_steps,
+    )
     flags = ["--method", config.method, *_flags(json.loads(to_json(default)), json.loads(to_json(config)))]
     if config.dataset.root is not None:
         flags += ["--dataset.root", str(config.dataset.root)]

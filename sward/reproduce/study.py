@@ -47,16 +47,6 @@ TRUNK_FILES = {
 }
 """File name of each teacher's pretrained trunk, as published (docs/reproduce.md)."""
 
-MASK_STEPS = {
-    "clinicdb-small": 300,
-    "clinicdb-random-small": 300,
-    "colondb-small": 300,
-    "colondb-sequence-small": 300,
-    "camvid-small": 200,
-    "demo": 100,
-}
-"""Steps of learning MasKD's tokens and FreeKD's prompts at the small scale; other presets use the papers' values."""
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -115,6 +105,8 @@ class Study:
             return config
         if self.options.epochs is not None:
             config.iterations, config.epochs = None, self.options.epochs
+        if run.twice:
+            config.iterations, config.epochs = (each and 2 * each for each in (config.iterations, config.epochs))
         config.distillation = run.distillation
         teacher = teacher_of(run.preset)
         config.teacher.run = self.folder(teacher, 0).path
@@ -140,8 +132,8 @@ class Study:
     def masks_config(self, run: Run, method: MaskMethod) -> MaskTrainingConfig:
         """Return the configuration for learning the masks of `run`."""
         teacher = teacher_of(run.preset)
-        student = presets.get(teacher.preset).student
-        steps = MASK_STEPS.get(run.preset)
+        preset = presets.get(teacher.preset)
+        student, steps = preset.student, preset.mask_steps
         if self.options.iterations is not None:
             steps = self.options.iterations
         student.dataset.root = self.options.data
@@ -291,7 +283,8 @@ class Study:
         if self.cost(run, 0) is None:
             return None
         metric = self.config(run, 0).metric
-        return max(record["validation"][metric] for record in self.folder(run, 0).records() if "validation" in record)
+        scores = [record["validation"][metric] for record in self.folder(run, 0).records() if "validation" in record]
+        return max((score for score in scores if score is not None), default=0.0)
 
     def cost(self, run: Run, seed: int) -> Cost | None:
         """Return the cost of the run; None before it is finished."""

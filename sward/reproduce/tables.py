@@ -10,7 +10,7 @@ from typing import Any
 from sward import data, presets
 from sward.models.flops import complexity
 from sward.paired import paired_bootstrap, paired_t
-from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, Table, method
+from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, Table, alone
 from sward.reproduce.rendering import Column, Comparison, FilledTable, Mean, Value
 from sward.reproduce.study import Study
 
@@ -104,12 +104,12 @@ def fill(
 
 
 def against_alone(study: Study, run: Run, test: EvaluationSet, metric: str) -> Comparison | None:
-    """Compare a student's score, in percent, with that of the student alone, seed by seed.
+    """Compare a student's score, in percent, with that of the student alone of as many steps, seed by seed.
 
     Returns None for teachers, for the student alone, and where `compare` does.
     """
-    alone = method(run.preset, "none")
-    return None if run.name in (TEACHER, alone.name) else compare(study, run, alone, test, metric)
+    student = alone(run)
+    return None if run.name in (TEACHER, student.name) else compare(study, run, student, test, metric)
 
 
 def compare(study: Study, run: Run, other: Run, test: EvaluationSet, metric: str) -> Comparison | None:
@@ -196,16 +196,26 @@ def signs_of_collapse(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
+def _chooses(test: EvaluationSet) -> bool:
+    """Whether `Study.choose` looks at the images of the test."""
+    return test.split == "val" and test.dataset is None
+
+
 def _standing_notes(table: Table, *, with_costs: bool, paired: bool) -> list[str]:
     notes = ["Mean ± sample standard deviation over the seeds; no spread for a single run."]
     if paired:
         notes.append(
-            "Minus alone: mean difference to the student alone over the seeds that both have, with the 95 % interval "
-            "of a paired t test over these seeds, on the same test images. Bold: the best student, if its interval is "
-            "above 0. The CSV file adds a bootstrap interval over seeds and images where there are scores per image."
+            "Minus alone: mean difference to the student alone of as many steps over the seeds that both have, with "
+            "the 95 % interval of a paired t test over these seeds, on the same test images. Bold: the best student, "
+            "if its interval is above 0. The CSV file adds a bootstrap interval over seeds and images where there are "
+            "scores per image."
         )
     if paired and table.against:
-        notes.append(f"Minus {table.against}: likewise, to the same method with {table.against}.")
+        notes.append(f"Minus {table.against}: likewise, with that run in place of the student alone.")
+    if any(row.choices for row in table.rows) and any(_chooses(test) for test in table.tests):
+        notes.append(
+            "Chosen factors were chosen on the images that score them here, which favours their rows over the others."
+        )
     if with_costs:
         notes.append(
             "Parameters and FLOPs by the paper's rule: 2 x ptflops multiply-adds of one 3x512x512 image; for a SAM 2.1 "

@@ -24,7 +24,7 @@ from sward.figures.contours import PREDICTION, TRUTH, contour_grid
 from sward.models.flops import gemm_flops
 from sward.reporting.costs import Cost
 from sward.reporting.headline import headline
-from sward.reporting.runs import group, read_runs, with_companions
+from sward.reporting.runs import by_images, group, read_runs, with_companions
 from sward.runs.load import config_for_images
 from sward.training.run_folder import RunFolder
 from tests.support.drawn_figures import DrawnFigure, rgb
@@ -56,7 +56,7 @@ def write_run(
     run = RunFolder(path)
     path.mkdir(parents=True)
     kind = TeacherTrainingConfig if changes.pop("teacher", False) else DistillationConfig
-    nowhere = DatasetConfig(name="camvid", root=path.parent / "nowhere")
+    nowhere = DatasetConfig(name="camvid", root=path.parent / "nowhere", split_by=changes.pop("split_by", None))
     run.start(kind(dataset=nowhere, optimizer=OptimizerConfig(lr=lr), **changes), INFO)
     if validation is not None:
         for step, loss in ((steps // 2, 9.0), (steps, 0.123456)):
@@ -207,6 +207,40 @@ def test_another_students_teacher_is_not_shown(family: Path) -> None:
     assert lines[-1].startswith("No run of the teacher is at hand")
     # A student alone has no teacher.
     assert first_lines(family / "teacher", family / "none-seed0")[0] == "The student reaches 40.0 % Dice."
+
+
+def test_a_student_alone_on_other_images_is_no_baseline(family: Path, tmp_path: Path) -> None:
+    """As a split by sequence and one at random, whose scores on `test` are of other images."""
+    for seed in range(3):
+        for method, dice in (("none", 0.90), ("sward", 0.80)):
+            folder = tmp_path / "random" / f"{method}-seed{seed}"
+            write_run(folder, scores(0.7, 0.9, 0.5, 0.41), distillation=method, seed=seed, split_by="ratio")
+            score_on_test(folder, dice + 0.01 * seed)
+    runs = [*sorted(family.glob("sward-*")), *sorted((tmp_path / "random").glob("sward-*"))]
+    page = report(*runs)
+    titles = [f"two, as in {family.name}/sward-seed0", "two, split by ratio, as in random/sward-seed0"]
+    tables = [page.numbers(page.sections[f"Scores: {title}"].tables[1]) for title in titles]
+    assert [table["unext + SWARD"]["Dice - alone"] for table in tables] == [
+        "+20.00 [15.0, 25.0]*",
+        "-10.00 [-10.0, -10.0]",
+    ]
+
+
+def test_a_student_alone_of_another_length_is_no_baseline(family: Path) -> None:
+    for seed in range(3):
+        folder = family / f"long-seed{seed}"
+        write_run(folder, scores(0.7, 0.9, 0.5, 0.41), distillation="sward", seed=seed, iterations=9999, epochs=None)
+        score_on_test(folder, 0.7)
+    lines = first_lines(*sorted(family.glob("long-*")), *sorted(family.glob("none-*")))
+    assert lines[-1].startswith("The students alone on this page were trained otherwise (iterations is 9999, not ")
+
+
+def test_runs_on_unlike_frames_are_no_seeds_of_one(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"{name}-seed{seed}", None, seed=seed) for seed, name in enumerate("aab")]
+    for folder in folders:
+        (folder / "frames.json").write_text(json.dumps({"train": {"1": folder.name[0]}, "val": {"2": "same"}}))
+    assert [len(each.runs) for each in group(read_runs(folders))] == [2, 1]
+    assert len(by_images(read_runs(folders))) == 1  # validated on the same frame
 
 
 def test_two_runs_of_different_settings(tmp_path: Path) -> None:

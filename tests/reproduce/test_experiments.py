@@ -195,5 +195,10 @@ def test_twice_the_length_changes_the_epochs_alone() -> None:
     assert (once.epochs, twice.epochs) == (60, 120)
     once.epochs, once.output = twice.epochs, twice.output
     assert once == twice
-    with pytest.raises(ValueError, match="preset must be one whose length is in epochs for length, got 'city"):
-        length("cityscapes-mbv3")
+    # Twice what the options set, and of a preset in iterations.
+    short = Study(Options("length", epochs=3))
+    assert [short.config(row.runs[0], 0).epochs for row in length("colondb-small").rows] == [3, 6, 3, 6]
+    trial = Study(Options("length", iterations=10))
+    assert [trial.config(row.runs[0], 0).iterations for row in length("colondb-small").rows] == [10, 20, 10, 20]
+    once, twice = (study.config(row.runs[0], 0) for row in length("cityscapes-mbv3").rows[:2])
+    assert twice.iterations == 2 * once.iterations

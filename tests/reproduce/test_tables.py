@@ -14,7 +14,7 @@ from sward.evaluation import Evaluation
 from sward.paired import Difference
 from sward.reproduce.experiments import TEACHER, EvaluationSet, Run
 from sward.reproduce.options import Options
-from sward.reproduce.own_tables import methods, peers, unlabelled
+from sward.reproduce.own_tables import length, methods, peers, unlabelled
 from sward.reproduce.paper_tables import table2
 from sward.reproduce.rendering import (
     Column,
@@ -171,6 +171,21 @@ def test_a_row_is_compared_with_the_run_that_it_names(monkeypatch: pytest.Monkey
     assert any(note.startswith("Minus labelled images only") for note in filled.notes)
 
 
+def test_twice_the_steps_are_compared_with_twice_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(Scored.DICE, "none-twice", [0.57, 0.50, 0.50])
+    monkeypatch.setitem(Scored.DICE, "sward-twice", [0.61, 0.52, 0.55])
+    filled = fill(length("clinicdb-small"), Scored(Options("length", seeds=3)))
+    headers = [column.header for column in filled.columns]
+    alone, twice = (
+        headers.index(f"CVC-ClinicDB mDice - {other} (95 %)") for other in ("alone", "student alone, twice as long")
+    )
+    rows = {row[0]: row for row in filled.rows}
+    assert rows["+ SWARD, twice as long"][alone].by_seed.mean == pytest.approx(11 / 3)  # +4, +2, +5; 11 over once
+    assert rows["student alone, twice as long"][alone] is None
+    assert rows["+ SWARD"][alone].by_seed.mean == pytest.approx(10)
+    assert rows["+ SWARD"][twice].by_seed.mean == pytest.approx(8 / 3)  # +3, +1, +4
+
+
 class Validated(Scored):
     """A study whose runs also have validation scores."""
 
@@ -189,6 +204,7 @@ class Validated(Scored):
     def folder(self, run: Run, seed: int) -> RunFolder:
         folder = super().folder(run, seed)
         scores = [{"step": step, "validation": {"dice": dice}} for step, dice in enumerate(self.SCORES[run.name])]
+        scores.append({"step": len(scores), "validation": {"dice": None}})  # no image could be scored
         folder.records = lambda: [{"step": 0, "loss": 1.0}, *scores]
         return folder
 
@@ -206,6 +222,14 @@ def test_the_factor_with_the_best_validation_score_is_chosen_and_unfinished_choi
     assert rows["+ KD, chosen factor 1"] == rows["+ KD"]  # of equal scores the published weight
     assert "+ SWARD" in rows
     assert not any(title.startswith("+ SWARD, chosen") for title in rows)
+
+
+def test_a_factor_chosen_on_the_scored_images_is_called_that() -> None:
+    notes = {
+        preset: fill(peers(preset), Scored(Options("peers", seeds=2))).notes for preset in ("demo", "colondb-small")
+    }
+    said = {preset: any("favours their rows" in note for note in notes[preset]) for preset in notes}
+    assert said == {"demo": True, "colondb-small": False}
 
 
 def test_one_seed_has_no_column_of_differences() -> None:
