@@ -164,13 +164,15 @@ class TeacherConfig:
     """The frozen network that is distilled."""
 
     run: Path | None = None
-    """Folder of the `sward train-teacher` run to load; None uses `runs/PRESET/teacher`."""
+    """Folder of the `sward train-teacher` run to load; None uses `runs/PRESET/teacher`. Only one of `run`, `untrained`
+    and `weights` may be set."""
     untrained: bool = False
     """Distil the teacher `name` with random weights instead, to try shapes and speed without a checkpoint."""
     name: str = "hiera_demo"
-    """Name of the teacher for `untrained` and `weights`, as in `sward.models.build`."""
+    """Name of the teacher for `untrained` and `weights`, as in `sward.models.build`. With a run, a name that is not the
+    preset's must be that of the run's network."""
     options: dict[str, int | str] = field(default_factory=dict)
-    """Options of its builder, on the command line as `--teacher.options KEY=VALUE ...`."""
+    """Options of its builder, on the command line as `--teacher.options KEY=VALUE ...`; a run needs none."""
     weights: Path | None = None
     """Checkpoint of the whole network `name`, in the formats of `model_weights`, instead of the run of `sward
     train-teacher`. A `transformers:` folder brings its own."""
@@ -361,7 +363,8 @@ class DistillationConfig(TrainingConfig):
     """The frozen network."""
     recipe: RecipeName = "recommended"
     """Recipe that `sward` starts from: `"recommended"`, or `"paper"` for the equations and section 4.1 to the letter.
-    On the command line, options for single fields of `sward` override it."""
+    `--recipe`, `use_recipe` and a configuration file's `recipe` set its fields of `sward`, and options or the file
+    override single ones."""
     sward: SWARDConfig = field(default_factory=SWARDConfig)
     """Settings of `"sward"`."""
     student_taps: TapConfig = field(default_factory=TapConfig)
@@ -404,8 +407,8 @@ class DistillationConfig(TrainingConfig):
         _check_number("distillation_factor", self.distillation_factor)
         if self.distillation != "none":
             self.sward.check()
-            if self.teacher.image_size is not None:
-                _check_number("teacher.image_size", min(self.teacher.image_size), 1)
+            self._check_recipe()
+            self._check_teacher()
         if self.unlabelled and self.distillation == "none":
             raise ValueError(
                 "unlabelled must be empty where distillation is 'none', since nothing would learn from them"
@@ -419,7 +422,10 @@ class DistillationConfig(TrainingConfig):
                 "pseudo_labels must be above 0 and at most 1 with unlabelled images and None without, got "
                 f"{self.pseudo_labels:g}"
             )
+
+    def _check_teacher(self) -> None:
         (height, width), (tall, wide) = self.dataset.image_size, self.teacher_image_size
+        _check_number("teacher.image_size", min(tall, wide), 1)
         if tall * width != wide * height:
             raise ValueError(
                 f"teacher.image_size must have the aspect ratio of dataset.image_size, {height}x{width}, "
@@ -427,6 +433,16 @@ class DistillationConfig(TrainingConfig):
             )
         if self.teacher.cache is not None and self.dataset.views is None:
             raise ValueError(NEEDS_VIEWS.format("teacher.cache"))
+
+    def _check_recipe(self) -> None:
+        """Raise a ValueError if `sward` is set as another recipe than the named one, which never reached it."""
+        for name, recipe in RECIPES.items():
+            set_as_this = all(getattr(self.sward, key) == value for key, value in recipe._asdict().items())
+            if set_as_this and name != self.recipe:
+                raise ValueError(
+                    f"recipe must be {name!r} with these settings of sward, got {self.recipe!r}; set both with "
+                    f"--recipe or use_recipe({self.recipe!r})"
+                )
 
     def teacher_masks(self) -> Path:
         """Return the path of the masks that the method learned on this teacher.

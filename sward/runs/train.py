@@ -48,7 +48,7 @@ from sward.training.run_folder import KeptData, RunFolder, make_folder, require_
 from sward.training.state import seed_generators
 from sward.training.step import TrainingStep
 from sward.training.teacher import FrozenTeacher
-from sward.training.teacher_cache import TeacherCache, TrunkCache
+from sward.training.teacher_cache import TeacherCache, TrunkCache, cached
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,7 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
         if config.compile:
             frozen.network.compile()
         if config.teacher.cache is not None:
-            if isinstance(frozen.network, Teacher):
-                frozen.network.trunk_cache = TrunkCache(frozen.network.trunk, config.teacher.cache)
-            else:
-                teacher = TeacherCache(frozen, config.teacher.cache)
+            teacher = cached(frozen, config.teacher.cache)
     run = RunFolder(config.output or student_run(config))
     return _fit(student, task, config, images, run, loss=loss, teacher=teacher, teacher_weights=teacher_weights)
 
@@ -215,7 +212,7 @@ def _check_data(
 def _unlabelled(config: DistillationConfig, train_set: SegmentationDataset) -> UnlabelledImages | ImageShards | None:
     if not config.unlabelled_per_step:
         return None
-    distributed.share_of(config.unlabelled_per_step)
+    distributed.share_of(config.unlabelled_per_step, "batch" if config.unlabelled_batch is None else "unlabelled_batch")
     kinds = {is_shards(str(source)) for source in config.unlabelled}
     if True in kinds:
         if len(kinds) > 1 or config.dataset.labelled_share < 1:
