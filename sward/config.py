@@ -48,6 +48,12 @@ def _check_number(
     raise ValueError(f"{name} must be {condition}, got {value}")
 
 
+def check_batch(batch: int, images: int) -> None:
+    """Raise a ValueError if there are fewer training images than a batch needs."""
+    if images < batch:
+        raise ValueError(f"batch must be at most {images}, the number of training images, got {batch}")
+
+
 @dataclass
 class DatasetConfig:
     """Which images to use, and at what size."""
@@ -111,6 +117,13 @@ class DatasetConfig:
             self.group_by,
         )
 
+    def check(self) -> None:
+        """Raise a ValueError if a number is out of its range."""
+        _check_number("dataset.image_size", min(self.image_size), 1)
+        _check_number("dataset.num_classes", self.num_classes, 2)
+        _check_number("dataset.workers", self.workers, 0)
+        _check_number("dataset.views", self.views, 1)
+
 
 @dataclass
 class OptimizerConfig:
@@ -151,13 +164,15 @@ class TeacherConfig:
     """The frozen network that is distilled."""
 
     run: Path | None = None
-    """Folder of the `sward train-teacher` run to load; None uses `runs/PRESET/teacher`."""
+    """Folder of the `sward train-teacher` run to load; None uses `runs/PRESET/teacher`. Only one of `run`, `untrained`
+    and `weights` may be set."""
     untrained: bool = False
     """Distil the teacher `name` with random weights instead, to try shapes and speed without a checkpoint."""
     name: str = "hiera_demo"
-    """Name of the teacher for `untrained` and `weights`, as in `sward.models.build`."""
+    """Name of the teacher for `untrained` and `weights`, as in `sward.models.build`. With a run, a name that is not the
+    preset's must be that of the run's network."""
     options: dict[str, int | str] = field(default_factory=dict)
-    """Options of its builder, on the command line as `--teacher.options KEY=VALUE ...`."""
+    """Options of its builder, on the command line as `--teacher.options KEY=VALUE ...`; a run needs none."""
     weights: Path | None = None
     """Checkpoint of the whole network `name`, in the formats of `model_weights`, instead of the run of `sward
     train-teacher`. A `transformers:` folder brings its own."""
@@ -298,12 +313,8 @@ class TrainingConfig:
         self._check_numbers()
 
     def _check_numbers(self) -> None:
-        dataset, optimizer = self.dataset, self.optimizer
-        height, width = dataset.image_size
-        _check_number("dataset.image_size", min(height, width), 1)
-        _check_number("dataset.num_classes", dataset.num_classes, 2)
-        _check_number("dataset.workers", dataset.workers, 0)
-        _check_number("dataset.views", dataset.views, 1)
+        optimizer = self.optimizer
+        self.dataset.check()
         _check_number("batch", self.batch, 1)
         _check_number("iterations", self.iterations, 1)
         _check_number("epochs", self.epochs, 1)
@@ -335,8 +346,7 @@ class TrainingConfig:
         Raises:
             ValueError: if the training set is smaller than one batch.
         """
-        if images < self.batch:
-            raise ValueError(f"batch must be at most {images}, the number of training images, got {self.batch}")
+        check_batch(self.batch, images)
         return self.iterations if self.iterations is not None else (self.epochs or 0) * (images // self.batch)
 
 
@@ -353,7 +363,8 @@ class DistillationConfig(TrainingConfig):
     """The frozen network."""
     recipe: RecipeName = "recommended"
     """Recipe that `sward` starts from: `"recommended"`, or `"paper"` for the equations and section 4.1 to the letter.
-    On the command line, options for single fields of `sward` override it."""
+    `--recipe`, `use_recipe` and a configuration file's `recipe` set its fields of `sward`, and options or the file
+    override single ones."""
     sward: SWARDConfig = field(default_factory=SWARDConfig)
     """Settings of `"sward"`."""
     student_taps: TapConfig = field(default_factory=TapConfig)
@@ -396,8 +407,8 @@ class DistillationConfig(TrainingConfig):
         _check_number("distillation_factor", self.distillation_factor)
         if self.distillation != "none":
             self.sward.check()
-            if self.teacher.image_size is not None:
-                _check_number("teacher.image_size", min(self.teacher.image_size), 1)
+            self._check_recipe()
+            self._check_teacher()
         if self.unlabelled and self.distillation == "none":
             raise ValueError(
                 "unlabelled must be empty where distillation is 'none', since nothing would learn from them"
@@ -411,7 +422,10 @@ class DistillationConfig(TrainingConfig):
                 "pseudo_labels must be above 0 and at most 1 with unlabelled images and None without, got "
                 f"{self.pseudo_labels:g}"
             )
+
+    def _check_teacher(self) -> None:
         (height, width), (tall, wide) = self.dataset.image_size, self.teacher_image_size
+        _check_number("teacher.image_size", min(tall, wide), 1)
         if tall * width != wide * height:
             raise ValueError(
                 f"teacher.image_size must have the aspect ratio of dataset.image_size, {height}x{width}, "
@@ -419,6 +433,16 @@ class DistillationConfig(TrainingConfig):
             )
         if self.teacher.cache is not None and self.dataset.views is None:
             raise ValueError(NEEDS_VIEWS.format("teacher.cache"))
+
+    def _check_recipe(self) -> None:
+        """Raise a ValueError if `sward` is set as another recipe than the named one, which never reached it."""
+        for name, recipe in RECIPES.items():
+            set_as_this = all(getattr(self.sward, key) == value for key, value in recipe._asdict().items())
+            if set_as_this and name != self.recipe:
+                raise ValueError(
+                    f"recipe must be {name!r} with these settings of sward, got {self.recipe!r}; set both with "
+                    f"--recipe or use_recipe({self.recipe!r})"
+                )
 
     def teacher_masks(self) -> Path:
         """Return the path of the masks that the method learned on this teacher.
@@ -470,7 +494,7 @@ class MaskTrainingConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     """Images and labels."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    """The trained teacher."""
+    """The trained teacher. `masks`, `cache`, `precision` and `normalization` have no effect here and stay unset."""
     batch: int = 8
     """Images per step."""
     steps: int | None = None
@@ -483,6 +507,20 @@ class MaskTrainingConfig:
     """File to write; None uses `runs/PRESET/METHOD.pt`."""
     on_corrupt: OnCorrupt = "stop"
     """What to do if an image or mask cannot be read: `"stop"`, or `"skip"` to warn and use the next image."""
+
+    def check(self) -> None:
+        """Raise a ValueError if a field has an invalid value, or one of the teacher's that has no effect here."""
+        self.dataset.check()
+        _check_number("batch", self.batch, 1)
+        _check_number("steps", self.steps, 1)
+        _check_number("seed", self.seed, 0)
+        if self.teacher.image_size is not None:
+            _check_number("teacher.image_size", min(self.teacher.image_size), 1)
+        unused = TeacherConfig()
+        for name in ("masks", "cache", "precision", "normalization"):
+            default, got = getattr(unused, name), getattr(self.teacher, name)
+            if got != default:
+                raise ValueError(f"teacher.{name} must be {default!r} where masks are learned, got {str(got)!r}")
 
 
 def masks_path(preset: str, method: str) -> Path:

@@ -68,7 +68,7 @@ class Distiller(nn.Module):
         student: `images [B, 3, H, W] -> logits [B, K, h, w]`, also in a tuple or under `out` or `logits` in a
             dictionary. Logits of another size than the labels are resized.
         teacher: the same; for methods that compare no logits, any network with feature maps.
-        num_classes: K.
+        num_classes: K; a one-logit task has 2.
         method: a name in `sward.methods.METHODS`.
         student_layers: layers for MWAD, shallow to deep; of the other methods the last one replaces the default layer.
             None chooses, see `sward.layers.choose`.
@@ -83,7 +83,8 @@ class Distiller(nn.Module):
             `PROBE_SIZES`.
         ignore_index: label that is left out.
         process_group: processes over which losses take their means.
-        settings: fields of `sward.config.SWARDConfig`, such as `window_size=(4,)` or `embed_dim=32`.
+        settings: fields of `sward.config.SWARDConfig`, such as `window_size=(8, 4)` or `embed_dim=32`; `window_size`
+            may be one number.
 
     Raises:
         ValueError: if the arguments do not fit together; the message names the cure.
@@ -111,8 +112,8 @@ class Distiller(nn.Module):
         super().__init__()
         methods.check_name(method)
         _check_networks(student, teacher)
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2 (a one-logit task has 2), got {num_classes}")
         if image_size is not None and (not isinstance(image_size, Sequence) or len(image_size) != 2):
             raise ValueError(f"image_size must be (height, width), got {image_size!r}")
         for side, taps in (("student", student_taps), ("teacher", teacher_taps)):
@@ -193,7 +194,8 @@ class Distiller(nn.Module):
 
     def _no_labels(self, logits: Tensor) -> Tensor:
         """Return labels with which PDR leaves out every pixel, and the other methods none."""
-        label = self._ignore_index if self.method == "sward" else 0
+        other = 1 if self._ignore_index == 0 else 0
+        label = self._ignore_index if self.method == "sward" else other
         return torch.full((len(logits), *logits.shape[-2:]), label, device=logits.device)
 
     if TYPE_CHECKING:
@@ -264,8 +266,10 @@ def _layers_of(
 def _check_classes(student: nn.Module, size: tuple[int, int], num_classes: int) -> None:
     with torch.no_grad(), layers.evaluating(student):
         found = logits_of(student(next(student.parameters()).new_zeros(1, 3, *size)), "student").shape[1]
-    if found != num_classes and not (found == 1 and num_classes == 2):
-        raise ValueError(f"num_classes must be {found}, the channels of the student's logits, got {num_classes}")
+    classes = max(found, 2)
+    if num_classes != classes:
+        channels = "the channels of the student's logits" if found > 1 else "as the student has one logit"
+        raise ValueError(f"num_classes must be {classes}, {channels}, got {num_classes}")
 
 
 def _settings(recipe: RecipeName, given: dict[str, Any]) -> SWARDConfig:
@@ -275,6 +279,9 @@ def _settings(recipe: RecipeName, given: dict[str, Any]) -> SWARDConfig:
     for name in given:
         if name not in known or name in ("student_layers", "teacher_layers"):
             raise ValueError(f"settings must be fields of SWARDConfig, got {name!r}; there are {', '.join(known)}")
+    window = given.get("window_size")
+    if isinstance(window, int):
+        given = {**given, "window_size": (window,)}
     return SWARDConfig(**{**RECIPES[recipe]._asdict(), **given})
 
 

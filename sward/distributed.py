@@ -97,16 +97,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def share_of(batch: int) -> int:
-    """Return the number of images per process in a global batch.
+def share_of(batch: int, name: str = "batch") -> int:
+    """Return the number of images per process in a global batch; `name` is its field, for the message.
 
     Raises:
         ValueError: if the number of processes does not divide `batch`.
     """
     if batch % world_size():
         raise ValueError(
-            f"batch must be a multiple of the number of processes ({world_size()}), got {batch}; "
-            "batch counts the images of one step on all processes together"
+            f"{name} must be a multiple of the number of processes ({world_size()}), got {batch}; "
+            f"{name} counts the images of one step on all processes together"
         )
     return batch // world_size()
 

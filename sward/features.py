@@ -33,7 +33,8 @@ class FeatureTaps:
     The hooks stay between forward passes, so a training loop opens the taps once and collects once per step. Each
     forward pass of the network drops the maps of the one before: `collect` returns those of the latest pass, or raises.
     Layers that run outside of a forward pass of the network (recomputed by activation checkpointing, or called
-    directly) are not captured. A layer that runs several times in one pass gives its last output.
+    directly) are not captured. A layer that runs several times in one pass gives its last output. An output that the
+    network overwrites afterwards, as an in-place activation does, is refused (except in compiled code).
 
     A deep copy of the network never feeds the taps of the original: the copy carries no taps, and neither does a
     pickled network. A copied or pickled `FeatureTaps` belongs to the network that was copied or pickled with it.
@@ -84,6 +85,7 @@ class FeatureTaps:
         self._images: Tensor | None = None
         self._image_keyword: str | None = None
         self._caught: dict[str, Tensor] = {}
+        self._versions: dict[str, int | None] = {}
         self._known: dict[str, Layout] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -114,7 +116,7 @@ class FeatureTaps:
 
         Raises:
             RuntimeError: if a layer has not run since the last call.
-            ValueError: if the layout of an output cannot be told from its shape.
+            ValueError: if the layout of an output cannot be told from its shape, or the network has overwritten it.
         """
         missing = [layer for layer in self.layers if layer not in self._caught]
         if missing:
@@ -124,6 +126,9 @@ class FeatureTaps:
                 "taps were opened needs torch.compiler.reset()"
             )
         caught, images = self._caught, self._images
+        for layer, output in caught.items():
+            if self._versions[layer] not in (None, version_of(output)):
+                raise ValueError(_overwritten(layer, self._network[0]))
         if images is not None:
             doubtful = [layer for layer in self.layers if not self._settle(layer, caught[layer], tuple(images.shape))]
             if doubtful:
@@ -264,6 +269,7 @@ class FeatureTaps:
                 f"got {describe(tensor)}"
             )
         self._caught[layer] = tensor.detach() if self._detach else tensor
+        self._versions[layer] = version_of(tensor)
 
 
 def map_channels(
@@ -318,6 +324,19 @@ def unknown_layer(layer: str, module: nn.Module) -> str:
     if not near:
         near = [name for name, _ in module.named_children()][:6]
     return f"layer {layer!r} does not exist in {type(module).__name__}; did you mean one of {near}?"
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """Return how often a tensor was changed in place; None where nothing counts that."""
+    return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def _overwritten(layer: str, network: nn.Module) -> str:
+    modules = list(network.named_modules())
+    behind = modules[1 + [name for name, _ in modules].index(layer) :]
+    next_layer = next((name for name, module in behind if getattr(module, "inplace", False)), None)
+    cure = "tap the layer that overwrites it" + ("" if next_layer is None else f", probably {next_layer!r}")
+    return f"layer {layer!r} must return a map that stays as it is, got one that is overwritten in place; {cure}"
 
 
 class _Hook:

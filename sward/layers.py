@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sward.features import evaluating, own_prefix_tokens
+from sward.features import evaluating, own_prefix_tokens, version_of
 from sward.tensor_layouts import Layout, layouts, logits_of, resolve, without_doubt
 
 ENCODER_NAMES = ("levels", "trunk", "encoder", "backbone", "features")
@@ -200,7 +200,7 @@ def _outputs(network: nn.Module, size: tuple[int, int]) -> tuple[dict[str, Tenso
     """Return each layer's output without its data, in the order in which they finish, and the penultimate layer."""
     outputs: dict[str, Tensor] = {}
     makers: dict[int, str] = {}
-    alive: list[Tensor] = []
+    alive: list[tuple[str, Tensor, int | None]] = []
     classifier_inputs: list[tuple[int, int]] = []
 
     def before(module: nn.Module, arguments: Any) -> None:
@@ -216,7 +216,7 @@ def _outputs(network: nn.Module, size: tuple[int, int]) -> tuple[dict[str, Tenso
                 outputs.pop(name, None)
                 outputs[name] = torch.empty_like(output, device="meta")
                 makers[id(output)] = name
-                alive.append(output)  # An id is unique only while the tensor lives.
+                alive.append((name, output, version_of(output)))  # An id is unique only while the tensor lives.
 
         return keep
 
@@ -237,6 +237,9 @@ def _outputs(network: nn.Module, size: tuple[int, int]) -> tuple[dict[str, Tenso
         for handle in handles:
             handle.remove()
     classes = _classes(logits)
+    for name, output, version in alive:
+        if version_of(output) != version:
+            outputs.pop(name, None)  # The layer behind it works in place: taps refuse such a map.
     fed = [makers.get(source) for source, width in classifier_inputs if width == classes]
     return outputs, fed[-1] if fed else None
 

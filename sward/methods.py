@@ -6,13 +6,14 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from sward.config import MaskMethod, SWARDConfig, TapConfig
-from sward.features import evaluating, map_channels
+from sward.features import FeatureTaps, evaluating, map_channels
 from sward.layers import LayerChoice
 from sward.losses import (
     LOGITS,
@@ -35,6 +36,7 @@ from sward.losses import (
 )
 from sward.losses.masks import TeacherMasks
 from sward.losses.standardized import feature_taps
+from sward.tensor_layouts import describe
 
 
 @dataclass(frozen=True)
@@ -198,14 +200,47 @@ def _freekd(pair: DistillationPair) -> FreeKDLoss:
     return FreeKDLoss.preset("released", prompts, channels, student_tap=student, teacher_tap=teacher)
 
 
-def new_masks(method: MaskMethod, teacher: nn.Module, layers: LayerChoice, image_size: tuple[int, int]) -> TeacherMasks:
-    """Create untrained MasKD tokens or FreeKD prompts for a teacher, at the layer that `mask_tap` names."""
-    if method == "maskd":
-        # Its batch norm must not learn from the blank image.
-        with torch.no_grad(), evaluating(teacher):
-            logits = teacher(next(teacher.parameters()).new_zeros(1, 3, *image_size))
-        return ReceptiveTokens(max(logits.shape[1], 2))
-    return FrequencyPrompts.preset("released", map_channels(teacher, [mask_tap(method, layers)], image_size)[0])
+def new_masks(
+    method: MaskMethod,
+    teacher: nn.Module,
+    layers: LayerChoice,
+    image_size: tuple[int, int],
+    taps: TapConfig | None = None,
+) -> TeacherMasks:
+    """Create untrained MasKD tokens or FreeKD prompts for a teacher, at the layer that `mask_tap` names.
+
+    Raises:
+        ValueError: if that layer returns no maps `[B, C, h, w]`, which learning replaces by masked ones.
+    """
+    images = next(teacher.parameters()).new_zeros(1, 3, *image_size)
+    # Its batch norm must not learn from the blank image.
+    with torch.no_grad(), evaluating(teacher):
+        if method == "maskd":
+            return ReceptiveTokens(max(teacher(images).shape[1], 2))
+        return FrequencyPrompts.preset("released", _replaceable_channels(teacher, layers.penultimate, images, taps))
+
+
+def _replaceable_channels(teacher: nn.Module, layer: str, images: Tensor, taps: TapConfig | None) -> int:
+    outputs: list[Any] = []
+
+    def remember(module: nn.Module, arguments: object, output: Any) -> None:
+        outputs.append(output)
+
+    handle = teacher.get_submodule(layer).register_forward_hook(remember)
+    try:
+        with FeatureTaps(teacher, [layer], **(taps or TapConfig()).arguments()) as opened:
+            teacher(images)
+            output = outputs[-1]
+            maps = opened.collect()[layer]
+    finally:
+        handle.remove()
+    if maps is not output:
+        found = f"{describe(output)} in another order" if isinstance(output, Tensor) else describe(output)
+        raise ValueError(
+            f"the teacher's layer {layer!r} must return maps [B, C, h, w] for freekd, got {found}; maskd needs the "
+            "logits only"
+        )
+    return maps.shape[1]
 
 
 def mask_tap(method: MaskMethod, layers: LayerChoice) -> str:

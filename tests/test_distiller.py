@@ -64,6 +64,12 @@ def test_loss_is_the_task_loss_plus_the_methods_on_the_same_maps() -> None:
     assert made.student_layers == made.teacher_layers == tuple(f"encoder.{stage}" for stage in range(4))
 
 
+def test_one_number_is_the_window_of_every_stage() -> None:
+    made = distiller(window_size=2)
+    assert made.distillation.mwad.window_size == (2, 2, 2, 2)
+    made(*batch()).backward()
+
+
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_gives_the_student_a_gradient(method: str, tmp_path: Any) -> None:
     student, teacher = Net(4), Net(8)
@@ -119,6 +125,17 @@ def test_without_labels_it_distils_only() -> None:
     output.backward()
     with pytest.raises(ValueError, match="labels must be given for method 'cirkd'"):
         distiller(method="cirkd")(images)
+
+
+def test_without_labels_kd_compares_every_pixel_whatever_the_ignored_label() -> None:
+    student, teacher, (images, _) = Net(4), Net(8), batch()
+    losses = [
+        Distiller(student, teacher, num_classes=3, method="kd", image_size=(64, 64), ignore_index=ignored).eval()(
+            images
+        )
+        for ignored in (0, 255)
+    ]
+    assert losses[0].loss == losses[1].loss > 0
 
 
 def test_without_labels_sward_leaves_out_pdr() -> None:
@@ -184,7 +201,14 @@ WRONG: dict[str, tuple[Any, str]] = {
     "unknown method": (lambda: distiller(method="swrd"), "unknown distillation method 'swrd'; did you mean 'sward'"),
     "unknown recipe": (lambda: distiller(recipe="best"), "recipe must be one of 'recommended', 'paper', got 'best'"),
     "unknown setting": (lambda: distiller(window=4), "settings must be fields of SWARDConfig, got 'window'"),
-    "no classes": (lambda: distiller(num_classes=0), "num_classes must be at least 1, got 0"),
+    "one class": (
+        lambda: Distiller(Net(4, 1), Net(8, 1), num_classes=1, image_size=(64, 64)),
+        r"num_classes must be at least 2 \(a one-logit task has 2\), got 1",
+    ),
+    "one logit and three classes": (
+        lambda: Distiller(Net(4, 1), Net(8, 1), num_classes=3, image_size=(64, 64)),
+        "num_classes must be 2, as the student has one logit, got 3",
+    ),
     "other classes": (lambda: distiller(num_classes=19), "num_classes must be 3, the channels of .* got 19"),
     "misnamed layer": (
         lambda: distiller(student_layers=["encoder.7"]),

@@ -287,6 +287,10 @@ def test_maps_are_standardised_over_all_processes(folder: Path, processes: int) 
     [
         (dict(batch=3), r"batch must be a multiple of the number of processes \(2\), got 3"),
         (
+            dict(distillation="kd", unlabelled=("nowhere",), unlabelled_batch=3),
+            r"unlabelled_batch must be a multiple of the number of processes \(2\), got 3; unlabelled_batch counts",
+        ),
+        (
             dict(sync_batch_norm=True),
             "sync_batch_norm must be off on CPUs, got True; torch's SyncBatchNorm runs on GPUs only",
         ),
@@ -297,7 +301,7 @@ def test_what_several_processes_cannot_do_is_said_before_any_work(
 ) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(ValueError, match=message):
-        train_student(small(tmp_path / "run", distillation="none", **changes))
+        train_student(small(tmp_path / "run", **{"distillation": "none"} | changes))
     assert not (tmp_path / "run").exists()
 
 

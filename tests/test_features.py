@@ -310,6 +310,21 @@ def test_reentrant_checkpointing_gives_no_gradient_and_is_refused() -> None:
         net(torch.randn(1, 3, 8, 8, requires_grad=True))
 
 
+@pytest.mark.parametrize("detach", [True, False])
+def test_a_map_that_an_in_place_activation_overwrites_is_refused(detach: bool) -> None:
+    net, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)), torch.randn(1, 3, 8, 8)
+    with FeatureTaps(net, ["0"], detach=detach) as taps:
+        net(images)
+        with pytest.raises(ValueError, match=r"layer '0' must return a map that stays as it is, .* probably '1'"):
+            taps.collect()
+    with FeatureTaps(net, ["1"], detach=detach) as taps:
+        result = net(images)
+        assert torch.equal(taps.collect()["1"], result)
+        with torch.inference_mode():
+            net(images)
+            assert torch.equal(taps.collect()["1"], result)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_taps_opened_after_the_first_call_of_a_compiled_network(in_place: bool) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())

@@ -65,6 +65,11 @@ def test_the_survey_reads_shapes_off() -> None:
     assert survey(PlainTransformer(1), (64, 96))[1].format == "tokens"
 
 
+def test_a_layer_that_an_in_place_activation_overwrites_is_left_out() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 3, 1))
+    assert [layer.name for layer in survey(network, (32, 32))] == ["1", "2"]
+
+
 @pytest.mark.parametrize("name", ["unext", "hiera_demo"])
 def test_the_choice_is_the_registrys_where_stages_and_strides_agree(name: str) -> None:
     network = models.build(name, 3)

@@ -231,7 +231,9 @@ def _data(words: list[str]) -> None:
         split_by=options.split_by,
         num_classes=options.num_classes,
         image_range=options.image_range,
-        folder_options=FolderOptions(options.classes, options.mask_values, options.ignore_values),
+        folder_options=FolderOptions(
+            options.classes, options.mask_values, options.ignore_values, options.images, options.masks
+        ),
     )
     if options.name == "folder":
         check_classes(datasets, skip_corrupt=options.on_corrupt == "skip")
@@ -305,6 +307,7 @@ def _evaluate(words: list[str]) -> None:
     options = _parse(Evaluate, "evaluate", words)
     from sward.reporting.card import write_card
     from sward.runs import evaluate_run, evaluation_file
+    from sward.runs.evaluate import is_writable
     from sward.training.run_folder import RunFolder
 
     scored: Any = {
@@ -319,10 +322,9 @@ def _evaluate(words: list[str]) -> None:
     result = evaluate_run(options.run, **scored, batch=options.batch, device=options.device)
     dataset = options.dataset or RunFolder(options.run).read()[0].dataset.name
     printing.print_evaluation(result, f"{dataset}, {options.split} split, {result.images} images")
-    path = evaluation_file(options.run, **scored)
-    if path.exists():
+    if is_writable(options.run, warn=False):
         write_card(options.run)
-        print(f"written: {path}")
+        print(f"written: {evaluation_file(options.run, **scored)}")
 
 
 @_command("predict", "write masks and overlays for image files")

@@ -166,6 +166,10 @@ class DataPack:
     """For a folder: value of each class in the masks."""
     ignore_values: tuple[str, ...] = ()
     """For a folder: values of pixels to ignore."""
+    images: str | None = None
+    """For a folder: pattern of its image folder, such as frames/{split}."""
+    masks: str | None = None
+    """For a folder: pattern of a mask, such as masks/{split}/{name}_mask.png."""
     image_range: tuple[float, float] | None = None
     """Values that become black and white in images with more than 8 bits per channel."""
     on_corrupt: Literal["stop", "skip"] = "stop"

@@ -12,6 +12,8 @@ from sward.losses.recipes import RECIPES
 
 Config = TypeVar("Config", DistillationConfig, TeacherTrainingConfig)
 
+TEACHER_SOURCES = {"--teacher.run", "--teacher.weights", "--teacher.untrained"}
+
 SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -29,6 +31,8 @@ def value_of(option: str, words: list[str]) -> str | None:
 def read_config(kind: type[Config], path: Path) -> Config:
     """Read a configuration from a YAML or JSON file; fields that it does not name keep their defaults.
 
+    A `recipe` sets the fields of `sward` that it defines and that the file does not name.
+
     Raises:
         FileNotFoundError: if there is no file.
         ValueError: if it is not a mapping of the fields of `kind`.
@@ -41,6 +45,9 @@ def read_config(kind: type[Config], path: Path) -> Config:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML.
         if not isinstance(values, dict):
             raise ValueError(f"got {type(values).__name__}")
+        recipe, settings = values.get("recipe"), values.get("sward", {})
+        if recipe in RECIPES and isinstance(settings, dict):
+            values["sward"] = {**RECIPES[recipe]._asdict(), **settings}
         config = from_json(kind, json.dumps(values))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must be YAML: {' '.join(str(error).split())}") from error
@@ -50,17 +57,26 @@ def read_config(kind: type[Config], path: Path) -> Config:
 
 
 def write_config(config: Any) -> str:
-    """Return a configuration as YAML text that `read_config` reads."""
+    """Return a configuration as YAML text that `read_config` reads.
+
+    Fields of `sward` that are as the `recipe` sets them are left out, so that an edited recipe changes them.
+    """
     import yaml
 
-    return yaml.safe_dump(json.loads(to_json(config)), sort_keys=False, default_flow_style=None, width=120)
+    values = json.loads(to_json(config))
+    if isinstance(config, DistillationConfig):
+        for name, value in RECIPES[config.recipe]._asdict().items():
+            if getattr(config.sward, name) == value:
+                del values["sward"][name]
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120)
 
 
 def apply_words(config: DistillationConfig | TeacherTrainingConfig | MaskTrainingConfig, words: list[str]) -> list[str]:
     """Clear what the words of a command contradict in `config`, take their `KEY=VALUE` options, and return the rest.
 
-    `--recipe` sets its fields, which other options then change. `--iterations` clears `epochs` and the reverse. Another
-    model, teacher or data set clears the options, layers, windows and split that belong to the one before.
+    `--recipe` sets its fields, which other options then change. `--iterations` clears `epochs` and the reverse, and a
+    source of the teacher clears the others. Another model, teacher or data set clears the options, layers, windows and
+    split that belong to the one before.
     """
     if isinstance(config, DistillationConfig):
         for recipe in RECIPES:
@@ -83,13 +99,15 @@ def apply_words(config: DistillationConfig | TeacherTrainingConfig | MaskTrainin
         left = _take_options("--model-options", left, config, "model_options")
     if not isinstance(config, TeacherTrainingConfig):
         teacher = value_of("--teacher.name", words)
-        if teacher is not None and teacher != config.teacher.name:
-            config.teacher.weights = None
+        is_another = teacher not in (None, config.teacher.name)
+        if is_another or {word.partition("=")[0] for word in words} & TEACHER_SOURCES:
+            config.teacher.run, config.teacher.weights, config.teacher.untrained = None, None, False
+        if is_another:
             if isinstance(config, DistillationConfig):
                 _forget_stages(config.sward)
             if value_of("--teacher.options", words) is None:
                 config.teacher.options = {}
-            _check_teacher(teacher, words)
+            _check_teacher(str(teacher), words)
     dataset = value_of("--dataset.name", words)
     if dataset is not None and dataset != config.dataset.name:
         config.dataset.split_by, config.dataset.num_classes, config.dataset.packed = None, None, "auto"

@@ -64,6 +64,7 @@ __all__ = [
     "default_image_size",
     "denormalise",
     "describe",
+    "holds",
     "names",
     "normalise",
     "read_image",
@@ -75,6 +76,12 @@ _INFO = {
 }
 POLYPS = (polyps.CLINICDB.info.name, polyps.COLONDB.info.name)
 """Data sets of polyps, which have a `split_by`."""
+
+_FOLDERS = {
+    "cityscapes": cityscapes.FOLDERS,
+    "camvid": camvid.FOLDERS,
+    **{release.info.name: release.folders for release in (polyps.CLINICDB, polyps.COLONDB)},
+}
 
 _IMAGE_SIZES = {
     "cityscapes": (512, 1024),
@@ -115,6 +122,11 @@ def default_image_size(name: str) -> tuple[int, int]:
     """Return the `(height, width)` that `build` uses by default."""
     _check_name(name)
     return _IMAGE_SIZES[name]
+
+
+def holds(root: Path, name: str) -> bool:
+    """Return whether a folder holds a data set in a sub-folder of the data set's own name."""
+    return any((root / folder).is_dir() for folder in _FOLDERS.get(name, ()))
 
 
 def build(

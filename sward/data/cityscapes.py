@@ -46,6 +46,7 @@ INFO = DatasetInfo(
 HIGHEST_LABEL_ID = 33
 
 SPLITS = ("train", "val")
+FOLDERS = ("cityscapes", "Cityscapes")
 SOURCE = (
     "register at https://www.cityscapes-dataset.com, download leftImg8bit_trainvaltest.zip and "
     "gtFine_trainvaltest.zip, and unpack both into one folder named cityscapes"
@@ -105,7 +106,7 @@ def splits(root: Path) -> list[str]:
 
 
 def _locate(root: Path) -> Path:
-    return locate("Cityscapes", root, ("cityscapes", "Cityscapes"), (("leftImg8bit", "gtFine"),), SOURCE)
+    return locate("Cityscapes", root, FOLDERS, (("leftImg8bit", "gtFine"),), SOURCE)
 
 
 def _train_ids() -> NDArray[np.uint8]:

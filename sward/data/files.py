@@ -80,6 +80,11 @@ class PairedFiles(SegmentationDataset):
         """What decides the pixels and labels read from a file, besides the file: a pack holds it."""
         return "" if self.image_range is None else f"image_range {self.image_range[0]:g} {self.image_range[1]:g}"
 
+    @property
+    def patterns(self) -> dict[str, str]:
+        """The patterns that name images and masks, as options of `sward data pack`."""
+        return {}
+
     def use_masks_of(self, share: float, seed: int) -> None:
         """Keep a share of the frames, drawn by hash of their names, and move the others to `unlabelled`."""
         chosen = choose_share([pair.name for pair in self.pairs], share, seed=seed)

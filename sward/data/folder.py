@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sward.data.files import PairedFiles
 from sward.data.layouts import SOURCE, SPLITS, Layout, find_layout, table_pairs
-from sward.data.lists import draw_splits, is_ratio, listed
+from sward.data.lists import draw_splits, is_ratio, listed_splits
 from sward.data.masks import MaskValues, parse_values
 from sward.data.sample import IGNORE_INDEX, DatasetInfo, DatasetNotFoundError, Pair, voc_palette
 from sward.data.transforms import EvaluationTransform, street_training
@@ -107,6 +107,7 @@ class ImageFolder(PairedFiles):
         super().__init__(info, folder, pairs, transform, seed)
         self.assignment = assignment
         self.values = options.values
+        self._patterns = {"--images": options.images, "--masks": options.masks}
 
     @property
     def decoding(self) -> str:
@@ -114,6 +115,11 @@ class ImageFolder(PairedFiles):
         values = "" if self.values is None else f"mask_values {','.join(self.values.classes)}"
         ignored = f"ignore_values {','.join(self.values.ignore)}" if self.values and self.values.ignore else ""
         return " ".join(part for part in (super().decoding, values, ignored) if part)
+
+    @property
+    def patterns(self) -> dict[str, str]:
+        """The patterns that name images and masks; see `PairedFiles.patterns`."""
+        return {option: pattern for option, pattern in self._patterns.items() if pattern is not None}
 
     def decode(self, mask: Image, path: Path) -> NDArray[np.uint8]:
         """Return class indices and 255 for ignored pixels."""
@@ -131,7 +137,7 @@ def _of_layout(layout: Layout, split: str, split_by: str | None) -> list[Pair]:
 
 
 def _assigned(
-    pairs: list[Pair], listed_splits: dict[str, str], split: str, split_by: str | None, options: FolderOptions
+    pairs: list[Pair], assigned: dict[str, str], split: str, split_by: str | None, options: FolderOptions
 ) -> tuple[list[Pair], dict[str, str]]:
     """Return the frames of a split and frame -> split."""
     if split == "all":
@@ -139,31 +145,18 @@ def _assigned(
     if split not in SPLITS:
         raise ValueError(f"split must be train, val, test or all for a folder without splits, got {split!r}")
     names = [pair.name for pair in pairs]
-    if split_by is None and not listed_splits:
+    if split_by is None and not assigned:
         raise ValueError("split_by must be set for a folder without train and val, got None; pass --split 80/10/10")
     if split_by is not None and is_ratio(split_by):
-        listed_splits = draw_splits(names, split_by, seed=options.split_seed, group_by=options.group_by)
+        assigned = draw_splits(names, split_by, seed=options.split_seed, group_by=options.group_by)
     elif split_by is not None:
-        listed_splits = {}
-        for each in SPLITS:
-            for name in _if_listed(split_by, each):
-                if listed_splits.setdefault(name, each) != each:
-                    raise ValueError(
-                        f"frame {name!r} must be in one split, got {listed_splits[name]} and {each} in {split_by}"
-                    )
-        unknown = next((name for name in listed_splits if name not in set(names)), None)
+        assigned = listed_splits(split_by, split, choices="shares such as '80/10/10'")
+        unknown = next((name for name in assigned if name not in set(names)), None)
         if unknown is not None:
             near = difflib.get_close_matches(unknown, names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"the split list {split_by} names frame {unknown!r}, which does not exist{hint}")
-    return [pair for pair in pairs if listed_splits.get(pair.name) == split], listed_splits
-
-
-def _if_listed(split_by: str, split: str) -> list[str]:
-    # A folder of lists need not have one for testing.
-    if "{split}" in split_by and split == "test" and not Path(split_by.replace("{split}", split)).is_file():
-        return []
-    return listed(split_by, split, choices="shares such as '80/10/10'")[0]
+    return [pair for pair in pairs if assigned.get(pair.name) == split], assigned
 
 
 def splits(root: Path, options: FolderOptions | None = None) -> list[str]:

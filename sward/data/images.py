@@ -82,8 +82,7 @@ def open_image(path: Path, content: bytes | None = None) -> Image:
             several = pages > 1 and image.format != "MPO"
             wide = False
             if not several:
-                # Pillow keeps the high byte of 16-bit colour alone and does not say so in the mode.
-                wide = any(";16" in str(tile[3]) for tile in image.tile) and image.mode not in _WIDE
+                wide = _is_wide_colour(image)
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
     except FileNotFoundError:
@@ -125,7 +124,25 @@ def read_image(
         ValueError: the file has several pages, or more than 8 bits per channel without a range or outside of it.
     """
     path = Path(path)
-    image = open_image(path, content)
+    return _as_rgb(open_image(path, content), path, value_range)
+
+
+def read_opened(image: Image, value_range: tuple[float, float] | None = None) -> Tensor:
+    """As `read_image`, for an image that Pillow has opened or made; of several pages the current one."""
+    from PIL import ImageOps
+
+    wide = _is_wide_colour(image)
+    upright = ImageOps.exif_transpose(image)
+    upright.info["wide"] = wide
+    return _as_rgb(upright, getattr(image, "filename", "") or "from Pillow", value_range)
+
+
+def _is_wide_colour(image: Image) -> bool:
+    """Whether an image that is not decoded yet has 16-bit colour: Pillow keeps the high byte alone, in 8-bit modes."""
+    return image.mode not in _WIDE and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+
+
+def _as_rgb(image: Image, path: Path | str, value_range: tuple[float, float] | None) -> Tensor:
     if image.mode in _WIDE:
         pixels = _scaled(np.asarray(image), path, value_range)
         return torch.from_numpy(pixels).expand(3, -1, -1).contiguous()
@@ -200,7 +217,9 @@ def check_depth(path: Path, header: Header, value_range: tuple[float, float] | N
         )
 
 
-def _scaled(values: NDArray[np.generic], path: Path, value_range: tuple[float, float] | None) -> NDArray[np.uint8]:
+def _scaled(
+    values: NDArray[np.generic], path: Path | str, value_range: tuple[float, float] | None
+) -> NDArray[np.uint8]:
     numbers = values.astype(np.float64)
     found = f"{values.dtype} values from {numbers.min():g} to {numbers.max():g}"
     if value_range is None:

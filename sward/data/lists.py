@@ -35,6 +35,26 @@ def listed(split_by: str, split: str, *, choices: str = "'sequence', 'ratio'") -
     return [name for name, place in assigned.items() if place == split.lower()], path
 
 
+def listed_splits(split_by: str, split: str, *, choices: str = "'sequence', 'ratio'") -> dict[str, str]:
+    """Read a list as frame -> split, for train, val and test.
+
+    Args:
+        split_by, choices: as in `listed`.
+        split: the split that must be listed; of lists with the placeholder `{split}`, others may be missing.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `listed`; also if two files name a frame.
+    """
+    assigned: dict[str, str] = {}
+    for each in ("train", "val", "test"):
+        if each != split and "{split}" in split_by and not Path(split_by.replace("{split}", each)).is_file():
+            continue
+        for name in listed(split_by, each, choices=choices)[0]:
+            if assigned.setdefault(name, each) != each:
+                raise ValueError(f"frame {name!r} must be in one split, got {assigned[name]} and {each} in {split_by}")
+    return assigned
+
+
 def read_assignment(path: Path) -> dict[str, str]:
     """Read a CSV file with the columns `frame_id` and `split` as frame -> split, in lower case.
 

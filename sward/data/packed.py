@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import mmap
+import shlex
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ from sward.data.sample import Pair
 
 FOLDER = "sward-pack"
 INDEX = "index.json"
+DECODING = ("image_range", "mask_values", "ignore_values")
+"""The words of `PairedFiles.decoding` that name an option; the others are its values."""
 FORMAT = 2
 
 
@@ -97,6 +100,8 @@ class Index:
     """Number of classes that its labels were validated against."""
     decoding: str = ""
     """How its images and masks were decoded; see `PairedFiles.decoding`."""
+    patterns: dict[str, str] = field(default_factory=dict)
+    """How its files were named; see `PairedFiles.patterns`."""
     shards: list[Shard] = field(default_factory=list)
     """The files of the pack."""
     complete: bool = False
@@ -259,7 +264,10 @@ def again_hint(index: Index, source: Path, folder: Path) -> str:
     """Return a hint for error messages on how to write the pack again."""
     output = "" if folder == source / FOLDER else f" --output {folder}"
     classes = f" --num-classes {index.num_classes}" if index.dataset == "folder" else ""
-    command = f"sward data pack {index.dataset} --root {source}{output}{classes}"
+    words = [f"--{word.replace('_', '-')}" if word in DECODING else word for word in index.decoding.split()]
+    words += [word for option in index.patterns.items() for word in option]
+    options = "".join(f" {shlex.quote(word)}" for word in words)
+    command = f"sward data pack {index.dataset} --root {source}{output}{classes}{options}"
     return f"pack again with '{command}', or decode the files with --dataset.packed none"
 
 

@@ -111,7 +111,7 @@ def _pack(
         return PackResult(folder, kept, kept, 0, sum(shard.size for shard in sound))
 
     _check_space(folder, missing)
-    index = Index(first.info.name, first.info.num_classes, first.decoding, sound)
+    index = Index(first.info.name, first.info.num_classes, first.decoding, first.patterns, sound)
     index.write(folder)
     listed = {shard.file for shard in sound}
     for stray in folder.glob("*.bin"):
@@ -205,7 +205,7 @@ def _decode(dataset: PairedFiles, pair: Pair, source: Path) -> _Decoded:
 
 def _index_before(folder: Path, dataset: PairedFiles) -> Index:
     """Return the existing index if it is readable and of this data set, else an empty one."""
-    empty = Index(dataset.info.name, dataset.info.num_classes, dataset.decoding)
+    empty = Index(dataset.info.name, dataset.info.num_classes, dataset.decoding, dataset.patterns)
     try:
         index = Index.read(folder)
     except (FileNotFoundError, ValueError):

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sward.data.files import PairedFiles, locate, pair_by_name
-from sward.data.lists import listed
+from sward.data.lists import listed, listed_splits
 from sward.data.masks import black_and_white
 from sward.data.sample import DatasetInfo, DatasetNotFoundError, Pair
 from sward.data.transforms import EvaluationTransform, polyp_training
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val", "test")
 ALL = "all"
+RULES = ("sequence", "ratio")
 SPLITS_FOLDER = Path(__file__).parent / "splits"
 MASK_THRESHOLD = 127
 LAYOUTS = (
@@ -94,6 +95,9 @@ class Polyps(PairedFiles):
         train: use the training transform instead of the evaluation transform.
         seed: seed of the augmentation; the split does not depend on it.
 
+    Attributes:
+        assignment: frame -> split where the split is a list, else empty.
+
     Raises:
         DatasetNotFoundError: folders are missing, or the number of frames is not that of the release (with
             `"sequence"` or `"ratio"`).
@@ -120,6 +124,8 @@ class Polyps(PairedFiles):
         transform = polyp_training(image_size) if train else EvaluationTransform(image_size)
         pairs = _select(release, folder, frames, split, split_by)
         super().__init__(release.info, folder, pairs, transform, seed)
+        if split != ALL and _table(release, split_by) is None:
+            self.assignment = listed_splits(split_by, split)
 
     def decode(self, mask: Image, path: Path) -> NDArray[np.uint8]:
         """Return 1 where the mask is above 127."""
@@ -127,16 +133,16 @@ class Polyps(PairedFiles):
 
 
 def _select(release: Release, folder: Path, frames: dict[str, Pair], split: str, split_by: str) -> list[Pair]:
-    if split == ALL:
-        return list(frames.values())
-    table = SPLITS_FOLDER / f"{release.info.name}_{split_by}.csv"
-    if split_by not in ("sequence", "ratio"):
-        return _pick(frames, *listed(str(table) if table.is_file() else split_by, split))
-    if len(frames) not in release.frames:
+    counted = split_by in RULES
+    if counted and len(frames) not in release.frames:
         raise DatasetNotFoundError(
             f"{release.title} in {folder} is incomplete: it must have {' or '.join(map(str, release.frames))} images, "
             f"got {len(frames)}; {release.source}, or name the frames to use with split_by=<list>"
         )
+    if split == ALL:
+        return list(frames.values())
+    if not counted:
+        return _pick(frames, *listed(str(_table(release, split_by) or split_by), split))
     if split_by == "ratio":
         return [frames[name] for name in _draw(frames)[split]]
     shipped = folder / "lists" / "seq_{split}.txt"
@@ -152,6 +158,12 @@ def _select(release: Release, folder: Path, frames: dict[str, Pair], split: str,
             f"{unknown!r} in {folder}; use split_by='ratio' or a list"
         )
     return [pair for name, pair in frames.items() if name in wanted]
+
+
+def _table(release: Release, split_by: str) -> Path | None:
+    """Return the packaged table of a rule; None for the path of a list."""
+    table = SPLITS_FOLDER / f"{release.info.name}{'' if split_by in RULES else f'_{split_by}'}.csv"
+    return table if table.is_file() else None
 
 
 def _pick(frames: dict[str, Pair], wanted: list[str], source: Path) -> list[Pair]:

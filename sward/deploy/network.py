@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sward.data import IMAGENET_MEAN, IMAGENET_STD
+from sward.losses.pairs import class_logits
 from sward.models.inputs import SIZE_MULTIPLE
 
 Input = Literal["uint8", "float", "normalised"]
@@ -24,7 +25,8 @@ class DeployedNetwork(nn.Module):
     Repeats the last row and column until height and width are multiples of 32, and crops the result back.
 
     Args:
-        network: maps normalised images `[B, 3, H, W]` to logits `[B, K, H, W]`; copied, and put into eval mode.
+        network: maps normalised images `[B, 3, H, W]` to logits `[B, K, H, W]`; copied, and put into eval mode. One
+            logit counts as two, see `sward.losses.pairs.class_logits`: files have one channel per class.
         input: what the images hold.
         output: what comes back.
     """
@@ -54,12 +56,9 @@ class DeployedNetwork(nn.Module):
         images = images.index_select(2, _padded(height, images)).index_select(3, _padded(width, images))
         logits = self.network(images)
         logits = logits.index_select(2, torch.arange(height, device=logits.device))
-        logits = logits.index_select(3, torch.arange(width, device=logits.device))
+        logits = class_logits(logits.index_select(3, torch.arange(width, device=logits.device)))
         if self.output == "logits":
             return logits
-        if logits.shape[1] == 1:
-            probability = logits.sigmoid()
-            return probability if self.output == "probabilities" else (logits[:, 0] > 0).to(torch.uint8)
         return logits.softmax(1) if self.output == "probabilities" else logits.argmax(1).to(torch.uint8)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sward.alignment import resize
 from sward.data import DatasetInfo, read_image
+from sward.data.images import read_opened
 from sward.data.transforms import resize_image
 from sward.deploy.metadata import Metadata
 from sward.deploy.network import DeployedNetwork
@@ -206,10 +207,10 @@ def find_run(path: Path, checkpoint: Checkpoint = "best") -> tuple[Path, Path]:
 
 
 def as_pixels(image: Image, image_range: tuple[float, float] | None = None) -> Tensor:
-    """Return an image as uint8 `[3, H, W]`; files with more than 8 bits per channel are scaled from `image_range`.
+    """Return an image as uint8 `[3, H, W]`; files and Pillow images go through the rule of `sward.data.images`.
 
     Raises:
-        ValueError: if a tensor is not uint8 `[3, H, W]`, or an array not uint8 `[H, W, 3]`.
+        ValueError: if the rule refuses it, a tensor is not uint8 `[3, H, W]`, or an array not uint8 `[H, W, 3]`.
     """
     if isinstance(image, (str, Path)):
         return read_image(image, image_range)
@@ -218,9 +219,7 @@ def as_pixels(image: Image, image_range: tuple[float, float] | None = None) -> T
             raise ValueError(f"image must be a uint8 tensor [3, H, W], got {image.dtype} {list(image.shape)}")
         return image
     if not isinstance(image, np.ndarray):
-        from PIL import ImageOps
-
-        image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        return read_opened(image, image_range)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image must be a uint8 array [H, W, 3], got {image.dtype} {list(image.shape)}")
     return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)

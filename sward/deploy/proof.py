@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
@@ -116,6 +117,11 @@ class Exported:
         """The model card, which the commands write."""
         return self.path.with_name(f"{self.path.name}.md")
 
+    @property
+    def failed_path(self) -> Path:
+        """The JSON file of a proof that failed: nothing was written to `path`."""
+        return self.path.with_name(f"{self.path.name}.failed.json")
+
 
 def export_run(
     run: Path,
@@ -136,6 +142,8 @@ def export_run(
 ) -> Exported:
     """Write the network of a run to `path`, compare the file with PyTorch, and write `PATH.json`.
 
+    Both appear together, once the proof holds; after an error an older file and its proof are as they were.
+
     Args:
         run: run folder, or a checkpoint in it.
         path: file to write; ends in `.onnx` or `.pt2`.
@@ -154,7 +162,7 @@ def export_run(
 
     Raises:
         ValueError: if an argument is wrong, the file exists, or the network cannot be exported.
-        ProofError: if the proof fails and `force` is not set; the file is removed.
+        ProofError: if the proof fails and `force` is not set; `PATH.failed.json` then holds it, and there is no file.
         FileNotFoundError: if the run or its data set does not exist.
         ModuleNotFoundError: if a package for ONNX is not installed.
     """
@@ -171,21 +179,23 @@ def export_run(
     images = None if check == 0 else evaluation_images(config, split, check)
     examples = evaluation_images(config, "train", calibrate) if precision == "int8" else None
     make_folder(path.parent)
-    metadata = export.write_network(network, metadata, path)
-    proof, refused = None, {}
-    if precision == "fp16":
-        metadata = to_fp16(path, metadata)
-    quantisation = None
-    if examples is not None:
-        quantisation = Quantisation(path, dataclasses.replace(metadata, precision="int8"), examples)
-        metadata = quantisation.write()
-    if images is not None:
-        proof = prove(network, load(path), images, info, split=split, tolerance=tolerance)
-        if quantisation is not None and proof.failure is not None and not force:
-            refused = quantisation.refuse_layers(info, tolerance)
-            if refused:
-                proof = prove(network, load(path), images, info, split=split, tolerance=tolerance)
-    return finish(Exported(folder, path, metadata, proof, refused), force=force)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as staging:
+        written = Path(staging) / path.name
+        metadata = export.write_network(network, metadata, written)
+        proof, refused = None, {}
+        if precision == "fp16":
+            metadata = to_fp16(written, metadata)
+        quantisation = None
+        if examples is not None:
+            quantisation = Quantisation(written, dataclasses.replace(metadata, precision="int8"), examples)
+            metadata = quantisation.write()
+        if images is not None:
+            proof = prove(network, load(written), images, info, split=split, tolerance=tolerance)
+            if quantisation is not None and proof.failure is not None and not force:
+                refused = quantisation.refuse_layers(info, tolerance)
+                if refused:
+                    proof = prove(network, load(written), images, info, split=split, tolerance=tolerance)
+        return finish(Exported(folder, path, metadata, proof, refused), written, force=force)
 
 
 class Quantisation:
@@ -252,15 +262,23 @@ def check_arguments(
         raise ValueError(f"output must not exist yet, got {path}; replace it with --overwrite")
 
 
-def finish(exported: Exported, *, force: bool) -> Exported:
-    """Write the JSON file; on a failed proof remove the exported file and raise ProofError unless `force`."""
+def finish(exported: Exported, written: Path, *, force: bool) -> Exported:
+    """Move the written file to its place, with its JSON file; on a failed proof raise ProofError unless `force`."""
     proof = exported.proof
     shown = None if proof is None else asdict(proof)
     record = {"metadata": asdict(exported.metadata), "proof": shown, "fp32_layers": exported.refused}
-    atomic.write(exported.proof_path, (json.dumps(record, indent=2) + "\n").encode())
+    content = (json.dumps(record, indent=2) + "\n").encode()
     if proof is not None and proof.failure is not None and not force:
-        exported.path.unlink()
-        raise ProofError(f"{proof.failure}; see {exported.proof_path}, or keep the file with --force")
+        atomic.write(exported.failed_path, content)
+        raise ProofError(f"{proof.failure}; see {exported.failed_path}, or keep the file with --force")
+    proven = written.with_name(exported.proof_path.name)
+    atomic.write(proven, content)
+    # First, so that no file ever stands beside the proof or the card of another one.
+    for path in (exported.proof_path, exported.card_path) if exported.path.exists() else ():
+        path.unlink(missing_ok=True)
+    written.replace(exported.path)
+    proven.replace(exported.proof_path)
+    exported.failed_path.unlink(missing_ok=True)
     return exported
 
 

@@ -18,13 +18,15 @@ from sward.alignment import resize
 from sward.features import FeatureTaps
 from sward.figures.heat import draw_heat
 from sward.figures.style import plot_library, save_figure
+from sward.losses.pairs import class_logits
 
 
 def grad_cam(network: nn.Module, layer: str, image: Tensor, target: int, pixels: Tensor | None = None) -> Tensor:
     """Compute `relu(sum_c mean_xy(dS / dA_c) A_c)` at `layer`, where S is the class score summed over pixels.
 
     Args:
-        network: `[B, 3, H, W]` -> logits `[B, K, h, w]`; switched to eval mode. A single logit is the score of class 1.
+        network: `[B, 3, H, W]` -> logits `[B, K, h, w]`; switched to eval mode. One logit counts as two,
+            see `sward.losses.pairs.class_logits`.
         layer: layer whose maps A are weighted.
         image: `[3, H, W]`, normalised.
         target: class index.
@@ -40,16 +42,15 @@ def grad_cam(network: nn.Module, layer: str, image: Tensor, target: int, pixels:
     network.eval()
     with torch.enable_grad(), FeatureTaps(network, [layer]) as taps:
         # The input requires a gradient so that frozen networks record a graph too.
-        logits = network(image[None].detach().requires_grad_())
+        logits = class_logits(network(image[None].detach().requires_grad_()))
         (maps,) = taps.collect().values()
-        classes = max(logits.shape[1], 2)
+        classes = logits.shape[1]
         if not 0 <= target < classes:
             raise ValueError(f"target must be one of the network's classes 0 to {classes - 1}, got {target}")
-        scores = logits[0, 0] if logits.shape[1] == 1 else logits[0, target]
         if pixels is None:
-            predicted = logits[0, 0] > 0 if logits.shape[1] == 1 else logits[0].argmax(0) == target
+            predicted = logits[0].argmax(0) == target
             pixels = predicted if predicted.any() else torch.ones_like(predicted)
-        (gradient,) = torch.autograd.grad(scores[pixels].sum(), maps)
+        (gradient,) = torch.autograd.grad(logits[0, target][pixels].sum(), maps)
     weights = gradient.mean(dim=(-2, -1), keepdim=True)
     activation = (weights * maps.detach()).sum(dim=1, keepdim=True).relu().float()
     activation = resize(activation, (image.shape[-2], image.shape[-1]))[0, 0]

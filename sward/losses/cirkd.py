@@ -15,7 +15,7 @@ from sward.alignment import resize_labels, resize_to_common
 from sward.losses.class_queue import ClassQueue, ClassRows, pick_rows
 from sward.losses.classic import pixel_divergence
 from sward.losses.global_mean import mean_count
-from sward.losses.pairs import TapComparison, require_same_classes
+from sward.losses.pairs import TapComparison, in_own_dtype, require_same_classes
 from sward.losses.protocol import LOGITS, DistillationOutput
 from sward_kernels import relational_kl
 from sward_kernels.labels import class_indices
@@ -165,7 +165,7 @@ class CIRKDLoss(TapComparison):
             height, width = student_map.shape[-2:]
             resized = resize_labels(labels, (height, width), pick="corner" if self.official else "centre")
             classes = class_indices(resized, self.num_classes, self.ignore_index).flatten(1)
-            terms |= self._memory_terms(self.projector(student_map), teacher_map, classes)
+            terms |= self._memory_terms(in_own_dtype(self.projector, student_map), teacher_map, classes)
         terms = {name: terms.get(name, student_map.new_zeros(())) for name in _TERMS}
         weighted = {name: weight * term for weight, (name, term) in zip(self.terms, terms.items())}
         return DistillationOutput(

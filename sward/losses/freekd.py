@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sward.alignment import ChannelProjection, resize_to_common
 from sward.losses.maskd import mask_overlap
-from sward.losses.pairs import TapComparison
+from sward.losses.pairs import TapComparison, in_own_dtype
 from sward.losses.protocol import DistillationOutput
 from sward.losses.wavelets import HaarBands, haar_inverse, haar_transform
 
@@ -69,11 +69,11 @@ class FrequencyPrompts(nn.Module):
 
     def forward(self, bands: HaarBands) -> list[Tensor]:
         """Return the masks `[B, N, h, w]` of the low band, then of each level, finest first."""
-        low = torch.einsum("nc,bchw->bnhw", self.low, bands.low).sigmoid()
+        low = torch.einsum("nc,bchw->bnhw", self.low.to(bands.low.dtype), bands.low).sigmoid()
         return [
             low,
             *(
-                torch.einsum("nc,bchw->bnhw", prompts, detail.sum(dim=2)).sigmoid()
+                torch.einsum("nc,bchw->bnhw", prompts.to(detail.dtype), detail.sum(dim=2)).sigmoid()
                 for prompts, detail in zip(self.details, bands.details)
             ),
         ]
@@ -182,7 +182,7 @@ class FreeKDLoss(TapComparison):
 
     def compare(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor) -> DistillationOutput:
         student_map, teacher_map = resize_to_common(student[0], teacher[0])
-        student_map = self.projection(student_map)
+        student_map = in_own_dtype(self.projection, student_map)
         levels = self.prompts.levels
         student_bands, teacher_bands = haar_transform(student_map, levels), haar_transform(teacher_map, levels)
         with torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sward.alignment import ChannelProjection, resize_to_common
-from sward.losses.pairs import TapComparison, require_same_classes, weighted
+from sward.losses.pairs import TapComparison, in_own_dtype, require_same_classes, weighted
 from sward.losses.protocol import LOGITS, DistillationOutput
 
 _LOGITS_EPSILON = 1e-5
@@ -45,14 +45,13 @@ class ReceptiveTokens(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return masks `[B, N, H, W]` in (0, 1) for `[B, C, H, W]` features."""
-        return torch.einsum("nc,bchw->bnhw", self.tokens, features).sigmoid()
+        return torch.einsum("nc,bchw->bnhw", self.tokens.to(features.dtype), features).sigmoid()
 
     def weights(self, features: Tensor) -> Tensor:
         """Return the weights `[B, N]` of the masks: learned and summing to 1 per image, or all 1."""
         if self.weighting is None:
             return features.new_ones(features.shape[0], self.tokens.shape[0])
-        weights: Tensor = self.weighting(features)
-        return weights
+        return in_own_dtype(self.weighting, features)
 
     def reconstruct(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return the map that replaces the teacher's during learning, `sum_n w_n features * mask_n`, and the diversity
@@ -159,7 +158,7 @@ class MasKDLoss(TapComparison):
         if self.level == "logits":
             require_same_classes(student[0], teacher[0])
         student_map, teacher_map = resize_to_common(student[0], teacher[0])
-        student_map = self.projection(student_map)
+        student_map = in_own_dtype(self.projection, student_map)
         with torch.no_grad():
             pixel_weights = (
                 self._logits_weights(teacher_map)

@@ -26,6 +26,7 @@ from sward.losses.freekd import FrequencyPrompts
 from sward.losses.maskd import ReceptiveTokens
 from sward.losses.pairs import class_logits
 from sward.losses.protocol import LOGITS, DistillationOutput
+from sward.tensor_layouts import describe
 
 TeacherMasks = ReceptiveTokens | FrequencyPrompts
 """What is learned on a teacher: MasKD's tokens or FreeKD's prompts."""
@@ -52,8 +53,8 @@ def mask_learning_loss(
 ) -> DistillationOutput:
     """Return the loss for learning tokens or prompts: the teacher's task loss with masked features, plus diversity.
 
-    The teacher's map at `tap` is replaced by the masked map. The teacher must be in eval mode with its parameters
-    frozen, which `learn_masks` ensures.
+    The teacher's map at `tap`, `[B, C, h, w]`, is replaced by the masked map. The teacher must be in eval mode with its
+    parameters frozen, which `learn_masks` ensures.
 
     Args:
         masks: the tokens or prompts to learn.
@@ -65,11 +66,13 @@ def mask_learning_loss(
         diversity_weight: Default 1, in both papers.
 
     Raises:
-        ValueError: if the teacher has no such layer, or its map and `masks` differ in channels.
+        ValueError: if the teacher has no such layer, it returns no maps, or they and `masks` differ in channels.
     """
     diversity: list[Tensor] = []
 
-    def masked(features: Tensor) -> Tensor:
+    def masked(features: Any) -> Tensor:
+        if not isinstance(features, Tensor) or features.dim() != 4:
+            raise ValueError(f"the teacher's {tap!r} must return maps [B, C, h, w], got {describe(features)}")
         maps = class_logits(features) if tap == LOGITS else features
         if maps.shape[1] != masks.channels:
             raise ValueError(f"the teacher's {tap!r} has {maps.shape[1]} channels, the masks are for {masks.channels}")

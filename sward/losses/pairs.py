@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sward.losses.protocol import LOGITS, DistillationInputs, DistillationLoss, DistillationOutput
 
@@ -74,6 +74,13 @@ def class_logits(logits: Tensor) -> Tensor:
 def full_precision(tensor: Tensor) -> Tensor:
     """Return the tensor in float32, or unchanged if it is float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def in_own_dtype(module: nn.Module, features: Tensor) -> Tensor:
+    """Run a module in the dtype of its parameters and return the result in that of the features."""
+    dtype = next((parameter.dtype for parameter in module.parameters()), features.dtype)
+    output: Tensor = module(features.to(dtype))
+    return output.to(features.dtype)
 
 
 def require_same_classes(student: Tensor, teacher: Tensor) -> None:

@@ -8,8 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-from sward import atomic
-from sward.config import TrainingConfig
+from sward import atomic, data
+from sward.config import DatasetConfig, TrainingConfig
 from sward.data import EvaluationTransform, SegmentationDataset
 from sward.data.frames import digest, frame_sums, known_images
 from sward.deploy.network import DeployedNetwork
@@ -41,8 +41,9 @@ def evaluate_run(
         path: run folder.
         split: split of the data set.
         dataset: another data set with the same classes; None uses that of the run.
-        root: folder that holds the data set; None uses that of the run.
-        split_by: how polyp data is split; None uses that of the run.
+        root: folder that holds the data set; None uses that of the run, where another data set must have a folder of
+            its own name, else `$SWARD_DATA`, then `./data`.
+        split_by: how polyp data is split; None, and that of the run, use the split that the run has kept.
         checkpoint: which weights to score.
         batch: images per forward pass.
         device: device to run on; None uses the GPU if there is one.
@@ -69,9 +70,19 @@ def evaluate_run(
         tile=tile,
         overlap=overlap,
     )
+    own = config.dataset
+    if (dataset or own.name, split_by) == (own.name, own.split_by) and _same_folder(root or own.root, own.root):
+        # The split that the run has kept, which the same words may not give any more.
+        split_by = None
     config = config_for_images(path, config, root)
     settings = config.dataset
     if dataset is not None and dataset != settings.name:
+        if dataset == "folder":
+            raise ValueError(
+                "dataset must be one that defines its classes, got 'folder'; only a run that was trained on a folder "
+                "says how to read one"
+            )
+        settings.root = root or _own_root(settings, dataset)
         settings.name, settings.split_by, settings.packed = dataset, None, "auto"
     settings.split_by = split_by or settings.split_by
     images = build_split(config, split, train=False)
@@ -80,7 +91,7 @@ def evaluate_run(
             f"dataset must have the classes of the run, {list(info.classes)}, "
             f"got {settings.name!r} with {list(images.info.classes)}"
         )
-    is_writable = _is_writable(path)
+    stores = is_writable(path)
     identity: dict[str, Any] = _identity(RunFolder(path), config, images, split, checkpoint)
     if tile is not None:
         # The wrapped network pads tiles to its multiple, as `sward predict --tile` does.
@@ -89,7 +100,7 @@ def evaluate_run(
         identity |= {"tile": tile, "overlap": tiled.overlap}
     with Progress(f"evaluate on {settings.name}, {split}", -(-len(images) // batch)) as progress:
         result = evaluate(network.to(target), images, batch=batch, device=target, advance=progress.advance)
-    if is_writable:
+    if stores:
         text = json.dumps({**identity, **result.to_dict_with_images()}, indent=2, allow_nan=False)
         atomic.write(file, f"{text}\n".encode())
     return result
@@ -118,16 +129,29 @@ def evaluation_file(
         FileNotFoundError, ValueError: if there is no run in `path`, or its files are damaged.
     """
     own = RunFolder(path).read()[0].dataset
+    own_root = _own_root(own, dataset or own.name)
     name = f"evaluation-{_short(dataset or own.name)}-{_short(split)}"
     if checkpoint != "best":
         name += f"-{checkpoint}"
-    if split_by is not None and split_by != own.split_by:
+    if split_by is not None and (split_by != own.split_by or dataset not in (None, own.name)):
         name += f"-by-{_short(split_by)}"
-    if root is not None and (own.root is None or root.resolve() != own.root.resolve()):
+    if root is not None and not _same_folder(root, own_root):
         name += f"-in-{_short(str(root.resolve()))}"
     if tile is not None:
         name += f"-tile-{tile[0]}x{tile[1]}" + ("" if overlap is None else f"-overlap-{overlap}")
     return path / f"{name}.json"
+
+
+def _own_root(own: DatasetConfig, dataset: str) -> Path | None:
+    """Return where a data set is looked for without a root: in that of the run, if that is not another one's folder.
+
+    The folder of one data set may have the layout of another, so that must have a folder of its own name.
+    """
+    return own.root if own.root is None or dataset == own.name or data.holds(own.root, dataset) else None
+
+
+def _same_folder(one: Path | None, other: Path | None) -> bool:
+    return one == other or (one is not None and other is not None and one.resolve() == other.resolve())
 
 
 def _short(value: str) -> str:
@@ -138,12 +162,14 @@ def _short(value: str) -> str:
     return f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}"
 
 
-def _is_writable(path: Path) -> bool:
+def is_writable(path: Path, *, warn: bool = True) -> bool:
+    """Return whether `evaluate_run` can store scores in the folder of a run."""
     try:
         make_folder(path)
     except (ValueError, OSError) as error:
         reason = str(error).partition("; ")[0]
-        warnings.warn(f"{reason}; the scores are printed and not stored", stacklevel=3)
+        if warn:
+            warnings.warn(f"{reason}; the scores are printed and not stored", stacklevel=3)
         return False
     return True
 

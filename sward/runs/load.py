@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from sward import data, distributed, layers, methods, models
+from sward import data, distributed, layers, methods, models, presets
 from sward.config import DistillationConfig, MaskTrainingConfig, TeacherConfig, TrainingConfig
 from sward.data import DatasetInfo, SegmentationDataset
 from sward.losses import LOGITS, DistillationLoss
@@ -43,7 +43,8 @@ def load_run(
 def config_for_images(path: Path, config: TrainingConfig, root: Path | None = None) -> TrainingConfig:
     """Return the configuration that finds the frames of the run in `path`, in `root` where it is given.
 
-    A split that the run has drawn holds, even if the folder of the data has changed since. `config` stays as it is.
+    A split that the run has drawn or read from a list holds, even if the folder of the data or the list has changed
+    since. `config` stays as it is.
     """
     split = RunFolder(path).split
     split_by = str(split) if split.exists() else config.dataset.split_by
@@ -143,26 +144,69 @@ def teacher_run(preset: str) -> Path:
     return Path("runs") / preset / "teacher"
 
 
+TeacherSource = Literal["file", "random", "library", "run"]
+
+
+def teacher_source(config: TeacherConfig) -> TeacherSource:
+    """Return where the teacher comes from: `weights`, `untrained`, a `transformers:` folder or a run."""
+    if config.weights is not None:
+        return "file"
+    if config.untrained:
+        return "random"
+    return "library" if config.run is None and config.name.startswith("transformers:") else "run"
+
+
 def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple[str, nn.Module]:
-    """Load the name and network of the teacher: from a file or folder, of a `sward train-teacher` run, or untrained.
+    """Load the name and network of the teacher from its `teacher_source`.
 
     Raises:
         FileNotFoundError: if the run does not exist.
-        ValueError: if it was trained on other classes.
+        ValueError: if the configuration names two sources, or asks for another network than its source holds, or the
+            run was trained on other classes.
     """
-    if config.weights is not None:
-        network = models.build(config.name, info.num_classes, **config.options)
-        _say(f"teacher weights: {models.load_weights(network, config.weights)}")
-        return config.name, network
-    if config.untrained or _brings_weights(config, info):
-        return config.name, models.build(config.name, info.num_classes, **config.options)
-    path = config.run or teacher_run(preset)
-    if not RunFolder(path).best.exists():
-        raise FileNotFoundError(
-            f"there is no trained teacher at {path}; train it with 'sward train-teacher {preset}', name its folder "
-            "with --teacher.run, or try shapes and speed with --teacher.untrained"
+    given = {"run": config.run is not None, "weights": config.weights is not None, "untrained": config.untrained}
+    named = [f"teacher.{name}" for name, is_given in given.items() if is_given]
+    if len(named) > 1:
+        raise ValueError(
+            f"only one of teacher.run, teacher.weights and teacher.untrained must be set, got {' and '.join(named)}"
         )
-    trained, trained_info, network = load_run(path)
+    source = teacher_source(config)
+    if source == "run":
+        return _load_teacher_run(config, preset, info)
+    if source == "library" and models.own_weights(config.name, info.num_classes) == "none":
+        raise ValueError(
+            f"teacher.name must be a transformers folder with weights, got {config.name!r} without; name a file with "
+            "--teacher.weights, or try it with --teacher.untrained"
+        )
+    network = models.build(config.name, info.num_classes, **config.options)
+    if config.weights is not None:
+        _say(f"teacher weights: {models.load_weights(network, config.weights)}")
+    return config.name, network
+
+
+def _load_teacher_run(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple[str, nn.Module]:
+    path = config.run or teacher_run(preset)
+    # A configuration always has a name. One that is there by default asks for no network.
+    usual = presets.get(preset).student.teacher if preset in presets.names() else TeacherConfig()
+    named = None if config.name in (usual.name, TeacherConfig().name) else config.name
+    if not RunFolder(path).best.exists():
+        command = f"sward train-teacher {preset}" if named is None else f"sward train-teacher {preset} --model {named}"
+        raise FileNotFoundError(
+            f"there is no trained teacher at {path}; train it with '{command}', name its folder with --teacher.run, or "
+            "try shapes and speed with --teacher.untrained"
+        )
+    trained, _ = RunFolder(path).read()
+    if named not in (None, trained.model):
+        raise ValueError(
+            f"teacher.name must be {trained.model!r}, the network of the run in {path}, got {named!r}; name another "
+            "run with --teacher.run or a file with --teacher.weights"
+        )
+    if config.options not in ({}, trained.model_options):
+        raise ValueError(
+            f"teacher.options must be {trained.model_options}, those of the run in {path}, got {config.options}; a "
+            "trained teacher needs none"
+        )
+    _, trained_info, network = load_run(path)
     if trained_info.classes != info.classes:
         raise ValueError(
             f"the teacher at {path} was trained on the classes {list(trained_info.classes)}, "
@@ -173,9 +217,7 @@ def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple
 
 def has_teacher_run(config: TeacherConfig) -> bool:
     """Return whether the teacher comes from a run of `sward train-teacher`, not from a file, a library or nowhere."""
-    if config.weights is not None or config.untrained:
-        return False
-    return config.run is not None or not config.name.startswith("transformers:")
+    return teacher_source(config) == "run"
 
 
 def check_teacher_logits(config: TeacherConfig, info: DatasetInfo, method: str, taps: Sequence[str]) -> None:
@@ -183,17 +225,13 @@ def check_teacher_logits(config: TeacherConfig, info: DatasetInfo, method: str, 
 
     `untrained` asks for random weights, and those of runs and files are complete.
     """
-    if LOGITS not in taps or config.untrained or not _brings_weights(config, info):
+    if LOGITS not in taps or teacher_source(config) != "library":
         return
     if models.own_weights(config.name, info.num_classes) != "all":
         raise ValueError(
             f"distillation must be a method that compares no logits for the teacher {config.name!r}, whose classifier "
             f"is not trained on {info.num_classes} classes, got {method!r}; train it with 'sward train-teacher --model'"
         )
-
-
-def _brings_weights(config: TeacherConfig, info: DatasetInfo) -> bool:
-    return (config.weights, config.run) == (None, None) and models.own_weights(config.name, info.num_classes) != "none"
 
 
 def _say(text: str) -> None:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from sward import distributed, layers, methods, models
-from sward.config import DistillationConfig, MaskTrainingConfig, TeacherTrainingConfig, TrainingConfig, masks_path
+from sward.config import (
+    DistillationConfig,
+    MaskTrainingConfig,
+    TeacherTrainingConfig,
+    TrainingConfig,
+    check_batch,
+    masks_path,
+)
 from sward.data import DatasetInfo, SegmentationDataset
 from sward.data.check import LabelCounts, check_splits
 from sward.data.frames import digest, frame_sums, known_images
@@ -35,13 +42,13 @@ from sward.runs.load import (
 )
 from sward.runs.trial import try_step
 from sward.training.batches import batches
-from sward.training.loop import TrainingResult, fit
+from sward.training.loop import TrainingResult, first_state, fit
 from sward.training.progress import Progress
-from sward.training.run_folder import RunFolder, make_folder, require_tensorboard
+from sward.training.run_folder import KeptData, RunFolder, make_folder, require_tensorboard
 from sward.training.state import seed_generators
 from sward.training.step import TrainingStep
 from sward.training.teacher import FrozenTeacher
-from sward.training.teacher_cache import TeacherCache, TrunkCache
+from sward.training.teacher_cache import TeacherCache, TrunkCache, cached
 
 
 @dataclass(frozen=True)
@@ -114,10 +121,7 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
         if config.compile:
             frozen.network.compile()
         if config.teacher.cache is not None:
-            if isinstance(frozen.network, Teacher):
-                frozen.network.trunk_cache = TrunkCache(frozen.network.trunk, config.teacher.cache)
-            else:
-                teacher = TeacherCache(frozen, config.teacher.cache)
+            teacher = cached(frozen, config.teacher.cache)
     run = RunFolder(config.output or student_run(config))
     return _fit(student, task, config, images, run, loss=loss, teacher=teacher, teacher_weights=teacher_weights)
 
@@ -208,7 +212,7 @@ def _check_data(
 def _unlabelled(config: DistillationConfig, train_set: SegmentationDataset) -> UnlabelledImages | ImageShards | None:
     if not config.unlabelled_per_step:
         return None
-    distributed.share_of(config.unlabelled_per_step)
+    distributed.share_of(config.unlabelled_per_step, "batch" if config.unlabelled_batch is None else "unlabelled_batch")
     kinds = {is_shards(str(source)) for source in config.unlabelled}
     if True in kinds:
         if len(kinds) > 1 or config.dataset.labelled_share < 1:
@@ -304,11 +308,10 @@ def _fit(
     if teacher_weights is not None:
         identity["teacher"] = teacher_weights
     info = images.train.info
+    labels = {split: found.summary(info.classes) for split, found in images.counts.items()}
+    kept = KeptData(images.train.assignment, labels, frames)
     with run.locked():
-        run.start(config, info)
-        run.keep_split(images.train.assignment)
-        run.keep_labels({split: found.summary(info.classes) for split, found in images.counts.items()})
-        run.keep_frames(frames)
+        run.check(config, kept)
         step_module = TrainingStep(
             network,
             task.to(next(network.parameters()).device),
@@ -320,15 +323,18 @@ def _fit(
         if config.compile:
             # In place, which keeps the keys of the state dict; after opening the taps, so that they are traced.
             network.compile()
+        state = first_state(step_module, config, len(images.train), identity)
+        state.restore(run)
+        run.start(config, info, kept)
         return fit(
             step_module,
             config,
             images.train,
             images.validation,
             run,
+            state,
             teacher=teacher,
             unlabelled=images.unlabelled,
-            identity=identity,
         )
 
 
@@ -342,6 +348,7 @@ def train_masks(config: MaskTrainingConfig) -> Path:
         raise ValueError(
             f"train-masks must run in one process, got {distributed.launched_processes()}; start it without torchrun"
         )
+    config.check()
     device = choose_device(config.device)
     steps = config.steps or (10_000 if config.method == "maskd" else 2_000)
     if config.teacher.image_size is not None:
@@ -350,12 +357,14 @@ def train_masks(config: MaskTrainingConfig) -> Path:
             config, dataset=dataclasses.replace(config.dataset, image_size=config.teacher.image_size)
         )
     dataset = build_split(config, "train", train=True)
+    check_batch(config.batch, len(dataset))
     check_splits({"train": dataset}, skip_corrupt=config.on_corrupt == "skip")
     name, teacher = load_teacher(config.teacher, config.preset, dataset.info)
     teacher.to(device)
     torch.manual_seed(config.seed)
     choice = layers.default_layers(name, teacher, config.dataset.image_size)
-    masks = methods.new_masks(config.method, teacher, choice, config.dataset.image_size).to(device)
+    masks = methods.new_masks(config.method, teacher, choice, config.dataset.image_size, config.teacher.taps)
+    masks = masks.to(device)
     tap = methods.mask_tap(config.method, choice)
     check_teacher_logits(config.teacher, dataset.info, config.method, (tap,))
     stream = batches(dataset, config.batch, seed=config.seed, workers=config.dataset.workers)

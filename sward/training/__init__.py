@@ -1,7 +1,7 @@
 """The training loop and its parts."""
 
 from sward.training.batches import EpochSampler
-from sward.training.loop import TrainingResult, fit
+from sward.training.loop import TrainingResult, first_state, fit
 from sward.training.run_folder import RunFolder
 from sward.training.step import StepOutput, TrainingStep
 from sward.training.teacher import FrozenTeacher
@@ -15,5 +15,6 @@ __all__ = [
     "TeacherCache",
     "TrainingResult",
     "TrainingStep",
+    "first_state",
     "fit",
 ]

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import update_bn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sward import distributed
 from sward.config import DistillationConfig, OptimizerConfig, TrainingConfig
@@ -58,31 +57,18 @@ class TrainingResult:
     """Time in the training loop, validation excluded."""
 
 
-def fit(
-    step_module: TrainingStep,
-    config: TrainingConfig,
-    train_set: SegmentationDataset,
-    validation_set: SegmentationDataset,
-    run: RunFolder,
-    *,
-    teacher: Callable[[Tensor], dict[str, Tensor]] | None = None,
-    unlabelled: UnlabelledImages | ImageShards | None = None,
-    identity: Mapping[str, str] | None = None,
-) -> TrainingResult:
-    """Train `step_module` as `config` says; the run folder can be resumed and evaluated.
+def first_state(
+    step_module: TrainingStep, config: TrainingConfig, images: int, identity: Mapping[str, str] | None = None
+) -> TrainingState:
+    """Return the state of a run before its first step, with the optimiser and schedule of `config`.
 
-    With `unlabelled`, every step also sees `config.unlabelled_per_step` of these images, whose labels are all ignored.
-    Resumes from the newest intact checkpoint in `run`, if there is one. Every process of a group must call this.
-    Checkpoints keep `identity`, the checksums of the data and the teacher, and are refused where it differs.
-
-    Raises:
-        ValueError: if a checkpoint belongs to another configuration, other data or another teacher.
-        TrainingInterrupted: on Ctrl-C or SIGTERM, after writing a checkpoint.
-        NonFiniteLossError: if the loss is infinite or nan; nothing is saved after that.
+    Args:
+        step_module: what is trained.
+        config: configuration of the run.
+        images: number of training images.
+        identity: checksums of the data and the teacher, see `TrainingState`.
     """
     device = next(step_module.parameters()).device
-    steps, epoch = config.steps(len(train_set)), len(train_set) // config.batch
-    validate_every = epoch * config.evaluate_every if config.evaluate_every else steps
     learnable = [parameter for parameter in step_module.parameters() if parameter.requires_grad]
     # On a CPU the fused update reads and writes each tensor once; the default takes a pass per operation.
     optimizer = torch.optim.AdamW(
@@ -91,12 +77,42 @@ def fit(
         weight_decay=config.optimizer.weight_decay,
         fused=True if device.type == "cpu" else None,
     )
-    schedule = LambdaLR(optimizer, learning_rate(config.optimizer, steps))
+    factor = learning_rate(config.optimizer, config.steps(images))
     scaler = torch.amp.GradScaler(device.type, enabled=step_module.precision == "fp16")
-    state = TrainingState(
-        step_module.model, step_module.distillation, optimizer, schedule, scaler, config.optimizer.clip_norm, identity
+    return TrainingState(
+        step_module.model,
+        step_module.distillation,
+        optimizer,
+        lambda step: config.optimizer.lr * factor(step),
+        scaler,
+        config.optimizer.clip_norm,
+        identity,
     )
-    state.restore(run)
+
+
+def fit(
+    step_module: TrainingStep,
+    config: TrainingConfig,
+    train_set: SegmentationDataset,
+    validation_set: SegmentationDataset,
+    run: RunFolder,
+    state: TrainingState,
+    *,
+    teacher: Callable[[Tensor], dict[str, Tensor]] | None = None,
+    unlabelled: UnlabelledImages | ImageShards | None = None,
+) -> TrainingResult:
+    """Train `step_module` from `state` on as `config` says; the run folder can be resumed and evaluated.
+
+    With `unlabelled`, every step also sees `config.unlabelled_per_step` of these images, whose labels are all ignored.
+    Every process of a group must call this.
+
+    Raises:
+        TrainingInterrupted: on Ctrl-C or SIGTERM, after writing a checkpoint.
+        NonFiniteLossError: if the loss is infinite or nan; nothing is saved after that.
+    """
+    device = next(step_module.parameters()).device
+    steps, epoch = config.steps(len(train_set)), len(train_set) // config.batch
+    validate_every = epoch * config.evaluate_every if config.evaluate_every else steps
     stream = batches(
         train_set,
         config.batch,
@@ -118,9 +134,25 @@ def fit(
     replica = distributed.replicate(step_module.train(), device)
     collapse = CollapseWatch()
     evaluation, watch = None, LossWatch()
+
+    def scored() -> Evaluation:
+        state.validation_due = True
+        with _saving_on_error(state, run), state.stopwatch.paused():
+            if config.batch_norm_images is not None:
+                # A run that resumes here has not drawn a batch yet.
+                train_set.set_epoch((state.step - 1) // epoch)
+                estimate_batch_norm(step_module.model, train_set, config.batch_norm_images, config.batch)
+            found = validate(step_module.model, validation_set, device)
+        run.log({"step": state.step, "validation": found.to_dict()})
+        state.validation_due = False
+        return found
+
     per_step = config.batch + (0 if unlabelled is None else config.unlabelled_per_step)
     throughput = Throughput(per_step, state.step, state.stopwatch.read())
     with Progress(run.path.name, steps, start=state.step) as progress, Interruption() as interruption:
+        if state.validation_due:
+            evaluation = scored()
+            state.save(run, evaluation.score(config.metric))
         while state.step < steps:
             logs, saves, validates = (
                 (state.step + 1) % every == 0 or state.step + 1 == steps
@@ -157,11 +189,7 @@ def fit(
                 progress.note(f"loss {record['loss']:.3f}")
             score = None
             if validates:
-                with state.stopwatch.paused(), _saving_on_error(state, run):
-                    if config.batch_norm_images is not None:
-                        estimate_batch_norm(step_module.model, train_set, config.batch_norm_images, config.batch)
-                    evaluation = validate(step_module.model, validation_set, device)
-                run.log({"step": state.step, "validation": evaluation.to_dict()})
+                evaluation = scored()
                 score = evaluation.score(config.metric)
             if saves or validates or stop:
                 state.save(run, score)
@@ -174,7 +202,7 @@ def fit(
 
 @contextmanager
 def _saving_on_error(state: TrainingState, run: RunFolder) -> Iterator[None]:
-    """Save a checkpoint before an error of the validation ends the run, so that no training is lost."""
+    """Save a checkpoint before an error of the validation ends the run; a resumed run validates first."""
     try:
         yield
     except Exception:
@@ -185,20 +213,31 @@ def _saving_on_error(state: TrainingState, run: RunFolder) -> Iterator[None]:
 
 
 def estimate_batch_norm(model: nn.Module, dataset: SegmentationDataset, images: int, batch: int) -> None:
-    """Set the running statistics of every batch norm to their means over the first `images` images of `dataset`.
+    """Set the running statistics of trained batch norms to their means over the first `images` images of `dataset`.
 
-    Uses `torch.optim.swa_utils.update_bn` on full batches of the current epoch's views (one smaller batch if there are
-    fewer images than that). Restores the state of the random generators, so that training continues as without it.
+    Those that stay in eval mode while the model trains, as in a frozen trunk, keep theirs. Reads full batches of the
+    current epoch's views (one smaller batch if there are fewer images than that). Restores the state of the random
+    generators, so that training continues as without it.
     """
     device = next(model.parameters()).device
     images = min(images, len(dataset))
     batch = min(batch, images)
-    views = (
-        torch.stack([dataset[index].image for index in range(first, first + batch)])
-        for first in range(0, images - batch + 1, batch)
-    )
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
-        update_bn(views, model, device)
+    training = model.training
+    model.train()
+    momenta = {
+        module: module.momentum for module in model.modules() if isinstance(module, _BatchNorm) and module.training
+    }
+    for norm in momenta:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+    starts = range(0, images - batch + 1, batch) if momenta else ()
+    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with forked, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for first in starts:
+            model(torch.stack([dataset[index].image for index in range(first, first + batch)]).to(device))
+    for norm, momentum in momenta.items():
+        norm.momentum = momentum
+    model.train(training)
 
 
 def validate(model: nn.Module, dataset: SegmentationDataset, device: torch.device) -> Evaluation:
@@ -221,7 +260,7 @@ def log_record(
     return {
         "step": state.step,
         **losses,
-        "lr": state.schedule.get_last_lr()[0],
+        "lr": state.optimizer.param_groups[0]["lr"],
         "gradient_norm": None if gradient_norm is None else gradient_norm.item(),
         "images_per_second": throughput.until(state.step, seconds),
         "peak_memory_bytes": peak_memory(device),

@@ -46,8 +46,10 @@ class Stopwatch:
     def paused(self) -> Iterator[None]:
         """Exclude the time spent in the block."""
         seconds = self.read()
-        yield
-        self.start(seconds)
+        try:
+            yield
+        finally:
+            self.start(seconds)
 
 
 class LossWatch:

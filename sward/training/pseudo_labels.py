@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sward.alignment import resize
+from sward.losses.pairs import class_logits
 
 
 def pseudo_labels(
@@ -15,14 +16,14 @@ def pseudo_labels(
 
     Args:
         labels: `[B, H, W]`.
-        logits: of the teacher, `[B, K, h, w]`; resized to the labels.
+        logits: of the teacher, `[B, K, h, w]`; resized to the labels. One logit (K = 1) is the log odds of class 1.
         unlabelled: number of images at the end of the batch that get labels.
         confidence: least probability of the class; below it a pixel keeps no label.
         ignore_index: label of pixels without one.
     """
     with torch.no_grad():
         seen = resize(logits[-unlabelled:].float(), (labels.shape[-2], labels.shape[-1]))
-        highest, classes = seen.softmax(1).max(1)
+        highest, classes = class_logits(seen).softmax(1).max(1)
         sure = highest >= confidence
         guessed = torch.where(sure, classes, ignore_index).to(labels.dtype)
         return torch.cat([labels[:-unlabelled], guessed]), sure.float().mean()

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -35,6 +36,18 @@ UNWRITABLE = (
     errno.ENAMETOOLONG,
 )
 """Errors that mean a wrong folder was given, as opposed to a disk that is full or failing."""
+
+
+@dataclass(frozen=True)
+class KeptData:
+    """What a run keeps of its data, and must find again when it is resumed: its scores would mix two data sets."""
+
+    assigned: Mapping[str, str] = field(default_factory=dict)
+    """Frame -> split, for a split that was drawn or listed."""
+    labels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Split -> its number of images and the pixels per class."""
+    frames: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Split -> frame -> checksums, see `sward.data.frames`."""
 
 
 class RunFolder:
@@ -69,22 +82,31 @@ class RunFolder:
         with locked(self.path):
             yield
 
-    def start(self, config: TrainingConfig, info: DatasetInfo) -> None:
-        """Begin the run in the folder, or resume it if `config.resume` is set or torchrun restarted the run.
+    def check(self, config: TrainingConfig, kept: KeptData) -> None:
+        """Raise a ValueError if the folder holds a run that `config` does not resume, or one on other data.
 
-        Call this within `locked`.
+        Call this within `locked`. It writes nothing.
+        """
+        if not self.holds_checkpoint():
+            return
+        self._check_same(config)
+        self._check_split(kept.assigned)
+        self._check_labels(kept.labels)
+        self._check_frames(kept.frames)
+
+    def start(self, config: TrainingConfig, info: DatasetInfo, kept: KeptData | None = None) -> None:
+        """Describe the run in the folder, in place of what described it before.
+
+        Call this within `locked`, once nothing can refuse the run any more: a refused one leaves the folder as it is.
 
         Args:
             config: configuration of the run.
             info: classes and colours of its data set, so that the run can be used without the data.
-
-        Raises:
-            ValueError: if the folder holds a run and `config.resume` is not set, or a run with another configuration.
+            kept: what a resumed run must find again.
         """
+        kept = kept or KeptData()
         if config.tensorboard:
             self._tensorboard = _TensorBoard(self.path / "tensorboard")
-        if self.holds_checkpoint():
-            self._check_same(config)
         if not distributed.is_main():
             return
         self.last.parent.mkdir(exist_ok=True)
@@ -96,61 +118,15 @@ class RunFolder:
         _write_text(self.config, to_json(config))
         _write_text(self.dataset, to_json(info))
         _write_text(self.path / "environment.json", json.dumps(environment(), indent=2))
-
-    def keep_split(self, assigned: Mapping[str, str]) -> None:
-        """Write which frame is in which split, for a split that was drawn or listed; call it after `start`.
-
-        Raises:
-            ValueError: if the run has begun with another split, because images were added or removed since.
-        """
-        text = assignment_text(assigned)
-        if self.holds_checkpoint() and self.split.exists() and self.split.read_text(encoding="utf-8") != text:
-            raise ValueError(
-                f"the frames must be those in {self.split}, with which the run began, got {len(assigned)} frames; "
-                "images were added, removed or moved to another split"
-            )
-        if assigned and distributed.is_main():
-            _write_text(self.split, text.rstrip("\n"))
-
-    def keep_labels(self, labels: Mapping[str, Mapping[str, int]]) -> None:
-        """Write the number of images and the pixels per class of each split; call it after `start`.
-
-        Raises:
-            ValueError: if they differ from those that the run began with: its scores would mix two data sets.
-        """
-        if self.holds_checkpoint() and self.labels.exists():
-            before = read_json(dict, self.labels)
-            for split, now in labels.items():
-                for name, count in now.items():
-                    then = before.get(split, {}).get(name, count)
-                    if then != count:
-                        raise ValueError(
-                            f"the data must be that with which the run in {self.path} began, {then} {name} in {split}, "
-                            f"got {count}; choose another --output"
-                        )
-        if labels and distributed.is_main():
-            _write_text(self.labels, json.dumps(labels, indent=2))
-
-    def keep_frames(self, frames: Mapping[str, Mapping[str, str]]) -> None:
-        """Write the checksums of the frames of each split, see `sward.data.frames`; call it after `start`.
-
-        Raises:
-            ValueError: if a frame is not the one with which the run began.
-        """
-        if self.holds_checkpoint():
-            before = self.read_frames()
-            for split, sums in frames.items():
-                different = difference(before.get(split, sums), sums)
-                if different:
-                    raise ValueError(
-                        f"the data must be that with which the run in {self.path} began, got other files in {split}: "
-                        f"{different}; choose another --output"
-                    )
-        if any(frames.values()) and distributed.is_main():
-            _write_text(self.frames, json.dumps(frames, indent=1))
+        if kept.assigned:
+            _write_text(self.split, assignment_text(kept.assigned).rstrip("\n"))
+        if kept.labels:
+            _write_text(self.labels, json.dumps(kept.labels, indent=2))
+        if any(kept.frames.values()):
+            _write_text(self.frames, json.dumps(kept.frames, indent=1))
 
     def read_frames(self) -> dict[str, dict[str, str]]:
-        """Return what `keep_frames` wrote, split -> frame -> checksums; nothing if the data is not in files."""
+        """Return the `frames` of `KeptData` that `start` wrote; nothing if the data is not in files."""
         frames: dict[str, dict[str, str]] = read_json(dict, self.frames) if self.frames.exists() else {}
         return frames
 
@@ -168,6 +144,34 @@ class RunFolder:
                 f"{self.path} holds a run with another configuration: {different[0]}; "
                 "resume it with its own configuration, or choose another --output"
             )
+
+    def _check_split(self, assigned: Mapping[str, str]) -> None:
+        if self.split.exists() and self.split.read_text(encoding="utf-8") != assignment_text(assigned):
+            raise ValueError(
+                f"the frames must be those in {self.split}, with which the run began, got {len(assigned)} frames; "
+                "images were added, removed or moved to another split"
+            )
+
+    def _check_labels(self, labels: Mapping[str, Mapping[str, int]]) -> None:
+        before = read_json(dict, self.labels) if self.labels.exists() else {}
+        for split, now in labels.items():
+            for name, count in now.items():
+                then = before.get(split, {}).get(name, count)
+                if then != count:
+                    raise ValueError(
+                        f"the data must be that with which the run in {self.path} began, {then} {name} in {split}, "
+                        f"got {count}; choose another --output"
+                    )
+
+    def _check_frames(self, frames: Mapping[str, Mapping[str, str]]) -> None:
+        before = self.read_frames()
+        for split, sums in frames.items():
+            different = difference(before.get(split, sums), sums)
+            if different:
+                raise ValueError(
+                    f"the data must be that with which the run in {self.path} began, got other files in {split}: "
+                    f"{different}; choose another --output"
+                )
 
     def weights_sum(self, checkpoint: Literal["best", "last"]) -> str | None:
         """Return a checksum of the file of the best or the last weights; None without the file."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from sward import distributed
 from sward.training import checkpoints
@@ -22,13 +20,13 @@ from sward.training.run_folder import RunFolder
 
 
 class TrainingState:
-    """Networks, optimiser, schedule, random generators and counters of a run.
+    """Networks, optimiser, random generators and counters of a run.
 
     Args:
         model: the network to train.
         distillation: the distillation loss, or None.
         optimizer: optimiser of the parameters of both.
-        schedule: learning rate schedule of the optimiser.
+        rate: the learning rate of a step, by the number of steps before it.
         scaler: loss scaler for fp16.
         clip_norm: largest norm of the gradient; None never clips.
         identity: what the state belongs to besides the configuration, name -> checksum, such as the data.
@@ -37,6 +35,7 @@ class TrainingState:
         step: optimiser steps taken.
         stopwatch: seconds of training.
         best_score: best validation score so far.
+        validation_due: whether the weights of this step were to be scored and are not yet.
     """
 
     def __init__(
@@ -44,20 +43,18 @@ class TrainingState:
         model: nn.Module,
         distillation: nn.Module | None,
         optimizer: Optimizer,
-        schedule: LRScheduler,
+        rate: Callable[[int], float],
         scaler: torch.amp.GradScaler,
         clip_norm: float | None = None,
         identity: Mapping[str, str] | None = None,
     ) -> None:
         self.model, self.distillation = model, distillation
-        self.optimizer, self.schedule, self.scaler, self.clip_norm = optimizer, schedule, scaler, clip_norm
+        self.optimizer, self.rate, self.scaler, self.clip_norm = optimizer, rate, scaler, clip_norm
         self.identity = dict(identity or {})
-        if scaler.is_enabled():
-            # The scaler skips steps while it searches for its scale, and the schedule then warns of a wrong call order.
-            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before", UserWarning)
         self.step = 0
         self.stopwatch = Stopwatch()
         self.best_score = -math.inf
+        self.validation_due = False
 
     def update(self, loss: Tensor, *, measure: bool = False) -> Tensor | None:
         """Take one optimiser step; return the gradient's norm before clipping if `measure` is set or clipping is on."""
@@ -70,9 +67,10 @@ class TrainingState:
             norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
             if self.clip_norm is not None:
                 clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(self.step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.schedule.step()
         self.step += 1
         return norm
 
@@ -126,12 +124,12 @@ class TrainingState:
             "model": self.model.state_dict(),
             "distillation": {} if self.distillation is None else self.distillation.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "generators": generators,
             "step": self.step,
             "seconds": self.stopwatch.read(),
             "best_score": self.best_score,
+            "validation_due": self.validation_due,
             "identity": self.identity,
         }
 
@@ -140,15 +138,18 @@ class TrainingState:
         for name in ("step", "seconds", "best_score"):
             if not isinstance(state[name], (int, float)) or (name == "step" and state[name] not in range(2**62)):
                 raise ValueError(f"its {name} must be a number, got {state[name]!r}")
+        # Older checkpoints do not say.
+        due = state.get("validation_due", False)
+        if not isinstance(due, bool):
+            raise ValueError(f"its validation_due must be true or false, got {due!r}")
         self.model.load_state_dict(state["model"])
         if self.distillation is not None:
             self.distillation.load_state_dict(state["distillation"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         if distributed.rank() < len(state["generators"]):
             _set_generator_states(self.distillation, state["generators"][distributed.rank()])
-        self.step, self.best_score = state["step"], state["best_score"]
+        self.step, self.best_score, self.validation_due = state["step"], state["best_score"], due
         self.stopwatch.start(state["seconds"])
 
 

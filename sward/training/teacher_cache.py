@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import pickle
@@ -10,12 +11,14 @@ import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sward import atomic
 from sward.losses.masks import teacher_fingerprint
+from sward.models.teachers import DINOv2Trunk, HieraDemoTrunk, Teacher
 from sward.training.teacher import FrozenTeacher
 
 FORMAT = 1
@@ -25,7 +28,8 @@ _CHECKSUM_BYTES = 4
 class TeacherCache:
     """A frozen teacher that runs once per image and reads its features from disk after that.
 
-    For any teacher; where the teacher is a `sward.models.teachers.Teacher`, `TrunkCache` serves every method at once.
+    For any teacher; where the teacher is a `sward.models.teachers.Teacher`, `TrunkCache` serves every method at once;
+    `cached` chooses.
 
     Args:
         teacher: computes the features that are not there yet; every map it returns is kept.
@@ -69,6 +73,15 @@ class TrunkCache:
     def _compute(self, images: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
             return {str(index): maps for index, maps in enumerate(self.trunk(images))}
+
+
+def cached(teacher: FrozenTeacher, folder: Path) -> FrozenTeacher | TeacherCache:
+    """Return the teacher with a cache: of its trunk, unless a layer inside the trunk is caught, which then must run."""
+    network = teacher.network
+    if not isinstance(network, Teacher) or any(layer.split(".")[0] == "trunk" for layer in teacher.layers):
+        return TeacherCache(teacher, folder)
+    network.trunk_cache = TrunkCache(network.trunk, folder)
+    return teacher
 
 
 class FeatureFiles:
@@ -148,7 +161,7 @@ class FeatureFiles:
 
 
 def fingerprint(teacher: FrozenTeacher) -> str:
-    """Hash everything that determines a teacher's features besides the image: weights, settings and layers."""
+    """Hash everything that determines a teacher's features besides the image: weights, modules, settings, layers."""
     return _name(teacher, teacher.network)
 
 
@@ -160,7 +173,31 @@ def _name(settled: FrozenTeacher | nn.Module, network: nn.Module) -> str:
         if value is None or isinstance(value, str | int | float | tuple | torch.dtype)
     }
     decisive = [FORMAT, settings, type(network).__qualname__, teacher_fingerprint(network)]
+    # All that can differ in these trunks of one class and weights is among their settings, and caches of them exist.
+    if not isinstance(network, DINOv2Trunk | HieraDemoTrunk):
+        decisive.append([(name, *_construction(module)) for name, module in network.named_modules()])
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _construction(module: nn.Module) -> tuple[str, dict[str, str]]:
+    """Return the class of a module and the arguments it was made with: a stride or number of heads has no weights.
+
+    Attributes that are no arguments may change from image to image, as a counter does.
+    """
+    makers = [vars(kind)["__init__"] for kind in type(module).__mro__ if "__init__" in vars(kind)]
+    known = {name for maker in makers for name in inspect.signature(maker).parameters if not name.startswith("_")}
+    arguments = {name: _text(value) for name, value in vars(module).items() if name in known}
+    return type(module).__qualname__, {name: text for name, text in arguments.items() if text is not None}
+
+
+def _text(value: Any) -> str | None:
+    """Return a plain value or the name of a function as text that is the same in every process; None for others."""
+    if inspect.isroutine(value):
+        return str(value.__qualname__)
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _autocast(device: torch.device) -> tuple[str, ...]:

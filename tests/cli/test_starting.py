@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from sward import presets
 from sward.cli.main import main
 from sward.cli.own_data import expand
 from sward.cli.starting import apply_words, read_config, value_of, write_config
-from sward.config import DistillationConfig
+from sward.config import DistillationConfig, SWARDConfig
+from sward.losses import PAPER
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +110,26 @@ def test_init_prints_what_train_reads(capsys: pytest.CaptureFixture[str]) -> Non
     text = capsys.readouterr().out
     Path("mine.yaml").write_text(text.replace("seed: 0", "seed: 5"))
     assert read_config(DistillationConfig, Path("mine.yaml")).seed == 5
+
+
+def test_a_recipe_in_a_file_sets_what_the_file_does_not_name() -> None:
+    Path("file.yaml").write_text("recipe: paper\nepochs: 1\nsward: {context_reduction: mean}")
+    config = read_config(DistillationConfig, Path("file.yaml"))
+    config.check()
+    assert config.sward == SWARDConfig(**{**PAPER._asdict(), "context_reduction": "mean"})
+    text = write_config(presets.get("demo").student)
+    Path("file.yaml").write_text(text.replace("recipe: recommended", "recipe: paper"))
+    settings = presets.get("demo").student.sward
+    assert read_config(DistillationConfig, Path("file.yaml")).sward == replace(settings, **PAPER._asdict())
+
+
+def test_a_recipe_that_never_reached_the_settings_is_refused() -> None:
+    config = DistillationConfig(recipe="paper", epochs=1)
+    with pytest.raises(ValueError, match="recipe must be 'recommended' with these settings of sward, got 'paper'"):
+        config.check()
+    config.use_recipe("paper")
+    config.sward.weights, config.sward.normalize = (1.0, 0.0), True
+    config.check()
 
 
 @pytest.mark.parametrize(

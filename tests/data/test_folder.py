@@ -1,5 +1,6 @@
 """A folder of one's own: its layouts, its classes and values, and the splits drawn for it."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from sward import data
+from sward.cli.main import main
 from sward.data import DatasetNotFoundError, FolderOptions
 from sward.data.folder import ImageFolder
 from sward.data.layouts import find_layout, list_tree
@@ -253,6 +255,24 @@ def test_packs_belong_to_their_mask_values(unsplit: Path) -> None:
     assert packed[0].labels.sum() == 18
     with pytest.raises(ValueError, match=r"must be decoded with mask_values 255,0, got mask_values 0,255; pack again"):
         build(unsplit, options=FolderOptions((), ("255", "0")), split_by="80/10/10")
+
+
+def test_a_folder_that_patterns_name_is_packed_and_the_hint_says_how(tmp_path: Path, write: Write) -> None:
+    for name in ("a", "b"):
+        write_frame(write, tmp_path / f"frames/{name}.png", tmp_path / f"truth/{name}_gt.png", values=MASK)
+    patterns = ["--images", "frames", "--masks", "truth/{name}_gt.png"]
+    values = ["--mask-values", "0,255", "--image-range", "0", "255"]
+    assert main(["data", "pack", "folder", "--root", str(tmp_path), *patterns, *values]) == 0
+    options = FolderOptions((), ("0", "255"), images="frames", masks="truth/{name}_gt.png")
+    told: dict[str, Any] = dict(train=False, root=tmp_path, folder_options=options, image_range=(0, 255))
+    assert data.build("folder", "all", **told).packed is not None
+    write(tmp_path / "frames/a.png", np.zeros((9, 9, 3), np.uint8))
+    with pytest.raises(ValueError, match="has changed; pack again with") as stale:
+        data.build("folder", "all", **told)
+    command = str(stale.value).split("pack again with '", 1)[1].split("', or decode")[0]
+    write(tmp_path / "truth/a_gt.png", np.zeros((9, 9), np.uint8))
+    assert main(shlex.split(command)[1:]) == 0
+    assert data.build("folder", "all", **told).packed is not None
 
 
 def test_phone_photos_meet_their_masks_upright(tmp_path: Path, write: Write) -> None:

@@ -142,6 +142,10 @@ def test_list_files_that_do_not_fit(tmp_path: Path, write: Write) -> None:
     (tmp_path / "a_train.txt").write_text("1\n17\n")
     with pytest.raises(ValueError, match=r"a_train.txt names frame '17', which does not exist"):
         build(str(tmp_path / "a_{split}.txt"))
+    (tmp_path / "a_train.txt").write_text("1\n")
+    (tmp_path / "a_val.txt").write_text("2\n1\n")
+    with pytest.raises(ValueError, match="frame '1' must be in one split, got train and val"):
+        build(str(tmp_path / "a_{split}.txt"))
     (tmp_path / "empty.csv").write_text("frame_id,split\n1,val\n")
     with pytest.raises(ValueError, match="names no frame for this split"):
         build(str(tmp_path / "empty.csv"))
@@ -162,6 +166,10 @@ def test_incomplete_download(tmp_path: Path, write: Write) -> None:
     for split_by in ("sequence", "ratio"):
         with pytest.raises(DatasetNotFoundError, match=r"incomplete: it must have 612 images, got 10; .*https://"):
             data.build("cvc_clinicdb", "train", train=True, root=tmp_path, split_by=split_by)
+    write_pairs(tmp_path / "cvc_colondb", write, range(1, 11))
+    for name in ("cvc_clinicdb", "cvc_colondb"):
+        with pytest.raises(DatasetNotFoundError, match=r"incomplete: it must have .* images, got 10"):
+            data.build(name, "all", train=False, root=tmp_path)
 
 
 def test_missing_folder_beside_the_images(tmp_path: Path) -> None:

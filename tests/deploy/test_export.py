@@ -14,6 +14,7 @@ from sward.data import normalise
 from sward.deploy.export import write_network
 from sward.deploy.metadata import Metadata
 from sward.deploy.network import DeployedNetwork
+from sward.deploy.predictor import Predictor
 
 CLASSES = ("background", "disc", "ring")
 SIZES = [(batch, *size) for size in ((100, 130), (129, 129), (33, 500)) for batch in (1, 3)]
@@ -122,6 +123,21 @@ def test_inputs_and_outputs(input: Any, output: Any, tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(tmp_path / "file.onnx")
     (found,) = session.run(["classes" if output == "argmax" else output], {"images": given.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), expected[output], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("output", ["logits", "probabilities", "argmax"])
+def test_a_network_of_one_logit_has_two_classes(output: Any) -> None:
+    network = nn.Conv2d(3, 1, 1).eval()
+    nn.init.zeros_(network.weight)
+    one_logit = Metadata("mine:build", "scenes", ("a", "b"), ((0, 0, 0), (9, 9, 9)), (32, 32), output=output)
+    for logit, probability in ((-1.0, 0.268941), (2.0, 0.880797)):
+        nn.init.constant_(network.bias, logit)
+        predictor = Predictor(DeployedNetwork(network, output=output), one_logit, Path("file.onnx"))
+        image = photos(1, 32, 32)[0]
+        assert (predictor.predict(image) == (logit > 0)).all()
+        if output != "argmax":
+            expected = torch.tensor([1 - probability, probability])[:, None, None].expand(2, 32, 32)
+            torch.testing.assert_close(torch.from_numpy(predictor.probabilities(image)), expected)
 
 
 def test_onnx_file_describes_itself(tmp_path: Path) -> None:

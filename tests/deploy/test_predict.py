@@ -12,7 +12,7 @@ import sward
 from sward import data
 from sward.cli.main import main
 from sward.data import normalise
-from sward.deploy.predictor import load
+from sward.deploy.predictor import as_pixels, load
 from tests.support.deployable import Pixelwise, make_run, register
 
 
@@ -136,3 +136,21 @@ def test_photos_of_phones_and_microscopes_are_read_as_in_training(network: Pixel
     config.write_text(json.dumps(stored))
     found = sward.load("run").predict("wide.png")
     assert (found == predictor.predict(np.repeat(grey[:, :, None], 3, axis=2))).all()
+
+
+def test_pillow_images_are_read_as_their_files(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    transparent = np.full((4, 6, 4), 200, np.uint8)
+    transparent[..., 3] = generator.integers(0, 256, (4, 6))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(transparent).save(tmp_path / "transparent.png", exif=exif)
+    wide = generator.integers(0, 60000, (4, 6)).astype(np.uint16)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    for name, value_range in (("transparent.png", None), ("wide.png", (0, 60000))):
+        with Image.open(tmp_path / name) as image:
+            assert torch.equal(as_pixels(image, value_range), as_pixels(tmp_path / name, value_range))
+    with Image.open(tmp_path / "wide.png") as image, pytest.raises(ValueError, match=r"wide.png must have 8 bits"):
+        as_pixels(image)
+    with pytest.raises(ValueError, match="image from Pillow must have 8 bits per channel"):
+        as_pixels(Image.fromarray(wide))

@@ -93,9 +93,48 @@ def test_another_network_in_the_file_fails_the_proof(
     assert main(["export", str(run), "-o", str(path)]) == 2
     assert "mIoU of the file must be within 0.01 points of" in capsys.readouterr().err
     assert not path.exists()
-    found = json.loads(path.with_name("student.onnx.json").read_text())["proof"]
+    assert not path.with_name("student.onnx.json").exists()
+    found = json.loads(path.with_name("student.onnx.failed.json").read_text())["proof"]
     assert found["largest_difference"] == pytest.approx(5, abs=1e-3)
     assert found["differing_pixels"] > 0.05
+
+
+def test_an_export_that_fails_leaves_an_older_file_and_its_proof(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "made"
+    path = folder / "student.pt2"
+    export_run(run, path, check=1)
+    prove = proof.prove
+
+    def contents() -> dict[str, bytes]:
+        return {each.name: each.read_bytes() for each in folder.iterdir()}
+
+    def broken(*arguments: object, **options: object) -> None:
+        raise ValueError("cannot read the image")
+
+    before = contents()
+    assert set(before) == {"student.pt2", "student.pt2.json"}
+    monkeypatch.setattr(proof, "prove", broken)
+    with pytest.raises(ValueError, match="cannot read the image"):
+        export_run(run, path, check=1, output="argmax", overwrite=True)
+    assert contents() == before
+    monkeypatch.setattr(proof.int8, "quantise", broken)
+    with pytest.raises(ValueError, match="cannot read the image"):
+        export_run(run, folder / "student.onnx", check=1, precision="int8", calibrate=1)
+    assert contents() == before
+    monkeypatch.setattr(proof, "prove", lambda *arguments, **options: replace(prove(*arguments, **options), mean_iou=0))
+    with pytest.raises(ProofError, match=r"see .*student.pt2.failed.json"):
+        export_run(run, path, check=1, output="argmax", overwrite=True)
+    assert set(contents()) == {*before, "student.pt2.failed.json"}
+    assert {name: contents()[name] for name in before} == before
+    # The next one that succeeds replaces all, and the card of the old file goes.
+    monkeypatch.setattr(proof, "prove", prove)
+    (folder / "student.pt2.md").write_text("the card of the old file")
+    export_run(run, path, check=1, output="argmax", overwrite=True)
+    assert set(contents()) == set(before)
+    assert sward.load(path).metadata.output == "argmax"
+    assert json.loads(contents()["student.pt2.json"])["metadata"]["output"] == "argmax"
 
 
 def test_a_loss_in_dice_alone_fails_the_proof(run: Path, tmp_path: Path) -> None:

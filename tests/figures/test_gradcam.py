@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -83,15 +84,20 @@ def test_a_frozen_network_and_no_grad_make_no_difference(image: Tensor) -> None:
         torch.testing.assert_close(grad_cam(network, "features", image, 1), expected)
 
 
-def test_one_logit_is_the_score_of_class_1(image: Tensor) -> None:
+def test_one_logit_speaks_for_class_1_and_against_class_0(image: Tensor) -> None:
     network = Tiny(1).double().eval()
     pixels = torch.ones(12, 16, dtype=torch.bool)
-    torch.testing.assert_close(
-        grad_cam(network, "features", image, 1, pixels),
-        numerical(network, image, 0, pixels).float(),
-        atol=1e-5,
-        rtol=1e-5,
-    )
+    against = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in against.classifier.parameters():
+            parameter.neg_()
+    for target, alike in ((1, network), (0, against)):
+        torch.testing.assert_close(
+            grad_cam(network, "features", image, target, pixels),
+            numerical(alike, image, 0, pixels).float(),
+            atol=1e-5,
+            rtol=1e-5,
+        )
 
 
 def test_what_speaks_against_the_class_is_nothing(image: Tensor) -> None:

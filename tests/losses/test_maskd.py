@@ -216,6 +216,9 @@ def test_learning_names_a_wrong_layer_wrong_channels_and_an_empty_loader() -> No
         learn_masks(ReceptiveTokens(5), teacher, "2", batches(), task, steps=1)
     with pytest.raises(ValueError, match="batches is empty"):
         learn_masks(ReceptiveTokens(6), teacher, "2", [], task, steps=1)
+    flat = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten(2), nn.Unflatten(2, (8, 8)), nn.Conv2d(6, 2, 1))
+    with pytest.raises(ValueError, match=r"teacher's '1' must return maps \[B, C, h, w\], got shape \(2, 6, 64\)"):
+        learn_masks(ReceptiveTokens(6), flat, "1", batches(), task, steps=1)
 
 
 def test_saved_masks_come_back_for_their_teacher_only(tmp_path: Path) -> None:

@@ -141,6 +141,15 @@ def test_autocast_with_maps_in_half_precision(name: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("name", PEERS)
+def test_a_module_in_bf16_differs_by_the_rounding_of_its_weights(name: str) -> None:
+    expected = check(build(name), batch())
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.testing.assert_close(
+            check(build(name).to(torch.bfloat16), batch(dtype=dtype)), expected, rtol=0.05, atol=0, check_dtype=False
+        )
+
+
+@pytest.mark.parametrize("name", PEERS)
 def test_batch_without_a_label(name: str) -> None:
     inputs = batch()
     inputs.labels.fill_(255)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,26 @@ from PIL import Image
 
 from sward.cli.main import main
 from sward.config import DatasetConfig, DistillationConfig, TeacherConfig, TeacherTrainingConfig
+from sward.data import DatasetNotFoundError
 from sward.data.frames import PIECE, WHOLE, frame_sums
 from sward.runs import evaluate as evaluate_module
 from sward.runs import evaluate_run, evaluation_file, load, train_student, train_teacher
 from sward.training import checkpoints
 from tests.support.folder_data import build, write_pairs
-from tests.support.training_runs import small
+from tests.support.training_runs import contents, small
 
 
 def on_folder(root: Path, output: Path, **changes: Any) -> DistillationConfig:
     dataset = DatasetConfig(name="folder", root=root, image_size=(32, 32), num_classes=2)
     return small(output, **dict(dataset=dataset, batch=2, iterations=2, distillation="none") | changes)
+
+
+def refuse(config: DistillationConfig, message: str) -> None:
+    """Assert that a run is refused and that its folder stays as it is."""
+    before = contents(config.output)
+    with pytest.raises(ValueError, match=message):
+        train_student(config)
+    assert contents(config.output) == before
 
 
 def repaint(path: Path) -> None:
@@ -48,8 +59,7 @@ def trained(tmp_path: Path) -> Path:
 )
 def test_a_run_is_not_resumed_on_changed_files(trained: Path, file: str, difference: str) -> None:
     repaint(trained / "data" / file)
-    with pytest.raises(ValueError, match=difference):
-        train_student(on_folder(trained / "data", trained / "run", resume=True, iterations=4))
+    refuse(on_folder(trained / "data", trained / "run", resume=True, iterations=4), difference)
     repaint(trained / "data" / file)
     train_student(on_folder(trained / "data", trained / "run", resume=True, iterations=4))
     assert checkpoints.load(trained / "run/checkpoints/last.pt")["step"] == 4
@@ -59,8 +69,17 @@ def test_a_checkpoint_is_not_continued_on_other_data(trained: Path) -> None:
     """The fingerprint lies in the checkpoint, not only beside it."""
     (trained / "run/frames.json").unlink()
     repaint(trained / "data/images/train/train1.png")
-    with pytest.raises(ValueError, match=r"the train data must be that with which the run in .* began, got another"):
-        train_student(on_folder(trained / "data", trained / "run", resume=True, iterations=4))
+    longer = on_folder(trained / "data", trained / "run", resume=True, iterations=4)
+    refuse(longer, "the train data must be that with which the run in .* began, got another")
+
+
+def test_a_run_is_not_resumed_on_another_split_or_other_labels(trained: Path) -> None:
+    run, other = trained / "run", write_pairs(trained / "other", train=5)
+    (run / "frames.json").unlink()
+    # The folder must not name the other data afterwards: an evaluation would score the run on them.
+    refuse(on_folder(other, run, resume=True, iterations=4), "4 masks in train, got 5")
+    (run / "split.csv").write_text("frame_id,split\ntrain0,val\n")
+    refuse(on_folder(other, run, resume=True, iterations=4), "the frames must be those in .*split.csv, with which the")
 
 
 def test_copied_data_in_another_folder_is_the_same_data(trained: Path) -> None:
@@ -101,8 +120,7 @@ def test_a_run_is_not_resumed_with_another_teacher(tmp_path: Path) -> None:
         )  # fmt: skip
 
     train_student(student("one"))
-    with pytest.raises(ValueError, match=r"the teacher must be that with which the run in .* began, got another one"):
-        train_student(student("other", resume=True))
+    refuse(student("other", resume=True), "the teacher must be that with which the run in .* began, got another one")
     train_student(student("one", resume=True))
 
 
@@ -124,6 +142,93 @@ def test_scores_are_named_by_all_that_identifies_them(trained: Path) -> None:
     assert evaluated[evaluation_file(run, root=other)]["images"] == 1
     names = {evaluation_file(run, split_by=by).name for by in (None, "ratio", "a/list.csv", "b/list.csv", "list.csv")}
     assert len(names) == 5
+
+
+@pytest.fixture
+def polyps(tmp_path: Path) -> Path:
+    """Leave ClinicDB in `here/cvc_clinicdb`, ColonDB in `here/cvc_colondb`, and a list of their frames."""
+    for name, kind in itertools.product(("cvc_clinicdb", "cvc_colondb"), ("images", "masks")):
+        (tmp_path / "here" / name / kind).mkdir(parents=True)
+        for number in range(1, 7):
+            value = np.full((32, 32), 255 * (number % 2) if kind == "masks" else number, np.uint8)
+            value[:16] = len(name) if kind == "images" else 0
+            Image.fromarray(value).save(tmp_path / f"here/{name}/{kind}/{number}.png")
+    splits = {1: "train", 2: "train", 3: "val", 4: "val", 5: "test", 6: "test"}
+    rows = "".join(f"{number},{split}\n" for number, split in splits.items())
+    (tmp_path / "list.csv").write_text(f"frame_id,split\n{rows}")
+    return tmp_path
+
+
+def on_polyps(root: Path, output: Path, split_by: Path | str, **changes: Any) -> DistillationConfig:
+    dataset = DatasetConfig(name="cvc_clinicdb", root=root, image_size=(32, 32), split_by=str(split_by))
+    return small(output, **dict(dataset=dataset, batch=2, iterations=1, distillation="none") | changes)
+
+
+def test_the_folder_of_one_data_set_is_never_scored_as_another(polyps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(polyps)
+    monkeypatch.delenv("SWARD_DATA", raising=False)
+    split = str(polyps / "list.csv")
+    others: dict[str, Any] = dict(dataset="cvc_colondb", split="val", split_by=split)
+    train_student(on_polyps(polyps / "here/cvc_clinicdb", polyps / "alone", split))
+    with pytest.raises(DatasetNotFoundError, match=r"CVC-ColonDB not found: .*or set the root"):
+        evaluate_run(polyps / "alone", **others)
+    train_student(on_polyps(polyps / "here", polyps / "beside", split))
+    evaluate_run(polyps / "beside", **others)
+    evaluate_run(polyps / "alone", root=polyps / "here", **others)
+    found = [
+        json.loads(evaluation_file(polyps / name, **others, **more).read_text())["frames"]
+        for name, more in (("beside", {}), ("alone", dict(root=polyps / "here")))
+    ]
+    evaluate_run(polyps / "alone")
+    own = json.loads(evaluation_file(polyps / "alone").read_text())["frames"]
+    assert found[0] == found[1] != own
+    assert "-by-list-" in evaluation_file(polyps / "beside", **others).name
+
+
+def test_a_folder_is_scored_by_runs_on_folders_only(polyps: Path) -> None:
+    train_student(on_polyps(polyps / "here", polyps / "run", polyps / "list.csv"))
+    with pytest.raises(ValueError, match="dataset must be one that defines its classes, got 'folder'; only a run that"):
+        evaluate_run(polyps / "run", dataset="folder", root=polyps / "here/cvc_colondb", split="all")
+
+
+def test_the_split_that_a_run_began_with_is_scored_though_its_list_has_changed(
+    polyps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(polyps)
+    train_student(on_polyps(polyps / "here", polyps / "run", "list.csv"))
+
+    def scored(**changes: Any) -> str:
+        evaluate_run(polyps / "run", **changes)
+        found: str = json.loads(evaluation_file(polyps / "run", **changes).read_text())["frames"]
+        return found
+
+    before = scored()
+    text = Path("list.csv").read_text()
+    Path("list.csv").write_text(text.replace("3,val", "3,test").replace("5,test", "5,val"))
+    assert scored() == scored(split_by="list.csv") == before
+    with pytest.raises(ValueError, match=r"the frames must be those in .*split\.csv, with which the run began"):
+        train_student(on_polyps(polyps / "here", polyps / "run", "list.csv", resume=True, iterations=2))
+    Path("other.csv").write_text(Path("list.csv").read_text())
+    assert scored(split_by="other.csv") != before
+    monkeypatch.chdir(polyps / "here")
+    assert scored() == before
+
+
+def test_the_split_that_a_run_has_drawn_is_not_drawn_again(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs", train=10)
+    (tmp_path / "data").mkdir()
+    for kind in ("images", "masks"):
+        (tmp_path / "pairs" / kind / "train").rename(tmp_path / "data" / kind)
+    config = on_folder(tmp_path / "data", tmp_path / "run")
+    config.dataset.split_by = "60/20/20"
+    train_student(config)
+    for number, kind in itertools.product(range(10, 40), ("images", "masks")):
+        shutil.copy(tmp_path / f"data/{kind}/train0.png", tmp_path / f"data/{kind}/train{number}.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for changes in ({}, dict(split_by="60/20/20"), dict(split_by="60/20/20", root=tmp_path / "run/../data")):
+            assert evaluate_run(tmp_path / "run", split="test", **changes).images == 2  # type: ignore[arg-type]
+        assert evaluate_run(tmp_path / "run", split="test", split_by="80/10/10").images == 4
 
 
 def test_scores_on_images_that_were_trained_on_come_with_a_warning(trained: Path) -> None:
@@ -155,6 +260,12 @@ def test_a_folder_that_cannot_be_written_does_not_lose_the_scores(
         assert main(["evaluate", str(trained / "run")]) == 0
     assert "mIoU" in capsys.readouterr().out
     assert not list((trained / "run").glob("evaluation-*"))
+    older = evaluation_file(trained / "run")
+    older.write_text("{}")
+    with pytest.warns(UserWarning, match="the scores are printed and not stored"):
+        assert main(["evaluate", str(trained / "run")]) == 0
+    assert "written" not in capsys.readouterr().out
+    assert older.read_text() == "{}"
 
 
 @pytest.mark.parametrize("name", ["config.json", "dataset.json"])

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from sward.config import DatasetConfig, OptimizerConfig, TapConfig, TeacherConfig
 from sward.data import DatasetInfo
-from sward.evaluation import Evaluation
+from sward.evaluation import Evaluation, evaluate
 from sward.losses import DistillationInputs, DistillationLoss, DistillationOutput, SegmentationCrossEntropy
 from sward.runs import train_student
 from sward.runs.trial import try_step
 from sward.training import checkpoints, loop
 from sward.training.run_folder import RunFolder
 from sward.training.teacher import FrozenTeacher
-from tests.support.training_runs import small
+from tests.support.training_runs import assert_equal_runs, checkpoint, small
 
 pytestmark = pytest.mark.usefixtures("few_images")
 
@@ -104,18 +104,32 @@ def test_batch_norm_images_change_statistics_and_no_weight(tmp_path: Path) -> No
     assert all("running_" in key or "num_batches" in key for key in changed)
 
 
-def test_validation_errors_and_undefined_scores_leave_checkpoints(
+def test_a_validation_that_failed_is_made_up_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Fixed views differ from epoch to epoch, and with them the statistics.
+    dataset = DatasetConfig(name="scenes", image_size=(32, 32), views=2)
+    options: dict[str, Any] = dict(
+        distillation="none", dataset=dataset, iterations=8, evaluate_every=1, batch_norm_images=8
+    )
+    train_student(small(tmp_path / "whole", **options))
+    failing = iter([True, False, True, False])
+
+    def fail(*arguments: Any, **more: Any) -> Evaluation:
+        if next(failing):
+            raise ValueError("a mask broke")
+        return evaluate(*arguments, **more)
+
+    monkeypatch.setattr(loop, "evaluate", fail)
+    for step in (4, 8):
+        with pytest.raises(ValueError, match="a mask broke"):
+            train_student(small(tmp_path / "run", **options, resume=step == 8))
+        assert checkpoint(tmp_path / "run")["step"] == step
+    train_student(small(tmp_path / "run", **options, resume=True))
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_without_a_defined_score_keeps_its_newest_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*arguments: Any, **options: Any) -> Evaluation:
-        raise ValueError("a mask broke")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", fail)
-        with pytest.raises(ValueError, match="a mask broke"):
-            train_student(small(tmp_path / "broken", distillation="none"))
-    assert (tmp_path / "broken/checkpoints/last.pt").exists()
-
     undefined = Evaluation(4, math.nan, math.nan, {})
     monkeypatch.setattr(loop, "evaluate", lambda *arguments, **options: undefined)
     train_student(small(tmp_path / "undefined", distillation="none"))

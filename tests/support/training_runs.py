@@ -183,6 +183,11 @@ def _as_the_command_line_does(work: Any) -> int:
     return main(["test"])
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Return every file below a folder with its bytes."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def checkpoint(run: Path, name: str = "last") -> dict[str, Any]:
     return torch.load(run / "checkpoints" / f"{name}.pt", weights_only=True)
 

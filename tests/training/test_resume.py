@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sward.cli.main import main
 from sward.config import DatasetConfig, DistillationConfig, OptimizerConfig, TeacherConfig
@@ -23,6 +24,7 @@ from sward.training.run_folder import RunFolder
 from tests.support.training_runs import (
     assert_equal_runs,
     checkpoint,
+    contents,
     records,
     small,
     start,
@@ -265,12 +267,10 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> Non
     train_student(small(tmp_path / "run", iterations=1))
     train_student(small(tmp_path / "other", iterations=1, distillation="none"))
     (tmp_path / "other" / "checkpoints" / "last.pt").replace(tmp_path / "run" / "checkpoints" / "last.pt")
+    before = contents(tmp_path / "run")
     with pytest.raises(ValueError, match="does not belong to this configuration, so the run cannot be resumed"):
-        train_student(small(tmp_path / "run", iterations=1, resume=True))
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        train_student(small(tmp_path / "run", iterations=2, resume=True))
+    assert contents(tmp_path / "run") == before
 
 
 def test_a_run_is_not_resumed_with_another_configuration_and_stays_as_it_is(tmp_path: Path) -> None:
@@ -296,6 +296,19 @@ def test_a_resumed_run_may_become_longer_and_work_elsewhere(tmp_path: Path) -> N
     train_student(small(tmp_path / "moved", iterations=4, distillation="none", resume=True, **changes))
     assert checkpoint(tmp_path / "moved")["step"] == 4
     assert json.loads((tmp_path / "moved" / "config.json").read_text())["iterations"] == 4
+
+
+def test_a_longer_run_takes_and_logs_the_rate_of_its_schedule_in_every_step(tmp_path: Path) -> None:
+    used: list[float] = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    try:
+        for steps in (4, 8):
+            train_student(small(tmp_path / "run", iterations=steps, distillation="none", resume=True))
+    finally:
+        hook.remove()
+    by_hand = [1e-3 * (1 - step / steps) ** 0.9 for steps, first in ((4, 0), (8, 4)) for step in range(first, steps)]
+    assert used == pytest.approx(by_hand)
+    assert [line["lr"] for line in records(tmp_path / "run") if "lr" in line] == used
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a file that is always full")

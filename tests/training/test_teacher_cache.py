@@ -1,6 +1,7 @@
 """Teacher features on disk: the same training with and without, and never the features of another image or teacher."""
 
 import errno
+import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from sward import data, models
 from sward.config import DatasetConfig, DistillationConfig, MaskTrainingConfig, SWARDConfig, TeacherConfig
 from sward.losses import LOGITS
+from sward.losses.masks import teacher_fingerprint
 from sward.runs import train_masks, train_student
 from sward.runs.load import build_split
 from sward.training import FrozenTeacher, teacher_cache
@@ -84,6 +86,48 @@ def test_another_image_layer_weight_or_setting_is_another_entry(tmp_path: Path) 
     cache(tmp_path, network)(images)
     assert network.seen == before + 1
     assert len(list(tmp_path.iterdir())) == 4
+
+
+class Dilated(nn.Module):
+    """Networks of one class and one shape of weights."""
+
+    def __init__(self, dilation: int = 1, heads: int = 1, activation: object = F.gelu) -> None:
+        super().__init__()
+        self.stage = nn.Conv2d(3, 4, 3, padding=dilation, dilation=dilation)
+        self.attention = nn.MultiheadAttention(4, heads, batch_first=True)
+        self.activation = activation
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.activation(self.stage(images))
+        tokens = maps.flatten(2).transpose(1, 2)
+        return self.attention(tokens, tokens, tokens)[0].transpose(1, 2).unflatten(2, maps.shape[-2:])
+
+
+@pytest.mark.parametrize("change", [dict(dilation=2), dict(heads=2), dict(activation=F.relu)])
+def test_a_teacher_of_the_same_weights_that_is_made_in_another_way_has_entries_of_its_own(
+    change: dict[str, object], tmp_path: Path
+) -> None:
+    network, other, same = Dilated(), Dilated(**change), Dilated()
+    for made in (other, same):
+        made.load_state_dict(network.state_dict())
+    images = torch.randn(1, 3, 8, 8)
+    kept = cache(tmp_path, network)(images)
+    found = cache(tmp_path, other)(images)
+    assert torch.equal(found[LOGITS], FrozenTeacher(other, LAYERS)(images)[LOGITS])
+    assert not torch.equal(found[LOGITS], kept[LOGITS])
+    again = cache(tmp_path, same)
+    assert torch.equal(again(images)[LOGITS], kept[LOGITS])
+    assert again.files.hits == 1
+    assert TrunkCache(network, tmp_path).files.folder != TrunkCache(other, tmp_path).files.folder
+
+
+def test_trunks_of_the_small_presets_keep_their_folder(tmp_path: Path) -> None:
+    trunk = models.build("vit_small_dinov2", 2, token_stride=14).trunk.eval()
+    of_every_module = {name: str(value) for name, value in vars(nn.Module().eval()).items() if value in (None, False)}
+    settings = {**of_every_module, "token_stride": "14", "blocks": "(2, 5, 8, 11)"}
+    decisive = [1, settings, "DINOv2Trunk", teacher_fingerprint(trunk)]
+    key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:24]
+    assert TrunkCache(trunk, tmp_path).files.folder.name == key
 
 
 @pytest.mark.parametrize("damage", ["cut short", "a bit", "empty", "checksum alone"])
@@ -164,6 +208,34 @@ def test_a_run_is_the_same_from_an_empty_and_from_a_full_cache_and_close_to_one_
         views |= {dataset[index].image.numpy().tobytes() for index in range(len(dataset))}
     assert 18 < len(views) <= 36
     assert len(list((tmp_path / "cache").glob("*/*"))) == len(views)
+
+
+@pytest.mark.usefixtures("few_images")
+def test_a_layer_inside_the_trunk_may_be_distilled_from_a_cache(tmp_path: Path) -> None:
+    settings = SWARDConfig(
+        window_size=(4,),
+        embed_dim=8,
+        student_layers=("encoder.2", "encoder.3"),
+        teacher_layers=("trunk.stem", "levels.1"),
+    )
+    filled, read, without = (
+        train_student(small(tmp_path, name, name != "without", sward=settings, iterations=3)).run
+        for name in ("filled", "read", "without")
+    )
+    found = weights(read)
+    assert all(torch.equal(value, found[key]) for key, value in weights(filled).items())
+    for one, other in zip(losses(filled), losses(without), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+    assert len(list((tmp_path / "cache").glob("*/*"))) == 18
+
+
+def test_a_student_alone_does_not_ask_what_its_teacher_would_see(tmp_path: Path) -> None:
+    teacher = TeacherConfig(image_size=(96, 128), cache=tmp_path)
+    config = small(tmp_path, "run", dataset=DatasetConfig(image_size=(64, 64)), teacher=teacher)
+    with pytest.raises(ValueError, match="the aspect ratio"):
+        config.check()
+    config.distillation = "none"
+    config.check()
 
 
 def test_training_without_fixed_views_is_refused(tmp_path: Path) -> None:

@@ -250,6 +250,13 @@ def test_the_teacher_s_class_is_a_label_where_it_is_sure() -> None:
     assert (found[1] == 0).all()
 
 
+def test_one_logit_of_the_teacher_is_the_log_odds_of_class_1() -> None:
+    logits = torch.tensor([3.0, -3.0, 1.0, -1.0]).view(1, 1, 1, 4)  # probabilities of the class 0.95 and 0.73
+    found, used = pseudo_labels(torch.full((1, 1, 4), 255), logits, unlabelled=1, confidence=0.9, ignore_index=255)
+    assert found.tolist() == [[[1, 0, 255, 255]]]
+    assert used.item() == 0.5
+
+
 def test_a_run_learns_from_the_teacher_s_labels_and_logs_their_share(images: Path, tmp_path: Path) -> None:
     for name, confidence in (("all", 1e-6), ("none", 1.0)):
         train_student(small(tmp_path / name, iterations=2, unlabelled=(str(images),), pseudo_labels=confidence))
