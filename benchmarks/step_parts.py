@@ -115,8 +115,9 @@ def parts_of(preset: str, recipe: RecipeName, size: tuple[int, int], folder: Pat
     upstream = [[torch.randn_like(each) for each in stage] for stage in operands]
 
     def project_and_back() -> None:
-        made = [pair for stage in zip(project(), upstream, strict=True) for pair in zip(*stage, strict=True)]
-        torch.autograd.backward(*zip(*((each, above) for each, above in made if each.grad_fn is not None), strict=True))
+        pairs = [pair for stage in zip(project(), upstream, strict=True) for pair in zip(*stage, strict=True)]
+        made = [pair for pair in pairs if pair[0].grad_fn is not None]
+        torch.autograd.backward([each for each, _ in made], [above for _, above in made])
 
     def windows() -> None:
         results = [operations[index](*operands[index], mwad.window_size[index], (3, 3)) for index in stages]
