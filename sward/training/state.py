@@ -111,6 +111,11 @@ class TrainingState:
     def _check_identity(self, state: Mapping[str, Any], run: RunFolder) -> None:
         identity = state.get("identity", {})
         for name, before in identity.items() if isinstance(identity, dict) else ():
+            if not isinstance(before, str):
+                raise ValueError(
+                    f"the checkpoint in {run.last.parent} does not belong to this configuration, so the run cannot be "
+                    f"resumed with it: the checksum of the {name} is a {type(before).__name__}"
+                )
             now = self.identity.get(name, before)
             if now != before:
                 raise ValueError(

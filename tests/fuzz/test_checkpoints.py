@@ -72,6 +72,17 @@ def test_changed_bytes_are_noticed_or_do_no_harm(count: int, run: Path, kept: di
     for_each(changes, count, check)
 
 
+@pytest.mark.usefixtures("few_images")
+def test_a_checksum_that_is_none_is_refused(run: Path, kept: dict[Path, bytes]) -> None:
+    path = run / "checkpoints" / "last.pt"
+    state = torch.load(path, weights_only=True)
+    state["identity"]["teacher"] = torch.zeros(0)  # neither equal nor unequal to anything
+    torch.save(state, path)
+    (run / "checkpoints" / "previous.pt").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="the checksum of the teacher is a Tensor"):
+        train_student(config(run, resume=True))
+
+
 @examples(12, 600)
 @pytest.mark.usefixtures("few_images")
 def test_other_contents_are_refused(count: int, run: Path, kept: dict[Path, bytes]) -> None:
