@@ -141,8 +141,11 @@ class TrainingState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned. A process that did not exist then keeps its fresh generators."""
         for name in ("step", "seconds", "best_score"):
-            if not isinstance(state[name], (int, float)) or (name == "step" and state[name] not in range(2**62)):
+            if not isinstance(state[name], (int, float)):
                 raise ValueError(f"its {name} must be a number, got {state[name]!r}")
+        # A float would be compared with every number of a range, one after the other.
+        if not isinstance(state["step"], int) or not 0 <= state["step"] < 2**62:
+            raise ValueError(f"its step must be a whole number from 0, got {state['step']!r}")
         # Older checkpoints do not say.
         due = state.get("validation_due", False)
         if not isinstance(due, bool):

@@ -83,6 +83,17 @@ def test_a_checksum_that_is_none_is_refused(run: Path, kept: dict[Path, bytes]) 
         train_student(config(run, resume=True))
 
 
+@pytest.mark.usefixtures("few_images")
+@pytest.mark.parametrize("step", [2.5, -1, 2**70])
+def test_a_step_that_is_none_is_refused_at_once(run: Path, kept: dict[Path, bytes], step: float) -> None:
+    path = run / "checkpoints" / "last.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"step": step}, path)
+    (run / "checkpoints" / "previous.pt").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="its step must be a whole number from 0, got"):
+        train_student(config(run, resume=True))
+
+
 @examples(12, 600)
 @pytest.mark.usefixtures("few_images")
 def test_other_contents_are_refused(count: int, run: Path, kept: dict[Path, bytes]) -> None:
