@@ -217,7 +217,9 @@ def new_masks(
     with torch.no_grad(), evaluating(teacher):
         if method == "maskd":
             return ReceptiveTokens(max(teacher(images).shape[1], 2))
-        return FrequencyPrompts.preset("released", _replaceable_channels(teacher, layers.penultimate, images, taps))
+        return FrequencyPrompts.preset(
+            "released", _replaceable_channels(teacher, mask_tap(method, layers), images, taps)
+        )
 
 
 def _replaceable_channels(teacher: nn.Module, layer: str, images: Tensor, taps: TapConfig | None) -> int:

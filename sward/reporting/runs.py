@@ -43,6 +43,11 @@ class ReportedRun:
     evaluations: dict[str, dict[str, Any]]
     """`VALIDATION` and the names of `evaluation-*.json` -> scores."""
 
+    @functools.cached_property
+    def frames(self) -> dict[str, dict[str, str]]:
+        """Split -> frame -> checksums; nothing if the run does not know them. A report compares it with many others."""
+        return self.folder.read_frames()
+
     @property
     def role(self) -> Role:
         """What the run is in a comparison."""
@@ -233,17 +238,11 @@ def differences_beside_method(distilled: ReportedRun, alone: ReportedRun) -> lis
     return found
 
 
-METHOD_FIELDS = (
-    "distillation",
-    "distillation_factor",
-    "teacher",
-    "recipe",
-    "sward",
-    "student_taps",
-    "unlabelled",
-    "unlabelled_batch",
-    "pseudo_labels",
-)
+METHOD_FIELDS = [
+    each.name
+    for each in dataclasses.fields(DistillationConfig)
+    if each.name not in {inherited.name for inherited in dataclasses.fields(TrainingConfig)}
+]
 """Fields of `DistillationConfig` that a student alone does not use."""
 
 
@@ -268,9 +267,8 @@ def _differences(one: ReportedRun, other: ReportedRun) -> list[str]:
 
 def _same_frames(one: ReportedRun, other: ReportedRun, splits: Iterable[str]) -> bool:
     """Whether two runs have the same frames in these splits: by checksums where both have them, else by the split."""
-    first, second = one.folder.read_frames(), other.folder.read_frames()
-    if first and second:
-        return all(first.get(split) == second.get(split) for split in splits)
+    if one.frames and other.frames:
+        return all(one.frames.get(split) == other.frames.get(split) for split in splits)
     return _split(one) == _split(other)
 
 
