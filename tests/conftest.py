@@ -5,6 +5,7 @@ test imports it: interpreted on a machine without a GPU, compiled on one with a 
 """
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,11 @@ import pytest
 
 from tests.support.drawn_figures import drawn_figures  # noqa: F401  (a fixture, found by name)
 from tests.support.poison import poison_empty_tensors  # noqa: F401  (a fixture, found by name)
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing on the disk."""
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,7 +205,7 @@ def processes(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="module")
-def folder(processes: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(processes: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A teacher, masks for the methods that need them, and every case trained by one process and by several."""
     folder = tmp_path_factory.mktemp("distributed")
     write_images(folder / "images")
@@ -223,7 +224,8 @@ def folder(processes: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
             for process in running:
                 process.kill()  # the others would wait for the one that failed
     assert [process.exitcode for process in running] == [0] * (processes + 1)
-    return folder
+    yield folder
+    shutil.rmtree(folder)  # 1.7 GB of checkpoints
 
 
 def test_two_processes_resume_on_the_same_streamed_images(folder: Path, processes: int) -> None:
