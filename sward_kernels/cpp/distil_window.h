@@ -24,12 +24,16 @@ struct Side {
     float *values;                                // [dim, width]
     float *scores, *attention, *gradient_scores;  // [key, query]
     float *context, *gradient_values;             // [dim, width]
-    float *peak, *total;                          // [width]: a query's largest score, and its sum of exponentials
+};
+
+// One vector of queries: the largest score of each, and its sum of exponentials.
+struct Softmax {
+    Lanes peak, total;
 };
 
 // The memory for one window; `depth` may not exceed `dim`.
 struct Scratch {
-    static int64_t floats(const Sizes& sizes) { return 7 * sizes.scores + 5 * sizes.matrix + 5 * sizes.width; }
+    static int64_t floats(const Sizes& sizes) { return 7 * sizes.scores + 5 * sizes.matrix + sizes.width; }
 
     Scratch(float* memory, const Sizes& sizes) {
         const auto take = [&memory](int64_t count) { return (memory += count) - count; };
@@ -39,8 +43,6 @@ struct Scratch {
             side->gradient_scores = take(sizes.scores);
             side->context = take(sizes.matrix);
             side->gradient_values = take(sizes.matrix);
-            side->peak = take(sizes.width);
-            side->total = take(sizes.width);
         }
         square = take(sizes.scores);
         difference = take(sizes.matrix);
@@ -64,59 +66,61 @@ struct TermWeights {
     float attention, value, context;
 };
 
-// Computes scores and attention. The attention of a padded query is 0, so that it adds nothing.
-inline void attend(Side& side, const float* real, const Sizes& sizes) {
-    const int64_t width = sizes.width;
-    multiply(side.scores, side.keys, 1, width, side.queries, sizes.tokens, side.depth, width);
-    for (int64_t query = 0; query < width; query += LANES) {
-        const float* scores = side.scores + query;
-        float* attention = side.attention + query;
-        Lanes peak = load(scores);
-        Total total;
-        for (int64_t key = 1; key < sizes.tokens; ++key) {
-            Lanes score = load(scores + key * width);
-            peak = score > peak ? score : peak;
-        }
-        for (int64_t key = 0; key < sizes.tokens; ++key) {
-            Lanes power = exponential(load(scores + key * width) - peak);
-            total.add(power);
-            store(attention + key * width, power);
-        }
-        store(side.peak + query, peak);
-        store(side.total + query, total.value());
-        Lanes factor = load(real + query) / total.value();
-        for (int64_t key = 0; key < sizes.tokens; ++key)
-            store(attention + key * width, load(attention + key * width) * factor);
-    }
+// Computes the scores.
+inline void score(Side& side, const Sizes& sizes) {
+    if (side.scale != 1)
+        for (int64_t at = 0; at < side.depth * sizes.width; at += LANES)
+            store(side.queries + at, load(side.queries + at) * side.scale);
+    multiply(side.scores, side.keys, 1, sizes.width, side.queries, sizes.tokens, side.depth, sizes.width);
 }
 
-// Returns the sum of KL(teacher | student) over the queries, and stores this term's gradients of the scores.
-inline float attention_term(Side& student, Side& teacher, float weight, const Sizes& sizes) {
+// Computes the attention of one vector of queries. That of a padded query is 0, so that it adds nothing.
+inline Softmax attend(Side& side, const float* real, int64_t query, const Sizes& sizes) {
     const int64_t width = sizes.width;
-    double total = 0;
-    for (int64_t query = 0; query < width; query += LANES) {
-        // The difference of two log-sum-exps. Taken apart, each would lose the digits that they have in common.
-        Lanes shift = load(teacher.total + query) / load(student.total + query);
-        for (int64_t lane = 0; lane < LANES; ++lane) shift[lane] = std::log(shift[lane]);
-        shift += load(teacher.peak + query) - load(student.peak + query);
-        Total own_divergence;
-        for (int64_t key = 0; key < sizes.tokens; ++key) {
-            const int64_t at = key * width + query;
-            Lanes own = load(teacher.attention + at) * (load(teacher.scores + at) - load(student.scores + at) - shift);
-            own_divergence.add(own);
-            store(teacher.gradient_scores + at, own);
-        }
-        const Lanes divergence = own_divergence.value();
-        total += sum(divergence);
-        if (!teacher.wants_gradient && !student.wants_gradient) continue;
-        for (int64_t key = 0; key < sizes.tokens; ++key) {
-            const int64_t at = key * width + query;
-            Lanes a = load(teacher.attention + at);
-            store(teacher.gradient_scores + at, (load(teacher.gradient_scores + at) - a * divergence) * weight);
-            store(student.gradient_scores + at, (load(student.attention + at) - a) * weight);
-        }
+    const float* scores = side.scores + query;
+    float* attention = side.attention + query;
+    Lanes peak = load(scores);
+    Total total;
+    for (int64_t key = 1; key < sizes.tokens; ++key) {
+        Lanes score = load(scores + key * width);
+        peak = score > peak ? score : peak;
     }
-    return total;
+    for (int64_t key = 0; key < sizes.tokens; ++key) {
+        Lanes power = exponential(load(scores + key * width) - peak);
+        total.add(power);
+        store(attention + key * width, power);
+    }
+    const Lanes factor = load(real + query) / total.value();
+    for (int64_t key = 0; key < sizes.tokens; ++key)
+        store(attention + key * width, load(attention + key * width) * factor);
+    return {peak, total.value()};
+}
+
+// Returns KL(teacher | student) of one vector of queries, and stores this term's gradients of the scores.
+inline Lanes attention_term(
+    Side& student, Side& teacher, const Softmax& own, const Softmax& other, float weight, int64_t query,
+    const Sizes& sizes) {
+    const int64_t width = sizes.width;
+    // The difference of two log-sum-exps. Taken apart, each would lose the digits that they have in common.
+    Lanes shift = other.total / own.total;
+    for (int64_t lane = 0; lane < LANES; ++lane) shift[lane] = std::log(shift[lane]);
+    shift += other.peak - own.peak;
+    Total total;
+    for (int64_t key = 0; key < sizes.tokens; ++key) {
+        const int64_t at = key * width + query;
+        Lanes term = load(teacher.attention + at) * (load(teacher.scores + at) - load(student.scores + at) - shift);
+        total.add(term);
+        store(teacher.gradient_scores + at, term);
+    }
+    const Lanes divergence = total.value();
+    if (!teacher.wants_gradient && !student.wants_gradient) return divergence;
+    for (int64_t key = 0; key < sizes.tokens; ++key) {
+        const int64_t at = key * width + query;
+        Lanes a = load(teacher.attention + at);
+        store(teacher.gradient_scores + at, (load(teacher.gradient_scores + at) - a * divergence) * weight);
+        store(student.gradient_scores + at, (load(student.attention + at) - a) * weight);
+    }
+    return divergence;
 }
 
 // Returns the sum of |Z_s - Z_t|^2 over the queries, and stores its weighted gradient to Z_s in `difference`.
@@ -133,8 +137,8 @@ inline float context_term(Side& student, Side& teacher, float* difference, float
     return sum(total.value());
 }
 
-// Backpropagates through one side's context to its scores (added if `add`) and its values (stored). The gradient of the
-// context is `sign` times `difference`.
+// Backpropagates through one side's context to its scores (added if `add`) and its values (stored, without the sign). The
+// gradient of the context is `sign` times `difference`.
 inline void backward_through_context(Side& side, float sign, bool add, Scratch& scratch, const Sizes& sizes) {
     const int64_t width = sizes.width;
     const float* gradient = scratch.difference;
@@ -151,8 +155,6 @@ inline void backward_through_context(Side& side, float sign, bool add, Scratch& 
     }
     transpose(side.attention, width, scratch.square, width, sizes.tokens, sizes.tokens);
     multiply(side.gradient_values, gradient, width, 1, scratch.square, sizes.dim, sizes.tokens, width);
-    for (int64_t at = 0; at < sizes.matrix; at += LANES)
-        store(side.gradient_values + at, load(side.gradient_values + at) * sign);
 }
 
 // Overwrites queries and keys with their gradients. The queries were multiplied by `scale`.
@@ -165,14 +167,15 @@ inline void backward_through_scores(Side& side, Scratch& scratch, const Sizes& s
     for (int64_t at = 0; at < side.depth * width; at += LANES) store(side.queries + at, load(gradient + at) * side.scale);
 }
 
-// Returns the sum of 1 - cosine(V_s, V_t) over the real tokens, and adds to the wanted gradients of the values.
-inline float value_term(Side& student, Side& teacher, const float* real, float weight, float epsilon, const Sizes& sizes) {
-    const float *v_t = teacher.values, *v_s = student.values;
+// Returns the sum of 1 - cosine(V_s, V_t) over the real tokens, and overwrites values with their gradients if these are
+// wanted: this term's and, if `context`, that of the context.
+inline float value_term(
+    Side& student, Side& teacher, const float* real, float weight, float epsilon, bool context, const Sizes& sizes) {
     double total = 0;
     for (int64_t token = 0; token < sizes.width; token += LANES) {
         Total square_t, square_s, product;
         for (int64_t at = token; at < sizes.matrix; at += sizes.width) {
-            Lanes x = load(v_t + at), y = load(v_s + at);
+            Lanes x = load(teacher.values + at), y = load(student.values + at);
             square_t.add(x * x);
             square_s.add(y * y);
             product.add(x * y);
@@ -189,11 +192,12 @@ inline float value_term(Side& student, Side& teacher, const float* real, float w
             ratio_s[lane] = lengths < epsilon ? 0 : cosine * (length_t / length_s);
         }
         for (int64_t at = token; at < sizes.matrix; at += sizes.width) {
-            Lanes x = load(v_t + at), y = load(v_s + at);
+            Lanes x = load(teacher.values + at), y = load(student.values + at);
+            Lanes own_t = (x * ratio_t - y) * push, own_s = (y * ratio_s - x) * push;
             if (teacher.wants_gradient)
-                store(teacher.gradient_values + at, load(teacher.gradient_values + at) + (x * ratio_t - y) * push);
+                store(teacher.values + at, context ? own_t - load(teacher.gradient_values + at) : own_t);
             if (student.wants_gradient)
-                store(student.gradient_values + at, load(student.gradient_values + at) + (y * ratio_s - x) * push);
+                store(student.values + at, context ? own_s + load(student.gradient_values + at) : own_s);
         }
     }
     return total;
@@ -206,24 +210,34 @@ inline void distil_window(Scratch& scratch, const TermWeights& weights, float ep
     const bool attends = weights.attention != 0 || weights.context != 0;
     float &attention = values[0], &value = values[1], &context = values[2];
     attention = value = context = 0;
-    if (attends)
-        for (Side* side : {&student, &teacher}) {
-            for (int64_t at = 0; at < side->depth * sizes.width; at += LANES)
-                store(side->queries + at, load(side->queries + at) * side->scale);
-            attend(*side, scratch.real, sizes);
+    if (attends) {
+        double divergence = 0;
+        score(student, sizes);
+        score(teacher, sizes);
+        for (int64_t query = 0; query < sizes.width; query += LANES) {
+            const Softmax own = attend(student, scratch.real, query, sizes);
+            const Softmax other = attend(teacher, scratch.real, query, sizes);
+            if (weights.attention != 0)
+                divergence += sum(attention_term(student, teacher, own, other, weights.attention, query, sizes));
         }
-    if (weights.attention != 0) attention = attention_term(student, teacher, weights.attention, sizes);
+        attention = divergence;
+    }
     if (weights.context != 0)
         context = context_term(student, teacher, scratch.difference, weights.context, sizes);
-    for (Side* side : {&student, &teacher}) {
-        if (!side->wants_gradient) continue;
-        if (weights.context != 0)
+    for (Side* side : {&student, &teacher})
+        if (side->wants_gradient && weights.context != 0)
             backward_through_context(*side, side == &teacher ? -1.0f : 1.0f, weights.attention != 0, scratch, sizes);
-        else
-            std::fill_n(side->gradient_values, sizes.matrix, 0.0f);
+    if (weights.value != 0) {
+        value = value_term(student, teacher, scratch.real, weights.value, epsilon, weights.context != 0, sizes);
+    } else {
+        for (Side* side : {&student, &teacher}) {
+            if (!side->wants_gradient) continue;
+            for (int64_t at = 0; at < sizes.matrix; at += LANES) {
+                const Lanes gradient = weights.context != 0 ? load(side->gradient_values + at) : Lanes{};
+                store(side->values + at, side == &teacher ? -gradient : gradient);
+            }
+        }
     }
-    if (weights.value != 0)
-        value = value_term(student, teacher, scratch.real, weights.value, epsilon, sizes);
     for (Side* side : {&student, &teacher}) {
         if (!side->wants_gradient) continue;
         if (attends) {
@@ -232,6 +246,5 @@ inline void distil_window(Scratch& scratch, const TermWeights& weights, float ep
             std::fill_n(side->queries, side->depth * sizes.width, 0.0f);
             std::fill_n(side->keys, side->depth * sizes.width, 0.0f);
         }
-        std::copy_n(side->gradient_values, sizes.matrix, side->values);
     }
 }

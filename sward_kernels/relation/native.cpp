@@ -88,12 +88,12 @@ struct Memory {
 
 private:
     float* take(int64_t count) {
-        floats[used].reset(new (std::nothrow) float[count]());
+        floats[used] = allocate(count);
         ready = ready && floats[used];
         return floats[used++].get();
     }
     int used = 0, used_doubles = 0;
-    std::unique_ptr<float[]> floats[6];
+    Floats floats[6];
     LargePages maps[2];
     std::unique_ptr<double[]> doubles[2 * PARTS];
 };
@@ -251,6 +251,7 @@ extern "C" int relate_images(const Arguments* arguments, int threads) {
             const int directions = itself ? 1 : 2;
 #pragma omp parallel num_threads(threads)
             {
+                const FlushDenormals flush;
 #pragma omp for schedule(dynamic, GROUP)
                 for (int64_t at = 0; at < (tiles + GROUP - 1) / GROUP * GROUP * tiles; ++at) {
                     // A group of row tiles stays in cache while every column tile is read once for all of them.

@@ -25,7 +25,7 @@ struct Workspace {
     Workspace(const Arguments& given, const Sizes& sizes)
         : group(given.grid.together()),
           stride(3 * sizes.matrix + 16),  // not a power of two, which would share a cache set
-          floats(new (std::nothrow) float[2 * group * stride + Scratch::floats(sizes)]()),
+          floats(allocate(2 * group * stride + Scratch::floats(sizes))),
           runs(new (std::nothrow) Run[group * sizes.tokens]),
           windows{floats.get(), floats.get() + group * stride},
           scratch(floats.get() + 2 * group * stride, sizes),
@@ -39,7 +39,7 @@ struct Workspace {
     bool ready() const { return floats && runs; }  // whether there was memory
 
     int64_t group, stride;
-    std::unique_ptr<float[]> floats;
+    Floats floats;
     std::unique_ptr<Run[]> runs;
     float* windows[2];  // [group, 3, dim, width], student and teacher
     Scratch scratch;
@@ -84,6 +84,7 @@ extern "C" int distil(const Arguments* arguments, int threads) {
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
+        const FlushDenormals flush;
         Workspace workspace(given, sizes);
         failed |= !workspace.ready();
         // A strip belongs to one thread, so the result does not depend on the number of threads.

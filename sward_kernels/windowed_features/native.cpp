@@ -61,8 +61,8 @@ struct Tokens {
 struct Workspace {
     Workspace(const Arguments& given, const Sizes& sizes)
         : group(given.grid.together()), tokens{{given.sides[0], sizes}, {given.sides[1], sizes}},
-          floats(new (std::nothrow) float
-                     [tokens[0].floats(group, sizes) + tokens[1].floats(group, sizes) + Scratch::floats(sizes)]()),
+          floats(allocate(
+              tokens[0].floats(group, sizes) + tokens[1].floats(group, sizes) + Scratch::floats(sizes))),
           runs(new (std::nothrow) Run[group * sizes.tokens]), scratch(floats.get(), sizes),
           sides{&scratch.student, &scratch.teacher} {
         float* next = floats.get() + Scratch::floats(sizes);
@@ -81,7 +81,7 @@ struct Workspace {
 
     int64_t group;
     Tokens tokens[2];
-    std::unique_ptr<float[]> floats;
+    Floats floats;
     std::unique_ptr<Run[]> runs;
     Scratch scratch;
     Side* sides[2];
@@ -173,6 +173,7 @@ extern "C" int distil_features(const Arguments* arguments, int threads) {
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
+        const FlushDenormals flush;
         Workspace workspace(given, sizes);
         failed |= !workspace.ready();
 #pragma omp for schedule(static)

@@ -4,7 +4,9 @@ import os
 import platform
 import subprocess
 import sys
+import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -147,6 +149,37 @@ def test_logits_of_ten_thousand() -> None:
     teacher[:, 0], student[:, 0] = 1e4, -1e4
     teacher[:, 1], student[:, 1] = teacher[:, 1].sign(), student[:, 1].sign()
     assert check(student, teacher, 4, (1, 2)).result.attention > 1e3
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_peaked_attention_takes_no_longer() -> None:
+    """Attention far from the peak is below the normal numbers of fp32, with which a processor computes slowly."""
+
+    def seconds(scale: float) -> float:
+        maps = [scale * each for each in maps_like((2, 192, 32, 32), dtype=torch.float32)]
+        times = []
+        for _ in range(10):
+            start = time.process_time()
+            run(*maps, 8, (3, 3), implementation="native")
+            times.append(time.process_time() - start)
+        return min(times)
+
+    peaked, flat = seconds(7.0), seconds(1.0)
+    assert peaked < 2 * flat, (peaked, flat)
+
+
+def test_small_numbers_of_others_stay() -> None:
+    maps = maps_like((1, 6, 8, 8), dtype=torch.float32)
+    run(*maps, 8, (0, 0), implementation="native")
+    assert (torch.full((4,), 1e-39) * 1).min() > 0
 
 
 def test_zero_vectors() -> None:
