@@ -1,6 +1,7 @@
 """The training loop and its parts."""
 
 from sward.training.batches import EpochSampler
+from sward.training.host_memory import keep_freed_memory
 from sward.training.loop import TrainingResult, first_state, fit
 from sward.training.run_folder import RunFolder
 from sward.training.step import StepOutput, TrainingStep
@@ -17,4 +18,5 @@ __all__ = [
     "TrainingStep",
     "first_state",
     "fit",
+    "keep_freed_memory",
 ]

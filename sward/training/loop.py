@@ -21,6 +21,7 @@ from sward.data.unlabelled import UnlabelledImages, join
 from sward.evaluation import Evaluation, evaluate
 from sward.losses import LOGITS
 from sward.training.batches import batches, unlabelled_batches
+from sward.training.host_memory import keep_freed_memory
 from sward.training.interruption import Interruption, TrainingInterrupted
 from sward.training.observation import CollapseWatch, LossWatch, Throughput, losses_of, peak_memory
 from sward.training.progress import Progress
@@ -111,6 +112,8 @@ def fit(
         NonFiniteLossError: if the loss is infinite or nan; nothing is saved after that.
     """
     device = next(step_module.parameters()).device
+    if device.type == "cpu":
+        keep_freed_memory()
     steps, epoch = config.steps(len(train_set)), len(train_set) // config.batch
     validate_every = epoch * config.evaluate_every if config.evaluate_every else steps
     stream = batches(
