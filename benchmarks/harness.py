@@ -1,12 +1,13 @@
 """One way to time, weigh and check several implementations of one operation side by side.
 
 A benchmark script describes each workload as a `Case` and each implementation as a `Provider`; `measure` does the
-rest and `Session` prints and saves it. Four rules hold for every number that comes out of here:
+rest and `Session` prints and saves it. Five rules hold for every number that comes out of here:
 
 * Correctness first. Every provider is compared with the case's float64 oracle before anything is timed. While one
   provider of a case is wrong, no speed-up of that case is printed and the script exits with code 1.
 * The device's time. On a GPU, the time that Python takes to launch a call is not in its time.
 * One run. Providers are timed in turn, round by round, so that a slow spell of the machine hits all of them.
+* Memory as in training. On a CPU freed memory is kept (`sward.training.keep_freed_memory`): no provider pays for pages.
 * No invented numbers. Without a GPU the Triton kernels are not timed, and the banner says so.
 """
 
@@ -24,6 +25,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from sward.training import keep_freed_memory
 
 # Larger than the last-level cache of every GPU in use, so that no provider finds its input cached by the one before.
 _CACHE_FLUSH_BYTES = 256 * 2**20
@@ -260,6 +263,10 @@ class Session:
     benchmark: str
     device: torch.device
     measurements: list[Measurement] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     @property
     def device_name(self) -> str:
