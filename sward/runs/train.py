@@ -42,6 +42,7 @@ from sward.runs.load import (
 )
 from sward.runs.trial import try_step
 from sward.training.batches import batches
+from sward.training.host_memory import keep_freed_memory
 from sward.training.loop import TrainingResult, first_state, fit
 from sward.training.progress import Progress
 from sward.training.run_folder import KeptData, RunFolder, make_folder, require_tensorboard
@@ -361,6 +362,8 @@ def train_masks(config: MaskTrainingConfig) -> Path:
     check_splits({"train": dataset}, skip_corrupt=config.on_corrupt == "skip")
     name, teacher = load_teacher(config.teacher, config.preset, dataset.info)
     teacher.to(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     choice = layers.default_layers(name, teacher, config.dataset.image_size)
     masks = methods.new_masks(config.method, teacher, choice, config.dataset.image_size, config.teacher.taps)
