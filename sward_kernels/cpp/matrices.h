@@ -54,7 +54,8 @@ using Floats = std::unique_ptr<float[], Free>;
 // Zeros that begin at a cache line: a vector that lies in two lines takes two accesses. Null if there is no memory.
 inline Floats allocate(int64_t count) {
     constexpr int64_t LINE = 64;
-    Floats floats(static_cast<float*>(std::aligned_alloc(LINE, (count * sizeof(float) + LINE - 1) / LINE * LINE)));
+    const int64_t lines = count * static_cast<int64_t>(sizeof(float)) / LINE + 1;  // null may also mean no bytes
+    Floats floats(static_cast<float*>(std::aligned_alloc(LINE, lines * LINE)));
     if (floats) std::fill_n(floats.get(), count, 0.0f);
     return floats;
 }
