@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from sward.losses.cirkd import CIRKDLoss
 from sward.losses.protocol import LOGITS, DistillationInputs, DistillationLoss
 from sward.losses.standardized import StandardizedTeacher
 from tests.support.peers import PEERS, batch
+from tests.support.training_runs import SERVER
 
 GRIDS = [(8, 8), (7, 9), (16, 8)]
 
@@ -281,8 +281,7 @@ def run_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=run_rank, args=(rank, str(folder))) for rank in range(2)]
+    processes = [SERVER.Process(target=run_rank, args=(rank, str(folder))) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
