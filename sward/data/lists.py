@@ -27,7 +27,7 @@ def listed(split_by: str, split: str, *, choices: str = "'sequence', 'ratio'") -
     path = Path(split_by.replace("{split}", split))
     if not path.is_file():
         raise FileNotFoundError(
-            f"split_by must be {choices} or the path of a list, got {split_by!r}; there is no file {path}"
+            f"split_by (--split) must be {choices} or the path of a list, got {split_by!r}; there is no file {path}"
         )
     if "{split}" in split_by:
         return _names(path), path
@@ -117,11 +117,14 @@ def draw_splits(names: Sequence[str], ratio: str, *, seed: int = 0, group_by: st
             the columns `frame_id` and `group`; None takes every frame as its own group.
 
     Raises:
-        ValueError: the shares do not add up, a frame has no group, or a split would be empty.
+        ValueError: the shares do not add up to 100 or leave out train or val, a frame has no group, or a split would be
+            empty.
     """
     shares = [int(share) for share in ratio.split("/")]
     if sum(shares) != 100:
-        raise ValueError(f"the shares of split_by must add up to 100, got {ratio}")
+        raise ValueError(f"the shares of split_by (--split) must add up to 100, got {ratio}")
+    if not (shares[0] and shares[1]):
+        raise ValueError(f"the shares of split_by (--split) must be above 0 for train and val, got {ratio}")
     groups: dict[str, list[str]] = {}
     for name, group in _groups(names, group_by).items():
         groups.setdefault(group, []).append(name)
@@ -136,7 +139,8 @@ def draw_splits(names: Sequence[str], ratio: str, *, seed: int = 0, group_by: st
     empty = next((split for split, share in zip(("train", "val", "test"), shares) if share and not splits[split]), None)
     if empty is not None:
         raise ValueError(
-            f"split_by must leave a frame for {empty}, got {ratio} of {len(names)} frames in {len(groups)} groups"
+            f"split_by (--split) must leave a frame for {empty}, got {ratio} of {len(names)} frames in "
+            f"{len(groups)} groups"
         )
     assigned = {name: split for split, listed_names in splits.items() for name in listed_names}
     return {name: assigned[name] for name in names}

@@ -93,14 +93,20 @@ def test_a_run_finds_its_data_from_any_folder(
             "must be lossless (PNG) to hold class indices, got JPEG, which changes them; name values that are far "
             "apart with --mask-values",
         ),
-        (["--mask-values", "0,255", "--split", "80/30"], "the shares of split_by must add up to 100, got 80/30"),
+        (
+            ["--mask-values", "0,255", "--split", "80/30"],
+            "the shares of split_by (--split) must add up to 100, got 80/30",
+        ),
         (
             ["--mask-values", "0,255", "--split", "80/ten"],
-            "split_by must be shares such as '80/10/10' or the path of a list, got '80/ten'",
+            "split_by (--split) must be shares such as '80/10/10' or the path of a list, got '80/ten'",
         ),
         (["--classes", "a,b", "--mask-values", "0,1", "--split", "80/10/10"], "must be lossless (PNG)"),
         (["--classes", "a,b,c", "--mask-values", "0,128,255", "--split", "80/10/10"], "class 'b' must be in at least"),
-        (["--classes", "a,b", "--mask-values", "0,255", "--split", "100/0/0"], "has no frame in the split val"),
+        (
+            ["--classes", "a,b", "--mask-values", "0,255", "--split", "100/0/0"],
+            "above 0 for train and val, got 100/0/0",
+        ),
     ],
 )
 def test_wrong_inputs_are_one_sentence_before_a_run_folder_exists(

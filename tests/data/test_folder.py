@@ -172,6 +172,8 @@ def test_groups_stay_in_one_split(unsplit: Path) -> None:
     [
         ("train", None, "split_by must be set for a folder without train and val, got None; pass --split 80/10/10"),
         ("train", "80/10/20", "must add up to 100, got 80/10/20"),
+        ("train", "0/50/50", "must be above 0 for train and val, got 0/50/50"),
+        ("train", "90/0/10", "must be above 0 for train and val, got 90/0/10"),
         ("dev", "80/10/10", "split must be train, val, test or all for a folder without splits, got 'dev'"),
     ],
 )

@@ -61,7 +61,9 @@ def test_parity_halves_colondb_by_sequence(tmp_path: Path, write: Write) -> None
     for name, (sequence, _) in sequences("cvc_colondb").items():
         assert name in halves["test" if int(sequence) % 2 else "train"]
     assert {split: len(found) for split, found in halves.items()} == {"train": 148, "test": 232}
-    with pytest.raises(FileNotFoundError, match="split_by must be 'sequence', 'ratio' or the path of a list"):
+    with pytest.raises(
+        FileNotFoundError, match=r"split_by \(--split\) must be 'sequence', 'ratio' or the path of a list"
+    ):
         data.build("cvc_clinicdb", "test", train=False, root=tmp_path, split_by="parity")
 
 
@@ -133,7 +135,8 @@ def test_list_files_that_do_not_fit(tmp_path: Path, write: Write) -> None:
         data.build("cvc_colondb", "train", train=True, root=tmp_path, split_by=split_by)
 
     with pytest.raises(
-        FileNotFoundError, match=r"split_by must be 'sequence', 'ratio' or the path of a list, got 'nowhere\.csv'"
+        FileNotFoundError,
+        match=r"split_by \(--split\) must be 'sequence', 'ratio' or the path of a list, got 'nowhere\.csv'",
     ):
         build("nowhere.csv")
     (tmp_path / "bare.txt").write_text("1\n2\n")
