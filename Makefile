@@ -45,7 +45,7 @@ bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds $(OPTIONS)
 
 report: $(READY)
-	$(BIN)/python -m sward_kernels.report
+	$(BIN)/python -m sward_kernels.report --output benchmarks/results
 
 cov: $(READY)
 	$(BIN)/coverage run --source=sward,sward_kernels -m pytest tests/

@@ -3,13 +3,15 @@
 Each configuration is compiled ahead of time in a subprocess (Triton decides once per process whether it interprets),
 and its registers, spills, stack and shared memory are read from the compiler's output. Times are bounds from the data
 sheet's bandwidth, not measurements; cycles are counted or simulated (`simulation.py`). Rows are stored in Triton's
-cache, so an interrupted report resumes.
+cache, so an interrupted report resumes. `--output` writes `kernel_resources.csv` with every row, and
+`kernel_resources.md` with the worst of each group.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import csv
 import importlib
 import itertools
 import json
@@ -193,6 +195,26 @@ NOTE = (
 )
 
 
+def write(rows: Sequence[Row], folder: Path) -> tuple[Path, Path]:
+    """Write `kernel_resources.csv`, a row per configuration, and `kernel_resources.md`, the summary; return both."""
+    import triton
+
+    folder.mkdir(parents=True, exist_ok=True)
+    every, worst = folder / "kernel_resources.csv", folder / "kernel_resources.md"
+    with every.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    introduction = (
+        "# What the shipped Triton kernels need of each target\n\n"
+        f"Written by `python -m sward_kernels.report --output` (Triton {triton.__version__}), which compiled all\n"
+        f"{len(rows)} configurations without a GPU: the worst of each group; every one is a row of `{every.name}`.\n"
+        "Stack bytes are per thread, and hold what does not fit the registers."
+    )
+    worst.write_text(f"{introduction}\n\n{_table(summary(rows), ' | ', True)}\n\n{NOTE}\n", encoding="utf-8")
+    return every, worst
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is None:
         arguments = sys.argv[1:]
@@ -200,16 +222,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _compile_and_print(arguments[1], arguments[2], map(int, arguments[3:]))
         return
     parser = argparse.ArgumentParser(prog="python -m sward_kernels.report", description=__doc__)
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="GPU targets")
-    parser.add_argument("--format", choices=("table", "json", "markdown"), default="table")
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="GPU targets; default: all")
+    parser.add_argument("--output", type=Path, help="folder for the two files; default: print all rows and the summary")
     options = parser.parse_args(arguments)
     rows = report(options.target, progress=True)
-    if options.format == "json":
-        print(json.dumps(rows, indent=1))
+    if options.output:
+        for path in write(rows, options.output):
+            print(f"written: {path}")
     else:
-        style = (" | ", True) if options.format == "markdown" else ("  ", False)
-        print(_table(rows, *style))
-        print(f"\n{_table(summary(rows), *style)}\n\n{NOTE}")
+        print(f"{_table(rows, '  ', False)}\n\n{_table(summary(rows), '  ', False)}\n\n{NOTE}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import csv
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,19 +120,23 @@ def test_occupancy_of_an_a100(num_warps: int, registers: int, shared: int, expec
     assert occupancy(TARGETS["sm_80"], num_warps, registers, shared) == expected
 
 
-def test_formats_of_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_command_prints_and_writes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     row: dict[str, Any] = dict.fromkeys(report.COLUMNS, 1) | {"op": "windowed_distillation", "window_size": None}
     monkeypatch.setattr(report, "report", lambda targets, **_: [row | {"target": target} for target in targets])
-    report.main(["--target", "sm_90", "--format", "json"])
-    (parsed,) = json.loads(capsys.readouterr().out)
-    assert parsed["target"] == "sm_90"
-    report.main(["--format", "markdown"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("|--")
-    assert lines[2].startswith("| ")
-    assert "not a measurement" in lines[-1]
     report.main([])
-    assert capsys.readouterr().out.splitlines()[0].split()[:2] == ["op", "pass"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["op", "pass"]
+    assert "not a measurement" in lines[-1]
+    report.main(["--target", "sm_90", "--output", str(tmp_path / "new")])
+    with (tmp_path / "new/kernel_resources.csv").open(encoding="utf-8") as file:
+        (written,) = csv.DictReader(file)
+    assert written == {name: "" if value is None else str(value) for name, value in (row | {"target": "sm_90"}).items()}
+    text = (tmp_path / "new/kernel_resources.md").read_text(encoding="utf-8")
+    assert "all\n1 configurations without a GPU" in text
+    assert "\n|--" in text
+    assert "not a measurement" in text
 
 
 def test_summary_shows_the_worst_of_a_group() -> None:
