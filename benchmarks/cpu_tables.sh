@@ -18,9 +18,9 @@ run() {
 run mwad_throughput.py
 run mwad_throughput.py --sweep
 run relational_kl_throughput.py
-run pdr_throughput.py
+run pdr_throughput.py --sweep
 run step_parts.py
 run step_parts.py --preset clinicdb-unext --recipe paper
-run training_step.py --preset clinicdb-unext --image-size 256 256 --batch 8
+run training_step.py
 run data_loading.py
 exit "$failed"

@@ -6,7 +6,7 @@ Needs no GPU and measures none. The maps are tiny CPU tensors, so allocations an
 dispatching them costs; `cuLaunchKernel` itself, a few microseconds per launch, is missing. Numbers are microseconds of
 processor time of this process, the minimum over repetitions, since the machine may be busy with other work.
 
-The last line counts how often Triton would compile in one step of MWAD over four stages.
+The last line names what Triton would compile in one step of MWAD over four stages.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Time every implementation of every operation at the paper's shapes, forward and backward, in fp32.
+"""Time every operation at the paper's shapes, with each implementation of it, forward and backward, in fp32.
 
     make bench
     python -m pytest benchmarks --benchmark-only -k "relational_kl and eager"
@@ -20,7 +20,12 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from harness import worst_error
-from sward_kernels import prototype_discrimination, relational_kl, windowed_distillation
+from sward_kernels import (
+    prototype_discrimination,
+    relational_kl,
+    windowed_distillation,
+    windowed_feature_distillation,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU_BATCH = 2
@@ -60,6 +65,37 @@ class Windowed(NamedTuple):
         # The learned projections of the teacher need its gradient too.
         gradients = torch.autograd.grad(loss, (student, teacher))
         return {"loss": loss.detach(), "gradient_student": gradients[0], "gradient_teacher": gradients[1]}
+
+
+class Features(NamedTuple):
+    """One stage of MWAD whose maps have few channels, so that they are projected inside the operation."""
+
+    batch: int
+    student_channels: int
+    teacher_channels: int
+    height: int
+    width: int
+    window_size: int = 8
+    dim: int = 64
+
+    def __str__(self) -> str:
+        channels = f"C{self.student_channels}-{self.teacher_channels}"
+        return f"windowed_feature_distillation-B{self.batch}-{channels}-{self.height}x{self.width}-M{self.window_size}"
+
+    def inputs(self) -> list[Tensor]:
+        """Return features of student and teacher, then their weights."""
+        channels = (self.student_channels, self.teacher_channels)
+        features = [_normal(self.batch, each, self.height, self.width, seed=each) for each in channels]
+        weights = [_normal(3 * self.dim, each, seed=each + 1) / each**0.5 for each in channels]
+        return [one.requires_grad_() for one in (*features, *weights)]
+
+    def run(self, inputs: list[Tensor], implementation: str) -> Results:
+        loss = windowed_feature_distillation(
+            *inputs, window_size=self.window_size, shift=(3, 5), implementation=implementation
+        ).loss
+        names = ("features_student", "features_teacher", "weight_student", "weight_teacher")
+        gradients = torch.autograd.grad(loss, inputs)
+        return {"loss": loss.detach(), **{f"gradient_{name}": one for name, one in zip(names, gradients)}}
 
 
 class Prototypes(NamedTuple):
@@ -112,13 +148,14 @@ class Relation(NamedTuple):
         return {"loss": loss.detach(), "gradient": torch.autograd.grad(loss, student)[0]}
 
 
-Case: TypeAlias = Windowed | Prototypes | Relation
+Case: TypeAlias = Windowed | Features | Prototypes | Relation
 
 CASES: tuple[Case, ...] = (
     # Cityscapes, crops of 512x1024: the four levels of SAM 2.1.
     *(Windowed(16, height, 2 * height) for height in (128, 64, 32, 16)),
     # Polyps, 512x512: the four levels of MedSAM2.
     *(Windowed(8, height, height) for height in (128, 64, 32, 16)),
+    Features(8, 32, 96, 128, 128),  # the first of them against UNeXt
     Prototypes(16, 576, 32, 64, 19),  # Cityscapes, MobileNetV3-Small
     Prototypes(8, 256, 16, 16, 2),  # polyps, UNeXt
     Prototypes(8, 256, 64, 64, 2),  # polyps, ResUNet++
@@ -128,7 +165,8 @@ CASES: tuple[Case, ...] = (
 IMPLEMENTATIONS = {
     Windowed: ("reference", "eager", "compiled", "native", "triton"),
     Prototypes: ("reference", "eager", "compiled", "native", "triton"),
-    Relation: ("reference", "eager", "triton"),
+    Relation: ("reference", "eager", "native", "triton"),
+    Features: ("reference", "eager", "compiled", "native"),  # its Triton kernels take 16-bit types only
 }
 ELSEWHERE = "native" if DEVICE.type == "cuda" else "triton"
 """The implementation that this device cannot run."""

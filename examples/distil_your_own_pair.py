@@ -3,7 +3,7 @@
     python examples/distil_your_own_pair.py
     python examples/distil_your_own_pair.py --data FOLDER --classes background,polyp --mask-values 0,255
 
-Without --data it generates scenes, so that the script runs anywhere. Needs `pip install "sward[models]"`.
+Without --data it generates scenes, so that the script runs anywhere. Needs `pip install -e ".[models]"`.
 """
 
 from __future__ import annotations
