@@ -90,8 +90,15 @@ class Features(NamedTuple):
         return [one.requires_grad_() for one in (*features, *weights)]
 
     def run(self, inputs: list[Tensor], implementation: str) -> Results:
+        features_student, features_teacher, weight_student, weight_teacher = inputs
         loss = windowed_feature_distillation(
-            *inputs, window_size=self.window_size, shift=(3, 5), implementation=implementation
+            features_student=features_student,
+            features_teacher=features_teacher,
+            weight_student=weight_student,
+            weight_teacher=weight_teacher,
+            window_size=self.window_size,
+            shift=(3, 5),
+            implementation=implementation,
         ).loss
         names = ("features_student", "features_teacher", "weight_student", "weight_teacher")
         gradients = torch.autograd.grad(loss, inputs)
