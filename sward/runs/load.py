@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -78,11 +78,12 @@ def load_distillation(path: Path) -> LoadedDistillation | None:
     config, info, student = load_run(path, "last")
     if not isinstance(config, DistillationConfig) or config.distillation == "none":
         return None
-    name, teacher = load_teacher(config.teacher, config.preset, info)
-    pair = distillation_pair(config, student, name, teacher.eval(), info)
+    teacher = load_teacher(config.teacher, config.preset, info)
+    network = teacher.network.eval()
+    pair = distillation_pair(config, student, teacher.name, network, info)
     loss = methods.build(config.distillation, pair)
     loss.load_state_dict(checkpoints.load(RunFolder(path).last)["distillation"])
-    return LoadedDistillation(config, info, student, teacher, loss.eval())
+    return LoadedDistillation(config, info, student, network, loss.eval())
 
 
 def distillation_pair(
@@ -156,8 +157,20 @@ def teacher_source(config: TeacherConfig) -> TeacherSource:
     return "library" if config.run is None and config.name.startswith("transformers:") else "run"
 
 
-def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple[str, nn.Module]:
-    """Load the name and network of the teacher from its `teacher_source`.
+@dataclass(frozen=True)
+class LoadedTeacher:
+    """A teacher with its weights."""
+
+    name: str
+    """Its name, as in `sward.models.build`."""
+    options: Mapping[str, int | str]
+    """Options of its builder."""
+    network: nn.Module
+    """The network."""
+
+
+def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> LoadedTeacher:
+    """Load the teacher from its `teacher_source`.
 
     Raises:
         FileNotFoundError: if the run does not exist.
@@ -181,10 +194,10 @@ def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple
     network = models.build(config.name, info.num_classes, **config.options)
     if config.weights is not None:
         _say(f"teacher weights: {models.load_weights(network, config.weights)}")
-    return config.name, network
+    return LoadedTeacher(config.name, config.options, network)
 
 
-def _load_teacher_run(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple[str, nn.Module]:
+def _load_teacher_run(config: TeacherConfig, preset: str, info: DatasetInfo) -> LoadedTeacher:
     path = config.run or teacher_run(preset)
     # A configuration always has a name. One that is there by default asks for no network.
     usual = presets.get(preset).student.teacher if preset in presets.names() else TeacherConfig()
@@ -212,7 +225,7 @@ def _load_teacher_run(config: TeacherConfig, preset: str, info: DatasetInfo) -> 
             f"the teacher at {path} was trained on the classes {list(trained_info.classes)}, "
             f"but the data set {info.name!r} has {list(info.classes)}"
         )
-    return trained.model, network
+    return LoadedTeacher(trained.model, trained.model_options, network)
 
 
 def has_teacher_run(config: TeacherConfig) -> bool:

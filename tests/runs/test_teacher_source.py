@@ -63,10 +63,10 @@ def test_a_folder_without_weights_is_not_replaced_by_a_run() -> None:
     ],
 )
 def test_the_run_names_its_network_where_nobody_asks_for_one(teacher: TeacherConfig) -> None:
-    name, network = load_teacher(teacher, "demo", SCENES)
-    assert name == "timm:convnext_atto"
+    loaded = load_teacher(teacher, "demo", SCENES)
+    assert (loaded.name, loaded.options) == ("timm:convnext_atto", {"depths": "(1,1,1,1)"})
     stored = torch.load(RunFolder(RUN).best)["model"]
-    assert all(torch.equal(value, stored[key]) for key, value in network.state_dict().items())
+    assert all(torch.equal(value, stored[key]) for key, value in loaded.network.state_dict().items())
 
 
 def test_a_file_that_names_another_teacher_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
