@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +14,9 @@ import torch
 from torch import nn
 
 from sward import data, distributed, layers, methods, models, presets
-from sward.config import DistillationConfig, MaskTrainingConfig, TeacherConfig, TrainingConfig
+from sward.config import DatasetConfig, DistillationConfig, MaskTrainingConfig, TeacherConfig, TrainingConfig
 from sward.data import DatasetInfo, SegmentationDataset
+from sward.data.frames import frame_sums, known_images
 from sward.losses import LOGITS, DistillationLoss
 from sward.training import checkpoints
 from sward.training.run_folder import RunFolder
@@ -167,6 +170,8 @@ class LoadedTeacher:
     """Options of its builder."""
     network: nn.Module
     """The network."""
+    run: RunFolder | None = None
+    """The run that trained it, where it comes from one."""
 
 
 def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> LoadedTeacher:
@@ -225,7 +230,64 @@ def _load_teacher_run(config: TeacherConfig, preset: str, info: DatasetInfo) -> 
             f"the teacher at {path} was trained on the classes {list(trained_info.classes)}, "
             f"but the data set {info.name!r} has {list(info.classes)}"
         )
-    return LoadedTeacher(trained.model, trained.model_options, network)
+    return LoadedTeacher(trained.model, trained.model_options, network, RunFolder(path))
+
+
+def introduce_teacher(run: RunFolder, config: DistillationConfig, train_set: SegmentationDataset) -> None:
+    """Print what a teacher's run has learned from, and warn if it did not end or had other data than the student.
+
+    Every process of a group must call this.
+
+    Args:
+        run: the teacher's run.
+        config: configuration of the student.
+        train_set: the student's training images.
+    """
+    trained, _ = run.read()
+    frames = run.read_frames().get("train", {})
+    unusual = _has_other_data(trained.dataset, frames, config, train_set)
+    if not distributed.is_main():
+        return
+    learned_from = f"{run.path}, trained on {_place(trained.dataset)}"
+    progress = checkpoints.progress(run.last)
+    if progress is not None:
+        step, score = progress
+        # Without a list of its frames, passes over the images cannot be counted in steps.
+        length = trained.iterations or (trained.steps(len(frames)) if len(frames) >= trained.batch else None)
+        learned_from += f", step {step}" if length is None else f", step {step} of {length}"
+        if math.isfinite(score):
+            learned_from += f", best {trained.metric} on validation {100 * score:.2f} %"
+        if length is not None and step < length:
+            warnings.warn(
+                f"the teacher in {run.path} is unfinished, at step {step} of {length}; finish it with the command that "
+                "began it and --resume",
+                stacklevel=4,
+            )
+    print(f"teacher: {learned_from}")
+    if unusual:
+        warnings.warn(
+            f"the teacher in {run.path} was trained on {_place(trained.dataset)} and the student learns from "
+            f"{_place(config.dataset)}; unless that is meant, name another run with --teacher.run",
+            stacklevel=4,
+        )
+
+
+def _has_other_data(
+    teachers: DatasetConfig, frames: Mapping[str, str], config: DistillationConfig, train_set: SegmentationDataset
+) -> bool:
+    if teachers.name != config.dataset.name:
+        # Whoever names a run may want the teacher of another data set.
+        return config.teacher.run is None
+    roots = {root.resolve() for root in (teachers.root, config.dataset.root) if root is not None}
+    if len(roots) < 2:
+        return False
+    # Data that was copied or moved is the same.
+    sums = frame_sums(train_set)
+    return bool(sums) and not known_images(frames, sums)
+
+
+def _place(dataset: DatasetConfig) -> str:
+    return dataset.name if dataset.root is None else f"{dataset.name} in {dataset.root}"
 
 
 def has_teacher_run(config: TeacherConfig) -> bool:

@@ -38,6 +38,7 @@ from sward.runs.load import (
     check_teacher_logits,
     choose_device,
     distillation_pair,
+    introduce_teacher,
     load_teacher,
     student_run,
     teacher_run,
@@ -102,6 +103,8 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
     teacher: FrozenTeacher | TeacherCache | None = None
     if config.distillation != "none":
         loaded = load_teacher(config.teacher, config.preset, info)
+        if loaded.run is not None:
+            introduce_teacher(loaded.run, config, train_set)
         weights["teacher"] = teacher_fingerprint(loaded.network)[:16]
         network = _placed(loaded.network, config, device)
         pair = distillation_pair(config, student, loaded.name, network, info)
