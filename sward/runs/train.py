@@ -332,10 +332,13 @@ def _fit(
             network.compile()
         state = first_state(step_module, config, len(images.train), identity)
         state.restore(run)
-        if isinstance(config, TeacherTrainingConfig) and config.cache is not None:
+        if isinstance(config, TeacherTrainingConfig) and not config.train_trunk:
             assert isinstance(network, Teacher)
-            # Not before: the folder is named after the weights of the trunk, which a checkpoint may have replaced.
-            network.trunk_cache = TrunkCache(network.trunk, config.cache, origin(config.model, config.model_options))
+            # Not before: the checkpoint of an earlier version may hold another trunk than the file that is named now.
+            state.identity["trunk"] = teacher_fingerprint(network.trunk)[:16]
+            if config.cache is not None:
+                name = origin(config.model, config.model_options)
+                network.trunk_cache = TrunkCache(network.trunk, config.cache, name)
         run.start(config, info, kept)
         return fit(
             step_module,
