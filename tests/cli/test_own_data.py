@@ -1,6 +1,7 @@
 """The short options of a folder of one's own, and the whole way from its masks to a run."""
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,32 @@ def test_a_run_finds_its_data_from_any_folder(
     monkeypatch.chdir("/")
     assert RunFolder(tmp_path / "run").read()[0].dataset.root == polyps
     assert main(["evaluate", str(tmp_path / "run")]) == 0
+
+
+def test_training_warns_of_images_that_are_tested_on_too(polyps: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(
+        "frame_id,split\n"
+        + "".join(f"{number},{'train' if number < 8 else 'val'}\n" for number in range(9))
+        + "9,test\n"
+    )
+    options = ["--mask-values", "0,255", "--split", str(tmp_path / "list.csv")]
+    (polyps / "images/9.jpg").write_bytes((polyps / "images/4.jpg").read_bytes())
+    with pytest.warns(UserWarning, match="1 images of test have the same bytes as images of train, such as 9 and 4;"):
+        assert train(polyps, tmp_path / "run", *options) == 0
+    # No test mask that is damaged or missing stops a training, nor does a test split that is not there.
+    (polyps / "masks/9.jpg").write_bytes(b"")
+    with pytest.warns(UserWarning, match="1 images of test have the same bytes"):
+        assert train(polyps, tmp_path / "damaged", *options) == 0
+    (tmp_path / "list.csv").write_text((tmp_path / "list.csv").read_text().replace("9,test\n", ""))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert train(polyps, tmp_path / "without", *options) == 0
+    for kind in ("images", "masks"):
+        for number, split in enumerate([*["train"] * 8, "val", "test"]):
+            (tmp_path / f"split/{kind}/{split}").mkdir(parents=True, exist_ok=True)
+            (polyps / kind / f"{number}.jpg").rename(tmp_path / f"split/{kind}/{split}/{number}.jpg")
+    (tmp_path / "split/masks/test/9.jpg").rename(tmp_path / "split/masks/test/of_another.jpg")
+    assert train(tmp_path / "split", tmp_path / "incomplete", *options[:2]) == 0
 
 
 def test_scores_of_other_images_need_no_groups(
