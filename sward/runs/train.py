@@ -22,6 +22,7 @@ from sward.config import (
 )
 from sward.data import DatasetInfo, SegmentationDataset
 from sward.data.check import LabelCounts, check_splits
+from sward.data.files import PairedFiles
 from sward.data.frames import digest, frame_sums, known_images
 from sward.data.masks import parse_values
 from sward.data.shards import ImageShards, is_shards
@@ -214,7 +215,21 @@ def _check_data(
             f"metric must be 'mean_iou' or 'mean_dice' unless the data set has two classes, got 'dice' with "
             f"{train_set.info.num_classes} classes"
         )
-    return check_splits({"train": train_set, "val": validation_set}, skip_corrupt=config.on_corrupt == "skip")
+    return check_splits(
+        {"train": train_set, "val": validation_set},
+        compared=_test_split(config, train_set),
+        skip_corrupt=config.on_corrupt == "skip",
+    )
+
+
+def _test_split(config: TrainingConfig, train_set: SegmentationDataset) -> dict[str, SegmentationDataset]:
+    """Return the test split of files if there is a complete one, which no training needs."""
+    if not isinstance(train_set, PairedFiles):
+        return {}
+    try:
+        return {"test": build_split(config, "test", train=False)}
+    except (ValueError, FileNotFoundError):
+        return {}
 
 
 def _unlabelled(config: DistillationConfig, train_set: SegmentationDataset) -> UnlabelledImages | ImageShards | None:
