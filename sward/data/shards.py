@@ -26,7 +26,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from sward.data.images import SUFFIXES, CorruptFileError, read_image
@@ -39,7 +38,7 @@ from sward.data.sample import (
     collate_training,
     sample_seed,
 )
-from sward.data.unlabelled import UnlabelledImages
+from sward.data.unlabelled import UnlabelledImages, inside_labels
 
 BUFFER = 1000
 """Undecoded images among which a loader process draws the next one."""
@@ -62,7 +61,7 @@ def is_shards(source: str) -> bool:
 
 
 class ImageShards(IterableDataset[Batch]):
-    """Endless batches of the images in tar files, as training samples whose labels are all ignored.
+    """Endless batches of the images in tar files, as training samples without labels, as those of `UnlabelledImages`.
 
     Args:
         sources: see the module docstring.
@@ -165,10 +164,9 @@ class ImageShards(IterableDataset[Batch]):
                     raise
                 warnings.warn(f"skipped: {error}", stacklevel=2)
                 continue
-            labels = torch.full(image.shape[1:], self.images.info.ignore_index, dtype=torch.uint8)
             # The same random draws wherever and whenever a process comes to this image.
             number = int.from_bytes(hashlib.sha256(frame.name.encode()).digest()[:8], "big")
-            found.append(self.images.view(image, labels, frame.name, frame.round, number))
+            found.append(self.images.view(image, inside_labels(image), frame.name, frame.round, number))
         if not found:
             raise CorruptFileError(f"none of the {len(frames)} images of a batch can be read, such as {frames[0].name}")
         return [found[index % len(found)] for index in range(len(frames))]

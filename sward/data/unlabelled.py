@@ -39,11 +39,12 @@ class UnlabelledFolder(PairedFiles):
 
     def read_files(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """Decode an image; its labels are all ignored."""
-        return _without_labels(read_image(pair.image, self.image_range))
+        image = read_image(pair.image, self.image_range)
+        return image, torch.full(image.shape[1:], IGNORE_INDEX, dtype=torch.uint8)
 
 
 class UnlabelledImages(PairedFiles):
-    """Images of folders and lists, as training samples whose labels are all ignored.
+    """Images of folders and lists, as training samples whose labels say where the picture is; see `inside_labels`.
 
     Args:
         sources: folders, of which all images in them and below are used, and text files with the path of one image per
@@ -97,15 +98,21 @@ class UnlabelledImages(PairedFiles):
         if place is None or place[1] not in place[0]:
             return super()._read(index)
         frames, number = place
-        return *_without_labels(frames.read(number)[0]), self.pairs[index].name
+        image, _ = frames.read(number)
+        return image, inside_labels(image), self.pairs[index].name
 
     def read_files(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        """Decode an image; its labels are all ignored."""
-        return _without_labels(read_image(pair.image, self.image_range))
+        """Decode an image; see `inside_labels`."""
+        image = read_image(pair.image, self.image_range)
+        return image, inside_labels(image)
 
 
-def _without_labels(image: Tensor) -> tuple[Tensor, Tensor]:
-    return image, torch.full(image.shape[1:], IGNORE_INDEX, dtype=torch.uint8)
+def inside_labels(image: Tensor) -> Tensor:
+    """Return labels of 0 for an image without labels; transforms put 255 where they fill the picture's surroundings.
+
+    The training loop ignores both, or puts pseudo-labels in place of the 0.
+    """
+    return torch.zeros(image.shape[1:], dtype=torch.uint8)
 
 
 def _places(frames: PackedFrames | None, count: int) -> list[tuple[PackedFrames, int] | None]:

@@ -124,7 +124,9 @@ def fit(
         start=state.step,
         pin_memory=device.type == "cuda",
     )
+    hidden = 0
     if unlabelled is not None:
+        hidden = distributed.share_of(config.unlabelled_per_step)
         extra = unlabelled_batches(
             unlabelled,
             config.unlabelled_per_step,
@@ -133,6 +135,7 @@ def fit(
             pin_memory=device.type == "cuda",
         )
         stream = (join(*both) for both in zip(stream, extra))
+    ignore_index = train_set.info.ignore_index
     confidence = config.pseudo_labels if isinstance(config, DistillationConfig) else None
     replica = distributed.replicate(step_module.train(), device)
     collapse = CollapseWatch()
@@ -166,14 +169,13 @@ def fit(
             seen = images if batch.teacher_images is None else batch.teacher_images.to(device, non_blocking=True)
             features = {} if teacher is None else teacher(seen)
             share = None
-            if confidence is not None:
-                labels, share = pseudo_labels(
-                    labels,
-                    features[LOGITS],
-                    unlabelled=distributed.share_of(config.unlabelled_per_step),
-                    confidence=confidence,
-                    ignore_index=train_set.info.ignore_index,
-                )
+            if hidden:
+                inside = labels[-hidden:] != ignore_index
+                labels[-hidden:] = ignore_index
+                if confidence is not None:
+                    labels, share = pseudo_labels(
+                        labels, features[LOGITS], inside, confidence=confidence, ignore_index=ignore_index
+                    )
             output = replica(images, labels, features, diagnose=logs)
             gradient_norm = state.update(output.loss, measure=logs)
             taught = {f"the teacher's map {layer!r}": maps for layer, maps in features.items()}

@@ -1,5 +1,6 @@
 """Images without masks: which terms see them, and that the labelled images stay the same."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from torch import nn
 from sward import data
 from sward.cli.main import main
 from sward.config import DatasetConfig, DistillationConfig, TeacherConfig
-from sward.data import DatasetNotFoundError
+from sward.data import Batch, DatasetNotFoundError
 from sward.data.frames import frame_sums
+from sward.data.transforms import normalise
 from sward.data.unlabelled import UnlabelledImages, join, stream_seed
 from sward.losses import CWDLoss, KDLoss, MWADLoss, PDRLoss, SegmentationCrossEntropy, SWARDLoss
 from sward.runs import train_student
@@ -33,15 +35,54 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
+def squares(root: Path) -> DatasetConfig:
+    """Write ten photos with masks; the transform of such a folder rotates and fills the corners."""
+    write_images(root / "images", 10)
+    (root / "masks").mkdir()
+    for number in range(10):
+        pixels = np.zeros((48, 56), np.uint8)
+        pixels[10:30, 10:40] = 1
+        Image.fromarray(pixels).save(root / f"masks/{number}.png")
+    return DatasetConfig(name="folder", root=root, image_size=(64, 64), num_classes=2, split_by="80/20")
+
+
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """Collect the batches of the runs that follow, as the data sets give them."""
+    found: list[Batch] = []
+
+    def remember(*both: Batch) -> Batch:
+        batch = join(*both)
+        found.append(batch._replace(labels=batch.labels.clone()))
+        return batch
+
+    monkeypatch.setattr(loop, "join", remember)
+    return found
+
+
+def trained_labels(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Collect the labels that the losses of the runs that follow get."""
+    found: list[torch.Tensor] = []
+
+    def replicate(module: nn.Module, device: torch.device) -> Any:
+        def step(images: torch.Tensor, labels: torch.Tensor, *rest: Any, **options: Any) -> Any:
+            found.append(labels.clone())
+            return module(images, labels, *rest, **options)
+
+        return step
+
+    monkeypatch.setattr(loop.distributed, "replicate", replicate)
+    return found
+
+
 def scenes(**options: Any) -> data.SegmentationDataset:
     return data.build("scenes", "train", train=True, image_size=(32, 32), **options)
 
 
-def test_every_image_below_the_folders_is_taken_and_has_no_label(images: Path) -> None:
+def test_every_image_below_the_folders_is_taken(images: Path) -> None:
     dataset = UnlabelledImages([images], scenes(views=2), (32, 32), seed=0)
     assert len(dataset) == 7
     assert {dataset[index].name for index in range(7)} >= {"photos/a/0", "photos/b/1"}
-    assert all((dataset[index].labels == 255).all() for index in range(7))
+    assert all((dataset[index].labels == 0).all() for index in range(7))
     assert dataset[0].image.shape == (3, 32, 32)
     assert dataset.views == 2
     assert UnlabelledImages([images], scenes(teacher_size=(64, 64)), (32, 32), seed=0)[0].teacher_image.shape == (
@@ -112,7 +153,6 @@ def test_labelled_images_come_first_and_are_those_of_a_run_without(images: Path)
         labelled, both = next(alone), join(next(first), next(second))
         assert torch.equal(both.images[:4], labelled.images)
         assert torch.equal(both.labels[:4], labelled.labels)
-        assert (both.labels[4:] == 255).all()
         assert both.names[:4] == labelled.names
         assert len(both.names) == 6
 
@@ -172,27 +212,18 @@ def test_a_run_steps_on_both(images: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_frames_whose_masks_are_not_used_are_unlabelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = tmp_path / "set"
-    write_images(root / "images", 10)
-    for number in range(10):
-        (root / "masks").mkdir(exist_ok=True)
-        pixels = np.zeros((48, 56), np.uint8)
-        pixels[10:30, 10:40] = 1
-        Image.fromarray(pixels).save(root / f"masks/{number}.png")
-    folder = DatasetConfig(
-        name="folder", root=root, image_size=(64, 64), num_classes=2, split_by="80/20", labelled_share=0.5
-    )
-    seen: list[tuple[list[str], torch.Tensor]] = []
-    step = loop.join
-    monkeypatch.setattr(loop, "join", lambda *both: seen.append((step(*both).names, step(*both).labels)) or step(*both))
+    folder = dataclasses.replace(squares(tmp_path / "set"), labelled_share=0.5)
+    seen = joined(monkeypatch)
+    labels = trained_labels(monkeypatch)
     monkeypatch.setattr(
         UnlabelledImages, "read_mask", lambda self, pair: pytest.fail("the mask of an unlabelled frame was read")
     )
     train_student(small(tmp_path / "run", dataset=folder, iterations=2))
-    labelled, others = ({name for names, _ in seen for name in names[part]} for part in (slice(4), slice(4, None)))
+    labelled, others = ({name for batch in seen for name in batch.names[part]} for part in (slice(4), slice(4, None)))
     assert len(labelled) == len(others) == 4
     assert not labelled & others
-    assert all((labels[4:] == 255).all() and (labels[:4] != 255).any() for _, labels in seen)
+    assert len(labels) == 2
+    assert all((each[4:] == 255).all() and (each[:4] != 255).any() for each in labels)
     counted = json.loads((tmp_path / "run/labels.json").read_text())
     assert counted["train"]["masks"] == 4
     seen.clear()
@@ -229,6 +260,10 @@ def test_what_cannot_work_is_said_before_any_step(images: Path, tmp_path: Path, 
     assert not (tmp_path / "run").exists()
 
 
+def everywhere(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.bool)
+
+
 def test_the_teacher_s_class_is_a_label_where_it_is_sure() -> None:
     labels = torch.tensor([[[0, 1]], [[255, 255]], [[255, 255]]])
     sure, unsure = [5.0, 0.0, 0.0], [0.2, 0.0, 0.1]  # probabilities 0.987 and 0.40
@@ -238,21 +273,58 @@ def test_the_teacher_s_class_is_a_label_where_it_is_sure() -> None:
         (0.3, [[0, 0], [0, 2]], 1.0),
         (0.99, [[255, 255], [255, 255]], 0.0),
     ):
-        found, used = pseudo_labels(labels, logits, unlabelled=2, confidence=confidence, ignore_index=255)
+        found, used = pseudo_labels(labels, logits, everywhere(2, 1, 2), confidence=confidence, ignore_index=255)
         assert found.tolist() == [[[0, 1]], *[[row] for row in expected]]
         assert used.item() == share
     # At a quarter of the labels' size.
     small_logits = torch.tensor([sure, sure]).T.reshape(1, 3, 2, 1)
     found, _ = pseudo_labels(
-        torch.full((2, 4, 4), 255), small_logits.repeat(2, 1, 1, 1), unlabelled=1, confidence=0.5, ignore_index=255
+        torch.full((2, 4, 4), 255),
+        small_logits.repeat(2, 1, 1, 1),
+        everywhere(1, 4, 4),
+        confidence=0.5,
+        ignore_index=255,
     )
     assert (found[0] == 255).all()
     assert (found[1] == 0).all()
 
 
+def test_the_filled_border_gets_no_label_and_does_not_count() -> None:
+    # Sure of three pixels; of these one is outside the picture, as is the fourth.
+    logits = torch.tensor([9.0, -9.0, 9.0, 0.0]).view(1, 1, 1, 4)
+    inside = torch.tensor([[[True, True, False, False]]])
+    for confidence, share in ((0.9, 1.0), (1.0, 0.0)):
+        labels = torch.full((2, 1, 4), 255)
+        found, used = pseudo_labels(labels, logits, inside, confidence=confidence, ignore_index=255)
+        assert found.tolist() == [[[255] * 4], [[1, 0, 255, 255] if share else [255] * 4]]
+        assert used.item() == share
+
+
+def test_a_run_gives_no_labels_to_what_rotation_fills(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, batches_, labels = squares(tmp_path / "set"), joined(monkeypatch), trained_labels(monkeypatch)
+    black = normalise(torch.zeros(3, 1, 1, dtype=torch.uint8))
+    for name, confidence in (("all", 1e-6), ("without", None)):
+        config = small(tmp_path / name, dataset=dataset, iterations=2, unlabelled=(images,), pseudo_labels=confidence)
+        train_student(config)
+    for batch, seen in zip(batches_, labels, strict=True):
+        outside = batch.labels[4:] == 255
+        assert 0.02 < outside.float().mean() < 0.5
+        # Colours are jittered after the rotation, and black stays black.
+        assert (batch.images[4:] - black).abs().amax(1)[outside].max() < 0.4
+        assert torch.equal(seen[:4], batch.labels[:4])
+    for batch, seen in zip(batches_[:2], labels[:2]):
+        assert torch.equal(seen[4:] == 255, batch.labels[4:] == 255)
+    assert all((seen[4:] == 255).all() for seen in labels[2:])
+    assert [record.get("pseudo_labelled_share") for record in records(tmp_path / "all")] == [1.0, 1.0, None]
+
+
 def test_one_logit_of_the_teacher_is_the_log_odds_of_class_1() -> None:
     logits = torch.tensor([3.0, -3.0, 1.0, -1.0]).view(1, 1, 1, 4)  # probabilities of the class 0.95 and 0.73
-    found, used = pseudo_labels(torch.full((1, 1, 4), 255), logits, unlabelled=1, confidence=0.9, ignore_index=255)
+    found, used = pseudo_labels(
+        torch.full((1, 1, 4), 255), logits, everywhere(1, 1, 4), confidence=0.9, ignore_index=255
+    )
     assert found.tolist() == [[[1, 0, 255, 255]]]
     assert used.item() == 0.5
 
