@@ -154,12 +154,13 @@ class ImageShards(IterableDataset[Batch]):
                 warnings.warn(f"skipped the rest: {message}", stacklevel=2)
 
     def _samples(self, frames: Sequence[Frame]) -> list[Sample | TeacherSample]:
-        """Decode and transform the images of a batch; one that is damaged is replaced by another of the batch."""
+        """Decode and transform the images of a batch; one that cannot be used is replaced by another of the batch."""
         found: list[Sample | TeacherSample] = []
         for frame in frames:
             try:
                 image = read_image(frame.name, self.images.image_range, content=frame.content)
-            except CorruptFileError as error:
+            except ValueError as error:
+                # Nobody can convert or remove an image in a shard, so that what cannot be used is left out too.
                 if self.images.on_corrupt == "stop":
                     raise
                 warnings.warn(f"skipped: {error}", stacklevel=2)
@@ -168,7 +169,7 @@ class ImageShards(IterableDataset[Batch]):
             number = int.from_bytes(hashlib.sha256(frame.name.encode()).digest()[:8], "big")
             found.append(self.images.view(image, inside_labels(image), frame.name, frame.round, number))
         if not found:
-            raise CorruptFileError(f"none of the {len(frames)} images of a batch can be read, such as {frames[0].name}")
+            raise CorruptFileError(f"none of the {len(frames)} images of a batch can be used, such as {frames[0].name}")
         return [found[index % len(found)] for index in range(len(frames))]
 
 

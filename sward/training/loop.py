@@ -143,7 +143,7 @@ def fit(
 
     def scored() -> Evaluation:
         state.validation_due = True
-        with _saving_on_error(state, run), state.stopwatch.paused():
+        with _saving_on_error(state, run, watch), state.stopwatch.paused():
             if config.batch_norm_images is not None:
                 # A run that resumes here has not drawn a batch yet.
                 train_set.set_epoch((state.step - 1) // epoch)
@@ -164,7 +164,8 @@ def fit(
                 (state.step + 1) % every == 0 or state.step + 1 == steps
                 for every in (config.log_every, config.checkpoint_every, validate_every)
             )
-            batch = next(stream)
+            with _saving_on_error(state, run, watch):
+                batch = next(stream)
             images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
             seen = images if batch.teacher_images is None else batch.teacher_images.to(device, non_blocking=True)
             features = {} if teacher is None else teacher(seen)
@@ -206,13 +207,14 @@ def fit(
 
 
 @contextmanager
-def _saving_on_error(state: TrainingState, run: RunFolder) -> Iterator[None]:
-    """Save a checkpoint before an error of the validation ends the run; a resumed run validates first."""
+def _saving_on_error(state: TrainingState, run: RunFolder, watch: LossWatch) -> Iterator[None]:
+    """Save a checkpoint before an error of the data or the validation ends the run; none before its first step."""
     try:
         yield
     except Exception:
         # With several processes the others may not have failed, and saving needs all of them.
-        if distributed.world_size() == 1:
+        if distributed.world_size() == 1 and state.step:
+            watch.check()
             state.save(run)
         raise
 

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import struct
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,16 +17,19 @@ from torch import nn
 from sward import data
 from sward.cli.main import main
 from sward.config import DatasetConfig, DistillationConfig, TeacherConfig
-from sward.data import Batch, DatasetNotFoundError
+from sward.data import Batch, DatasetNotFoundError, unlabelled
 from sward.data.frames import frame_sums
+from sward.data.sample import Pair
 from sward.data.transforms import normalise
 from sward.data.unlabelled import UnlabelledImages, join, stream_seed
 from sward.losses import CWDLoss, KDLoss, MWADLoss, PDRLoss, SegmentationCrossEntropy, SWARDLoss
 from sward.runs import train_student
+from sward.runs.load import build_datasets
 from sward.training import loop
 from sward.training.batches import batches
+from sward.training.observation import NonFiniteLossError
 from sward.training.pseudo_labels import pseudo_labels
-from tests.support.training_runs import records, small, write_images
+from tests.support.training_runs import assert_equal_runs, checkpoint, records, small, write_images
 
 pytestmark = pytest.mark.usefixtures("few_images")
 
@@ -143,6 +149,131 @@ def test_a_list_names_images_relative_to_itself(images: Path, tmp_path: Path) ->
         UnlabelledImages([listed], scenes(), (32, 32), seed=0)
 
 
+@pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0 JFIF", "a.png\n".encode("utf-16")], ids=["jpeg", "utf-16"])
+def test_a_file_that_is_no_list_is_named_with_what_is_wanted(images: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "one.jpg").write_bytes(content)
+    with pytest.raises(ValueError, match=r"must name folders, or text files in UTF-8 with .* got .*/one.jpg$"):
+        UnlabelledImages([images, tmp_path / "one.jpg"], scenes(), (32, 32), seed=0)
+
+
+def wide_png() -> bytes:
+    """A black PNG file of 16 bits per channel, which Pillow reads and does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 56, 48, 16, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(48 * (1 + 56 * 6)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def damage(images: Path, kind: str) -> None:
+    """Make an image of the folder useless, or two of them."""
+    path, pixels = images / "b/1.png", np.zeros((48, 56, 3), np.uint8)
+    if kind == "16-bit":
+        Image.fromarray(np.full((48, 56), 4000, np.uint16)).save(path)
+    elif kind == "16-bit colour":
+        path.write_bytes(wide_png())
+    elif kind == "pages":
+        path.unlink()
+        Image.fromarray(pixels).save(images / "b/1.tif", save_all=True, append_images=[Image.fromarray(pixels)])
+    else:
+        path.write_bytes(path.read_bytes()[:1000])
+        (images / "a/2.png").write_bytes(b"no image")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("16-bit", "b/1.png must have 8 bits per channel, got the mode I;16; state the range"),
+        ("16-bit colour", "b/1.png must have 8 bits per channel, got 16-bit colour; state"),
+        ("pages", "b/1.tif must have one page, got 2"),
+        ("cut off", r"cannot read .*a/2.png: the file is damaged or not an image .* \(and 1 more unlabelled images\)"),
+    ],
+)
+@pytest.mark.parametrize("on_corrupt", ["stop", "skip"])
+def test_images_that_cannot_be_used_are_found_before_the_run(
+    images: Path, tmp_path: Path, kind: str, message: str, on_corrupt: Literal["stop", "skip"]
+) -> None:
+    damage(images, kind)
+    options = dict(unlabelled=(images,), unlabelled_batch=7, on_corrupt=on_corrupt)
+    config = small(tmp_path / "run", dataset=squares(tmp_path / "set"), iterations=1, **options)
+    if on_corrupt == "skip" and kind == "cut off":
+        with pytest.warns(UserWarning, match="skipped: cannot read") as caught:
+            train_student(config)
+        assert len([each for each in caught if "skipped" in str(each.message)]) == 2
+        return
+    with pytest.raises(ValueError, match=message):
+        train_student(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_in_a_pack_are_not_looked_at_again(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["data", "pack", "unlabelled", "--root", str(images / "a")]) == 0
+    looked = []
+    monkeypatch.setattr(unlabelled, "check_end", lambda path, header: looked.append(path))
+    UnlabelledImages([images / "a", images / "b"], scenes(), (32, 32), seed=0).check()
+    assert sorted(looked) == [images / "b/0.png", images / "b/1.png"]
+
+
+def test_frames_without_their_masks_are_looked_at_too(tmp_path: Path) -> None:
+    folder = dataclasses.replace(squares(tmp_path / "set"), labelled_share=0.5)
+    config = small(tmp_path / "run", dataset=folder, iterations=1)
+    with_masks = {pair.name for pair in build_datasets(config)[0].pairs}
+    hidden = build_datasets(config)[0].unlabelled[0]
+    assert hidden.name not in with_masks
+    hidden.image.write_bytes(hidden.image.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"cannot read {hidden.image}: the file is damaged"):
+        train_student(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_an_image_that_fails_later_costs_no_step(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    read, reads = UnlabelledImages.read_files, []
+
+    def fail(self: UnlabelledImages, pair: Pair) -> Any:
+        reads.append(pair)
+        if len(reads) > 2 * step:
+            raise OSError("the disk is gone")
+        return read(self, pair)
+
+    def settings(name: str) -> DistillationConfig:
+        return small(tmp_path / name, unlabelled=(images,), unlabelled_batch=2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UnlabelledImages, "read_files", fail)
+        with pytest.raises(OSError, match="the disk is gone"):
+            train_student(settings("run"))
+    if step == 0:
+        assert not list((tmp_path / "run/checkpoints").iterdir())
+        return
+    assert checkpoint(tmp_path / "run")["step"] == step
+    config = settings("run")
+    config.resume = True
+    train_student(config)
+    train_student(settings("whole"))
+    assert_equal_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_is_not_saved_when_an_image_fails(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches_ = loop.batches
+
+    def one_bad(*arguments: Any, **options: Any) -> Iterator[Batch]:
+        batch = next(batches_(*arguments, **options))
+        yield batch._replace(images=batch.images * float("nan"))
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(loop, "batches", one_bad)
+    with pytest.raises(NonFiniteLossError):
+        train_student(small(tmp_path / "run", log_every=4))
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
 def test_labelled_images_come_first_and_are_those_of_a_run_without(images: Path) -> None:
     alone = batches(scenes(), 4, seed=3)
     first, second = (
@@ -245,6 +376,10 @@ def test_the_teacher_s_maps_of_unlabelled_images_are_kept_too(images: Path, tmp_
         (dict(distillation="none"), "unlabelled must be empty where distillation is 'none'"),
         (dict(unlabelled_batch=8), "unlabelled_batch must be at most 7, the number of unlabelled images, got 8"),
         (dict(unlabelled_batch=0), "unlabelled_batch must be at least 1"),
+        (
+            dict(unlabelled=(), dataset="all masks"),
+            r"labelled_share must leave a training image without its mask, .* got 0.99 of 8 images",
+        ),
         (dict(pseudo_labels=1.5), "pseudo_labels must be above 0 and at most 1 with unlabelled images .* got 1.5"),
         (dict(unlabelled=(), pseudo_labels=0.9), "pseudo_labels must be .* None without, got 0.9"),
         (dict(unlabelled=("a.tar", "b")), "unlabelled must be tar files alone, got other images too"),
@@ -255,6 +390,8 @@ def test_the_teacher_s_maps_of_unlabelled_images_are_kept_too(images: Path, tmp_
     ],
 )
 def test_what_cannot_work_is_said_before_any_step(images: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    if "dataset" in changes:
+        changes["dataset"] = dataclasses.replace(squares(tmp_path / "set"), labelled_share=0.99)
     with pytest.raises(ValueError, match=message):
         train_student(small(tmp_path / "run", **{"unlabelled": (images,), **changes}))
     assert not (tmp_path / "run").exists()
