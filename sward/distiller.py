@@ -82,6 +82,8 @@ class Distiller(nn.Module):
         image_size: height and width of images that both networks accept, to find layers and channels. None tries
             `PROBE_SIZES`.
         ignore_index: label that is left out.
+        unlabelled: whether batches hold images without labels, whose rows of `labels` are all `ignore_index`. `"kd"`
+            then compares every pixel, as `sward train --unlabelled` does.
         process_group: processes over which losses take their means.
         settings: fields of `sward.config.SWARDConfig`, such as `window_size=(8, 4)` or `embed_dim=32`; `window_size`
             may be one number.
@@ -106,6 +108,7 @@ class Distiller(nn.Module):
         masks: str | Path | None = None,
         image_size: tuple[int, int] | None = None,
         ignore_index: int = 255,
+        unlabelled: bool = False,
         process_group: ProcessGroup | None = None,
         **settings: Any,
     ) -> None:
@@ -144,6 +147,7 @@ class Distiller(nn.Module):
             student_taps=student_taps or TapConfig(),
             teacher_taps=teacher_taps or TapConfig(),
             masks=lambda: _masks(masks, method),
+            unlabelled=unlabelled,
             process_group=process_group,
         )
         self.method = method

@@ -138,6 +138,16 @@ def test_without_labels_kd_compares_every_pixel_whatever_the_ignored_label() -> 
     assert losses[0].loss == losses[1].loss > 0
 
 
+@pytest.mark.parametrize("unlabelled", [False, True])
+def test_kd_learns_from_images_without_labels_if_told_that_there_are_some(unlabelled: bool) -> None:
+    made, (images, labels) = distiller(method="kd", unlabelled=unlabelled).eval(), batch()
+    labels[1] = 255
+    others = torch.cat([images[:1], torch.randn_like(images[1:])])
+    first, second = (made(each, labels) for each in (images, others))
+    assert first.terms["task"] == second.terms["task"]
+    assert (first.terms["kd"] != second.terms["kd"]) == unlabelled
+
+
 def test_without_labels_sward_leaves_out_pdr() -> None:
     made, (images, labels) = distiller(recipe="paper").eval(), batch()
     without, labelled = made(images), made(images, labels)

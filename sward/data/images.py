@@ -146,15 +146,19 @@ def _as_rgb(image: Image, path: Path | str, value_range: tuple[float, float] | N
     if image.mode in _WIDE:
         pixels = _scaled(np.asarray(image), path, value_range)
         return torch.from_numpy(pixels).expand(3, -1, -1).contiguous()
-    if image.info["wide"] and value_range != (0, 65535):
-        raise ValueError(
-            f"image {path} must have 8 bits per channel, got 16-bit colour; state --dataset.image-range 0 65535 if it "
-            "uses the full range, else convert it"
-        )
+    _check_colour(path, image.info["wide"], value_range)
     if "A" in image.getbands() or "transparency" in image.info:
         image = _over_black(image)
     # `convert` copies an image that is RGB already.
     return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _check_colour(path: Path | str, wide: bool, value_range: tuple[float, float] | None) -> None:
+    if wide and value_range != (0, 65535):
+        raise ValueError(
+            f"image {path} must have 8 bits per channel, got 16-bit colour; state --dataset.image-range 0 65535 if it "
+            "uses the full range, else convert it"
+        )
 
 
 class Header(NamedTuple):
@@ -168,6 +172,8 @@ class Header(NamedTuple):
     """Whether an EXIF orientation rotates or mirrors the image."""
     format: str
     """Pillow's name of the file format."""
+    wide_colour: bool = False
+    """Whether it is a colour image of 16 bits per channel, of which Pillow's mode says nothing."""
 
     @property
     def is_wide(self) -> bool:
@@ -177,10 +183,12 @@ class Header(NamedTuple):
     @classmethod
     def of(cls, image: Image) -> Header:
         """Return the header of an opened image."""
+        # Before the orientation, for which Pillow decodes PNG files.
+        wide_colour = image.info["wide"] if "wide" in image.info else _is_wide_colour(image)
         orientation = image.getexif().get(_ORIENTATION, 1)
         # These four exchange height and width.
         size = (image.width, image.height) if orientation in (5, 6, 7, 8) else (image.height, image.width)
-        return cls(size, image.mode, orientation != 1, image.format or "")
+        return cls(size, image.mode, orientation != 1, image.format or "", wide_colour)
 
 
 def read_header(path: Path) -> Header | None:
@@ -209,7 +217,8 @@ def check_end(path: Path, header: Header) -> None:
 
 
 def check_depth(path: Path, header: Header, value_range: tuple[float, float] | None) -> None:
-    """Raise a ValueError if the header names more than 8 bits per channel and there is no `value_range`."""
+    """Raise a ValueError if the header names more than 8 bits per channel and `value_range` does not fit."""
+    _check_colour(path, header.wide_colour, value_range)
     if header.is_wide and value_range is None:
         raise ValueError(
             f"image {path} must have 8 bits per channel, got the mode {header.mode}; state the range of its values, "

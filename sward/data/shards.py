@@ -26,7 +26,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from sward.data.images import SUFFIXES, CorruptFileError, read_image
@@ -39,7 +38,7 @@ from sward.data.sample import (
     collate_training,
     sample_seed,
 )
-from sward.data.unlabelled import UnlabelledImages
+from sward.data.unlabelled import UnlabelledImages, inside_labels
 
 BUFFER = 1000
 """Undecoded images among which a loader process draws the next one."""
@@ -62,7 +61,7 @@ def is_shards(source: str) -> bool:
 
 
 class ImageShards(IterableDataset[Batch]):
-    """Endless batches of the images in tar files, as training samples whose labels are all ignored.
+    """Endless batches of the images in tar files, as training samples without labels, as those of `UnlabelledImages`.
 
     Args:
         sources: see the module docstring.
@@ -155,22 +154,22 @@ class ImageShards(IterableDataset[Batch]):
                 warnings.warn(f"skipped the rest: {message}", stacklevel=2)
 
     def _samples(self, frames: Sequence[Frame]) -> list[Sample | TeacherSample]:
-        """Decode and transform the images of a batch; one that is damaged is replaced by another of the batch."""
+        """Decode and transform the images of a batch; one that cannot be used is replaced by another of the batch."""
         found: list[Sample | TeacherSample] = []
         for frame in frames:
             try:
                 image = read_image(frame.name, self.images.image_range, content=frame.content)
-            except CorruptFileError as error:
+            except ValueError as error:
+                # Nobody can convert or remove an image in a shard, so that what cannot be used is left out too.
                 if self.images.on_corrupt == "stop":
                     raise
                 warnings.warn(f"skipped: {error}", stacklevel=2)
                 continue
-            labels = torch.full(image.shape[1:], self.images.info.ignore_index, dtype=torch.uint8)
             # The same random draws wherever and whenever a process comes to this image.
             number = int.from_bytes(hashlib.sha256(frame.name.encode()).digest()[:8], "big")
-            found.append(self.images.view(image, labels, frame.name, frame.round, number))
+            found.append(self.images.view(image, inside_labels(image), frame.name, frame.round, number))
         if not found:
-            raise CorruptFileError(f"none of the {len(frames)} images of a batch can be read, such as {frames[0].name}")
+            raise CorruptFileError(f"none of the {len(frames)} images of a batch can be used, such as {frames[0].name}")
         return [found[index % len(found)] for index in range(len(frames))]
 
 

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sward import distributed
 from sward.data.files import PairedFiles, unique_ends
-from sward.data.images import read_image
+from sward.data.images import (
+    CorruptFileError,
+    Header,
+    check_depth,
+    check_end,
+    open_image,
+    read_header,
+    read_image,
+)
 from sward.data.layouts import list_tree
 from sward.data.packed import PackedFrames, find_pack
 from sward.data.sample import (
@@ -39,11 +51,12 @@ class UnlabelledFolder(PairedFiles):
 
     def read_files(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """Decode an image; its labels are all ignored."""
-        return _without_labels(read_image(pair.image, self.image_range))
+        image = read_image(pair.image, self.image_range)
+        return image, torch.full(image.shape[1:], IGNORE_INDEX, dtype=torch.uint8)
 
 
 class UnlabelledImages(PairedFiles):
-    """Images of folders and lists, as training samples whose labels are all ignored.
+    """Images of folders and lists, as training samples whose labels say where the picture is; see `inside_labels`.
 
     Args:
         sources: folders, of which all images in them and below are used, and text files with the path of one image per
@@ -57,6 +70,7 @@ class UnlabelledImages(PairedFiles):
     Raises:
         DatasetNotFoundError: a source does not exist or names no image.
         FileNotFoundError: an image of a list does not exist.
+        ValueError: a source is neither a folder nor a text file.
     """
 
     def __init__(
@@ -92,20 +106,58 @@ class UnlabelledImages(PairedFiles):
                 pack = find_pack("auto", INFO.name, INFO.num_classes, source, part, decoding=self.decoding)
             self._places += _places(pack, len(part))
 
-    def _read(self, index: int) -> tuple[Tensor, Tensor, str]:
+    def check(self) -> None:
+        """Look at every image that no pack holds, its header and its end; every process of a group must call this.
+
+        Raises:
+            ValueError: an image cannot be used. Where `on_corrupt` is `"skip"`, damaged ones may stay.
+        """
+        mine = range(distributed.rank(), len(self), distributed.world_size())
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
+            found = [problem for problem in executor.map(self._problem, mine) if problem is not None]
+        wrong = [problem for part in distributed.gather(found) for problem in part]
+        if wrong:
+            raise ValueError(wrong[0] + (f" (and {len(wrong) - 1} more unlabelled images)" if len(wrong) > 1 else ""))
+
+    def _problem(self, index: int) -> str | None:
+        path = self.pairs[index].image
+        if self._packed_place(index) is not None:
+            return None
+        try:
+            # Opening says why a header cannot be read.
+            header = read_header(path) or Header.of(open_image(path))
+            check_depth(path, header, self.image_range)
+            check_end(path, header)
+        except CorruptFileError as error:
+            return None if self.on_corrupt == "skip" else str(error)
+        except (ValueError, FileNotFoundError) as error:
+            return str(error)
+        return None
+
+    def _packed_place(self, index: int) -> tuple[PackedFrames, int] | None:
         place = self._places[index]
-        if place is None or place[1] not in place[0]:
+        return place if place is not None and place[1] in place[0] else None
+
+    def _read(self, index: int) -> tuple[Tensor, Tensor, str]:
+        place = self._packed_place(index)
+        if place is None:
             return super()._read(index)
         frames, number = place
-        return *_without_labels(frames.read(number)[0]), self.pairs[index].name
+        image, _ = frames.read(number)
+        return image, inside_labels(image), self.pairs[index].name
 
     def read_files(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        """Decode an image; its labels are all ignored."""
-        return _without_labels(read_image(pair.image, self.image_range))
+        """Decode an image; see `inside_labels`."""
+        image = read_image(pair.image, self.image_range)
+        return image, inside_labels(image)
 
 
-def _without_labels(image: Tensor) -> tuple[Tensor, Tensor]:
-    return image, torch.full(image.shape[1:], IGNORE_INDEX, dtype=torch.uint8)
+def inside_labels(image: Tensor) -> Tensor:
+    """Return labels of 0 for an image without labels; transforms put 255 where they fill the picture's surroundings.
+
+    The training loop ignores both, or puts pseudo-labels in place of the 0.
+    """
+    return torch.zeros(image.shape[1:], dtype=torch.uint8)
 
 
 def _places(frames: PackedFrames | None, count: int) -> list[tuple[PackedFrames, int] | None]:
@@ -124,8 +176,14 @@ def _pairs(source: Path) -> list[Pair]:
 
 def _listed(path: Path) -> dict[str, Path]:
     """Read a list of images as name -> file; empty where there is no file."""
-    lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
-    found = {line.strip(): path.parent / line.strip() for line in lines if line.strip()}
+    try:
+        # Line by line: a video that was named by mistake must not be read whole.
+        with path.open(encoding="utf-8-sig") if path.is_file() else nullcontext(()) as lines:
+            found = {line.strip(): path.parent / line.strip() for line in lines if line.strip()}
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"unlabelled must name folders, or text files in UTF-8 with the path of one image per line, got {path}"
+        ) from error
     missing = next((image for image in found.values() if not image.is_file()), None)
     if missing is not None:
         raise FileNotFoundError(f"there is no file {missing}, which {path} names")

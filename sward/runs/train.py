@@ -248,11 +248,17 @@ def _unlabelled(config: DistillationConfig, train_set: SegmentationDataset) -> U
     images = UnlabelledImages(
         config.unlabelled, train_set, config.dataset.image_size, config.seed, packed=config.dataset.packed
     )
+    if not len(images):
+        raise ValueError(
+            "labelled_share must leave a training image without its mask, unless unlabelled names images, got "
+            f"{config.dataset.labelled_share:g} of {len(train_set)} images"
+        )
     if len(images) < config.unlabelled_per_step:
         raise ValueError(
             f"unlabelled_batch must be at most {len(images)}, the number of unlabelled images, got "
             f"{config.unlabelled_per_step}"
         )
+    images.check()
     return images
 
 

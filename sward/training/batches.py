@@ -121,9 +121,12 @@ def unlabelled_batches(
 def _naming_the_file() -> Iterator[None]:
     try:
         yield
-    except data.CorruptFileError as error:
+    except ValueError as error:
+        if not str(error).startswith("Caught "):
+            raise
         # A loader process puts its traceback into the message; keep the last line, which names the file.
-        raise data.CorruptFileError(str(error).splitlines()[-1].rpartition("CorruptFileError: ")[2]) from error
+        kind = data.CorruptFileError if isinstance(error, data.CorruptFileError) else ValueError
+        raise kind(str(error).splitlines()[-1].rpartition(f"{kind.__name__}: ")[2]) from error
 
 
 def _leave_interruption_to_the_trainer(worker: int) -> None:

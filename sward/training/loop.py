@@ -124,7 +124,9 @@ def fit(
         start=state.step,
         pin_memory=device.type == "cuda",
     )
+    hidden = 0
     if unlabelled is not None:
+        hidden = distributed.share_of(config.unlabelled_per_step)
         extra = unlabelled_batches(
             unlabelled,
             config.unlabelled_per_step,
@@ -133,6 +135,7 @@ def fit(
             pin_memory=device.type == "cuda",
         )
         stream = (join(*both) for both in zip(stream, extra))
+    ignore_index = train_set.info.ignore_index
     confidence = config.pseudo_labels if isinstance(config, DistillationConfig) else None
     replica = distributed.replicate(step_module.train(), device)
     collapse = CollapseWatch()
@@ -140,7 +143,7 @@ def fit(
 
     def scored() -> Evaluation:
         state.validation_due = True
-        with _saving_on_error(state, run), state.stopwatch.paused():
+        with _saving_on_error(state, run, watch), state.stopwatch.paused():
             if config.batch_norm_images is not None:
                 # A run that resumes here has not drawn a batch yet.
                 train_set.set_epoch((state.step - 1) // epoch)
@@ -161,19 +164,19 @@ def fit(
                 (state.step + 1) % every == 0 or state.step + 1 == steps
                 for every in (config.log_every, config.checkpoint_every, validate_every)
             )
-            batch = next(stream)
+            with _saving_on_error(state, run, watch):
+                batch = next(stream)
             images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
             seen = images if batch.teacher_images is None else batch.teacher_images.to(device, non_blocking=True)
             features = {} if teacher is None else teacher(seen)
             share = None
-            if confidence is not None:
-                labels, share = pseudo_labels(
-                    labels,
-                    features[LOGITS],
-                    unlabelled=distributed.share_of(config.unlabelled_per_step),
-                    confidence=confidence,
-                    ignore_index=train_set.info.ignore_index,
-                )
+            if hidden:
+                inside = labels[-hidden:] != ignore_index
+                labels[-hidden:] = ignore_index
+                if confidence is not None:
+                    labels, share = pseudo_labels(
+                        labels, features[LOGITS], inside, confidence=confidence, ignore_index=ignore_index
+                    )
             output = replica(images, labels, features, diagnose=logs)
             gradient_norm = state.update(output.loss, measure=logs)
             taught = {f"the teacher's map {layer!r}": maps for layer, maps in features.items()}
@@ -204,13 +207,14 @@ def fit(
 
 
 @contextmanager
-def _saving_on_error(state: TrainingState, run: RunFolder) -> Iterator[None]:
-    """Save a checkpoint before an error of the validation ends the run; a resumed run validates first."""
+def _saving_on_error(state: TrainingState, run: RunFolder, watch: LossWatch) -> Iterator[None]:
+    """Save a checkpoint before an error of the data or the validation ends the run; none before its first step."""
     try:
         yield
     except Exception:
         # With several processes the others may not have failed, and saving needs all of them.
-        if distributed.world_size() == 1:
+        if distributed.world_size() == 1 and state.step:
+            watch.check()
             state.save(run)
         raise
 

@@ -93,7 +93,7 @@ def test_a_resumed_stream_goes_on_with_the_images_that_follow(folder: Path, work
         for one, other in zip(whole[start:], rest, strict=True):
             assert one.names == other.names
             assert torch.equal(one.images, other.images)
-    assert (whole[0].labels == 255).all()
+    assert (whole[0].labels == 0).all()
     assert whole[0].images.shape == (4, 3, 32, 32)
 
 
@@ -155,6 +155,22 @@ def test_what_cannot_be_read(folder: Path) -> None:
         first(iter(stream(folder, "009.tar")), 3)
     with pytest.raises(CorruptFileError, match=r"cannot read the shard pipe:cat .*/nowhere \("):
         next(iter(stream(folder, f"pipe:cat {folder}/nowhere")))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_cannot_be_used_are_named_or_skipped(folder: Path, workers: int) -> None:
+    wide = io.BytesIO()
+    Image.fromarray(np.full((40, 48), 4000, np.uint16)).save(wide, "PNG")
+    with tarfile.open(folder / "008.tar", "w") as archive:
+        for number in range(4):
+            add(archive, f"{number}.png", encoded(number) if number else wide.getvalue())
+    with pytest.raises(ValueError, match=r"^image 008.tar/0 must have 8 bits per channel, .*0 4095$"):
+        next(unlabelled_batches(stream(folder, "008.tar"), 4, workers=workers))
+    skipping = stream(folder, "008.tar")
+    skipping.images.set_on_corrupt("skip")
+    names = next(unlabelled_batches(skipping, 4, workers=workers)).names
+    assert len(names) == 4
+    assert set(names) == {f"008.tar/{number}" for number in (1, 2, 3)}
 
 
 def test_webdataset_is_needed_for_shards_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

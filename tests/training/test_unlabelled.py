@@ -1,8 +1,12 @@
 """Images without masks: which terms see them, and that the labelled images stay the same."""
 
+import dataclasses
 import json
+import struct
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,15 +17,19 @@ from torch import nn
 from sward import data
 from sward.cli.main import main
 from sward.config import DatasetConfig, DistillationConfig, TeacherConfig
-from sward.data import DatasetNotFoundError
+from sward.data import Batch, DatasetNotFoundError, unlabelled
 from sward.data.frames import frame_sums
+from sward.data.sample import Pair
+from sward.data.transforms import normalise
 from sward.data.unlabelled import UnlabelledImages, join, stream_seed
 from sward.losses import CWDLoss, KDLoss, MWADLoss, PDRLoss, SegmentationCrossEntropy, SWARDLoss
 from sward.runs import train_student
+from sward.runs.load import build_datasets
 from sward.training import loop
 from sward.training.batches import batches
+from sward.training.observation import NonFiniteLossError
 from sward.training.pseudo_labels import pseudo_labels
-from tests.support.training_runs import records, small, write_images
+from tests.support.training_runs import assert_equal_runs, checkpoint, records, small, write_images
 
 pytestmark = pytest.mark.usefixtures("few_images")
 
@@ -33,15 +41,54 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
+def squares(root: Path) -> DatasetConfig:
+    """Write ten photos with masks; the transform of such a folder rotates and fills the corners."""
+    write_images(root / "images", 10)
+    (root / "masks").mkdir()
+    for number in range(10):
+        pixels = np.zeros((48, 56), np.uint8)
+        pixels[10:30, 10:40] = 1
+        Image.fromarray(pixels).save(root / f"masks/{number}.png")
+    return DatasetConfig(name="folder", root=root, image_size=(64, 64), num_classes=2, split_by="80/20")
+
+
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """Collect the batches of the runs that follow, as the data sets give them."""
+    found: list[Batch] = []
+
+    def remember(*both: Batch) -> Batch:
+        batch = join(*both)
+        found.append(batch._replace(labels=batch.labels.clone()))
+        return batch
+
+    monkeypatch.setattr(loop, "join", remember)
+    return found
+
+
+def trained_labels(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Collect the labels that the losses of the runs that follow get."""
+    found: list[torch.Tensor] = []
+
+    def replicate(module: nn.Module, device: torch.device) -> Any:
+        def step(images: torch.Tensor, labels: torch.Tensor, *rest: Any, **options: Any) -> Any:
+            found.append(labels.clone())
+            return module(images, labels, *rest, **options)
+
+        return step
+
+    monkeypatch.setattr(loop.distributed, "replicate", replicate)
+    return found
+
+
 def scenes(**options: Any) -> data.SegmentationDataset:
     return data.build("scenes", "train", train=True, image_size=(32, 32), **options)
 
 
-def test_every_image_below_the_folders_is_taken_and_has_no_label(images: Path) -> None:
+def test_every_image_below_the_folders_is_taken(images: Path) -> None:
     dataset = UnlabelledImages([images], scenes(views=2), (32, 32), seed=0)
     assert len(dataset) == 7
     assert {dataset[index].name for index in range(7)} >= {"photos/a/0", "photos/b/1"}
-    assert all((dataset[index].labels == 255).all() for index in range(7))
+    assert all((dataset[index].labels == 0).all() for index in range(7))
     assert dataset[0].image.shape == (3, 32, 32)
     assert dataset.views == 2
     assert UnlabelledImages([images], scenes(teacher_size=(64, 64)), (32, 32), seed=0)[0].teacher_image.shape == (
@@ -102,6 +149,131 @@ def test_a_list_names_images_relative_to_itself(images: Path, tmp_path: Path) ->
         UnlabelledImages([listed], scenes(), (32, 32), seed=0)
 
 
+@pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0 JFIF", "a.png\n".encode("utf-16")], ids=["jpeg", "utf-16"])
+def test_a_file_that_is_no_list_is_named_with_what_is_wanted(images: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "one.jpg").write_bytes(content)
+    with pytest.raises(ValueError, match=r"must name folders, or text files in UTF-8 with .* got .*/one.jpg$"):
+        UnlabelledImages([images, tmp_path / "one.jpg"], scenes(), (32, 32), seed=0)
+
+
+def wide_png() -> bytes:
+    """A black PNG file of 16 bits per channel, which Pillow reads and does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 56, 48, 16, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(48 * (1 + 56 * 6)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def damage(images: Path, kind: str) -> None:
+    """Make an image of the folder useless, or two of them."""
+    path, pixels = images / "b/1.png", np.zeros((48, 56, 3), np.uint8)
+    if kind == "16-bit":
+        Image.fromarray(np.full((48, 56), 4000, np.uint16)).save(path)
+    elif kind == "16-bit colour":
+        path.write_bytes(wide_png())
+    elif kind == "pages":
+        path.unlink()
+        Image.fromarray(pixels).save(images / "b/1.tif", save_all=True, append_images=[Image.fromarray(pixels)])
+    else:
+        path.write_bytes(path.read_bytes()[:1000])
+        (images / "a/2.png").write_bytes(b"no image")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("16-bit", "b/1.png must have 8 bits per channel, got the mode I;16; state the range"),
+        ("16-bit colour", "b/1.png must have 8 bits per channel, got 16-bit colour; state"),
+        ("pages", "b/1.tif must have one page, got 2"),
+        ("cut off", r"cannot read .*a/2.png: the file is damaged or not an image .* \(and 1 more unlabelled images\)"),
+    ],
+)
+@pytest.mark.parametrize("on_corrupt", ["stop", "skip"])
+def test_images_that_cannot_be_used_are_found_before_the_run(
+    images: Path, tmp_path: Path, kind: str, message: str, on_corrupt: Literal["stop", "skip"]
+) -> None:
+    damage(images, kind)
+    options = dict(unlabelled=(images,), unlabelled_batch=7, on_corrupt=on_corrupt)
+    config = small(tmp_path / "run", dataset=squares(tmp_path / "set"), iterations=1, **options)
+    if on_corrupt == "skip" and kind == "cut off":
+        with pytest.warns(UserWarning, match="skipped: cannot read") as caught:
+            train_student(config)
+        assert len([each for each in caught if "skipped" in str(each.message)]) == 2
+        return
+    with pytest.raises(ValueError, match=message):
+        train_student(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_in_a_pack_are_not_looked_at_again(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["data", "pack", "unlabelled", "--root", str(images / "a")]) == 0
+    looked = []
+    monkeypatch.setattr(unlabelled, "check_end", lambda path, header: looked.append(path))
+    UnlabelledImages([images / "a", images / "b"], scenes(), (32, 32), seed=0).check()
+    assert sorted(looked) == [images / "b/0.png", images / "b/1.png"]
+
+
+def test_frames_without_their_masks_are_looked_at_too(tmp_path: Path) -> None:
+    folder = dataclasses.replace(squares(tmp_path / "set"), labelled_share=0.5)
+    config = small(tmp_path / "run", dataset=folder, iterations=1)
+    with_masks = {pair.name for pair in build_datasets(config)[0].pairs}
+    hidden = build_datasets(config)[0].unlabelled[0]
+    assert hidden.name not in with_masks
+    hidden.image.write_bytes(hidden.image.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"cannot read {hidden.image}: the file is damaged"):
+        train_student(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_an_image_that_fails_later_costs_no_step(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    read, reads = UnlabelledImages.read_files, []
+
+    def fail(self: UnlabelledImages, pair: Pair) -> Any:
+        reads.append(pair)
+        if len(reads) > 2 * step:
+            raise OSError("the disk is gone")
+        return read(self, pair)
+
+    def settings(name: str) -> DistillationConfig:
+        return small(tmp_path / name, unlabelled=(images,), unlabelled_batch=2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UnlabelledImages, "read_files", fail)
+        with pytest.raises(OSError, match="the disk is gone"):
+            train_student(settings("run"))
+    if step == 0:
+        assert not list((tmp_path / "run/checkpoints").iterdir())
+        return
+    assert checkpoint(tmp_path / "run")["step"] == step
+    config = settings("run")
+    config.resume = True
+    train_student(config)
+    train_student(settings("whole"))
+    assert_equal_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_is_not_saved_when_an_image_fails(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches_ = loop.batches
+
+    def one_bad(*arguments: Any, **options: Any) -> Iterator[Batch]:
+        batch = next(batches_(*arguments, **options))
+        yield batch._replace(images=batch.images * float("nan"))
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(loop, "batches", one_bad)
+    with pytest.raises(NonFiniteLossError):
+        train_student(small(tmp_path / "run", log_every=4))
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
 def test_labelled_images_come_first_and_are_those_of_a_run_without(images: Path) -> None:
     alone = batches(scenes(), 4, seed=3)
     first, second = (
@@ -112,7 +284,6 @@ def test_labelled_images_come_first_and_are_those_of_a_run_without(images: Path)
         labelled, both = next(alone), join(next(first), next(second))
         assert torch.equal(both.images[:4], labelled.images)
         assert torch.equal(both.labels[:4], labelled.labels)
-        assert (both.labels[4:] == 255).all()
         assert both.names[:4] == labelled.names
         assert len(both.names) == 6
 
@@ -172,27 +343,18 @@ def test_a_run_steps_on_both(images: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_frames_whose_masks_are_not_used_are_unlabelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = tmp_path / "set"
-    write_images(root / "images", 10)
-    for number in range(10):
-        (root / "masks").mkdir(exist_ok=True)
-        pixels = np.zeros((48, 56), np.uint8)
-        pixels[10:30, 10:40] = 1
-        Image.fromarray(pixels).save(root / f"masks/{number}.png")
-    folder = DatasetConfig(
-        name="folder", root=root, image_size=(64, 64), num_classes=2, split_by="80/20", labelled_share=0.5
-    )
-    seen: list[tuple[list[str], torch.Tensor]] = []
-    step = loop.join
-    monkeypatch.setattr(loop, "join", lambda *both: seen.append((step(*both).names, step(*both).labels)) or step(*both))
+    folder = dataclasses.replace(squares(tmp_path / "set"), labelled_share=0.5)
+    seen = joined(monkeypatch)
+    labels = trained_labels(monkeypatch)
     monkeypatch.setattr(
         UnlabelledImages, "read_mask", lambda self, pair: pytest.fail("the mask of an unlabelled frame was read")
     )
     train_student(small(tmp_path / "run", dataset=folder, iterations=2))
-    labelled, others = ({name for names, _ in seen for name in names[part]} for part in (slice(4), slice(4, None)))
+    labelled, others = ({name for batch in seen for name in batch.names[part]} for part in (slice(4), slice(4, None)))
     assert len(labelled) == len(others) == 4
     assert not labelled & others
-    assert all((labels[4:] == 255).all() and (labels[:4] != 255).any() for _, labels in seen)
+    assert len(labels) == 2
+    assert all((each[4:] == 255).all() and (each[:4] != 255).any() for each in labels)
     counted = json.loads((tmp_path / "run/labels.json").read_text())
     assert counted["train"]["masks"] == 4
     seen.clear()
@@ -214,6 +376,10 @@ def test_the_teacher_s_maps_of_unlabelled_images_are_kept_too(images: Path, tmp_
         (dict(distillation="none"), "unlabelled must be empty where distillation is 'none'"),
         (dict(unlabelled_batch=8), "unlabelled_batch must be at most 7, the number of unlabelled images, got 8"),
         (dict(unlabelled_batch=0), "unlabelled_batch must be at least 1"),
+        (
+            dict(unlabelled=(), dataset="all masks"),
+            r"labelled_share must leave a training image without its mask, .* got 0.99 of 8 images",
+        ),
         (dict(pseudo_labels=1.5), "pseudo_labels must be above 0 and at most 1 with unlabelled images .* got 1.5"),
         (dict(unlabelled=(), pseudo_labels=0.9), "pseudo_labels must be .* None without, got 0.9"),
         (dict(unlabelled=("a.tar", "b")), "unlabelled must be tar files alone, got other images too"),
@@ -224,9 +390,15 @@ def test_the_teacher_s_maps_of_unlabelled_images_are_kept_too(images: Path, tmp_
     ],
 )
 def test_what_cannot_work_is_said_before_any_step(images: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    if "dataset" in changes:
+        changes["dataset"] = dataclasses.replace(squares(tmp_path / "set"), labelled_share=0.99)
     with pytest.raises(ValueError, match=message):
         train_student(small(tmp_path / "run", **{"unlabelled": (images,), **changes}))
     assert not (tmp_path / "run").exists()
+
+
+def everywhere(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.bool)
 
 
 def test_the_teacher_s_class_is_a_label_where_it_is_sure() -> None:
@@ -238,21 +410,58 @@ def test_the_teacher_s_class_is_a_label_where_it_is_sure() -> None:
         (0.3, [[0, 0], [0, 2]], 1.0),
         (0.99, [[255, 255], [255, 255]], 0.0),
     ):
-        found, used = pseudo_labels(labels, logits, unlabelled=2, confidence=confidence, ignore_index=255)
+        found, used = pseudo_labels(labels, logits, everywhere(2, 1, 2), confidence=confidence, ignore_index=255)
         assert found.tolist() == [[[0, 1]], *[[row] for row in expected]]
         assert used.item() == share
     # At a quarter of the labels' size.
     small_logits = torch.tensor([sure, sure]).T.reshape(1, 3, 2, 1)
     found, _ = pseudo_labels(
-        torch.full((2, 4, 4), 255), small_logits.repeat(2, 1, 1, 1), unlabelled=1, confidence=0.5, ignore_index=255
+        torch.full((2, 4, 4), 255),
+        small_logits.repeat(2, 1, 1, 1),
+        everywhere(1, 4, 4),
+        confidence=0.5,
+        ignore_index=255,
     )
     assert (found[0] == 255).all()
     assert (found[1] == 0).all()
 
 
+def test_the_filled_border_gets_no_label_and_does_not_count() -> None:
+    # Sure of three pixels; of these one is outside the picture, as is the fourth.
+    logits = torch.tensor([9.0, -9.0, 9.0, 0.0]).view(1, 1, 1, 4)
+    inside = torch.tensor([[[True, True, False, False]]])
+    for confidence, share in ((0.9, 1.0), (1.0, 0.0)):
+        labels = torch.full((2, 1, 4), 255)
+        found, used = pseudo_labels(labels, logits, inside, confidence=confidence, ignore_index=255)
+        assert found.tolist() == [[[255] * 4], [[1, 0, 255, 255] if share else [255] * 4]]
+        assert used.item() == share
+
+
+def test_a_run_gives_no_labels_to_what_rotation_fills(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, batches_, labels = squares(tmp_path / "set"), joined(monkeypatch), trained_labels(monkeypatch)
+    black = normalise(torch.zeros(3, 1, 1, dtype=torch.uint8))
+    for name, confidence in (("all", 1e-6), ("without", None)):
+        config = small(tmp_path / name, dataset=dataset, iterations=2, unlabelled=(images,), pseudo_labels=confidence)
+        train_student(config)
+    for batch, seen in zip(batches_, labels, strict=True):
+        outside = batch.labels[4:] == 255
+        assert 0.02 < outside.float().mean() < 0.5
+        # Colours are jittered after the rotation, and black stays black.
+        assert (batch.images[4:] - black).abs().amax(1)[outside].max() < 0.4
+        assert torch.equal(seen[:4], batch.labels[:4])
+    for batch, seen in zip(batches_[:2], labels[:2]):
+        assert torch.equal(seen[4:] == 255, batch.labels[4:] == 255)
+    assert all((seen[4:] == 255).all() for seen in labels[2:])
+    assert [record.get("pseudo_labelled_share") for record in records(tmp_path / "all")] == [1.0, 1.0, None]
+
+
 def test_one_logit_of_the_teacher_is_the_log_odds_of_class_1() -> None:
     logits = torch.tensor([3.0, -3.0, 1.0, -1.0]).view(1, 1, 1, 4)  # probabilities of the class 0.95 and 0.73
-    found, used = pseudo_labels(torch.full((1, 1, 4), 255), logits, unlabelled=1, confidence=0.9, ignore_index=255)
+    found, used = pseudo_labels(
+        torch.full((1, 1, 4), 255), logits, everywhere(1, 1, 4), confidence=0.9, ignore_index=255
+    )
     assert found.tolist() == [[[1, 0, 255, 255]]]
     assert used.item() == 0.5
 
