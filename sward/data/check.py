@@ -209,7 +209,7 @@ class _Store:
 
     def __init__(self, dataset: PairedFiles) -> None:
         # The number changes with what is checked.
-        what = f"3 {dataset.folder.resolve()} {dataset.info.name} {dataset.info.num_classes} {dataset.decoding}"
+        what = f"4 {dataset.folder.resolve()} {dataset.info.name} {dataset.info.num_classes} {dataset.decoding}"
         what += "" if dataset.packed is None else " packed"  # whose files are not looked at to their end
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self._path = base / "sward" / f"masks-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
