@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from sward import data, distributed, layers, methods, models, presets
 from sward.config import DistillationConfig, MaskTrainingConfig, TeacherConfig, TrainingConfig
 from sward.data import DatasetInfo, SegmentationDataset
 from sward.losses import LOGITS, DistillationLoss
+from sward.losses.masks import teacher_fingerprint
+from sward.models.inputs import Renormalising
 from sward.training import checkpoints
 from sward.training.run_folder import RunFolder
 
@@ -79,6 +82,7 @@ def load_distillation(path: Path) -> LoadedDistillation | None:
     if not isinstance(config, DistillationConfig) or config.distillation == "none":
         return None
     name, teacher = load_teacher(config.teacher, config.preset, info)
+    restore_statistics(teacher, RunFolder(path))
     pair = distillation_pair(config, student, name, teacher.eval(), info)
     loss = methods.build(config.distillation, pair)
     loss.load_state_dict(checkpoints.load(RunFolder(path).last)["distillation"])
@@ -127,9 +131,12 @@ def build_network(config: TrainingConfig, num_classes: int) -> nn.Module:
     """
     weights = config.model_weights
     if weights == "imagenet":
-        return models.build_with_imagenet(config.model, num_classes, **config.model_options)
-    network = models.build(config.model, num_classes, **config.model_options)
-    if weights not in (None, "none", "random"):
+        network = models.build_with_imagenet(config.model, num_classes, **config.model_options)
+    else:
+        network = models.build(config.model, num_classes, **config.model_options)
+    if weights in (None, "none", "random", "imagenet"):
+        _say_statistics("weights", network)
+    else:
         _say(f"weights: {models.load_weights(network, Path(weights))}")
     return network
 
@@ -181,7 +188,27 @@ def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple
     network = models.build(config.name, info.num_classes, **config.options)
     if config.weights is not None:
         _say(f"teacher weights: {models.load_weights(network, config.weights)}")
+    else:
+        _say_statistics("teacher weights", network)
     return config.name, network
+
+
+def restore_statistics(teacher: nn.Module, run: RunFolder) -> None:
+    """Give the teacher of a run the input statistics that it had when the run began, if it has begun.
+
+    Earlier versions normalised with ImageNet's for every network. The checkpoints of a run hold the checksum of its
+    teacher, which covers the statistics.
+    """
+    if not isinstance(teacher, Renormalising) or teacher.renormalisation is None:
+        return
+    for path in (run.last, run.previous):
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            began = checkpoints.load(path).get("identity", {}).get("teacher")
+            stated = teacher.renormalisation
+            teacher.renormalisation = None
+            if began is not None and began != teacher_fingerprint(teacher)[:16]:
+                teacher.renormalisation = stated
+            return
 
 
 def _load_teacher_run(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple[str, nn.Module]:
@@ -232,6 +259,11 @@ def check_teacher_logits(config: TeacherConfig, info: DatasetInfo, method: str, 
             f"distillation must be a method that compares no logits for the teacher {config.name!r}, whose classifier "
             f"is not trained on {info.num_classes} classes, got {method!r}; train it with 'sward train-teacher --model'"
         )
+
+
+def _say_statistics(title: str, network: nn.Module) -> None:
+    if isinstance(network, Renormalising) and network.renormalisation is not None:
+        _say(f"{title}: images have {network.expected()}, which their source states")
 
 
 def _say(text: str) -> None:

@@ -37,6 +37,7 @@ from sward.runs.load import (
     choose_device,
     distillation_pair,
     load_teacher,
+    restore_statistics,
     student_run,
     teacher_run,
 )
@@ -99,6 +100,7 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
     teacher: FrozenTeacher | TeacherCache | None = None
     if config.distillation != "none":
         name, network = load_teacher(config.teacher, config.preset, info)
+        restore_statistics(network, RunFolder(config.output or student_run(config)))
         teacher_weights = teacher_fingerprint(network)[:16]
         network = _placed(network, config, device)
         pair = distillation_pair(config, student, name, network, info)

@@ -18,6 +18,7 @@ from sward.data import IMAGENET_MEAN, IMAGENET_STD, normalise
 from sward.models.inputs import IMAGENET, Renormalising, Statistics
 from sward.models.sources import Segmenter
 from sward.training.teacher_cache import TrunkCache
+from tests.support.transformers_folder import write_segformer
 
 HALF = Statistics((0.5,) * 3, (0.5,) * 3)
 CLIP = Statistics((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -156,18 +157,6 @@ def test_torchvisions_weights_expect_imagenets_statistics() -> None:
     assert len(names) >= 6
 
 
-def segformer(folder: Path, **processor: Any) -> None:
-    """Write a small SegFormer, with an image processor if something is said about it."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.SegformerConfig(
-        hidden_sizes=[8, 16, 24, 32], depths=[1] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=16, num_labels=3
-    )
-    transformers.SegformerForSemanticSegmentation(config).save_pretrained(folder)
-    if processor:
-        transformers.SegformerImageProcessor(do_resize=False, **processor).save_pretrained(folder)
-
-
 @pytest.mark.parametrize(
     "processor",
     [
@@ -182,7 +171,7 @@ def segformer(folder: Path, **processor: Any) -> None:
 def test_a_folder_of_transformers_gives_what_it_gives_with_its_own_processor(
     processor: dict[str, Any], tmp_path: Path
 ) -> None:
-    segformer(tmp_path, **processor)
+    write_segformer(tmp_path, **processor)
     transformers = pytest.importorskip("transformers")
     images = photos(64, 96)
     seen = transformers.AutoImageProcessor.from_pretrained(tmp_path)(list(images), return_tensors="pt")["pixel_values"]
@@ -208,8 +197,8 @@ def test_a_backbone_of_transformers_sees_its_own_statistics(tmp_path: Path) -> N
 
 
 def test_folders_without_weights_or_without_a_processor_get_imagenets_statistics(tmp_path: Path) -> None:
-    segformer(tmp_path / "plain")
-    segformer(tmp_path / "bare", image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    write_segformer(tmp_path / "plain")
+    write_segformer(tmp_path / "bare", image_mean=[0.5] * 3, image_std=[0.5] * 3)
     (tmp_path / "bare/model.safetensors").unlink()
     for folder in ("plain", "bare"):
         network: Any = models.build(f"transformers:{tmp_path / folder}", 3)
@@ -217,7 +206,7 @@ def test_folders_without_weights_or_without_a_processor_get_imagenets_statistics
 
 
 def test_what_a_processor_asks_for_in_vain_is_said(tmp_path: Path) -> None:
-    segformer(tmp_path)
+    write_segformer(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "NoSuchProcessor"}))
     with pytest.warns(UserWarning, match="image processor in .* cannot be read, so the network sees ImageNet's"):
         models.build(f"transformers:{tmp_path}", 3)
