@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +148,14 @@ def check_name(name: str) -> None:
     """Raise a ValueError that lists near matches if `name` is neither registered nor has a form of `sources.FORMS`."""
     if ":" not in name:
         describe(name)
+
+
+def origin(name: str, options: Mapping[str, Any]) -> str:
+    """Return the builder and options of a network as text; empty for sward's own ones, whose modules tell them apart.
+
+    A function of a user may keep an option where no module shows it.
+    """
+    return "" if name in _OWN else json.dumps([name, options], sort_keys=True, default=str)
 
 
 def register(description: ModelDescription, builder: Builder) -> None:
@@ -314,3 +323,6 @@ for _family, _sizes in (("sam2", tuple(HIERA_SPECS)), ("medsam2", ("tiny",))):
                 _name, _hiera_builder(_spec, _head), _spec.channels, _penultimate, **_PAPER_TEACHERS.get(_name, {})
             )
 _register_teacher("vit_small_dinov2", _build_vit_small_dinov2, (384,) * 4, "head.fuse", strides=(8,) * 4)
+
+_OWN = names()
+"""The networks of sward, without those that `register` adds later."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,11 +15,11 @@ import torch
 from torch import nn
 
 from sward import data, distributed, layers, methods, models, presets
-from sward.config import DistillationConfig, MaskTrainingConfig, TeacherConfig, TrainingConfig
+from sward.config import DatasetConfig, DistillationConfig, MaskTrainingConfig, TeacherConfig, TrainingConfig
 from sward.data import DatasetInfo, SegmentationDataset
+from sward.data.frames import frame_sums, known_images
 from sward.losses import LOGITS, DistillationLoss
-from sward.losses.masks import teacher_fingerprint
-from sward.models.inputs import Renormalising
+from sward.models.inputs import IMAGENET, Renormalising
 from sward.training import checkpoints
 from sward.training.run_folder import RunFolder
 
@@ -81,12 +83,13 @@ def load_distillation(path: Path) -> LoadedDistillation | None:
     config, info, student = load_run(path, "last")
     if not isinstance(config, DistillationConfig) or config.distillation == "none":
         return None
-    name, teacher = load_teacher(config.teacher, config.preset, info)
-    restore_statistics(teacher, RunFolder(path))
-    pair = distillation_pair(config, student, name, teacher.eval(), info)
+    teacher = load_teacher(config.teacher, config.preset, info)
+    restore_statistics(teacher.network, RunFolder(path))
+    network = teacher.network.eval()
+    pair = distillation_pair(config, student, teacher.name, network, info)
     loss = methods.build(config.distillation, pair)
     loss.load_state_dict(checkpoints.load(RunFolder(path).last)["distillation"])
-    return LoadedDistillation(config, info, student, teacher, loss.eval())
+    return LoadedDistillation(config, info, student, network, loss.eval())
 
 
 def distillation_pair(
@@ -163,8 +166,22 @@ def teacher_source(config: TeacherConfig) -> TeacherSource:
     return "library" if config.run is None and config.name.startswith("transformers:") else "run"
 
 
-def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple[str, nn.Module]:
-    """Load the name and network of the teacher from its `teacher_source`.
+@dataclass(frozen=True)
+class LoadedTeacher:
+    """A teacher with its weights."""
+
+    name: str
+    """Its name, as in `sward.models.build`."""
+    options: Mapping[str, int | str]
+    """Options of its builder."""
+    network: nn.Module
+    """The network."""
+    run: RunFolder | None = None
+    """The run that trained it, where it comes from one."""
+
+
+def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> LoadedTeacher:
+    """Load the teacher from its `teacher_source`.
 
     Raises:
         FileNotFoundError: if the run does not exist.
@@ -190,28 +207,29 @@ def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple
         _say(f"teacher weights: {models.load_weights(network, config.weights)}")
     else:
         _say_statistics("teacher weights", network)
-    return config.name, network
+    return LoadedTeacher(config.name, config.options, network)
+
+
+TEACHER_STATISTICS = "statistics of the teacher's input"
+"""Name in the identity of a run whose teacher sees others than ImageNet's."""
 
 
 def restore_statistics(teacher: nn.Module, run: RunFolder) -> None:
     """Give the teacher of a run the input statistics that it had when the run began, if it has begun.
 
-    Earlier versions normalised with ImageNet's for every network. The checkpoints of a run hold the checksum of its
-    teacher, which covers the statistics.
+    In earlier versions all networks saw ImageNet's, and checkpoints said nothing about it.
     """
     if not isinstance(teacher, Renormalising) or teacher.renormalisation is None:
         return
     for path in (run.last, run.previous):
         with contextlib.suppress(FileNotFoundError, ValueError):
-            began = checkpoints.load(path).get("identity", {}).get("teacher")
-            stated = teacher.renormalisation
-            teacher.renormalisation = None
-            if began is not None and began != teacher_fingerprint(teacher)[:16]:
-                teacher.renormalisation = stated
+            identity = checkpoints.load(path).get("identity")
+            if not isinstance(identity, dict) or TEACHER_STATISTICS not in identity:
+                teacher.expect(IMAGENET)
             return
 
 
-def _load_teacher_run(config: TeacherConfig, preset: str, info: DatasetInfo) -> tuple[str, nn.Module]:
+def _load_teacher_run(config: TeacherConfig, preset: str, info: DatasetInfo) -> LoadedTeacher:
     path = config.run or teacher_run(preset)
     # A configuration always has a name. One that is there by default asks for no network.
     usual = presets.get(preset).student.teacher if preset in presets.names() else TeacherConfig()
@@ -239,7 +257,64 @@ def _load_teacher_run(config: TeacherConfig, preset: str, info: DatasetInfo) -> 
             f"the teacher at {path} was trained on the classes {list(trained_info.classes)}, "
             f"but the data set {info.name!r} has {list(info.classes)}"
         )
-    return trained.model, network
+    return LoadedTeacher(trained.model, trained.model_options, network, RunFolder(path))
+
+
+def introduce_teacher(run: RunFolder, config: DistillationConfig, train_set: SegmentationDataset) -> None:
+    """Print what a teacher's run has learned from, and warn if it did not end or had other data than the student.
+
+    Every process of a group must call this.
+
+    Args:
+        run: the teacher's run.
+        config: configuration of the student.
+        train_set: the student's training images.
+    """
+    trained, _ = run.read()
+    frames = run.read_frames().get("train", {})
+    unusual = _has_other_data(trained.dataset, frames, config, train_set)
+    if not distributed.is_main():
+        return
+    learned_from = f"{run.path}, trained on {_place(trained.dataset)}"
+    progress = checkpoints.progress(run.last)
+    if progress is not None:
+        step, score = progress
+        # Without a list of its frames, passes over the images cannot be counted in steps.
+        length = trained.iterations or (trained.steps(len(frames)) if len(frames) >= trained.batch else None)
+        learned_from += f", step {step}" if length is None else f", step {step} of {length}"
+        if math.isfinite(score):
+            learned_from += f", best {trained.metric} on validation {100 * score:.2f} %"
+        if length is not None and step < length:
+            warnings.warn(
+                f"the teacher in {run.path} is unfinished, at step {step} of {length}; finish it with the command that "
+                "began it and --resume",
+                stacklevel=4,
+            )
+    print(f"teacher: {learned_from}")
+    if unusual:
+        warnings.warn(
+            f"the teacher in {run.path} was trained on {_place(trained.dataset)} and the student learns from "
+            f"{_place(config.dataset)}; unless that is meant, name another run with --teacher.run",
+            stacklevel=4,
+        )
+
+
+def _has_other_data(
+    teachers: DatasetConfig, frames: Mapping[str, str], config: DistillationConfig, train_set: SegmentationDataset
+) -> bool:
+    if teachers.name != config.dataset.name:
+        # Whoever names a run may want the teacher of another data set.
+        return config.teacher.run is None
+    roots = {root.resolve() for root in (teachers.root, config.dataset.root) if root is not None}
+    if len(roots) < 2:
+        return False
+    # Data that was copied or moved is the same.
+    sums = frame_sums(train_set)
+    return bool(sums) and not known_images(frames, sums)
+
+
+def _place(dataset: DatasetConfig) -> str:
+    return dataset.name if dataset.root is None else f"{dataset.name} in {dataset.root}"
 
 
 def has_teacher_run(config: TeacherConfig) -> bool:

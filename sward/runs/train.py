@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,14 +29,18 @@ from sward.data.unlabelled import UnlabelledImages
 from sward.losses import LOGITS, DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
 from sward.losses.masks import teacher_fingerprint
 from sward.losses.task import TaskLoss, median_frequency_weights
+from sward.models.inputs import Renormalising
+from sward.models.registry import origin
 from sward.models.teachers import Teacher
 from sward.runs.load import (
+    TEACHER_STATISTICS,
     build_datasets,
     build_network,
     build_split,
     check_teacher_logits,
     choose_device,
     distillation_pair,
+    introduce_teacher,
     load_teacher,
     restore_statistics,
     student_run,
@@ -96,14 +101,19 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
     # Build the student first, so that a seed gives it the same weights with and without distillation.
     torch.manual_seed(config.seed)
     student = _placed(build_network(config, info.num_classes), config, device)
-    loss, teacher_weights, frozen = None, None, None
+    loss, loaded, frozen = None, None, None
+    weights: dict[str, str] = {}
     teacher: FrozenTeacher | TeacherCache | None = None
     if config.distillation != "none":
-        name, network = load_teacher(config.teacher, config.preset, info)
-        restore_statistics(network, RunFolder(config.output or student_run(config)))
-        teacher_weights = teacher_fingerprint(network)[:16]
-        network = _placed(network, config, device)
-        pair = distillation_pair(config, student, name, network, info)
+        loaded = load_teacher(config.teacher, config.preset, info)
+        if loaded.run is not None:
+            introduce_teacher(loaded.run, config, train_set)
+        restore_statistics(loaded.network, RunFolder(config.output or student_run(config)))
+        weights["teacher"] = teacher_fingerprint(loaded.network)[:16]
+        if isinstance(loaded.network, Renormalising) and loaded.network.renormalisation is not None:
+            weights[TEACHER_STATISTICS] = str(loaded.network.expected())
+        network = _placed(loaded.network, config, device)
+        pair = distillation_pair(config, student, loaded.name, network, info)
         loss = methods.build(config.distillation, pair).to(device)
         # The teacher's own classes are labels too, if they are wanted.
         logits = () if config.pseudo_labels is None else (LOGITS,)
@@ -120,13 +130,13 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
             taps=config.teacher.taps,
         )
     try_step(student, task.to(device), loss, frozen, config, info)
-    if frozen is not None:
+    if loaded is not None and frozen is not None:
         if config.compile:
             frozen.network.compile()
         if config.teacher.cache is not None:
-            teacher = cached(frozen, config.teacher.cache)
+            teacher = cached(frozen, config.teacher.cache, origin(loaded.name, loaded.options))
     run = RunFolder(config.output or student_run(config))
-    return _fit(student, task, config, images, run, loss=loss, teacher=teacher, teacher_weights=teacher_weights)
+    return _fit(student, task, config, images, run, loss=loss, teacher=teacher, weights=weights)
 
 
 def _with_layers(
@@ -185,13 +195,14 @@ def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> Train
                 "--train-trunk, or keep random features with --model-weights random"
             )
         network.freeze_trunk()
+    weights: dict[str, str] = {}
+    if config.trunk_checkpoint is not None or not config.train_trunk:
+        # The configuration names a file, which another one may have replaced or share its name with.
+        weights["trunk"] = teacher_fingerprint(network.get_submodule("trunk"))[:16]
     network = _placed(network, config, device)
     try_step(network, task.to(device), None, None, config, train_set.info)
-    if config.cache is not None:
-        assert isinstance(network, Teacher)
-        network.trunk_cache = TrunkCache(network.trunk, config.cache)
     run = RunFolder(config.output or teacher_run(config.preset))
-    return _fit(network, task, config, _Images(train_set, validation_set, counts), run)
+    return _fit(network, task, config, _Images(train_set, validation_set, counts), run, weights=weights)
 
 
 def _make_root_absolute(config: TrainingConfig) -> None:
@@ -298,9 +309,9 @@ def _fit(
     *,
     loss: DistillationLoss | None = None,
     teacher: FrozenTeacher | TeacherCache | None = None,
-    teacher_weights: str | None = None,
+    weights: Mapping[str, str],
 ) -> TrainingResult:
-    """Train in the folder of the run; `teacher_weights` is the checksum that a resumed run must find again."""
+    """Train in the folder of the run; `weights` are checksums of networks that a resumed run must find again."""
     if config.sync_batch_norm:
         network = distributed.synchronise_batch_norm(network)
         loss = None if loss is None else distributed.synchronise_batch_norm(loss)
@@ -308,8 +319,7 @@ def _fit(
     seed_generators(distributed.rank_seed(config.seed))
     frames = _frames(images)
     identity = {f"{split} data": digest(sums) for split, sums in frames.items() if sums}
-    if teacher_weights is not None:
-        identity["teacher"] = teacher_weights
+    identity.update(weights)
     info = images.train.info
     labels = {split: found.summary(info.classes) for split, found in images.counts.items()}
     kept = KeptData(images.train.assignment, labels, frames)
@@ -328,6 +338,10 @@ def _fit(
             network.compile()
         state = first_state(step_module, config, len(images.train), identity)
         state.restore(run)
+        if isinstance(config, TeacherTrainingConfig) and config.cache is not None:
+            assert isinstance(network, Teacher)
+            # Not before: the folder is named after the weights of the trunk, which a checkpoint may have replaced.
+            network.trunk_cache = TrunkCache(network.trunk, config.cache, origin(config.model, config.model_options))
         run.start(config, info, kept)
         return fit(
             step_module,
@@ -362,12 +376,12 @@ def train_masks(config: MaskTrainingConfig) -> Path:
     dataset = build_split(config, "train", train=True)
     check_batch(config.batch, len(dataset))
     check_splits({"train": dataset}, skip_corrupt=config.on_corrupt == "skip")
-    name, teacher = load_teacher(config.teacher, config.preset, dataset.info)
-    teacher.to(device)
+    loaded = load_teacher(config.teacher, config.preset, dataset.info)
+    teacher = loaded.network.to(device)
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)
-    choice = layers.default_layers(name, teacher, config.dataset.image_size)
+    choice = layers.default_layers(loaded.name, teacher, config.dataset.image_size)
     masks = methods.new_masks(config.method, teacher, choice, config.dataset.image_size, config.teacher.taps)
     masks = masks.to(device)
     tap = methods.mask_tap(config.method, choice)

@@ -53,6 +53,18 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
+def progress(path: Path) -> tuple[int, float] | None:
+    """Return the steps and the best score of the last checkpoint of a run, without reading its weights.
+
+    None if it does not say, because it is missing, damaged or not of this library.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return int(state["step"]), float(state["best_score"])
+    except Exception:  # a changed byte can make the reader raise anything
+        return None
+
+
 def load_newest(paths: Sequence[Path]) -> dict[str, Any] | None:
     """Load the first of `paths` that exists and is intact; None if no file exists.
 

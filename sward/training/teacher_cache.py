@@ -34,14 +34,15 @@ class TeacherCache:
     Args:
         teacher: computes the features that are not there yet; every map it returns is kept.
         folder: of the cache; created if it is not there.
+        origin: what decides the features besides weights, modules and layers, see `sward.models.registry.origin`.
 
     Attributes:
         files: the entries, with counts of hits and misses.
     """
 
-    def __init__(self, teacher: FrozenTeacher, folder: Path) -> None:
+    def __init__(self, teacher: FrozenTeacher, folder: Path, origin: str = "") -> None:
         self.teacher = teacher
-        self.files = FeatureFiles(folder / fingerprint(teacher))
+        self.files = FeatureFiles(folder / _name(teacher, teacher.network, origin))
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """`images [B, 3, H, W]` -> layer -> `[B, C, h, w]`, on the device of the images."""
@@ -56,14 +57,15 @@ class TrunkCache:
     Args:
         trunk: `[B, 3, H, W]` -> list of `[B, C_i, H_i, W_i]`; in eval mode, its weights fixed from now on.
         folder: of the cache; created if it is not there.
+        origin: see `TeacherCache`.
 
     Attributes:
         files: the entries, with counts of hits and misses.
     """
 
-    def __init__(self, trunk: nn.Module, folder: Path) -> None:
+    def __init__(self, trunk: nn.Module, folder: Path, origin: str = "") -> None:
         self.trunk = trunk
-        self.files = FeatureFiles(folder / _name(trunk, trunk))
+        self.files = FeatureFiles(folder / _name(trunk, trunk, origin))
 
     @torch.compiler.disable
     def __call__(self, images: Tensor) -> list[Tensor]:
@@ -75,12 +77,18 @@ class TrunkCache:
             return {str(index): maps for index, maps in enumerate(self.trunk(images))}
 
 
-def cached(teacher: FrozenTeacher, folder: Path) -> FrozenTeacher | TeacherCache:
-    """Return the teacher with a cache: of its trunk, unless a layer inside the trunk is caught, which then must run."""
+def cached(teacher: FrozenTeacher, folder: Path, origin: str = "") -> FrozenTeacher | TeacherCache:
+    """Return the teacher with a cache: of its trunk, unless a layer inside the trunk is caught, which then must run.
+
+    Args:
+        teacher: the teacher.
+        folder: of the cache; created if it is not there.
+        origin: see `TeacherCache`.
+    """
     network = teacher.network
     if not isinstance(network, Teacher) or any(layer.split(".")[0] == "trunk" for layer in teacher.layers):
-        return TeacherCache(teacher, folder)
-    network.trunk_cache = TrunkCache(network.trunk, folder)
+        return TeacherCache(teacher, folder, origin)
+    network.trunk_cache = TrunkCache(network.trunk, folder, origin)
     return teacher
 
 
@@ -160,12 +168,8 @@ class FeatureFiles:
             )
 
 
-def fingerprint(teacher: FrozenTeacher) -> str:
-    """Hash everything that determines a teacher's features besides the image: weights, modules, settings, layers."""
-    return _name(teacher, teacher.network)
-
-
-def _name(settled: FrozenTeacher | nn.Module, network: nn.Module) -> str:
+def _name(settled: FrozenTeacher | nn.Module, network: nn.Module, origin: str) -> str:
+    """Hash what determines a teacher's features besides the image: weights, modules, settings, layers, origin."""
     # Every plain attribute, so that settings added later are included.
     settings = {
         name: str(value)
@@ -176,6 +180,8 @@ def _name(settled: FrozenTeacher | nn.Module, network: nn.Module) -> str:
     # All that can differ in these trunks of one class and weights is among their settings, and caches of them exist.
     if not isinstance(network, DINOv2Trunk | HieraDemoTrunk):
         decisive.append([(name, *_construction(module)) for name, module in network.named_modules()])
+    if origin:  # Not otherwise: caches without one exist.
+        decisive.append(origin)
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:24]
 
 

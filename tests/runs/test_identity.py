@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sward import models
 from sward.cli.main import main
 from sward.config import DatasetConfig, DistillationConfig, TeacherConfig, TeacherTrainingConfig
 from sward.data import DatasetNotFoundError
@@ -122,6 +123,62 @@ def test_a_run_is_not_resumed_with_another_teacher(tmp_path: Path) -> None:
     train_student(student("one"))
     refuse(student("other", resume=True), "the teacher must be that with which the run in .* began, got another one")
     train_student(student("one", resume=True))
+
+
+def head_on(trunk: Path, output: Path, cache: Path, **changes: Any) -> TeacherTrainingConfig:
+    return TeacherTrainingConfig(
+        **dict(
+            model="hiera_demo", trunk_checkpoint=trunk, dataset=DatasetConfig("scenes", image_size=(32, 32), views=1),
+            batch=4, iterations=2, cache=cache, output=output,
+        ) | changes
+    )  # fmt: skip
+
+
+@pytest.fixture
+def trunks(tmp_path: Path) -> list[Path]:
+    """Leave two trunks in `a/w.pt` and `b/w.pt`."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        torch.save(models.build("hiera_demo", 2).trunk.state_dict(), tmp_path / name / "w.pt")
+    return [tmp_path / name / "w.pt" for name in ("a", "b")]
+
+
+@pytest.mark.usefixtures("few_images")
+@pytest.mark.parametrize("train_trunk", [False, True])
+def test_a_teachers_run_is_not_resumed_with_another_trunk(
+    trunks: list[Path], train_trunk: bool, tmp_path: Path
+) -> None:
+    run, caches = tmp_path / "run", [None, None] if train_trunk else [tmp_path / "cache a", tmp_path / "cache b"]
+    options: dict[str, Any] = dict(train_trunk=train_trunk)
+    train_teacher(head_on(trunks[0], run, caches[0], **options))
+    before = contents(run)
+    longer: dict[str, Any] = dict(iterations=4, resume=True, **options)
+    with pytest.raises(ValueError, match=r"the trunk must be that with which the run in .* began, got another one"):
+        train_teacher(head_on(trunks[1], run, caches[1], **longer))
+    assert contents(run) == before
+    assert not (tmp_path / "cache b").exists()
+    (tmp_path / "moved").mkdir()
+    trunks[0].rename(tmp_path / "moved/w.pt")
+    train_teacher(head_on(tmp_path / "moved/w.pt", run, caches[0], **longer))
+    assert checkpoints.load(run / "checkpoints/last.pt")["step"] == 4
+
+
+@pytest.mark.usefixtures("few_images")
+def test_maps_of_a_restored_trunk_are_never_kept_as_those_of_another_one(trunks: list[Path], tmp_path: Path) -> None:
+    train_teacher(head_on(trunks[0], tmp_path / "run", tmp_path / "cache a"))
+    last = tmp_path / "run/checkpoints/last.pt"
+    state = checkpoints.load(last)
+    del state["identity"]["trunk"]  # as in runs of earlier versions, which are resumed
+    checkpoints.save(last, state)
+    # Under its own name the trunk finds its maps; nothing goes under the name of the other one.
+    kept = contents(tmp_path / "cache a")
+    shutil.copytree(tmp_path / "cache a", tmp_path / "cache b")
+    resumed = head_on(trunks[1], tmp_path / "run", tmp_path / "cache b", iterations=4, resume=True)
+    train_teacher(resumed)
+    (folder,) = (tmp_path / "cache b").iterdir()
+    assert folder.name == next(iter(kept)).parent.name
+    train_teacher(head_on(trunks[1], tmp_path / "fresh", tmp_path / "cache b"))
+    assert len(list((tmp_path / "cache b").iterdir())) == 2
 
 
 def test_scores_are_named_by_all_that_identifies_them(trained: Path) -> None:

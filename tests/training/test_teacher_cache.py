@@ -4,8 +4,10 @@ import errno
 import hashlib
 import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,10 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sward import data, models
-from sward.config import DatasetConfig, DistillationConfig, MaskTrainingConfig, SWARDConfig, TeacherConfig
+from sward.config import (
+    DatasetConfig,
+    DistillationConfig,
+    MaskTrainingConfig,
+    SWARDConfig,
+    TeacherConfig,
+    TeacherTrainingConfig,
+)
 from sward.losses import LOGITS
 from sward.losses.masks import teacher_fingerprint
-from sward.runs import train_masks, train_student
+from sward.models.registry import origin
+from sward.models.teachers import Teacher
+from sward.runs import train_masks, train_student, train_teacher
 from sward.runs.load import build_split
 from sward.training import FrozenTeacher, teacher_cache
 from sward.training.teacher_cache import TeacherCache, TrunkCache
@@ -208,6 +219,101 @@ def test_a_run_is_the_same_from_an_empty_and_from_a_full_cache_and_close_to_one_
         views |= {dataset[index].image.numpy().tobytes() for index in range(len(dataset))}
     assert 18 < len(views) <= 36
     assert len(list((tmp_path / "cache").glob("*/*"))) == len(views)
+
+
+class Gain(nn.Module):
+    """A network that keeps its option where nobody looks."""
+
+    def __init__(self, gain: float = 1) -> None:
+        super().__init__()
+        self.stage = nn.Conv2d(3, 8, 3, stride=8, padding=1)
+        self.head = nn.Conv2d(8, 5, 1)
+        self._gain = gain
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self._gain * self.stage(images))
+
+
+class Pyramid(nn.Module):
+    """A trunk around such a network."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.inner = Gain(gain)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        maps = self.inner(images)
+        return [F.avg_pool2d(maps, side) for side in (1, 2, 4, 4)]
+
+
+class Last(nn.Module):
+    """A head that returns the last of its maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.scale * maps[-1]
+
+
+@pytest.fixture
+def mynets(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("mynets")
+    vars(module).update(teacher=Gain, pyramid=lambda gain=1: Teacher(Pyramid(gain), Last()))
+    monkeypatch.setitem(sys.modules, "mynets", module)
+
+
+@pytest.mark.usefixtures("few_images", "mynets")
+def test_an_option_that_no_module_shows_has_entries_of_its_own(tmp_path: Path) -> None:
+    def distil(gain: int, name: str, cached: bool = True) -> list[float]:
+        teacher = TeacherConfig(
+            untrained=True,
+            name="mynets:teacher",
+            options={"gain": gain},
+            cache=tmp_path / "cache" if cached else None,
+        )
+        return losses(train_student(small(tmp_path, name, teacher=teacher, distillation="kd", iterations=1)).run)
+
+    first, third = distil(1, "first"), distil(3, "third")
+    assert third == pytest.approx(distil(3, "third without", cached=False), rel=1e-5)
+    assert third != pytest.approx(first, rel=1e-3)
+    filled = sorted((tmp_path / "cache").glob("*/*"))
+    assert distil(1, "again") == first
+    assert sorted((tmp_path / "cache").glob("*/*")) == filled
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.usefixtures("few_images", "mynets")
+def test_a_student_reads_what_its_teacher_with_such_options_kept(tmp_path: Path) -> None:
+    for gain in (1, 3):
+        teacher = TeacherTrainingConfig(
+            model="mynets:pyramid",
+            model_options={"gain": gain},
+            model_weights="random",
+            dataset=DatasetConfig(name="scenes", image_size=(64, 64), views=2),
+            batch=6,
+            iterations=3,
+            cache=tmp_path / "cache",
+            output=tmp_path / f"teacher{gain}",
+        )
+        train_teacher(teacher)
+    filled = sorted((tmp_path / "cache").glob("*/*"))
+    assert len({path.parent for path in filled}) == 2
+    distilled = TeacherConfig(run=tmp_path / "teacher3", cache=tmp_path / "cache")
+    train_student(small(tmp_path, "run", teacher=distilled, distillation="kd", iterations=3))
+    assert sorted((tmp_path / "cache").glob("*/*")) == filled
+
+
+def test_the_builder_counts_for_other_networks_than_those_of_sward() -> None:
+    assert origin("vit_small_dinov2", {"token_stride": 14}) == origin("hiera_demo", {}) == ""
+    others = [
+        origin(name, options)
+        for name in ("mynets:teacher", "timm:convnext_atto", "registered later")
+        for options in ({}, {"gain": 1}, {"gain": 3})
+    ]
+    assert len({*others, ""}) == 10
+    assert origin("a:b", {"c": 1, "d": 2}) == origin("a:b", {"d": 2, "c": 1})
 
 
 @pytest.mark.usefixtures("few_images")
