@@ -87,8 +87,8 @@ class DatasetConfig:
     """Share of the training masks to use, drawn by hash of the frames' names (short: `--labelled-share`). A student
     with a teacher takes the other frames as unlabelled images; other runs leave them out."""
     group_by: str | None = None
-    """For a `folder` whose split is drawn, keep groups of frames together: a regular expression that finds the group
-    in a frame's name, or a CSV file with the columns `frame_id` and `group` (short: `--group-by`)."""
+    """For a `folder`, keep groups of frames in one split: a regular expression that finds the group in a frame's name,
+    or a CSV file with the columns `frame_id` and `group` (short: `--group-by`). A split that breaks one is refused."""
     image_range: tuple[float, float] | None = None
     """Values that become black and white in images with more than 8 bits per channel; None refuses such images."""
     workers: int = 0
@@ -118,11 +118,24 @@ class DatasetConfig:
         )
 
     def check(self) -> None:
-        """Raise a ValueError if a number is out of its range."""
+        """Raise a ValueError if a number is out of its range, or an option is not one of the data set."""
         _check_number("dataset.image_size", min(self.image_size), 1)
         _check_number("dataset.num_classes", self.num_classes, 2)
         _check_number("dataset.workers", self.workers, 0)
         _check_number("dataset.views", self.views, 1)
+        if self.name != "folder":
+            self._refuse_folder_options()
+
+    def _refuse_folder_options(self) -> None:
+        for option in dataclasses.fields(FolderOptions):
+            value = getattr(self, option.name)
+            # The seed also draws the frames of labelled_share.
+            if value == option.default or (option.name == "split_seed" and self.labelled_share < 1):
+                continue
+            default, got = ("empty", ", ".join(value)) if option.default == () else (option.default, repr(value))
+            raise ValueError(
+                f"dataset.{option.name} must be {default} for {self.name}, got {got}; only a folder has this option"
+            )
 
 
 @dataclass

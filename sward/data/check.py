@@ -54,13 +54,19 @@ class LabelCounts:
         return int(((self.pixels[:, 0] > 0) & (self.pixels[:, 1:-1].sum(1) == 0)).sum())
 
 
-def check_splits(splits: Mapping[str, SegmentationDataset], *, skip_corrupt: bool = False) -> dict[str, LabelCounts]:
+def check_splits(
+    splits: Mapping[str, SegmentationDataset],
+    *,
+    compared: Mapping[str, SegmentationDataset] | None = None,
+    skip_corrupt: bool = False,
+) -> dict[str, LabelCounts]:
     """Check every frame of the splits of a data set that have files; every process of a group must call this.
 
     Warns of masks that are all background, and of images with the same bytes in two splits.
 
     Args:
         splits: name of the split -> data set. `"train"` must hold every class.
+        compared: further splits, whose images are compared with those of `splits` and whose masks are not read.
         skip_corrupt: leave out training masks that cannot be read.
 
     Raises:
@@ -73,7 +79,7 @@ def check_splits(splits: Mapping[str, SegmentationDataset], *, skip_corrupt: boo
             found[name] = count_labels(dataset, skip_corrupt=skip_corrupt and name == "train")
             _judge(name, dataset, found[name])
     if distributed.is_main():
-        _warn_of_copies(splits)
+        _warn_of_copies({**splits, **(compared or {})})
     return found
 
 
@@ -100,9 +106,11 @@ def find_copies(splits: Mapping[str, Sequence[Pair]]) -> list[tuple[tuple[str, s
 
 def _warn_of_copies(splits: Mapping[str, SegmentationDataset]) -> None:
     files = {name: dataset.pairs for name, dataset in splits.items() if isinstance(dataset, PairedFiles)}
-    found = find_copies(files)
-    if found:
-        (split, name), (other_split, other_name) = found[0]
+    copies: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for (split, name), (other_split, other_name) in find_copies(files):
+        copies.setdefault((split, other_split), []).append((name, other_name))
+    for (split, other_split), found in copies.items():
+        name, other_name = found[0]
         warnings.warn(
             f"{len(found)} images of {other_split} have the same bytes as images of {split}, such as {other_name} and "
             f"{name}; their scores say little about new images",

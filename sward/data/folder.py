@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sward.data.files import PairedFiles
-from sward.data.layouts import SOURCE, SPLITS, Layout, find_layout, table_pairs
-from sward.data.lists import draw_splits, is_ratio, listed_splits
+from sward.data.layouts import SOURCE, Layout, find_layout, table_pairs
+from sward.data.lists import SPLITS, check_groups, draw_splits, is_ratio, listed_splits
 from sward.data.masks import MaskValues, parse_values
 from sward.data.sample import IGNORE_INDEX, DatasetInfo, DatasetNotFoundError, Pair, voc_palette
 from sward.data.transforms import EvaluationTransform, street_training
@@ -40,7 +40,7 @@ class FolderOptions:
     """Seed of a split that is drawn."""
     group_by: str | None = None
     """Frames with the same group are never in two splits: a regular expression that finds the group in the name of a
-    frame, or a CSV file with the columns `frame_id` and `group`."""
+    frame, or a CSV file with the columns `frame_id` and `group`. A training set whose split is given is checked."""
 
     @property
     def values(self) -> MaskValues | None:
@@ -66,7 +66,7 @@ class ImageFolder(PairedFiles):
         image_size: `(height, width)`.
         info: from `describe`.
         split_by: for a folder without splits: shares of train, val and test such as `"80/10/10"`, or the path of a
-            list; see `sward.data.lists`.
+            list; see `sward.data.lists`. A list holds before the column `split` of a table.
         train: use the training transform instead of the evaluation transform.
         seed: seed of the augmentation.
         options: what the folder does not say about itself.
@@ -76,7 +76,7 @@ class ImageFolder(PairedFiles):
 
     Raises:
         DatasetNotFoundError: a sub-folder is missing or contains no image.
-        ValueError: an image has no mask, or the split is missing or contradicts the folder.
+        ValueError: an image has no mask, the split is missing or contradicts the folder, or a group is in two splits.
     """
 
     def __init__(
@@ -101,6 +101,10 @@ class ImageFolder(PairedFiles):
             pairs = _of_layout(layout, split, split_by)
         if root.is_file() or not layout.has_splits:
             pairs, assignment = _assigned(pairs, assignment, split, split_by, options)
+        # Scores of other images, which may have other names, need no groups.
+        if train and options.group_by is not None:
+            frames = assignment.items() if root.is_file() or not layout.has_splits else _split_frames(layout)
+            check_groups(frames, options.group_by)
         if not pairs:
             raise DatasetNotFoundError(f"the folder data set in {root} has no frame in the split {split}; {SOURCE}")
         transform = street_training(image_size, resize_first=True) if train else EvaluationTransform(image_size)
@@ -136,6 +140,11 @@ def _of_layout(layout: Layout, split: str, split_by: str | None) -> list[Pair]:
     return layout.pairs(split)
 
 
+def _split_frames(layout: Layout) -> list[tuple[str, str]]:
+    """Return the frames of train, val and test with their splits."""
+    return [(frame, split) for split in layout.splits() if split in SPLITS for frame in layout.images_of(split)]
+
+
 def _assigned(
     pairs: list[Pair], assigned: dict[str, str], split: str, split_by: str | None, options: FolderOptions
 ) -> tuple[list[Pair], dict[str, str]]:
@@ -148,6 +157,10 @@ def _assigned(
     if split_by is None and not assigned:
         raise ValueError("split_by must be set for a folder without train and val, got None; pass --split 80/10/10")
     if split_by is not None and is_ratio(split_by):
+        if assigned:
+            raise ValueError(
+                f"split_by must be None or the path of a list for a table with the column split, got {split_by!r}"
+            )
         assigned = draw_splits(names, split_by, seed=options.split_seed, group_by=options.group_by)
     elif split_by is not None:
         assigned = listed_splits(split_by, split, choices="shares such as '80/10/10'")

@@ -24,14 +24,12 @@ from pathlib import Path
 
 from sward.data.files import list_images, natural_order, similar
 from sward.data.images import SUFFIXES
-from sward.data.lists import read_table
+from sward.data.lists import SPLIT_OF, SPLITS, meant_split, read_table
 from sward.data.sample import DatasetNotFoundError, Pair
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
 MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "gt")
 SUFFIXES_OF_MASKS = ("", "_mask", "-mask", "_label", "_labels", "_gt", "_seg", "_segmentation")
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-"""Name of a split -> the names that its folder may have."""
 SOURCE = (
     "a folder data set has the folders images and masks, or images/train, masks/train, images/val and masks/val, with "
     "a mask of the same name for every image"
@@ -61,8 +59,7 @@ class Layout:
         before, _, after = self.images.partition("{split}")
         parent = self.folder / before
         found = [path.name for path in parent.iterdir() if path.is_dir() and (parent / f"{path.name}{after}").is_dir()]
-        usual = {name: split for split, names in SPLITS.items() for name in names}
-        return sorted({usual.get(name, name) for name in found if not name.startswith(".")})
+        return sorted({SPLIT_OF.get(name, name) for name in found if not name.startswith(".")})
 
     def pairs(self, split: str | None = None) -> list[Pair]:
         """Return the frames of a split, or of the whole folder where it has no splits.
@@ -78,9 +75,7 @@ class Layout:
                     f"the folder data set in {self.folder} is incomplete: there is no folder {place}; {SOURCE}"
                 )
         masks = list_tree(mask_folder)
-        images = list_tree(image_folder)
-        if image_folder == mask_folder:
-            images = {name: path for name, path in images.items() if not _is_mask(name, pattern)}
+        images = self.images_of(split)
         if not images:
             place = image_folder.relative_to(self.folder)
             raise DatasetNotFoundError(
@@ -93,6 +88,18 @@ class Layout:
                 raise ValueError(_no_mask(image, name, mask_folder, masks))
             found.append(Pair(name, image, mask))
         return found
+
+    def images_of(self, split: str | None = None) -> dict[str, Path]:
+        """Map the names of the frames of a split, or of the whole folder, to their images, with or without masks.
+
+        Raises:
+            DatasetNotFoundError: there is no folder of images.
+        """
+        image_folder, mask_folder, pattern = self._places(split)
+        images = list_tree(image_folder)
+        if image_folder == mask_folder:
+            images = {name: path for name, path in images.items() if not _is_mask(name, pattern)}
+        return images
 
     def _places(self, split: str | None) -> tuple[Path, Path, str]:
         """Return the folders of images and masks, and the name of a mask in its folder."""
@@ -190,7 +197,7 @@ def table_pairs(table: Path) -> tuple[list[Pair], dict[str, str]]:
     Paths are relative to the folder of the table. Returns the frames, and frame -> split where there is that column.
 
     Raises:
-        ValueError: a column is missing, or a frame is listed twice.
+        ValueError: a column is missing, a frame is listed twice, or a word is no split.
         FileNotFoundError: a file does not exist.
     """
     pairs, assigned = [], {}
@@ -202,8 +209,9 @@ def table_pairs(table: Path) -> tuple[list[Pair], dict[str, str]]:
             if not path.is_file():
                 raise FileNotFoundError(f"there is no file {path}, which {table} names")
         pairs.append(pair)
-        if row.get("split"):
-            assigned[pair.name] = row["split"].lower()
+        split = meant_split(row.get("split", ""), pair.name, table)
+        if split:
+            assigned[pair.name] = split
     names = [pair.name for pair in pairs]
     doubled = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if doubled is not None:

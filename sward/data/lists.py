@@ -7,8 +7,13 @@ import hashlib
 import io
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+"""Name of a split -> the names that its folder, and the words that a list or table, may have for it."""
+SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
+"""Name of a folder, or word in lower case -> the split that it stands for."""
 
 
 def listed(split_by: str, split: str, *, choices: str = "'sequence', 'ratio'") -> tuple[list[str], Path]:
@@ -22,7 +27,7 @@ def listed(split_by: str, split: str, *, choices: str = "'sequence', 'ratio'") -
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it is neither, or names a frame in two splits.
+        ValueError: it is neither, names a frame in two splits, or has a word that is no split.
     """
     path = Path(split_by.replace("{split}", split))
     if not path.is_file():
@@ -46,7 +51,7 @@ def listed_splits(split_by: str, split: str, *, choices: str = "'sequence', 'rat
         FileNotFoundError, ValueError: as in `listed`; also if two files name a frame.
     """
     assigned: dict[str, str] = {}
-    for each in ("train", "val", "test"):
+    for each in SPLITS:
         if each != split and "{split}" in split_by and not Path(split_by.replace("{split}", each)).is_file():
             continue
         for name in listed(split_by, each, choices=choices)[0]:
@@ -56,19 +61,32 @@ def listed_splits(split_by: str, split: str, *, choices: str = "'sequence', 'rat
 
 
 def read_assignment(path: Path) -> dict[str, str]:
-    """Read a CSV file with the columns `frame_id` and `split` as frame -> split, in lower case.
+    """Read a CSV file with the columns `frame_id` and `split` as frame -> split; `""` for a frame in none.
 
     Raises:
-        ValueError: a column is missing, or a frame is in two splits.
+        ValueError: a column is missing, a frame is in two splits, or a word is no split.
     """
     assigned: dict[str, str] = {}
     for row in read_table(path, ("frame_id", "split")):
-        name, split = _composed(row["frame_id"]), row["split"].lower()
+        name = _composed(row["frame_id"])
+        split = meant_split(row["split"], name, path)
         if assigned.setdefault(name, split) != split:
             raise ValueError(
                 f"frame {name!r} must be in one split, got {assigned[name]} and {split} in the split list {path}"
             )
     return assigned
+
+
+def meant_split(word: str, frame: str, file: Path) -> str:
+    """Return the split that a file means by a word for a frame; `""` for no word.
+
+    Raises:
+        ValueError: the word is no split.
+    """
+    split = SPLIT_OF.get(word.lower(), "")
+    if word and not split:
+        raise ValueError(f"the split of frame {frame!r} in {file} must be train, val, test or empty, got {word!r}")
+    return split
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
@@ -146,6 +164,27 @@ def draw_splits(names: Sequence[str], ratio: str, *, seed: int = 0, group_by: st
     return {name: assigned[name] for name in names}
 
 
+def check_groups(frames: Collection[tuple[str, str]], group_by: str) -> None:
+    """Check that a split keeps groups together.
+
+    Args:
+        frames: frames with their splits.
+        group_by: as in `draw_splits`.
+
+    Raises:
+        ValueError: a frame has no group, or a group is in two splits.
+    """
+    groups = _groups([frame for frame, _ in frames], group_by)
+    first: dict[str, tuple[str, str]] = {}
+    for frame, split in frames:
+        other, other_split = first.setdefault(groups[frame], (frame, split))
+        if other_split != split:
+            raise ValueError(
+                f"every group of group_by must be in one split, got {groups[frame]!r} in {other_split} and {split}, "
+                f"with the frames {other!r} and {frame!r}"
+            )
+
+
 def choose_share(names: Sequence[str], share: float, *, seed: int = 0) -> set[str]:
     """Return the frames that make up a share of all, at least one, by the SHA-256 of the seed and their names.
 
@@ -176,7 +215,7 @@ def _groups(names: Sequence[str], group_by: str | None) -> dict[str, str]:
                 f"group_by must be a regular expression or a CSV file, got {group_by!r} ({error})"
             ) from error
         found = {name: match and match.group(1 if match.re.groups else 0) for name, match in matches.items()}
-    missing = next((name for name, group in found.items() if group is None), None)
+    missing = next((name for name, group in found.items() if not group), None)
     if missing is not None:
         raise ValueError(f"group_by must give every frame a group, got none for {missing!r} with {group_by}")
     return {name: group or "" for name, group in found.items()}

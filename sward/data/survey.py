@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sward.data.files import shortened
 from sward.data.images import LOSSY, Header, check_end, open_image
 from sward.data.layouts import find_layout, table_pairs
 from sward.data.masks import TOLERANCE, UNCLEAR_SHARE, colours, indices
@@ -23,6 +24,7 @@ from sward.data.sample import IGNORE_INDEX, Pair
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+BLACK_AND_WHITE = ("0", "255")
 MOST_CLASSES = 32
 """With more values than this, a mask is a photo or has soft edges, not classes."""
 
@@ -37,6 +39,10 @@ class Survey:
     """Patterns of images and masks."""
     has_splits: bool
     """Whether the folder says which frame belongs to which split."""
+    images: str | None = None
+    """The pattern of the folder of images that was given."""
+    masks: str | None = None
+    """The pattern of a mask that was given."""
     frames: dict[str, int] = field(default_factory=dict)
     """Split -> number of images; `"all"` where the folder has no splits."""
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -45,6 +51,8 @@ class Survey:
     """Value or colour in the masks -> pixels."""
     lossy: int = 0
     """Masks in a format that changes values."""
+    exact: set[str] = field(default_factory=set)
+    """Values or colours of the other masks."""
     turned: int = 0
     """Images with an EXIF orientation."""
     wide: Counter[str] = field(default_factory=Counter)
@@ -72,7 +80,10 @@ class Survey:
     @property
     def command(self) -> str:
         """The command that trains a student on the folder."""
-        words = ["sward", "train", "own", "--data", str(self.root), "--classes", ",".join(self.classes)]
+        words = ["sward", "train", "own", "--data", str(self.root)]
+        for option, pattern in (("--images", self.images), ("--masks", self.masks)):
+            words += [] if pattern is None else [option, pattern]
+        words += ["--classes", ",".join(self.classes)]
         if self.mask_values:
             words += ["--mask-values", ",".join(self.mask_values)]
         if not self.has_splits:
@@ -81,10 +92,16 @@ class Survey:
             words += ["--dataset.image-range", "0", f"{self.highest:g}"]
         return shlex.join(words)
 
+    @property
+    def is_lossy_black_and_white(self) -> bool:
+        """Whether masks have changed values that can only be meant as 0 and 255: no exact mask holds another value."""
+        has_colours = any(value.startswith("#") for value in self.values)
+        return bool(self.lossy) and self.exact <= set(BLACK_AND_WHITE) and not has_colours
+
     def _distinct(self) -> list[str]:
-        if self.lossy and not any(value.startswith("#") for value in self.values):
-            return ["0", "255"]
-        return sorted(self.values, key=lambda value: (0, int(value)) if value.isdecimal() else (1, int(value[1:], 16)))
+        if self.is_lossy_black_and_white:
+            return list(BLACK_AND_WHITE)
+        return sorted(self.values, key=_order)
 
 
 class _Look(NamedTuple):
@@ -119,6 +136,7 @@ def survey(root: Path, *, images: str | None = None, masks: str | None = None) -
         found.sizes[look.size] += 1
         found.values.update(look.values)
         found.lossy += look.lossy
+        found.exact.update([] if look.lossy else look.values)
         found.turned += look.turned
         found.wide.update([look.wide] if look.wide else [])
         found.highest = max(found.highest, look.highest)
@@ -140,7 +158,7 @@ def _frames(root: Path, images: str | None, masks: str | None) -> tuple[Mapping[
     else:
         layout = find_layout(root, images, masks)
         frames = {split: layout.pairs(split) for split in layout.splits()} or {"all": layout.pairs()}
-        found = Survey(root, f"images {layout.images}, masks {layout.masks}", layout.has_splits)
+        found = Survey(root, f"images {layout.images}, masks {layout.masks}", layout.has_splits, images, masks)
     found.frames = {split: len(listed) for split, listed in frames.items()}
     return frames, found
 
@@ -197,15 +215,19 @@ def _judge(found: Survey) -> list[str]:
             f"the folder must have the splits train and val, got {', '.join(found.frames)}; move some images, or "
             "name the folders with --images and --masks"
         )
-    numbers = not any(value.startswith("#") for value in found.values)
     total = sum(found.values.values())
-    if found.lossy and numbers:
+    if found.is_lossy_black_and_white:
         unclear = sum(count for value, count in found.values.items() if TOLERANCE < int(value) < 255 - TOLERANCE)
         if unclear > UNCLEAR_SHARE * total:
             problems.append(
                 f"{found.lossy} masks are JPEG, which changes values, and {unclear / total:.0%} of the pixels are "
                 "neither near 0 nor near 255; export them as PNG"
             )
+    elif found.lossy and found.exact:
+        problems.append(
+            f"{found.lossy} masks are JPEG, which changes values, and the others hold "
+            f"{shortened(sorted(found.exact, key=_order), 8)}; export them all as PNG"
+        )
     elif len(found.values) > MOST_CLASSES:
         problems.append(
             f"the masks must have at most {MOST_CLASSES} values to suggest classes, got {len(found.values)}; name the "
@@ -214,6 +236,10 @@ def _judge(found: Survey) -> list[str]:
     if len(found.classes) < 2 and not problems:
         problems.append(f"the masks must have two values at least, got {', '.join(found.values) or 'none'}")
     return problems
+
+
+def _order(value: str) -> tuple[int, int]:
+    return (0, int(value)) if value.isdecimal() else (1, int(value[1:], 16))
 
 
 def _are_indices(found: list[str]) -> bool:

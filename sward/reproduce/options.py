@@ -80,11 +80,16 @@ class Options:
     """Print every run with its configuration and estimated cost, and exit."""
 
     def check(self) -> None:
-        """Raise a `ValueError` for an unknown preset and for options that contradict each other."""
+        """Raise a `ValueError` for a preset that cannot be used, and for options that contradict each other."""
         if self.preset is not None:
-            presets.get(self.preset)
+            preset = presets.get(self.preset)
             if self.what.startswith("table") or self.what in OWN_PRESETS:
                 raise ValueError(f"preset must be None for {self.what}, got {self.preset!r}; use methods instead")
+            if preset.student.dataset.name == "folder":
+                raise ValueError(
+                    f"preset must be one that names its data set, got {self.preset!r}, which is for a folder of yours; "
+                    "use sward train"
+                )
         if self.iterations is not None and self.epochs is not None:
             raise ValueError(f"only one of iterations and epochs may be set, got {self.iterations} and {self.epochs}")
         for name in ("seeds", "iterations", "epochs"):

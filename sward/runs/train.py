@@ -22,6 +22,7 @@ from sward.config import (
 )
 from sward.data import DatasetInfo, SegmentationDataset
 from sward.data.check import LabelCounts, check_splits
+from sward.data.files import PairedFiles
 from sward.data.frames import digest, frame_sums, known_images
 from sward.data.masks import parse_values
 from sward.data.shards import ImageShards, is_shards
@@ -220,7 +221,21 @@ def _check_data(
             f"metric must be 'mean_iou' or 'mean_dice' unless the data set has two classes, got 'dice' with "
             f"{train_set.info.num_classes} classes"
         )
-    return check_splits({"train": train_set, "val": validation_set}, skip_corrupt=config.on_corrupt == "skip")
+    return check_splits(
+        {"train": train_set, "val": validation_set},
+        compared=_test_split(config, train_set),
+        skip_corrupt=config.on_corrupt == "skip",
+    )
+
+
+def _test_split(config: TrainingConfig, train_set: SegmentationDataset) -> dict[str, SegmentationDataset]:
+    """Return the test split of files if there is a complete one, which no training needs."""
+    if not isinstance(train_set, PairedFiles):
+        return {}
+    try:
+        return {"test": build_split(config, "test", train=False)}
+    except (ValueError, FileNotFoundError):
+        return {}
 
 
 def _unlabelled(config: DistillationConfig, train_set: SegmentationDataset) -> UnlabelledImages | ImageShards | None:
@@ -338,10 +353,13 @@ def _fit(
             network.compile()
         state = first_state(step_module, config, len(images.train), identity)
         state.restore(run)
-        if isinstance(config, TeacherTrainingConfig) and config.cache is not None:
+        if isinstance(config, TeacherTrainingConfig) and not config.train_trunk:
             assert isinstance(network, Teacher)
-            # Not before: the folder is named after the weights of the trunk, which a checkpoint may have replaced.
-            network.trunk_cache = TrunkCache(network.trunk, config.cache, origin(config.model, config.model_options))
+            # Not before: the checkpoint of an earlier version may hold another trunk than the file that is named now.
+            state.identity["trunk"] = teacher_fingerprint(network.trunk)[:16]
+            if config.cache is not None:
+                name = origin(config.model, config.model_options)
+                network.trunk_cache = TrunkCache(network.trunk, config.cache, name)
         run.start(config, info, kept)
         return fit(
             step_module,

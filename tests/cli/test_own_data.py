@@ -1,6 +1,9 @@
 """The short options of a folder of one's own, and the whole way from its masks to a run."""
 
+import re
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from PIL import Image
 
 from sward.cli.main import main
 from sward.cli.own_data import expand
+from sward.config import DatasetConfig
 from sward.training.run_folder import RunFolder
 
 DISC = (np.hypot(*(np.indices((40, 48)) - 20)) < 12).astype(np.uint8)
@@ -81,6 +85,84 @@ def test_a_run_finds_its_data_from_any_folder(
     monkeypatch.chdir("/")
     assert RunFolder(tmp_path / "run").read()[0].dataset.root == polyps
     assert main(["evaluate", str(tmp_path / "run")]) == 0
+
+
+def test_training_warns_of_images_that_are_tested_on_too(polyps: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(
+        "frame_id,split\n"
+        + "".join(f"{number},{'train' if number < 8 else 'val'}\n" for number in range(9))
+        + "9,test\n"
+    )
+    options = ["--mask-values", "0,255", "--split", str(tmp_path / "list.csv")]
+    (polyps / "images/9.jpg").write_bytes((polyps / "images/4.jpg").read_bytes())
+    with pytest.warns(UserWarning, match="1 images of test have the same bytes as images of train, such as 9 and 4;"):
+        assert train(polyps, tmp_path / "run", *options) == 0
+    # No test mask that is damaged or missing stops a training, nor does a test split that is not there.
+    (polyps / "masks/9.jpg").write_bytes(b"")
+    with pytest.warns(UserWarning, match="1 images of test have the same bytes"):
+        assert train(polyps, tmp_path / "damaged", *options) == 0
+    (tmp_path / "list.csv").write_text((tmp_path / "list.csv").read_text().replace("9,test\n", ""))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert train(polyps, tmp_path / "without", *options) == 0
+    for kind in ("images", "masks"):
+        for number, split in enumerate([*["train"] * 8, "val", "test"]):
+            (tmp_path / f"split/{kind}/{split}").mkdir(parents=True, exist_ok=True)
+            (polyps / kind / f"{number}.jpg").rename(tmp_path / f"split/{kind}/{split}/{number}.jpg")
+    (tmp_path / "split/masks/test/9.jpg").rename(tmp_path / "split/masks/test/of_another.jpg")
+    assert train(tmp_path / "split", tmp_path / "incomplete", *options[:2]) == 0
+
+
+def test_scores_of_other_images_need_no_groups(
+    polyps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    options = ["--classes", "background,polyp", "--mask-values", "0,255", "--split", "60/20/20", "--group-by", r"(\d)"]
+    assert train(polyps, run, *options) == 0, capsys.readouterr().err
+    for kind in ("images", "masks"):
+        (polyps / kind / "late.jpg").write_bytes((polyps / kind / "1.jpg").read_bytes())
+        for split in ("train", "val", "test"):
+            (tmp_path / f"other/{kind}/{split}").mkdir(parents=True)
+            (tmp_path / f"other/{kind}/{split}/abc.jpg").write_bytes((polyps / kind / "2.jpg").read_bytes())
+        (tmp_path / f"flat/{kind}").mkdir(parents=True)
+        (tmp_path / f"flat/{kind}/abc.jpg").write_bytes((polyps / kind / "2.jpg").read_bytes())
+    (tmp_path / "flat.csv").write_text("frame_id,split\nabc,test\n")
+    assert main(["evaluate", str(run), "--split", "test"]) == 0, capsys.readouterr().err
+    assert "test split, 2 images" in capsys.readouterr().out
+    flat = ["--root", str(tmp_path / "flat"), "--split", "test", "--split-by", str(tmp_path / "flat.csv")]
+    assert main(["evaluate", str(run), *flat]) == 0, capsys.readouterr().err
+    assert "test split, 1 images" in capsys.readouterr().out
+    # A run on folders with splits keeps no list.
+    for kind in ("images", "masks"):
+        for number, split in enumerate([*["train"] * 8, "val", "test"]):
+            (polyps / kind / split).mkdir(exist_ok=True)
+            (polyps / kind / f"{number}.jpg").rename(polyps / kind / split / f"{number}.jpg")
+    options[options.index("--split") : options.index("--group-by")] = []
+    assert train(polyps, tmp_path / "folders", *options) == 0, capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "folders"), "--root", str(tmp_path / "other")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("group_by", "^x", "None for cvc_clinicdb, got '^x'"),
+        ("classes", ("a", "b"), "empty for cvc_clinicdb, got a, b"),
+        ("mask_values", ("0", "255"), "empty for cvc_clinicdb, got 0, 255"),
+        ("ignore_values", ("7",), "empty for cvc_clinicdb, got 7"),
+        ("images", "frames", "None for cvc_clinicdb, got 'frames'"),
+        ("masks", "{name}", "None for cvc_clinicdb, got '{name}'"),
+        ("split_seed", 3, "0 for cvc_clinicdb, got 3"),
+    ],
+)
+def test_options_of_a_folder_are_refused_for_other_data(option: str, value: Any, said: str) -> None:
+    settings: dict[str, Any] = {option: value}
+    with pytest.raises(ValueError, match=re.escape(f"dataset.{option} must be {said}; only a folder has this option")):
+        DatasetConfig(name="cvc_clinicdb", **settings).check()
+    DatasetConfig(name="folder", **settings).check()
+
+
+def test_the_seed_of_a_share_of_masks_belongs_to_every_data_set() -> None:
+    DatasetConfig(name="cvc_clinicdb", labelled_share=0.5, split_seed=3).check()
 
 
 @pytest.mark.parametrize(

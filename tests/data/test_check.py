@@ -1,5 +1,6 @@
 """Masks are read before step 1: what is wrong with them is said there, with its cause."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,6 +123,17 @@ def test_copies_across_splits_are_named(polyps: Path) -> None:
     (polyps / "images/val/1.png").write_bytes((polyps / "images/train/3.png").read_bytes())
     with pytest.warns(UserWarning, match="2 images of val have the same bytes as images of train, such as 0 and 0;"):
         check_splits({"train": build(polyps), "val": build(polyps, "val")})
+    for number in range(3):
+        (polyps / "images/test").mkdir(exist_ok=True)
+        shutil.copy(polyps / "images/train/3.png", polyps / f"images/test/{number}.png")
+        (polyps / "masks/test").mkdir(exist_ok=True)
+        (polyps / f"masks/test/{number}.png").write_bytes(b"not read")
+    with pytest.warns(UserWarning, match="have the same bytes") as warned:
+        check_splits({"train": build(polyps), "val": build(polyps, "val")}, compared={"test": build(polyps, "test")})
+    assert [str(each.message).split(";")[0] for each in warned] == [
+        "2 images of val have the same bytes as images of train, such as 0 and 0",
+        "3 images of test have the same bytes as images of train, such as 0 and 3",
+    ]
     # Of one size, but not the same.
     content = (polyps / "images/train/0.png").read_bytes()
     for number in range(2):

@@ -207,6 +207,73 @@ def test_lists_split_a_folder_and_are_checked(unsplit: Path) -> None:
         build(unsplit, split_by=str(unsplit / "{split}.txt"))
 
 
+def write_grouped(root: Path, write: Write, kind: str, split_of: dict[str, str]) -> dict[str, Any]:
+    """Write frames whose split a list, a table or folders give; return what `build` needs."""
+    for name, split in split_of.items():
+        part = f"{split}/{name}" if kind == "folders" else name
+        write_frame(write, root / f"images/{part}.png", root / f"masks/{part}.png")
+    if kind == "list":
+        (root / "list.csv").write_text("frame_id,split\n" + "".join(f"{n},{s}\n" for n, s in split_of.items()))
+        return {"root": root, "split_by": str(root / "list.csv")}
+    if kind == "table":
+        rows = "".join(f"images/{n}.png,masks/{n}.png,{s}\n" for n, s in split_of.items())
+        (root / "table.csv").write_text("image,mask,split\n" + rows)
+        return {"root": root / "table.csv"}
+    return {"root": root}
+
+
+@pytest.mark.parametrize("kind", ["list", "table", "folders"])
+def test_a_given_split_must_keep_groups_together(tmp_path: Path, write: Write, kind: str) -> None:
+    settings = write_grouped(tmp_path, write, kind, {"p1_1": "train", "p2_1": "val", "p3_1": "test", "p1_2": "test"})
+
+    def train(group_by: str) -> ImageFolder:
+        options = FolderOptions(("background", "polyp"), ("0,255",), group_by=group_by)
+        return build(options=options, train=True, **settings)
+
+    with pytest.raises(ValueError, match=r"one split, got 'p1' in (train and test|test and train), with the frames"):
+        train(r"(p\d)_")
+    assert len(train(r"(p\d_\d)")) == 1
+    for group_by in (r"(p[12])_", r"p\d_\d(x?)"):
+        with pytest.raises(ValueError, match=r"group_by must give every frame a group, got none for '.*p"):
+            train(group_by)
+    prefix = "images/" if kind == "table" else ""
+    (tmp_path / "groups.csv").write_text(
+        f"frame_id,group\n{prefix}p1_1,a\n{prefix}p2_1,b\n{prefix}p3_1,c\n{prefix}p1_2,a\n"
+    )
+    with pytest.raises(ValueError, match="got 'a' in"):
+        train(str(tmp_path / "groups.csv"))
+
+
+def test_groups_are_found_in_test_images_without_masks(tmp_path: Path, write: Write) -> None:
+    write_grouped(tmp_path, write, "folders", {"p1_1": "train", "p2_1": "val"})
+    write(tmp_path / "images/test/p1_2.png", MASK)
+    with pytest.raises(ValueError, match="got 'p1' in"):
+        build(tmp_path, options=FolderOptions(("a", "b"), ("0", "255"), group_by=r"(p\d)_"), train=True)
+
+
+def test_a_table_with_splits_is_not_split_again_but_a_list_holds(tmp_path: Path, write: Write) -> None:
+    split_of = {f"{number}": "train" if number < 6 else "val" if number < 8 else "test" for number in range(10)}
+    table = write_grouped(tmp_path, write, "table", split_of)["root"]
+    with pytest.raises(
+        ValueError, match="split_by must be None or the path of a list for a table with the column split, got '80/10/1"
+    ):
+        build(table, split_by="80/10/10")
+    (tmp_path / "list.csv").write_text("frame_id,split\nimages/9,train\nimages/0,val\n")
+    assert names(build(table, split_by=str(tmp_path / "list.csv"))) == ["images/9"]
+
+
+@pytest.mark.parametrize("kind", ["list", "table"])
+def test_words_for_splits_are_those_of_folders_and_others_are_refused(tmp_path: Path, write: Write, kind: str) -> None:
+    settings = write_grouped(
+        tmp_path, write, kind, {"a": "Training", "b": " valid ", "c": "testing", "d": "", "e": "Val"}
+    )
+    found = {split: [name[-1] for name in names(build(split=split, **settings))] for split in ("train", "val", "test")}
+    assert found == {"train": ["a"], "val": ["b", "e"], "test": ["c"]}
+    settings = write_grouped(tmp_path, write, kind, {"a": "train", "b": "val", "c": "tran"})
+    with pytest.raises(ValueError, match=rf"split of frame '.*c' in .*{kind}\.csv must be train, val, .* got 'tran'"):
+        build(**settings)
+
+
 def test_one_table_names_every_file(tmp_path: Path, write: Write) -> None:
     for name in ("a", "b"):
         write_frame(write, tmp_path / f"x/{name}.jpg", tmp_path / f"y/{name}.png")

@@ -1,5 +1,6 @@
 """`sward data check`: what it finds in a folder, and the command that it prints."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from sward.cli.main import main
 from sward.data.survey import count_values, survey
+from sward.training.run_folder import RunFolder
 
 Write = Callable[[Path, np.ndarray], None]
 DISC = (np.hypot(*(np.indices((48, 64)) - 24)) < 15).astype(np.uint8)
@@ -41,6 +43,39 @@ def test_the_command_names_the_values(
     assert options in printed
     assert "images:      3 all" in printed
     assert "sizes:       64 x 48 (3)" in printed
+
+
+def test_the_command_reads_the_masks_that_were_looked_at(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "my photos"
+    write_frames(root, write, DISC, count=10)
+    for number in range(10):
+        write(root / f"truth/GT_{number}.png", np.where(DISC == 1, 7, 9).astype(np.uint8))
+    patterns = ["--images", "images", "--masks", "truth/GT_{name}.png"]
+    assert main(["data", "check", str(root), *patterns]) == 0
+    command = capsys.readouterr().out.split("train with:  ")[1].strip()
+    assert "--images images --masks 'truth/GT_{name}.png' --classes background,foreground --mask-values 7,9" in command
+    quick = ["--distillation", "none", "--iterations", "1", "--batch", "2", "--dataset.image-size", "32", "32"]
+    assert main([*shlex.split(command)[1:], *quick, "--output", str(tmp_path / "run")]) == 0, capsys.readouterr().err
+    config, _ = RunFolder(tmp_path / "run").read()
+    assert (config.dataset.images, config.dataset.masks) == ("images", "truth/GT_{name}.png")
+
+
+@pytest.mark.parametrize(
+    ("values", "is_right"), [((0, 1, 2), False), ((0, 1), False), ((0, 255), True), ((255,), True)]
+)
+def test_one_jpeg_among_other_masks_does_not_decide_their_values(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str], values: tuple[int, ...], is_right: bool
+) -> None:
+    write_frames(tmp_path, write, np.resize(np.array(values, np.uint8), (48, 64)))
+    (tmp_path / "masks/2.png").unlink()
+    write(tmp_path / "masks/2.jpg", 255 * DISC)
+    assert main(["data", "check", str(tmp_path)]) == (0 if is_right else 2)
+    printed = capsys.readouterr().out
+    assert ("--classes background,foreground --mask-values 0,255" in printed) == is_right
+    held = f"1 masks are JPEG, which changes values, and the others hold {', '.join(map(str, values))}; export them"
+    assert (held in printed) != is_right
 
 
 def test_what_needs_a_look_is_counted(tmp_path: Path, write: Write) -> None:

@@ -154,6 +154,10 @@ def test_the_printed_command_trains_the_same_configuration(capsys: pytest.Captur
     [
         (["--iterations", "2", "--epochs", "2"], "only one of iterations and epochs may be set, got 2 and 2"),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (
+            ["--preset", "own", "--dry-run"],
+            "preset must be one that names its data set, got 'own', which is for a folder",
+        ),
         (["--only", "swrd"], "only must name runs of methods, got 'swrd'; they are at, cirkd"),
         (["--preset", "clinicdb-small", "--data", "nowhere"], "there is no pretrained trunk at checkpoints/vit_small"),
         (["--preset", "clinicdb-small", "--data", "nowhere", "--untrained-trunk"], "CVC-ClinicDB not found"),

@@ -168,7 +168,7 @@ def test_maps_of_a_restored_trunk_are_never_kept_as_those_of_another_one(trunks:
     train_teacher(head_on(trunks[0], tmp_path / "run", tmp_path / "cache a"))
     last = tmp_path / "run/checkpoints/last.pt"
     state = checkpoints.load(last)
-    del state["identity"]["trunk"]  # as in runs of earlier versions, which are resumed
+    trunk = state["identity"].pop("trunk")  # runs of earlier versions have none
     checkpoints.save(last, state)
     # Under its own name the trunk finds its maps; nothing goes under the name of the other one.
     kept = contents(tmp_path / "cache a")
@@ -177,6 +177,7 @@ def test_maps_of_a_restored_trunk_are_never_kept_as_those_of_another_one(trunks:
     train_teacher(resumed)
     (folder,) = (tmp_path / "cache b").iterdir()
     assert folder.name == next(iter(kept)).parent.name
+    assert checkpoints.load(last)["identity"]["trunk"] == trunk
     train_teacher(head_on(trunks[1], tmp_path / "fresh", tmp_path / "cache b"))
     assert len(list((tmp_path / "cache b").iterdir())) == 2
 
