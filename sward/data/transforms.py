@@ -1,9 +1,10 @@
 """Training and evaluation transforms, on torchvision.transforms.v2 with tv_tensors.
 
 Every transform maps `(image [3, H, W] uint8, labels [H, W] uint8)` to `(image float32, labels int64)`; the image
-comes out in [0, 1], RGB, minus ImageNet's mean, over ImageNet's standard deviation, which is what SAM 2, timm and
-torchvision weights expect. Randomness is drawn from torch's global CPU generator, which `SegmentationDataset` seeds
-for every sample.
+comes out in [0, 1], RGB, minus ImageNet's mean, over ImageNet's standard deviation. SAM 2, DINOv2 and torchvision
+weights expect that; many of timm and transformers expect other statistics, and their networks renormalise what they
+get, see `sward.models.inputs.Renormalising`. Randomness is drawn from torch's global CPU generator, which
+`SegmentationDataset` seeds for every sample.
 
 A training transform computes its geometry first and samples image and labels once each from the decoded picture: the
 image with antialiasing, every label where the centre of its pixel lies, 255 where the image was filled.

@@ -1,6 +1,6 @@
 """Students and teachers by name; see `names()`. Importing this package needs only torch."""
 
-from sward.models.checkpoints import load_trunk_checkpoint
+from sward.models.checkpoints import load_trunk_checkpoint, load_weights
 from sward.models.flops import Complexity, complexity, complexity_table
 from sward.models.registry import (
     ModelDescription,
@@ -12,7 +12,7 @@ from sward.models.registry import (
     names,
     register,
 )
-from sward.models.sources import load_weights, own_weights
+from sward.models.sources import own_weights
 
 __all__ = [
     "Complexity",

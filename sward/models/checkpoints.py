@@ -1,9 +1,10 @@
-"""Load pretrained weights into a teacher's trunk: SAM 2.1, MedSAM2, timm and DINOv2 checkpoints.
+"""Load weights from files: of whole networks, and of trunks alone from SAM 2.1, MedSAM2, timm and DINOv2 checkpoints.
 
-Accepts the official SAM 2 layout (`{"model": {"image_encoder.trunk.*": ...}}`, used by MedSAM2 too) and timm's names
-(`mlp.fc1` for `mlp.layers.0`, with or without a prefix such as `model.`), as `torch.save` or safetensors files. For
-`timm:` networks the names are those of `timm.create_model`. The file must contain every tensor of the trunk with the
-right shape, and no other trunk tensors.
+A trunk may come in the official SAM 2 layout (`{"model": {"image_encoder.trunk.*": ...}}`, used by MedSAM2 too) or with
+timm's names (`mlp.fc1` for `mlp.layers.0`, with or without a prefix such as `model.`), as `torch.save` or safetensors
+files. For `timm:` networks the names are those of `timm.create_model`. The file must contain every tensor of the trunk
+with the right shape, and no other trunk tensors. The trunk then gets images with the statistics that its weights
+expect: those that timm states for the name of a `timm:` network, or those of the `sward` run that the file belongs to.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sward.models.teachers import HIERA_SPECS
+from sward.models.inputs import IMAGENET, RENORMALISATION, Renormalising
+from sward.models.sources import Segmenter, TimmTrunk
+from sward.models.teachers import HIERA_SPECS, Teacher
 
 _TRUNK_PREFIXES = ("image_encoder.trunk.", "trunk.", "backbone.", "encoder.", "")
 _WRAPPERS = ("module.", "_orig_mod.")
+_NETWORK_PREFIXES = ("module.", "model.", "network.", "module.network.", "model.network.", "_orig_mod.", "student.")
 # Unless the trunk has them, these belong to the classifier or to pretraining.
 _NOT_TRUNK = ("head.", "head_dist.", "fc.", "classifier.", "mask_token")
 
@@ -42,7 +46,8 @@ def load_trunk_checkpoint(model: nn.Module, path: str | Path) -> str:
         raise ValueError(f"model must be a teacher with a trunk, got {type(model).__name__}")
     path = Path(path)
     targets = {_canonical(key): (key, value) for key, value in trunk.state_dict().items()}
-    tensors, prefix = _trunk_tensors(read_state(path), path, targets.keys())
+    state = read_state(path)
+    tensors, prefix = _trunk_tensors(state, path, targets.keys())
 
     missing = sorted(targets.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - targets.keys())
@@ -64,7 +69,67 @@ def load_trunk_checkpoint(model: nn.Module, path: str | Path) -> str:
         )
     check_finite(tensors, path)
     trunk.load_state_dict({key: tensors[canonical] for canonical, (key, _) in targets.items()}, strict=True)
-    return f"{len(targets)} tensors from {path}" + (f", prefix {prefix!r} stripped" if prefix else "")
+    matched = f"{len(targets)} tensors from {path}" + (f", prefix {prefix!r} stripped" if prefix else "")
+    if not isinstance(model, Renormalising):
+        return matched
+    if prefix in ("trunk.", *(f"{wrapper}trunk." for wrapper in _WRAPPERS)):
+        # A run of sward: without a statement, its trunk saw ImageNet's statistics.
+        model.renormalisation = state.get(prefix.removesuffix("trunk.") + RENORMALISATION)
+    elif isinstance(trunk, TimmTrunk):
+        model.expect(trunk.stated_statistics())
+    return matched + ("" if model.expected() == IMAGENET else f"; its images have {model.expected()}")
+
+
+def load_weights(network: nn.Module, path: Path) -> str:
+    """Load the weights of a whole network strictly and return one sentence about what matched.
+
+    Accepts a state dict at the top level or under `model`, `state_dict` or `model_state_dict`, with prefixes such as
+    `module.` that all of its names share; a checkpoint of `sward train` or `train-teacher` too. The weights expect the
+    statistics of the file, ImageNet's if it states none.
+
+    Raises:
+        FileNotFoundError: if there is no file.
+        ValueError: if names or shapes do not match, or a tensor is not finite.
+    """
+    state: dict[str, Tensor] = {key: value for key, value in read_state(path).items() if isinstance(value, Tensor)}
+    inner = network.network if isinstance(network, Segmenter) else network
+    own: dict[str, Tensor] = {}
+    if isinstance(network, Renormalising):
+        for key in [each for each in state if each.rpartition(".")[2] == RENORMALISATION]:
+            own[RENORMALISATION] = state.pop(key)
+    wanted = {key: value for key, value in inner.state_dict().items() if key != RENORMALISATION}
+    stripped = ""
+    for prefix in ("", *_NETWORK_PREFIXES):
+        names = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if prefix and len(names) < len(state):
+            continue
+        if len(names.keys() & wanted.keys()) > len(state.keys() & wanted.keys()):
+            state, stripped = names, prefix
+    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing:
+        trunk = (
+            "; --trunk-checkpoint of 'sward train-teacher' takes a trunk alone" if isinstance(network, Teacher) else ""
+        )
+        raise ValueError(
+            f"{path} must hold all {len(wanted)} tensors of the network, lacks {len(missing)}: {missing[0]}{trunk}"
+        )
+    if unexpected:
+        raise ValueError(f"{path} must hold the tensors of the network alone, got {unexpected[0]} too")
+    shapes = {**{key: tuple(value.shape) for key, value in wanted.items()}, RENORMALISATION: (2, 3, 1, 1)}
+    for key, value in {**state, **own}.items():
+        if value.shape != shapes[key]:
+            raise ValueError(f"{key} in {path} must have shape {shapes[key]}, got {tuple(value.shape)}")
+    check_finite({**state, **own}, path)
+    matched = f"{len(state)} tensors from {path}" + (f", prefix {stripped!r} stripped" if stripped else "")
+    if not isinstance(network, Renormalising):
+        network.load_state_dict(state)
+        return matched
+    before = network.expected()
+    outer = "network." if isinstance(network, Segmenter) else ""
+    network.load_state_dict({**{outer + key: value for key, value in state.items()}, **own})
+    if own or before != network.expected():
+        matched += f"; its images have {network.expected()}"
+    return matched
 
 
 def read_state(path: Path) -> Mapping[str, Any]:

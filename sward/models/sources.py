@@ -9,6 +9,7 @@ import inspect
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from sward.alignment import resize
 from sward.models.heads import MultiLevelHead
+from sward.models.inputs import IMAGENET, Renormalising, Statistics
 from sward.models.teachers import Teacher
 from sward.tensor_layouts import logits_of
 
@@ -32,8 +34,10 @@ FORMS = (
 """The forms of names besides the registered ones, by example."""
 
 
-class Segmenter(nn.Module):
+class Segmenter(Renormalising):
     """Any segmentation network as the trainer wants it: images to logits at the resolution of the images.
+
+    The images have ImageNet's statistics; the network gets those that its weights expect, see `Renormalising`.
 
     Args:
         network: returns logits of any size: a tensor, a tuple whose first item they are, or a dictionary that holds
@@ -45,7 +49,9 @@ class Segmenter(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        return resize(logits_of(self.network(images), "network"), (images.shape[-2], images.shape[-1]))
+        return resize(
+            logits_of(self.network(self.renormalised(images)), "network"), (images.shape[-2], images.shape[-1])
+        )
 
 
 class TimmTrunk(nn.Module):
@@ -68,6 +74,12 @@ class TimmTrunk(nn.Module):
         else:
             self.indices = list(range(count - 4, count))
         self.channels: tuple[int, ...] = tuple(info[index]["num_chs"] for index in self.indices)
+
+    def stated_statistics(self) -> Statistics:
+        """Return the statistics that timm states for the pretrained weights of the network."""
+        network: Any = self.network
+        stated = network.pretrained_cfg or {}
+        return Statistics(tuple(stated.get("mean", IMAGENET.mean)), tuple(stated.get("std", IMAGENET.std)))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         network: Any = self.network
@@ -100,6 +112,10 @@ def build(name: str, num_classes: int, options: Mapping[str, Any], *, imagenet: 
         options: keyword arguments of the library's function. Strings are converted to the type that it declares.
         imagenet: give the encoder the library's ImageNet weights, from its cache or hub; the others are random.
 
+    Returns:
+        A network that takes images with ImageNet's statistics. Where its source states others for its pretrained
+        weights, it renormalises the images itself.
+
     Raises:
         ValueError: if there is no such network or option, or it does not build; the message lists near matches.
         ModuleNotFoundError: if the library is not installed.
@@ -110,8 +126,7 @@ def build(name: str, num_classes: int, options: Mapping[str, Any], *, imagenet: 
         if source not in ("smp", "torchvision", "timm"):
             raise ValueError(f"ImageNet weights must be for smp:, torchvision: or timm: models, got {name!r}")
         return _with_imagenet(name, num_classes, options)
-    network = _function(name, num_classes, options) if builder is None else builder(rest, num_classes, options, False)
-    return network if isinstance(network, Teacher) else Segmenter(network)
+    return _function(name, num_classes, options) if builder is None else builder(rest, num_classes, options, False)
 
 
 def _with_imagenet(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
@@ -120,14 +135,13 @@ def _with_imagenet(name: str, num_classes: int, options: Mapping[str, Any]) -> n
     try:
         # The hub's client announces every retry.
         with _quiet("huggingface_hub"):
-            network = _BUILDERS[source](rest, num_classes, options, True)
+            return _BUILDERS[source](rest, num_classes, options, True)
     except Exception as error:
         # Hubs, mirrors and caches raise errors of every kind.
         raise ValueError(
             f"the ImageNet weights of {name!r} must be in a cache or on a hub that can be reached, got "
             f"{type(error).__name__}; they are looked for {_imagenet_place(source, rest, options)}"
         ) from error
-    return network if isinstance(network, Teacher) else Segmenter(network)
 
 
 def _imagenet_place(source: str, architecture: str, options: Mapping[str, Any]) -> str:
@@ -211,7 +225,13 @@ def _smp(architecture: str, num_classes: int, options: Mapping[str, Any], imagen
         raise ValueError(_unknown("smp", architecture, known))
     function = getattr(smp, architecture)
     fixed = {"encoder_weights": "imagenet" if imagenet else None, "classes": num_classes}
-    return _call(f"smp:{architecture}", function, fixed, options)
+    network = Segmenter(_call(f"smp:{architecture}", function, fixed, options))
+    if imagenet:
+        of_timm = getattr(getattr(network.network.encoder, "model", None), "pretrained_cfg", None)
+        encoder = options.get("encoder_name", inspect.signature(function).parameters["encoder_name"].default)
+        stated = of_timm or smp.encoders.get_preprocessing_params(encoder, "imagenet")
+        network.expect(Statistics(tuple(stated["mean"]), tuple(stated["std"])))
+    return network
 
 
 def _torchvision(architecture: str, num_classes: int, options: Mapping[str, Any], imagenet: bool) -> nn.Module:
@@ -222,7 +242,8 @@ def _torchvision(architecture: str, num_classes: int, options: Mapping[str, Any]
     if architecture not in known:
         raise ValueError(_unknown("torchvision", architecture, known))
     fixed = {"weights": None, "weights_backbone": "DEFAULT" if imagenet else None, "num_classes": num_classes}
-    return _call(f"torchvision:{architecture}", models.get_model_builder(architecture), fixed, options)
+    # All of torchvision's backbones for segmentation expect ImageNet's statistics.
+    return Segmenter(_call(f"torchvision:{architecture}", models.get_model_builder(architecture), fixed, options))
 
 
 def _timm(architecture: str, num_classes: int, options: Mapping[str, Any], imagenet: bool) -> Teacher:
@@ -241,7 +262,10 @@ def _timm(architecture: str, num_classes: int, options: Mapping[str, Any], image
     else:
         raise ValueError(f"model 'timm:{architecture}' must accept its options, got {dict(given)}: {problem}")
     trunk = TimmTrunk(network)
-    return Teacher(trunk, MultiLevelHead(trunk.channels, num_classes, width=min(128, trunk.channels[-1])))
+    teacher = Teacher(trunk, MultiLevelHead(trunk.channels, num_classes, width=min(128, trunk.channels[-1])))
+    if imagenet or given.get("checkpoint_path"):
+        teacher.expect(trunk.stated_statistics())
+    return teacher
 
 
 def _transformers(place: str, num_classes: int, options: Mapping[str, Any], imagenet: bool) -> nn.Module:
@@ -253,9 +277,11 @@ def _transformers(place: str, num_classes: int, options: Mapping[str, Any], imag
         config.num_labels = num_classes
         kind = transformers.AutoModelForSemanticSegmentation
         if not _has_weights(folder):
-            return kind.from_config(config)
+            return Segmenter(kind.from_config(config))
         with _quiet("transformers"):
-            return kind.from_pretrained(folder, ignore_mismatched_sizes=True, **local)
+            segmenter = Segmenter(kind.from_pretrained(folder, ignore_mismatched_sizes=True, **local))
+        _expect_those_of(folder, segmenter)
+        return segmenter
     stages = list(getattr(config, "stage_names", []))[1:]
     if len(stages) < 4:
         raise ValueError(f"transformers:{place} must have at least four stages, got {len(stages)}")
@@ -268,7 +294,42 @@ def _transformers(place: str, num_classes: int, options: Mapping[str, Any], imag
     with _quiet("transformers"):
         backbone = kind.from_pretrained(folder, **local) if _has_weights(folder) else kind(config)
     trunk = BackboneTrunk(backbone)
-    return Teacher(trunk, MultiLevelHead(trunk.channels, num_classes, width=min(128, trunk.channels[-1])))
+    teacher = Teacher(trunk, MultiLevelHead(trunk.channels, num_classes, width=min(128, trunk.channels[-1])))
+    if _has_weights(folder):
+        _expect_those_of(folder, teacher)
+    return teacher
+
+
+def _expect_those_of(folder: str, network: Renormalising) -> None:
+    """Let a network expect the statistics of the image processor in the folder of its weights, if there is one."""
+    transformers: Any = _library("transformers", "transformers")
+    if not any((Path(folder) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        return
+    try:
+        with _quiet("transformers"):
+            # Missing entries mean what the processor's class says.
+            processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        network.expect(_statistics(processor))
+    except Exception as error:  # each kind of processor raises errors of its own
+        reason = " ".join(str(error).split())
+        warnings.warn(
+            f"the image processor in {folder} cannot be read, so the network sees ImageNet's statistics: {reason}",
+            stacklevel=4,
+        )
+        return
+    if getattr(processor, "do_flip_channel_order", None):
+        warnings.warn(
+            f"the image processor in {folder} asks for channels in the order blue, green, red; the network sees them "
+            "as red, green, blue",
+            stacklevel=4,
+        )
+
+
+def _statistics(processor: Any) -> Statistics:
+    factor = 255 * (processor.rescale_factor if getattr(processor, "do_rescale", True) else 1)
+    stated = (processor.image_mean, processor.image_std) if getattr(processor, "do_normalize", None) else (0.0, 1.0)
+    mean, std = ((each,) * 3 if isinstance(each, int | float) else each for each in stated)
+    return Statistics(tuple(each / factor for each in mean), tuple(each / factor for each in std))
 
 
 def _folder(place: str) -> str:
@@ -342,7 +403,7 @@ def _function(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Mod
     network = _call(name, function, fixed, options)
     if not isinstance(network, nn.Module):
         raise ValueError(f"model {name!r} must return an nn.Module, got {type(network).__name__}")
-    return network
+    return network if isinstance(network, Teacher) else Segmenter(network)
 
 
 def _call(name: str, function: Callable[..., Any], fixed: dict[str, Any], options: Mapping[str, Any]) -> Any:
@@ -382,46 +443,3 @@ _BUILDERS: dict[str, Callable[[str, int, Mapping[str, Any], bool], nn.Module]] =
     "timm": _timm,
     "transformers": _transformers,
 }
-
-
-def load_weights(network: nn.Module, path: Path) -> str:
-    """Load the weights of a whole network strictly and return one sentence about what matched.
-
-    Accepts a state dict at the top level or under `model`, `state_dict` or `model_state_dict`, with prefixes such as
-    `module.` that all of its names share; a checkpoint of `sward train` or `train-teacher` too.
-
-    Raises:
-        FileNotFoundError: if there is no file.
-        ValueError: if names or shapes do not match, or a tensor is not finite.
-    """
-    from sward.models.checkpoints import check_finite, read_state
-
-    state: dict[str, Tensor] = {key: value for key, value in read_state(path).items() if isinstance(value, Tensor)}
-    inner = network.network if isinstance(network, Segmenter) else network
-    wanted = inner.state_dict()
-    stripped = ""
-    for prefix in ("", *_PREFIXES):
-        names = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        if prefix and len(names) < len(state):
-            continue
-        if len(names.keys() & wanted.keys()) > len(state.keys() & wanted.keys()):
-            state, stripped = names, prefix
-    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    if missing:
-        trunk = (
-            "; --trunk-checkpoint of 'sward train-teacher' takes a trunk alone" if isinstance(network, Teacher) else ""
-        )
-        raise ValueError(
-            f"{path} must hold all {len(wanted)} tensors of the network, lacks {len(missing)}: {missing[0]}{trunk}"
-        )
-    if unexpected:
-        raise ValueError(f"{path} must hold the tensors of the network alone, got {unexpected[0]} too")
-    for key, value in state.items():
-        if value.shape != wanted[key].shape:
-            raise ValueError(f"{key} in {path} must have shape {tuple(wanted[key].shape)}, got {tuple(value.shape)}")
-    check_finite(state, path)
-    inner.load_state_dict(state)
-    return f"{len(state)} tensors from {path}" + (f", prefix {stripped!r} stripped" if stripped else "")
-
-
-_PREFIXES = ("module.", "model.", "network.", "module.network.", "model.network.", "_orig_mod.", "student.")

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from sward.alignment import resize
 from sward.models.heads import conv_norm_relu
-from sward.models.inputs import check_images
+from sward.models.inputs import Renormalising, check_images
 
 
-class Teacher(nn.Module):
+class Teacher(Renormalising):
     """A teacher: `trunk`, `levels.0` ... `levels.3` (identity layers whose outputs can be tapped) and `head`.
 
     Args:
@@ -41,7 +41,7 @@ class Teacher(nn.Module):
         """Map images `[B, 3, H, W]` to logits `[B, K, H, W]`.
 
         Args:
-            images: normalised.
+            images: normalised with ImageNet's statistics.
             levels_only: skip the head and return the deepest level, for callers that tap the trunk and the levels only.
 
         Raises:
@@ -49,7 +49,8 @@ class Teacher(nn.Module):
         """
         check_images(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._trunk_is_frozen):
-            *finer, first, second, third, fourth = (self.trunk_cache or self.trunk)(images)
+            # In front of the cache, whose key is what the trunk sees.
+            *finer, first, second, third, fourth = (self.trunk_cache or self.trunk)(self.renormalised(images))
         levels = [level(maps) for level, maps in zip(self.levels, (first, second, third, fourth), strict=True)]
         if levels_only:
             return levels[-1]

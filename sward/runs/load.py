@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import warnings
@@ -18,6 +19,7 @@ from sward.config import DatasetConfig, DistillationConfig, MaskTrainingConfig, 
 from sward.data import DatasetInfo, SegmentationDataset
 from sward.data.frames import frame_sums, known_images
 from sward.losses import LOGITS, DistillationLoss
+from sward.models.inputs import IMAGENET, Renormalising
 from sward.training import checkpoints
 from sward.training.run_folder import RunFolder
 
@@ -82,6 +84,7 @@ def load_distillation(path: Path) -> LoadedDistillation | None:
     if not isinstance(config, DistillationConfig) or config.distillation == "none":
         return None
     teacher = load_teacher(config.teacher, config.preset, info)
+    restore_statistics(teacher.network, RunFolder(path))
     network = teacher.network.eval()
     pair = distillation_pair(config, student, teacher.name, network, info)
     loss = methods.build(config.distillation, pair)
@@ -131,9 +134,12 @@ def build_network(config: TrainingConfig, num_classes: int) -> nn.Module:
     """
     weights = config.model_weights
     if weights == "imagenet":
-        return models.build_with_imagenet(config.model, num_classes, **config.model_options)
-    network = models.build(config.model, num_classes, **config.model_options)
-    if weights not in (None, "none", "random"):
+        network = models.build_with_imagenet(config.model, num_classes, **config.model_options)
+    else:
+        network = models.build(config.model, num_classes, **config.model_options)
+    if weights in (None, "none", "random", "imagenet"):
+        _say_statistics("weights", network)
+    else:
         _say(f"weights: {models.load_weights(network, Path(weights))}")
     return network
 
@@ -199,7 +205,28 @@ def load_teacher(config: TeacherConfig, preset: str, info: DatasetInfo) -> Loade
     network = models.build(config.name, info.num_classes, **config.options)
     if config.weights is not None:
         _say(f"teacher weights: {models.load_weights(network, config.weights)}")
+    else:
+        _say_statistics("teacher weights", network)
     return LoadedTeacher(config.name, config.options, network)
+
+
+TEACHER_STATISTICS = "statistics of the teacher's input"
+"""Name in the identity of a run whose teacher sees others than ImageNet's."""
+
+
+def restore_statistics(teacher: nn.Module, run: RunFolder) -> None:
+    """Give the teacher of a run the input statistics that it had when the run began, if it has begun.
+
+    In earlier versions all networks saw ImageNet's, and checkpoints said nothing about it.
+    """
+    if not isinstance(teacher, Renormalising) or teacher.renormalisation is None:
+        return
+    for path in (run.last, run.previous):
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            identity = checkpoints.load(path).get("identity")
+            if not isinstance(identity, dict) or TEACHER_STATISTICS not in identity:
+                teacher.expect(IMAGENET)
+            return
 
 
 def _load_teacher_run(config: TeacherConfig, preset: str, info: DatasetInfo) -> LoadedTeacher:
@@ -307,6 +334,11 @@ def check_teacher_logits(config: TeacherConfig, info: DatasetInfo, method: str, 
             f"distillation must be a method that compares no logits for the teacher {config.name!r}, whose classifier "
             f"is not trained on {info.num_classes} classes, got {method!r}; train it with 'sward train-teacher --model'"
         )
+
+
+def _say_statistics(title: str, network: nn.Module) -> None:
+    if isinstance(network, Renormalising) and network.renormalisation is not None:
+        _say(f"{title}: images have {network.expected()}, which their source states")
 
 
 def _say(text: str) -> None:

@@ -30,9 +30,11 @@ from sward.data.unlabelled import UnlabelledImages
 from sward.losses import LOGITS, DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
 from sward.losses.masks import teacher_fingerprint
 from sward.losses.task import TaskLoss, median_frequency_weights
+from sward.models.inputs import Renormalising
 from sward.models.registry import origin
 from sward.models.teachers import Teacher
 from sward.runs.load import (
+    TEACHER_STATISTICS,
     build_datasets,
     build_network,
     build_split,
@@ -41,6 +43,7 @@ from sward.runs.load import (
     distillation_pair,
     introduce_teacher,
     load_teacher,
+    restore_statistics,
     student_run,
     teacher_run,
 )
@@ -106,7 +109,10 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
         loaded = load_teacher(config.teacher, config.preset, info)
         if loaded.run is not None:
             introduce_teacher(loaded.run, config, train_set)
+        restore_statistics(loaded.network, RunFolder(config.output or student_run(config)))
         weights["teacher"] = teacher_fingerprint(loaded.network)[:16]
+        if isinstance(loaded.network, Renormalising) and loaded.network.renormalisation is not None:
+            weights[TEACHER_STATISTICS] = str(loaded.network.expected())
         network = _placed(loaded.network, config, device)
         pair = distillation_pair(config, student, loaded.name, network, info)
         loss = methods.build(config.distillation, pair).to(device)

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 import sward
 from sward import models
-from sward.data import normalise
+from sward.data import IMAGENET_MEAN, normalise
 from sward.deploy.export import write_network
 from sward.deploy.metadata import Metadata
 from sward.deploy.network import DeployedNetwork
 from sward.deploy.predictor import Predictor
+from sward.models.inputs import Statistics
+from sward.models.sources import Segmenter
 
 CLASSES = ("background", "disc", "ring")
 SIZES = [(batch, *size) for size in ((100, 130), (129, 129), (33, 500)) for batch in (1, 3)]
@@ -184,3 +186,22 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
         sward.load(tmp_path / "foreign.onnx")
     with pytest.raises(ValueError, match=r"output must end in .onnx or .pt2, got .*file.tflite"):
         write_network(Pixelwise(), metadata(), tmp_path / "file.tflite")
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_files_renormalise_for_weights_that_expect_other_statistics(suffix: str, tmp_path: Path) -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(), nn.Conv2d(4, len(CLASSES), 1))
+    network = Segmenter(layers).eval()
+    network.expect(Statistics((0.5,) * 3, (0.25,) * 3))
+    write_network(network, metadata("timm:test_vit"), tmp_path / f"student{suffix}")
+    # Sizes that need no padding, so that the contract is one line.
+    images = photos(2, 64, 96)
+    with torch.no_grad():
+        expected = layers((images.float() / 255 - 0.5) / 0.25)
+    found = sward.load(tmp_path / f"student{suffix}").forward(images)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    # Files for normalised input take ImageNet's statistics, as they say.
+    write_network(network, metadata("timm:test_vit", input="normalised"), tmp_path / f"student{suffix}")
+    predictor = sward.load(tmp_path / f"student{suffix}")
+    assert predictor.metadata.mean == IMAGENET_MEAN
+    torch.testing.assert_close(predictor.forward(images), expected, atol=1e-5, rtol=0)

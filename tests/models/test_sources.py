@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sward import models
-from sward.models.sources import load_weights
+from sward.models.checkpoints import load_weights
 from sward.models.teachers import Teacher
 
 
