@@ -39,7 +39,7 @@ class Target:
     bandwidth: float
     """Device-memory bandwidth in bytes per second, from the data sheet."""
     l2_bytes: int
-    """Bytes of L2 cache that all multiprocessors share; 0 where each die has its own."""
+    """Bytes of L2 cache. Where every die has a cache of its own, of all dies together."""
     multiprocessors: int
     """Multiprocessors (AMD: compute units) of the device."""
     clock: float
@@ -61,7 +61,7 @@ TARGETS = {
                96 * 2**20, 170, 2.407e9),
         # A compute unit has four SIMDs of 512 64-lane registers; vector and accumulation registers share one file.
         Target("gfx942", "MI300X", "hip", "gfx942", 64, "cdna", 65536, 65536, 131072, 8, 32, 32, 5.3e12,
-               0, 304, 2.1e9),
+               32 * 2**20, 304, 2.1e9),  # eight dies of 38 compute units and 4 MiB each
     )
 }  # fmt: skip
 

@@ -29,7 +29,7 @@ def check(rows: list[report.Row]) -> None:
         assert row.keys() >= KEYS
         # Zero spills is no goal: a spilled register costs a store and some loads that hit a cache, a smaller tile costs
         # every load, barrier and address again. What must hold is that they hit: the stacks of all resident threads
-        # fit L2, so device memory need not see them. Dies with an L2 of their own spill nothing.
+        # fit L2, so device memory need not see them; on a device of equal dies, those of a die fit the L2 of that die.
         target = TARGETS[row["target"]]
         threads = row["occupancy"] * target.max_warps * target.warp_size * target.multiprocessors
         assert threads * row["stack_bytes"] <= target.l2_bytes, what
@@ -37,11 +37,22 @@ def check(rows: list[report.Row]) -> None:
         assert 0 < row["occupancy"] <= 1, what
         if row["op"] != "prototypes" or row["pass"].startswith("statistics"):  # the other passes multiply no tiles
             assert row["tensor_core_instructions"] > 0, what
-        if row["layout"] == "channels_last":
+        if row["layout"] == "channels_last" and has_128_bits_per_thread(row):
             assert row["vector_loads"] > 0, what
         if row["simulated_cycles"] is not None:
             assert row["bound_cycles"] == max(row[f"{pipe}_cycles"] for pipe in PIPES), what
             assert row["simulated_cycles"] >= row["bound_cycles"], what
+
+
+def has_128_bits_per_thread(row: report.Row) -> bool:
+    """Whether a thread's share of a tile of features fills a load; not 16 channels of 16 bits for 256 threads on AMD.
+
+    These load 64 bits at a time, all that a thread has.
+    """
+    if row["op"] != "windowed_feature_distillation":
+        return True
+    tokens = int(row["tile"].partition("x")[0])
+    return tokens * row["channels"] * 16 >= 128 * row["num_warps"] * TARGETS[row["target"]].warp_size
 
 
 def paper_default(shipped: Configuration) -> bool:
