@@ -30,7 +30,7 @@ from sward import data, methods, models, presets
 from sward.alignment import Standardization, aligned_size
 from sward.losses import PDRLoss, SegmentationCrossEntropy, SWARDDistillation
 from sward.losses.recipes import RecipeName
-from sward.runs.load import distillation_pair
+from sward.runs.distillation import distillation_pair
 from sward.training import FrozenTeacher, TrainingStep
 from sward.training.teacher_cache import TrunkCache
 

@@ -35,7 +35,7 @@ from harness import Session, peak_extra_bytes
 from sward import data, methods, models, presets
 from sward.config import DistillationConfig
 from sward.losses import LOGITS, DistillationInputs, DistillationLoss, SegmentationCrossEntropy, SWARDDistillation
-from sward.runs.load import distillation_pair
+from sward.runs.distillation import distillation_pair
 from sward.training import FrozenTeacher, TrainingStep
 from sward.training.teacher_cache import TeacherCache
 

@@ -10,6 +10,7 @@ Call `dataset.set_epoch(epoch)` before each pass over a training set; see `Segme
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 from collections.abc import Sequence
@@ -256,9 +257,16 @@ def build_for_packing(
 
     Raises:
         DatasetNotFoundError: the data set is missing or incomplete, or has no split.
-        ValueError: unknown name, or `scenes`, which has no files.
+        ValueError: unknown name, `scenes`, which has no files, or options of a folder for another data set.
     """
     where = _root(root)
+    if name != "folder" and folder_options is not None:
+        for option in dataclasses.fields(folder_options):
+            value = getattr(folder_options, option.name)
+            if value != option.default:
+                raise ValueError(
+                    f"{option.name} must be empty for {name}, got {value!r}; only a folder has this option"
+                )
     if name == unlabelled.INFO.name:
         images = unlabelled.UnlabelledFolder(where)
         images.image_range = _checked(image_range)

@@ -15,7 +15,7 @@ from sward.reporting.data_card import counts_of_run
 from sward.reporting.runs import ReportedRun, group, read_runs, same_but_seed, teacher_of
 from sward.reporting.scores import METRICS, interval_text, score
 from sward.reporting.templates import render
-from sward.runs.load import has_teacher_run, teacher_run
+from sward.runs.teachers import has_teacher_run, teacher_run
 
 NAME = "MODEL_CARD.md"
 """Name of the card in a run folder."""

@@ -17,7 +17,7 @@ from sward.config_json import differences
 from sward.data import DatasetInfo
 from sward.data.files import unique_ends
 from sward.methods import METHOD_TITLES
-from sward.runs.load import has_teacher_run
+from sward.runs.teachers import has_teacher_run
 from sward.training.run_folder import RunFolder, read_json
 
 Role = Literal["teacher", "alone", "distilled"]

@@ -1,7 +1,8 @@
 """Whole runs: the functions behind `sward train`, `train-teacher`, `train-masks` and `evaluate`."""
 
+from sward.runs.distillation import LoadedDistillation, load_distillation
 from sward.runs.evaluate import evaluate_run, evaluation_file
-from sward.runs.load import LoadedDistillation, load_distillation, load_run
+from sward.runs.load import load_run
 from sward.runs.train import train_masks, train_student, train_teacher
 
 __all__ = [

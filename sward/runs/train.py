@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,31 +18,25 @@ from sward.config import (
     check_batch,
     masks_path,
 )
-from sward.data import DatasetInfo, SegmentationDataset
+from sward.data import DatasetInfo
 from sward.data.check import LabelCounts, check_splits
-from sward.data.files import PairedFiles
-from sward.data.frames import digest, frame_sums, known_images
+from sward.data.frames import digest
 from sward.data.masks import parse_values
-from sward.data.shards import ImageShards, is_shards
-from sward.data.unlabelled import UnlabelledImages
 from sward.losses import LOGITS, DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
 from sward.losses.masks import teacher_fingerprint
 from sward.losses.task import TaskLoss, median_frequency_weights
 from sward.models.inputs import Renormalising
 from sward.models.registry import origin
 from sward.models.teachers import Teacher
-from sward.runs.load import (
+from sward.runs.distillation import distillation_pair
+from sward.runs.images import RunImages, check_data, checksums, unlabelled_images
+from sward.runs.load import build_datasets, build_network, build_split, choose_device, student_run
+from sward.runs.teachers import (
     TEACHER_STATISTICS,
-    build_datasets,
-    build_network,
-    build_split,
     check_teacher_logits,
-    choose_device,
-    distillation_pair,
     introduce_teacher,
     load_teacher,
     restore_statistics,
-    student_run,
     teacher_run,
 )
 from sward.runs.trial import try_step
@@ -57,20 +49,6 @@ from sward.training.state import seed_generators
 from sward.training.step import TrainingStep
 from sward.training.teacher import FrozenTeacher
 from sward.training.teacher_cache import TeacherCache, TrunkCache, cached
-
-
-@dataclass(frozen=True)
-class _Images:
-    """The images of a run."""
-
-    train: SegmentationDataset
-    """Training split."""
-    validation: SegmentationDataset
-    """Validation split."""
-    counts: dict[str, LabelCounts]
-    """Split -> its labels, where they are in files."""
-    unlabelled: UnlabelledImages | ImageShards | None = None
-    """Images without labels."""
 
 
 def train_student(config: DistillationConfig) -> TrainingResult:
@@ -94,9 +72,9 @@ def train_student(config: DistillationConfig) -> TrainingResult:
 def _train_student(config: DistillationConfig, device: torch.device) -> TrainingResult:
     train_set, validation_set = build_datasets(config)
     config.steps(len(train_set))
-    counts = _check_data(config, train_set, validation_set)
+    counts = check_data(config, train_set, validation_set)
     task = _task_loss(config, train_set.info, counts)
-    images = _Images(train_set, validation_set, counts, _unlabelled(config, train_set))
+    images = RunImages(train_set, validation_set, counts, unlabelled_images(config, train_set))
     distributed.share_of(config.batch)
     info = train_set.info
     # Build the student first, so that a seed gives it the same weights with and without distillation.
@@ -175,7 +153,7 @@ def train_teacher(config: TeacherTrainingConfig) -> TrainingResult:
 def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> TrainingResult:
     train_set, validation_set = build_datasets(config)
     config.steps(len(train_set))
-    counts = _check_data(config, train_set, validation_set)
+    counts = check_data(config, train_set, validation_set)
     task = _task_loss(config, train_set.info, counts)
     distributed.share_of(config.batch)
     torch.manual_seed(config.seed)
@@ -203,69 +181,13 @@ def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> Train
     network = _placed(network, config, device)
     try_step(network, task.to(device), None, None, config, train_set.info)
     run = RunFolder(config.output or teacher_run(config.preset))
-    return _fit(network, task, config, _Images(train_set, validation_set, counts), run, weights=weights)
+    return _fit(network, task, config, RunImages(train_set, validation_set, counts), run, weights=weights)
 
 
 def _make_root_absolute(config: TrainingConfig) -> None:
     """Let a run find its data from any working directory."""
     if config.dataset.root is not None:
         config.dataset.root = config.dataset.root.absolute()
-
-
-def _check_data(
-    config: TrainingConfig, train_set: SegmentationDataset, validation_set: SegmentationDataset
-) -> dict[str, LabelCounts]:
-    """Find what would go wrong at the first validation, or silently; return the labels per split."""
-    if config.metric == "dice" and train_set.info.num_classes != 2:
-        raise ValueError(
-            f"metric must be 'mean_iou' or 'mean_dice' unless the data set has two classes, got 'dice' with "
-            f"{train_set.info.num_classes} classes"
-        )
-    return check_splits(
-        {"train": train_set, "val": validation_set},
-        compared=_test_split(config, train_set),
-        skip_corrupt=config.on_corrupt == "skip",
-    )
-
-
-def _test_split(config: TrainingConfig, train_set: SegmentationDataset) -> dict[str, SegmentationDataset]:
-    """Return the test split of files if there is a complete one, which no training needs."""
-    if not isinstance(train_set, PairedFiles):
-        return {}
-    try:
-        return {"test": build_split(config, "test", train=False)}
-    except (ValueError, FileNotFoundError):
-        return {}
-
-
-def _unlabelled(config: DistillationConfig, train_set: SegmentationDataset) -> UnlabelledImages | ImageShards | None:
-    if not config.unlabelled_per_step:
-        return None
-    distributed.share_of(config.unlabelled_per_step, "batch" if config.unlabelled_batch is None else "unlabelled_batch")
-    kinds = {is_shards(str(source)) for source in config.unlabelled}
-    if True in kinds:
-        if len(kinds) > 1 or config.dataset.labelled_share < 1:
-            raise ValueError(
-                "unlabelled must be tar files alone, got other images too; put those into tar files as well"
-            )
-        shards = ImageShards(config.unlabelled, train_set, config.dataset.image_size, config.seed)
-        shards.check(distributed.world_size(), config.dataset.workers)
-        return shards
-    images = UnlabelledImages(
-        config.unlabelled, train_set, config.dataset.image_size, config.seed, packed=config.dataset.packed
-    )
-    if not len(images):
-        raise ValueError(
-            "labelled_share must leave a training image without its mask, unless unlabelled names images, got "
-            f"{config.dataset.labelled_share:g} of {len(train_set)} images"
-        )
-    if len(images) < config.unlabelled_per_step:
-        raise ValueError(
-            f"unlabelled_batch must be at most {len(images)}, the number of unlabelled images, got "
-            f"{config.unlabelled_per_step}"
-        )
-    images.check()
-    return images
 
 
 def _task_loss(config: TrainingConfig, info: DatasetInfo, counts: dict[str, LabelCounts]) -> nn.Module:
@@ -298,24 +220,6 @@ def _class_weights(stated: tuple[str, ...], counts: LabelCounts | None, num_clas
     return weights
 
 
-def _frames(images: _Images) -> dict[str, dict[str, str]]:
-    """Return split -> frame -> checksums, and warn of validation images that the run sees without labels.
-
-    `sward.data.check.check_splits` has warned of those that are training images too.
-    """
-    frames = {"train": frame_sums(images.train), "val": frame_sums(images.validation)}
-    if isinstance(images.unlabelled, UnlabelledImages):
-        frames["unlabelled"] = frame_sums(images.unlabelled)
-    both = known_images(frames.get("unlabelled", {}), frames["val"])
-    if both and distributed.is_main():
-        warnings.warn(
-            f"{len(both)} validation images are unlabelled images too, so their scores say nothing about new images; "
-            f"the first is {both[0]}",
-            stacklevel=4,
-        )
-    return frames
-
-
 def _placed(network: nn.Module, config: TrainingConfig, device: torch.device) -> nn.Module:
     network = network.to(device)
     return network.to(memory_format=torch.channels_last) if config.channels_last else network
@@ -325,7 +229,7 @@ def _fit(
     network: nn.Module,
     task: nn.Module,
     config: TrainingConfig,
-    images: _Images,
+    images: RunImages,
     run: RunFolder,
     *,
     loss: DistillationLoss | None = None,
@@ -338,7 +242,7 @@ def _fit(
         loss = None if loss is None else distributed.synchronise_batch_norm(loss)
     # The weights above were drawn from the same seed in every process; dropout differs between processes.
     seed_generators(distributed.rank_seed(config.seed))
-    frames = _frames(images)
+    frames = checksums(images)
     identity = {f"{split} data": digest(sums) for split, sums in frames.items() if sums}
     identity.update(weights)
     info = images.train.info

@@ -138,3 +138,6 @@ def test_a_pack_of_something_else_is_refused(root: Path, tmp_path: Path) -> None
         data.build("scenes", "train", train=True, packed="somewhere")
     with pytest.raises(ValueError, match="scenes are generated and need no pack"):
         data.build_for_packing("scenes")
+    for name in ("camvid", "unlabelled"):
+        with pytest.raises(ValueError, match=rf"mask_values must be empty for {name}, got .*; only a folder"):
+            data.build_for_packing(name, root=root, folder_options=data.FolderOptions(mask_values=("0", "255")))

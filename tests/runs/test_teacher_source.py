@@ -17,7 +17,7 @@ from sward.cli.main import main
 from sward.cli.starting import apply_words
 from sward.config import DatasetConfig, DistillationConfig, TeacherConfig, TeacherTrainingConfig
 from sward.runs import train_student, train_teacher
-from sward.runs.load import introduce_teacher, load_teacher
+from sward.runs.teachers import introduce_teacher, load_teacher
 from sward.training.interruption import Interruption, TrainingInterrupted
 from sward.training.run_folder import KeptData, RunFolder
 from tests.support.folder_data import write_pairs

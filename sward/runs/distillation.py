@@ -1,0 +1,88 @@
+"""The networks and the loss of a run that distils."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sward import distributed, layers, methods
+from sward.config import DistillationConfig
+from sward.data import DatasetInfo
+from sward.losses import DistillationLoss
+from sward.runs.load import load_run
+from sward.runs.teachers import load_teacher, restore_statistics
+from sward.training import checkpoints
+from sward.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class LoadedDistillation:
+    """The networks and the loss of a finished run, in eval mode on the CPU."""
+
+    config: DistillationConfig
+    """Configuration of the run."""
+    info: DatasetInfo
+    """Classes of its data set."""
+    student: nn.Module
+    """The student with the last weights of the run."""
+    teacher: nn.Module
+    """The frozen network."""
+    loss: DistillationLoss
+    """The distillation loss with its learned parameters at the end of the run."""
+
+
+def load_distillation(path: Path) -> LoadedDistillation | None:
+    """Load the student, teacher and trained loss of the run in `path`; None for a run without distillation.
+
+    Raises:
+        FileNotFoundError: if the run, its last checkpoint or its teacher does not exist.
+        ValueError: if its files are damaged.
+    """
+    config, info, student = load_run(path, "last")
+    if not isinstance(config, DistillationConfig) or config.distillation == "none":
+        return None
+    teacher = load_teacher(config.teacher, config.preset, info)
+    restore_statistics(teacher.network, RunFolder(path))
+    network = teacher.network.eval()
+    pair = distillation_pair(config, student, teacher.name, network, info)
+    loss = methods.build(config.distillation, pair)
+    loss.load_state_dict(checkpoints.load(RunFolder(path).last)["distillation"])
+    return LoadedDistillation(config, info, student, network, loss.eval())
+
+
+def distillation_pair(
+    config: DistillationConfig, student: nn.Module, teacher_name: str, teacher: nn.Module, info: DatasetInfo
+) -> methods.DistillationPair:
+    """Describe the networks of a run to the builder of its method."""
+    settings = config.sward
+    choices = (
+        layers.default_layers(config.model, student, config.dataset.image_size),
+        layers.default_layers(teacher_name, teacher, config.teacher_image_size),
+    )
+    stages = layers.paired(choices[0].stages, choices[1].stages)
+    student_layers = dataclasses.replace(choices[0], stages=settings.student_layers or stages[0])
+    teacher_layers = dataclasses.replace(choices[1], stages=settings.teacher_layers or stages[1])
+    return methods.DistillationPair(
+        student=student,
+        teacher=teacher,
+        student_layers=student_layers,
+        teacher_layers=teacher_layers,
+        student_image_size=config.dataset.image_size,
+        teacher_image_size=config.teacher_image_size,
+        num_classes=info.num_classes,
+        ignore_index=info.ignore_index,
+        settings=settings,
+        student_taps=config.student_taps,
+        teacher_taps=config.teacher.taps,
+        unlabelled=config.unlabelled_per_step > 0,
+        standardize_teacher=config.teacher.normalization != "none",
+        masks=config.teacher_masks,
+        seed=config.seed,
+        # A generator of its own, so that runs with and without distillation see the same images and the same dropout.
+        generator=torch.Generator().manual_seed(distributed.rank_seed(config.seed)),
+        process_group=distributed.group(),
+    )
