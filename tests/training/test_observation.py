@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sward import data, runs
 from sward.cli.main import main
 from sward.config import MaskMethod, MaskTrainingConfig, TeacherConfig
 from sward.losses import MWADLoss, SegmentationCrossEntropy
 from sward.runs import train_masks, train_student
+from sward.runs.teachers import LoadedTeacher
 from sward.training.observation import (
     CollapseWatch,
     LossWatch,
@@ -190,11 +191,11 @@ def test_a_teacher_that_is_not_finite_is_named_with_layer_and_image() -> None:
 def broken_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     load = runs.train.load_teacher
 
-    def broken(*arguments: Any) -> tuple[str, nn.Module]:
-        name, network = load(*arguments)
+    def broken(*arguments: Any) -> LoadedTeacher:
+        teacher = load(*arguments)
         with torch.no_grad():
-            next(network.parameters()).fill_(float("inf"))
-        return name, network
+            next(teacher.network.parameters()).fill_(float("inf"))
+        return teacher
 
     monkeypatch.setattr(runs.train, "load_teacher", broken)
 
