@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from sward.data.files import OnCorrupt
-from sward.data.folder import FolderOptions
+from sward.data.folder import FolderOptions, refuse_options
 from sward.losses.mwad import ShiftStrategy
 from sward.losses.recipes import (
     RECIPES,
@@ -124,18 +124,10 @@ class DatasetConfig:
         _check_number("dataset.workers", self.workers, 0)
         _check_number("dataset.views", self.views, 1)
         if self.name != "folder":
-            self._refuse_folder_options()
-
-    def _refuse_folder_options(self) -> None:
-        for option in dataclasses.fields(FolderOptions):
-            value = getattr(self, option.name)
-            # The seed also draws the frames of labelled_share.
-            if value == option.default or (option.name == "split_seed" and self.labelled_share < 1):
-                continue
-            default, got = ("empty", ", ".join(value)) if option.default == () else (option.default, repr(value))
-            raise ValueError(
-                f"dataset.{option.name} must be {default} for {self.name}, got {got}; only a folder has this option"
-            )
+            given = dict(vars(self))
+            if self.labelled_share < 1:
+                del given["split_seed"]  # which draws these frames too
+            refuse_options(given, self.name, "dataset.")
 
 
 @dataclass

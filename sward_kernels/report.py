@@ -175,12 +175,13 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _table(rows: Sequence[Row], separator: str, rule: bool) -> str:
+def _table(rows: Sequence[Row], *, markdown: bool = False) -> str:
     names = list(rows[0])
     cells = [names, *[["-" if row[name] is None else str(row[name]) for name in names] for row in rows]]
     widths = [max(map(len, column)) for column in zip(*cells)]
+    separator = " | " if markdown else "  "
     lines = [separator.join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
-    if rule:
+    if markdown:
         lines.insert(1, "|".join("-" * (width + 1) + ":" for width in widths))
         lines = [f"|{line}|" if index == 1 else f"| {line} |" for index, line in enumerate(lines)]
     return "\n".join(lines)
@@ -211,7 +212,7 @@ def write(rows: Sequence[Row], folder: Path) -> tuple[Path, Path]:
         f"{len(rows)} configurations without a GPU: the worst of each group; every one is a row of `{every.name}`.\n"
         "Stack bytes are per thread, and hold what does not fit the registers."
     )
-    worst.write_text(f"{introduction}\n\n{_table(summary(rows), ' | ', True)}\n\n{NOTE}\n", encoding="utf-8")
+    worst.write_text(f"{introduction}\n\n{_table(summary(rows), markdown=True)}\n\n{NOTE}\n", encoding="utf-8")
     return every, worst
 
 
@@ -230,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for path in write(rows, options.output):
             print(f"written: {path}")
     else:
-        print(f"{_table(rows, '  ', False)}\n\n{_table(summary(rows), '  ', False)}\n\n{NOTE}")
+        print(f"{_table(rows)}\n\n{_table(summary(rows))}\n\n{NOTE}")
 
 
 if __name__ == "__main__":

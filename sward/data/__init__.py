@@ -10,7 +10,6 @@ Call `dataset.set_epoch(epoch)` before each pass over a training set; see `Segme
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 from collections.abc import Sequence
@@ -261,12 +260,7 @@ def build_for_packing(
     """
     where = _root(root)
     if name != "folder" and folder_options is not None:
-        for option in dataclasses.fields(folder_options):
-            value = getattr(folder_options, option.name)
-            if value != option.default:
-                raise ValueError(
-                    f"{option.name} must be empty for {name}, got {value!r}; only a folder has this option"
-                )
+        folder.refuse_options(vars(folder_options), name)
     if name == unlabelled.INFO.name:
         images = unlabelled.UnlabelledFolder(where)
         images.image_range = _checked(image_range)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,23 @@ class FolderOptions:
                 raise ValueError(f"mask_values must be given with ignore_values {', '.join(ignore)}, got none")
             return None
         return MaskValues(values, ignore)
+
+
+def refuse_options(given: Mapping[str, Any], name: str, prefix: str = "") -> None:
+    """Raise a ValueError for an option of a folder that is given for another data set, and is not the default.
+
+    Args:
+        given: fields of `FolderOptions` with their values; a missing one is not looked at.
+        name: the data set.
+        prefix: of the options' names in the message.
+    """
+    for option in dataclasses.fields(FolderOptions):
+        value = given.get(option.name, option.default)
+        if value != option.default:
+            default, got = ("empty", ", ".join(value)) if option.default == () else (option.default, repr(value))
+            raise ValueError(
+                f"{prefix}{option.name} must be {default} for {name}, got {got}; only a folder has this option"
+            )
 
 
 class ImageFolder(PairedFiles):
