@@ -47,7 +47,7 @@ class Estimate:
 
 
 def estimate(config: TrainingConfig, teacher: TeacherTrainingConfig) -> Estimate:
-    """Estimate the cost of one run.
+    """Estimate the cost of one run; with unlabelled images, of the most that a step can have.
 
     Args:
         config: configuration of the run.
@@ -55,10 +55,11 @@ def estimate(config: TrainingConfig, teacher: TeacherTrainingConfig) -> Estimate
     """
     settings = config.dataset
     classes = data.describe(settings.name, num_classes=settings.num_classes).num_classes
-    steps = config.steps(_training_images(config))
+    images = _training_images(config)
+    steps = config.steps(images)
     options = tuple(sorted(config.model_options.items())) if isinstance(config, TeacherTrainingConfig) else ()
     frozen = isinstance(config, TeacherTrainingConfig) and not config.train_trunk
-    batch = config.batch + config.unlabelled_per_step
+    batch = config.batch + config.unlabelled_per_step(images, None)
     own = _trained(config.model, classes, options, settings.image_size, batch, frozen)
     flops, memory = own.flops, own.memory
     if isinstance(config, DistillationConfig) and config.distillation != "none":

@@ -78,7 +78,7 @@ def distillation_pair(
         settings=settings,
         student_taps=config.student_taps,
         teacher_taps=config.teacher.taps,
-        unlabelled=config.unlabelled_per_step > 0,
+        unlabelled=config.has_unlabelled,
         standardize_teacher=config.teacher.normalization != "none",
         masks=config.teacher_masks,
         seed=config.seed,

@@ -14,6 +14,7 @@ from sward.data.frames import frame_sums, known_images
 from sward.data.shards import ImageShards, is_shards
 from sward.data.unlabelled import UnlabelledImages
 from sward.runs.load import build_split
+from sward.training.batches import unlabelled_per_step
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,10 @@ def unlabelled_images(
     Raises:
         ValueError, FileNotFoundError: if there are none or too few of them, or one cannot be used.
     """
-    if not config.unlabelled_per_step:
+    if not config.has_unlabelled:
         return None
-    distributed.share_of(config.unlabelled_per_step, "batch" if config.unlabelled_batch is None else "unlabelled_batch")
+    if config.unlabelled_batch is not None:
+        distributed.share_of(config.unlabelled_batch, "unlabelled_batch")
     kinds = {is_shards(str(source)) for source in config.unlabelled}
     if True in kinds:
         if len(kinds) > 1 or config.dataset.labelled_share < 1:
@@ -84,10 +86,10 @@ def unlabelled_images(
             "labelled_share must leave a training image without its mask, unless unlabelled names images, got "
             f"{config.dataset.labelled_share:g} of {len(train_set)} images"
         )
-    if len(images) < config.unlabelled_per_step:
+    per_step = unlabelled_per_step(config, train_set, images)
+    if len(images) < per_step:
         raise ValueError(
-            f"unlabelled_batch must be at most {len(images)}, the number of unlabelled images, got "
-            f"{config.unlabelled_per_step}"
+            f"unlabelled_batch must be at most {len(images)}, the number of unlabelled images, got {per_step}"
         )
     images.check()
     return images

@@ -40,7 +40,7 @@ from sward.runs.teachers import (
     teacher_run,
 )
 from sward.runs.trial import try_step
-from sward.training.batches import batches
+from sward.training.batches import batches, unlabelled_per_step
 from sward.training.host_memory import keep_freed_memory
 from sward.training.loop import TrainingResult, first_state, fit
 from sward.training.progress import Progress
@@ -108,7 +108,10 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
             dtype=torch.float32 if config.precision == "fp32" else None,
             taps=config.teacher.taps,
         )
-    try_step(student, task.to(device), loss, frozen, config, info)
+    extra = unlabelled_per_step(config, train_set, images.unlabelled)
+    if extra and distributed.is_main():
+        print(f"unlabelled images per step: {extra}, beside {config.batch} labelled ones")
+    try_step(student, task.to(device), loss, frozen, config, info, unlabelled=extra)
     if loaded is not None and frozen is not None:
         if config.compile:
             frozen.network.compile()

@@ -22,11 +22,13 @@ def try_step(
     teacher: FrozenTeacher | None,
     config: TrainingConfig,
     info: DatasetInfo,
+    *,
+    unlabelled: int = 0,
 ) -> None:
     """Run forward and backward passes of copies of the networks on images of the run's size.
 
-    Neither the networks nor the random states change. With several processes nothing is tried, since their losses
-    exchange tensors.
+    `unlabelled` images without labels come on top of `config.batch`. Neither the networks nor the random states change.
+    With several processes nothing is tried, since their losses exchange tensors.
 
     Raises:
         ValueError: if the step fails, for example because a layer has no grid of a window's size.
@@ -41,7 +43,7 @@ def try_step(
         tall, wide = config.teacher_image_size
         taps = config.student_taps
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(config.batch + config.unlabelled_per_step, 3, height, width, generator=generator)
+    images = torch.rand(config.batch + unlabelled, 3, height, width, generator=generator)
     labels = torch.randint(0, info.num_classes, (len(images), height, width), generator=generator)
     labels[config.batch :] = info.ignore_index
     seen = images if (tall, wide) == (height, width) else torch.rand(len(images), 3, tall, wide, generator=generator)

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from sward import data, distributed
+from sward.config import TrainingConfig
 from sward.data import Batch, SegmentationDataset
 from sward.data.shards import ImageShards
 from sward.data.unlabelled import UnlabelledImages
@@ -85,6 +86,16 @@ def batches(
         with _naming_the_file():
             yield from loader
         sampler.epoch, sampler.skip = sampler.epoch + 1, 0
+
+
+def unlabelled_per_step(
+    config: TrainingConfig, labelled: SegmentationDataset, unlabelled: UnlabelledImages | ImageShards | None
+) -> int:
+    """Return the number of unlabelled images in a step of all processes; see `DistillationConfig`."""
+    if unlabelled is None:
+        return 0
+    count = len(unlabelled) if isinstance(unlabelled, UnlabelledImages) else None
+    return config.unlabelled_per_step(len(labelled), count, distributed.world_size())
 
 
 def unlabelled_batches(

@@ -20,7 +20,7 @@ from sward.data.shards import ImageShards
 from sward.data.unlabelled import UnlabelledImages, join
 from sward.evaluation import Evaluation, evaluate
 from sward.losses import LOGITS
-from sward.training.batches import batches, unlabelled_batches
+from sward.training.batches import batches, unlabelled_batches, unlabelled_per_step
 from sward.training.host_memory import keep_freed_memory
 from sward.training.interruption import Interruption, TrainingInterrupted
 from sward.training.observation import CollapseWatch, LossWatch, Throughput, losses_of, peak_memory
@@ -104,7 +104,8 @@ def fit(
 ) -> TrainingResult:
     """Train `step_module` from `state` on as `config` says; the run folder can be resumed and evaluated.
 
-    With `unlabelled`, every step also sees `config.unlabelled_per_step` of these images, whose labels are all ignored.
+    With `unlabelled`, every step also sees some of these images, whose labels are all ignored; how many, says
+    `DistillationConfig.unlabelled_per_step`.
     Every process of a group must call this.
 
     Raises:
@@ -124,12 +125,12 @@ def fit(
         start=state.step,
         pin_memory=device.type == "cuda",
     )
-    hidden = 0
+    extra_per_step = unlabelled_per_step(config, train_set, unlabelled)
+    hidden = distributed.share_of(extra_per_step)
     if unlabelled is not None:
-        hidden = distributed.share_of(config.unlabelled_per_step)
         extra = unlabelled_batches(
             unlabelled,
-            config.unlabelled_per_step,
+            extra_per_step,
             workers=config.dataset.workers,
             start=state.step,
             pin_memory=device.type == "cuda",
@@ -153,8 +154,7 @@ def fit(
         state.validation_due = False
         return found
 
-    per_step = config.batch + (0 if unlabelled is None else config.unlabelled_per_step)
-    throughput = Throughput(per_step, state.step, state.stopwatch.read())
+    throughput = Throughput(config.batch + extra_per_step, state.step, state.stopwatch.read())
     with Progress(run.path.name, steps, start=state.step) as progress, Interruption() as interruption:
         if state.validation_due:
             evaluation = scored()

@@ -101,7 +101,8 @@ def test_unlabelled_frames_are_never_those_of_the_test() -> None:
     for row in table.rows:
         if row.against is not None:
             with_them, without = study.config(row.runs[0], 1), study.config(row.against, 1)
-            assert with_them.unlabelled_per_step == with_them.batch
+            assert with_them.unlabelled_batch is None
+            assert with_them.has_unlabelled
             with_them.unlabelled, with_them.output = without.unlabelled, without.output
             assert with_them == without
 
@@ -121,7 +122,7 @@ def test_fewer_masks_take_as_many_steps_and_share_no_teacher() -> None:
             )
             assert every == pytest.approx(other_every, rel=0.05)
             assert config.dataset == dataclasses.replace(other.dataset, labelled_share=share)
-            assert config.unlabelled_per_step == (config.batch if name == "sward" else 0)
+            assert config.unlabelled_per_step(used, frames - used) == (config.batch if name == "sward" else 0)
             if name == "sward":
                 assert config.teacher.run == study.folder(teacher_of(preset), 0).path
 

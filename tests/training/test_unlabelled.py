@@ -443,8 +443,8 @@ def test_a_run_gives_no_labels_to_what_rotation_fills(
     dataset, batches_, labels = squares(tmp_path / "set"), joined(monkeypatch), trained_labels(monkeypatch)
     black = normalise(torch.zeros(3, 1, 1, dtype=torch.uint8))
     for name, confidence in (("all", 1e-6), ("without", None)):
-        config = small(tmp_path / name, dataset=dataset, iterations=2, unlabelled=(images,), pseudo_labels=confidence)
-        train_student(config)
+        options = dict(unlabelled=(images,), unlabelled_batch=4, pseudo_labels=confidence)
+        train_student(small(tmp_path / name, dataset=dataset, iterations=2, **options))
     for batch, seen in zip(batches_, labels, strict=True):
         outside = batch.labels[4:] == 255
         assert 0.02 < outside.float().mean() < 0.5
@@ -468,7 +468,8 @@ def test_one_logit_of_the_teacher_is_the_log_odds_of_class_1() -> None:
 
 def test_a_run_learns_from_the_teacher_s_labels_and_logs_their_share(images: Path, tmp_path: Path) -> None:
     for name, confidence in (("all", 1e-6), ("none", 1.0)):
-        train_student(small(tmp_path / name, iterations=2, unlabelled=(str(images),), pseudo_labels=confidence))
+        options = dict(unlabelled=(str(images),), unlabelled_batch=4, pseudo_labels=confidence)
+        train_student(small(tmp_path / name, iterations=2, **options))
     shares = {
         name: [record.get("pseudo_labelled_share") for record in records(tmp_path / name)] for name in ("all", "none")
     }
@@ -478,6 +479,36 @@ def test_a_run_learns_from_the_teacher_s_labels_and_logs_their_share(images: Pat
     assert first["attention"] == other["attention"]
 
 
-def test_as_many_unlabelled_as_labelled_images_by_default() -> None:
-    assert DistillationConfig(batch=6).unlabelled_per_step == 0
-    assert DistillationConfig(batch=6, unlabelled=(Path("x"),)).unlabelled_per_step == 6
+@pytest.mark.parametrize(
+    ("labelled", "unlabelled", "processes", "expected"),
+    [
+        (428, 4280, 1, 8),
+        (428, 428, 1, 8),
+        (428, 427, 1, 7),
+        (428, 148, 1, 2),
+        (428, 1, 1, 1),
+        (428, 427, 2, 6),
+        (428, 148, 4, 4),
+        (428, None, 2, 8),
+    ],
+)
+def test_no_unlabelled_image_is_seen_more_often_than_a_labelled_one(
+    labelled: int, unlabelled: int | None, processes: int, expected: int
+) -> None:
+    config = DistillationConfig(batch=8, unlabelled=("x",))
+    assert config.unlabelled_per_step(labelled, unlabelled, processes) == expected
+    config.unlabelled_batch = 5
+    assert config.unlabelled_per_step(labelled, unlabelled) == 5
+    assert DistillationConfig(batch=8).unlabelled_per_step(labelled, unlabelled) == 0
+    shared = DistillationConfig(batch=8, dataset=DatasetConfig(labelled_share=0.5))
+    assert shared.unlabelled_per_step(214, 214) == 8
+
+
+def test_the_default_reaches_the_run(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # 7 images beside 18: four of each per step would show them two to three times as often.
+    config = small(tmp_path / "run", iterations=2, unlabelled=(str(images),))
+    train_student(config)
+    assert "unlabelled images per step: 1, beside 4 labelled ones" in capsys.readouterr().out
+    first, second = records(config.output)[:2]
+    expected = (4 + 1) / (second["seconds"] - first["seconds"])
+    assert second["images_per_second"] == pytest.approx(expected, rel=1e-6)
