@@ -378,8 +378,8 @@ class DistillationConfig(TrainingConfig):
     `shards/{000..999}.tar` or `pipe:COMMAND`, which a shell runs. The teacher is distilled on them too; the task loss,
     PDR and all terms that need labels see the labelled images only."""
     unlabelled_batch: int | None = None
-    """Unlabelled images per step, over all processes, beside `batch` labelled ones; None chooses, see
-    `unlabelled_per_step`."""
+    """Unlabelled images per step, over all processes, beside `batch` labelled ones; None takes as many as `batch`, but
+    shows none of them more often than a labelled one."""
     pseudo_labels: float | None = None
     """Probability from which the teacher's class is the label of an unlabelled pixel, for the task loss and all terms
     that need labels; None leaves unlabelled images without labels."""

@@ -39,7 +39,8 @@ def write_network(network: nn.Module, metadata: Metadata, path: Path) -> Metadat
         The metadata that the file holds.
 
     Raises:
-        ValueError: if the suffix is another one, or the network is a teacher and height and width are free.
+        ValueError: if the suffix is another one, or the network cannot be exported, as teachers cannot with free height
+            and width.
         ModuleNotFoundError: if `onnx` or `onnxscript` is not installed.
     """
     check_path(path)
@@ -103,7 +104,15 @@ def _traced(network: DeployedNetwork, metadata: Metadata) -> torch.export.Export
         free[3] = torch.export.Dim("width", min=1, max=2**16)
     # Without the patch, torch decides memory layouts by comparing sizes and then refuses the sizes it excluded.
     with symbolic_shapes.patch(backed_size_oblivious=True), _quiet():  # type: ignore[attr-defined]
-        return torch.export.export(network, (images,), dynamic_shapes=(free,))
+        try:
+            return torch.export.export(network, (images,), dynamic_shapes=(free,))
+        except Exception as error:  # torch has a class of its own for each reason
+            size = "free height and width" if metadata.fixed_size is None else f"{height} x {width} pixels"
+            remedy = "; try a fixed size: --size HEIGHT WIDTH" if metadata.fixed_size is None else ""
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ValueError(
+                f"network {metadata.model} cannot be exported with {size}{remedy}; torch says: {reason}"
+            ) from error
 
 
 def _name_sizes(model: Any) -> None:

@@ -88,6 +88,26 @@ def test_a_teacher_needs_a_fixed_size(tmp_path: Path) -> None:
         write_network(Pixelwise(), metadata("hiera_demo"), tmp_path / "teacher.onnx")
 
 
+class SizeDependent(nn.Module):
+    """Padding by a rule that looks at the size, as TensorFlow's 'same' padding does."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        width = images.shape[-1]
+        return images if width % 3 == 0 else nn.functional.pad(images, (0, width % 3))[..., :width] * 2
+
+
+def test_a_network_that_needs_a_fixed_size_is_named_with_the_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "student.pt2"
+    with pytest.raises(
+        ValueError, match=r"^network package:net cannot be exported with free .*--size HEIGHT WIDTH; .+$"
+    ):
+        write_network(SizeDependent(), metadata("package:net"), path)
+    assert not path.exists()
+    write_network(SizeDependent(), metadata("package:net", fixed_size=(64, 64)), path)
+    images = photos(1, 64, 64)
+    assert torch.equal(sward.load(path).forward(images), padded_by_hand(SizeDependent(), images))
+
+
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 def test_hiera_with_a_fixed_size(suffix: str, tmp_path: Path) -> None:
     network = randomised("hiera_demo")
