@@ -12,6 +12,7 @@ from typing import Any, Literal
 from sward.config import (
     DatasetConfig,
     DistillationConfig,
+    MaskTrainingConfig,
     OptimizerConfig,
     SWARDConfig,
     TeacherConfig,
@@ -35,6 +36,17 @@ class Preset:
     these presets train the head with the student's optimiser."""
     mask_steps: int | None = None
     """Steps of `sward train-masks`, for MasKD's tokens and FreeKD's prompts; None for the papers' numbers."""
+
+    @property
+    def masks(self) -> MaskTrainingConfig:
+        """Configuration of `sward train-masks`: the student's data, teacher and batch."""
+        return MaskTrainingConfig(
+            preset=self.student.preset,
+            dataset=self.student.dataset,
+            teacher=self.student.teacher,
+            batch=self.student.batch,
+            steps=self.mask_steps,
+        )
 
 
 def names() -> list[str]:

@@ -187,11 +187,7 @@ def _train_masks(words: list[str]) -> None:
     from sward.config import MaskTrainingConfig
 
     name, rest = _preset("train-masks", expand(words))
-    preset = presets.get(name)
-    student = preset.student
-    default = MaskTrainingConfig(
-        preset=name, dataset=student.dataset, teacher=student.teacher, batch=student.batch, steps=preset.mask_steps
-    )
+    default = presets.get(name).masks
     config = _parse(MaskTrainingConfig, f"train-masks {name}", apply_words(default, rest), default)
     from sward.runs import train_masks
 

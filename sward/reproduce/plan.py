@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Iterable, Iterator
@@ -79,16 +80,8 @@ def _command(config: DistillationConfig | TeacherTrainingConfig) -> str:
 
 
 def _masks_command(config: MaskTrainingConfig) -> str:
-    default = MaskTrainingConfig(
-        preset=config.preset,
-        method=config.method,
-        dataset=config.dataset,
-        batch=config.batch,
-        steps=presets.get(config.preset).mask_steps,
-    )
+    default = dataclasses.replace(presets.get(config.preset).masks, method=config.method)
     flags = ["--method", config.method, *_flags(json.loads(to_json(default)), json.loads(to_json(config)))]
-    if config.dataset.root is not None:
-        flags += ["--dataset.root", str(config.dataset.root)]
     return shlex.join(["sward", "train-masks", config.preset, *flags])
 
 

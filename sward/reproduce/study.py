@@ -16,7 +16,6 @@ from sward.config import (
     DistillationConfig,
     MaskMethod,
     MaskTrainingConfig,
-    TeacherConfig,
     TeacherTrainingConfig,
 )
 from sward.config_json import differences, to_json
@@ -132,21 +131,15 @@ class Study:
     def masks_config(self, run: Run, method: MaskMethod) -> MaskTrainingConfig:
         """Return the configuration for learning the masks of `run`."""
         teacher = teacher_of(run.preset)
-        preset = presets.get(teacher.preset)
-        student, steps = preset.student, preset.mask_steps
+        config = presets.get(teacher.preset).masks
+        config.method = method
+        config.dataset.root = self.options.data
+        config.teacher.run = self.folder(teacher, 0).path
         if self.options.iterations is not None:
-            steps = self.options.iterations
-        student.dataset.root = self.options.data
-        return MaskTrainingConfig(
-            preset=teacher.preset,
-            method=method,
-            dataset=student.dataset,
-            teacher=TeacherConfig(run=self.folder(teacher, 0).path, image_size=student.teacher.image_size),
-            batch=student.batch,
-            steps=steps,
-            device=self.options.device,
-            output=self.masks_file(run),
-        )
+            config.steps = self.options.iterations
+        config.device = self.options.device
+        config.output = self.masks_file(run)
+        return config
 
     def state(self, run: Run, seed: int) -> State:
         """Return the state of the run.
