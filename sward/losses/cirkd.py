@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
-from torch.utils.checkpoint import checkpoint
 
 from sward.alignment import resize_labels, resize_to_common
 from sward.losses.class_queue import ClassQueue, ClassRows, pick_rows
@@ -21,8 +21,8 @@ from sward_kernels import relational_kl
 from sward_kernels.labels import class_indices
 from sward_kernels.relation.api import check_implementation
 
-# Elements of the scores (64 MiB in float32) that exist at once in the memory terms.
-_CHUNK_ELEMENTS = 2**24
+# Scores that exist at once in the memory terms: what a CPU core keeps in its cache, and enough rows to fill a GPU.
+_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 # Removes a key from a softmax; finite, so that 0 * (difference of two such scores) is 0 and not NaN.
 _REMOVED = -1e9
 
@@ -246,7 +246,8 @@ def memory_relation(
 ) -> Tensor:
     """Return `T'^2 sum_v w_v KL( softmax_k(t_v.q_k / (T T')) || softmax_k(s_v.q_k / (T T')) )`.
 
-    A bounded number of rows is computed at a time, and their scores are recomputed in backward, not stored.
+    A bounded number of rows is computed at a time, together with their gradient, so that no scores are stored. Only
+    `student_units` has a gradient, and no second one.
 
     Args:
         student_units: `[V, C]` projected student vectors of length one.
@@ -259,21 +260,60 @@ def memory_relation(
     """
     scale = 1.0 / (temperature * distribution_temperature)
     keys = keys.to(student_units.dtype)
-    row_weights = row_weights.to(student_units.dtype)
     removed = torch.zeros_like(keys[:, 0]).masked_fill(~usable, _REMOVED)
-    rows = max(1, _CHUNK_ELEMENTS // len(keys))
-    total = student_units.sum() * 0.0
-    for student, teacher, weights in zip(student_units.split(rows), teacher_units.split(rows), row_weights.split(rows)):
-        total = total + checkpoint(_memory_rows, student, teacher, keys, removed, weights, scale, use_reentrant=False)
+    total: Tensor = _MemoryRelation.apply(
+        student_units, teacher_units, keys, removed, row_weights.to(student_units.dtype), scale
+    )
     return distribution_temperature**2 * total
 
 
-def _memory_rows(
-    student: Tensor, teacher: Tensor, keys: Tensor, removed: Tensor, weights: Tensor, scale: float
-) -> Tensor:
-    student_log = torch.addmm(removed, student, keys.mT, alpha=scale).log_softmax(dim=-1)
-    teacher_log = torch.addmm(removed, teacher, keys.mT, alpha=scale).log_softmax(dim=-1)
-    return weights @ (teacher_log.exp() * (teacher_log - student_log)).sum(dim=-1)
+class _MemoryRelation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        context: Any,
+        student_units: Tensor,
+        teacher_units: Tensor,
+        keys: Tensor,
+        removed: Tensor,
+        row_weights: Tensor,
+        scale: float,
+    ) -> Tensor:
+        rows = max(1, _CHUNK_ELEMENTS.get(keys.device.type, 2**24) // len(keys))
+        total = student_units.new_zeros(())
+        gradient = torch.empty_like(student_units) if context.needs_input_grad[0] else None
+        for start in range(0, len(student_units), rows):
+            chunk = slice(start, start + rows)
+            weights = row_weights[chunk]
+            student = _scores(student_units[chunk], keys, removed, scale)
+            teacher = _scores(teacher_units[chunk], keys, removed, scale)
+            gap = teacher - student
+            student_log_sum, teacher_log_sum = _softmax_(student), _softmax_(teacher)
+            total += weights @ ((teacher * gap).sum(dim=-1) + student_log_sum - teacher_log_sum)
+            if gradient is not None:
+                # d KL / d score is the difference of the two softmaxes.
+                gradient[chunk] = (scale * weights)[:, None] * ((student - teacher) @ keys)
+        context.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = context.saved_tensors
+        return None if gradient is None else upstream * gradient, None, None, None, None, None
+
+
+def _scores(units: Tensor, keys: Tensor, removed: Tensor, scale: float) -> Tensor:
+    scores = torch.addmm(removed, units, keys.mT, alpha=scale)
+    # Autocast gives scores of half precision.
+    return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def _softmax_(scores: Tensor) -> Tensor:
+    """Replace the scores of each row by their softmax; return the logarithm of the sum of their exponentials."""
+    largest = scores.amax(dim=-1, keepdim=True)
+    total = scores.sub_(largest).exp_().sum(dim=-1, keepdim=True)
+    scores.div_(total)
+    return (largest + total.log()).squeeze(-1)
 
 
 def _gathered(part: Tensor, ranks: int, group: ProcessGroup | None) -> Tensor:

@@ -74,7 +74,7 @@ def test_memory_relation_in_chunks_has_the_same_value_and_gradient(monkeypatch: 
     student, teacher, keys = random_units(10, 4).requires_grad_(), random_units(10, 4), random_units(9, 4)
     whole = relation(student, teacher, keys)
     gradient = torch.autograd.grad(whole, student)[0]
-    monkeypatch.setattr(cirkd, "_CHUNK_ELEMENTS", 30)
+    monkeypatch.setitem(cirkd._CHUNK_ELEMENTS, "cpu", 30)
     parts = relation(student, teacher, keys)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(torch.autograd.grad(parts, student)[0], gradient)
