@@ -378,8 +378,9 @@ class DistillationConfig(TrainingConfig):
     `shards/{000..999}.tar` or `pipe:COMMAND`, which a shell runs. The teacher is distilled on them too; the task loss,
     PDR and all terms that need labels see the labelled images only."""
     unlabelled_batch: int | None = None
-    """Unlabelled images per step, over all processes, beside `batch` labelled ones; None takes as many as `batch`, but
-    shows none of them more often than a labelled one."""
+    """Unlabelled images per step, over all processes, beside `batch` labelled ones. None takes as many as `batch`, or,
+    unless they come from tar files, fewer, so that none is seen more often than a labelled one; every process takes at
+    least one. The configuration of a run keeps the number."""
     pseudo_labels: float | None = None
     """Probability from which the teacher's class is the label of an unlabelled pixel, for the task loss and all terms
     that need labels; None leaves unlabelled images without labels."""
@@ -392,9 +393,9 @@ class DistillationConfig(TrainingConfig):
     def unlabelled_per_step(self, labelled: int, unlabelled: int | None, processes: int = 1) -> int:
         """Return the number of unlabelled images per step, over all processes; 0 for a run without.
 
-        Unless `unlabelled_batch` sets it, there are as many as labelled ones, but fewer where an unlabelled image would
-        otherwise be seen more often than a labelled one: with 148 of them beside 428 labelled images, 8 per step cost
-        points and 2 gained (docs/results.md).
+        Unless `unlabelled_batch` sets it, there are as many as labelled ones, or fewer, so that no unlabelled image is
+        seen more often than a labelled one: with 148 of them beside 428 labelled images, 8 per step cost points and 2
+        gained (docs/results.md). Every process takes at least one.
 
         Args:
             labelled: number of labelled training images.

@@ -122,6 +122,9 @@ def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "
         if name in ("student_layers", "teacher_layers") and not (old and new):
             # Empty means chosen when the run starts; a run that starts compares the chosen ones.
             continue
+        if name == "unlabelled_batch" and new is None:
+            # None means chosen when the run starts, and stored then.
+            continue
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{prefix}{name}.")
         elif name == "trunk_checkpoint" and old and new:

@@ -40,11 +40,12 @@ class Preset:
     @property
     def masks(self) -> MaskTrainingConfig:
         """Configuration of `sward train-masks`: the student's data, teacher and batch."""
+        student = copy.deepcopy(self.student)
         return MaskTrainingConfig(
-            preset=self.student.preset,
-            dataset=self.student.dataset,
-            teacher=self.student.teacher,
-            batch=self.student.batch,
+            preset=student.preset,
+            dataset=student.dataset,
+            teacher=student.teacher,
+            batch=student.batch,
             steps=self.mask_steps,
         )
 

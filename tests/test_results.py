@@ -1,10 +1,11 @@
-"""The scores in docs/results.md and README.md are those of docs/results/study.csv."""
+"""The tables of scores in README.md and docs/results.md, as far as they follow from docs/results/study.csv."""
 
 from __future__ import annotations
 
 import csv
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -12,76 +13,174 @@ from sward.paired import paired_t
 
 ROOT = Path(__file__).resolve().parents[1]
 
-COLONDB = ("colondb-small", "cvc_colondb, test split of ratio", "best")
-CLINICDB = ("clinicdb-random-small", "cvc_clinicdb, test split of ratio", "best")
-CLINICDB_TO_COLONDB = ("clinicdb-random-small", "cvc_colondb, all", "last")
-SEQUENCE = ("clinicdb-small", "cvc_clinicdb, test split of sequence", "best")
-SEQUENCE_LAST = ("clinicdb-small", "cvc_clinicdb, test split of sequence", "last")
-SEQUENCE_TO_COLONDB = ("clinicdb-small", "cvc_colondb, all", "last")
-SEQUENCE_TO_COLONDB_BEST = ("clinicdb-small", "cvc_colondb, all", "best")
-UNLABELLED = ("clinicdb-small", "cvc_colondb, test split of parity", "last")
+Scores = tuple[str, str, str]
+"""Preset, test images and weights, as in study.csv."""
 
-Set = tuple[str, str, str]
+COLONDB: Scores = ("colondb-small", "cvc_colondb, test split of ratio", "best")
+CLINICDB: Scores = ("clinicdb-random-small", "cvc_clinicdb, test split of ratio", "best")
+CLINICDB_TO_COLONDB: Scores = ("clinicdb-random-small", "cvc_colondb, all", "last")
+SEQUENCE: Scores = ("clinicdb-small", "cvc_clinicdb, test split of sequence", "best")
+SEQUENCE_LAST: Scores = ("clinicdb-small", "cvc_clinicdb, test split of sequence", "last")
+SEQUENCE_TO_COLONDB: Scores = ("clinicdb-small", "cvc_colondb, all", "last")
+SEQUENCE_TO_COLONDB_BEST: Scores = ("clinicdb-small", "cvc_colondb, all", "best")
+OTHER_HALF: Scores = ("clinicdb-small", "cvc_colondb, test split of parity", "last")
+
+SUMMARY = "# Results"
+FIRST = "## Does it help? CVC-ColonDB, random split, UNeXt"
+RANDOM = "## CVC-ClinicDB, random split"
+HOSPITALS = "## Other hospitals: trained on CVC-ClinicDB by sequence"
+UNLABELLED = "### Images without masks"
+PEERS = "### Peers and ingredients: too few seeds to rank"
 
 
 @cache
-def dice(where: Set, method: str) -> dict[int, float]:
-    """Return seed -> Dice in percent; of a seed with several rows, those of the processor of the first."""
-    found: dict[int, float] = {}
+def dice(scores: Scores, method: str) -> dict[int, float]:
+    """Return seed -> Dice in percent, in order."""
     with (ROOT / "docs/results/study.csv").open() as file:
-        for row in csv.DictReader(file):
-            if (row["preset"], row["test"], row["weights"], row["method"]) == (*where, method):
-                found.setdefault(int(row["seed"]), 100 * float(row["dice"]))
-    return found
+        found = {
+            int(row["seed"]): 100 * float(row["dice"])
+            for row in csv.DictReader(file)
+            if (row["preset"], row["test"], row["weights"], row["method"]) == (*scores, method)
+        }
+    return dict(sorted(found.items()))
 
 
-def page(name: str) -> str:
-    return " ".join((ROOT / name).read_text().split())
-
-
-@pytest.mark.parametrize(
-    ("where", "method", "base", "pages"),
-    [
-        (COLONDB, "sward", "none", ("docs/results.md", "README.md")),
-        (CLINICDB, "sward", "none", ("docs/results.md", "README.md")),
-        (CLINICDB_TO_COLONDB, "sward", "none", ("docs/results.md",)),
-        (SEQUENCE_TO_COLONDB, "sward", "none", ("docs/results.md", "README.md")),
-        (SEQUENCE_TO_COLONDB_BEST, "sward", "none", ("docs/results.md",)),
-        (SEQUENCE, "sward", "none", ("docs/results.md", "README.md")),
-        (SEQUENCE_LAST, "sward", "none", ("docs/results.md",)),
-        (SEQUENCE, "sward-unlabelled", "sward", ("docs/results.md",)),
-        (SEQUENCE_TO_COLONDB, "cwd", "none", ("docs/results.md",)),
-        (SEQUENCE_TO_COLONDB, "sward", "cwd", ("docs/results.md",)),
-        (SEQUENCE, "cwd", "none", ("docs/results.md",)),
-        (SEQUENCE, "sward", "cwd", ("docs/results.md",)),
-        (UNLABELLED, "sward-unlabelled", "sward", ("docs/results.md", "README.md")),
-        (UNLABELLED, "sward-unlabelled", "none", ("docs/results.md",)),
-        (UNLABELLED, "sward-unlabelled-batch-8", "sward", ("docs/results.md",)),
-    ],
-)
-def test_differences_are_those_of_the_study(where: Set, method: str, base: str, pages: tuple[str, ...]) -> None:
-    first, second = dice(where, base), dice(where, method)
-    difference = paired_t([second[seed] - first[seed] for seed in sorted(first.keys() & second.keys())])
+def gain(scores: Scores, method: str, base: str) -> str:
+    """Return the mean difference over the seeds that both have, with its interval, as the pages write it."""
+    one, other = dice(scores, method), dice(scores, base)
+    difference = paired_t([one[seed] - other[seed] for seed in one if seed in other])
     assert difference is not None
-    interval = f"[{difference.low:.1f}, {difference.high:.1f}]"
-    for name in pages:
-        text = page(name)
-        assert f"{difference.mean:+.1f} {interval}" in text or f"{difference.mean:.1f} points" in text
-        assert interval in text
+    return f"{difference.mean:+.1f} [{difference.low:.1f}, {difference.high:.1f}]"
+
+
+def mean(scores: Scores, method: str, seeds: int | None = None) -> str:
+    return f"{fmean(list(dice(scores, method).values())[:seeds]):.1f}"
+
+
+def cells(page: str, section: str, label: str) -> list[str]:
+    """Return the other cells of the only row with this first cell between this heading and the next one."""
+    text = (ROOT / page).read_text().replace("**", "")
+    part = text.partition(f"{section}\n")[2]
+    lines = part.splitlines()
+    end = next((number for number, line in enumerate(lines) if line.startswith("#")), len(lines))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:end] if line.startswith("|")]
+    (row,) = (row for row in rows if row[0] == label)
+    return row[1:]
 
 
 @pytest.mark.parametrize(
-    ("where", "method"),
+    ("label", "scores", "method", "base"),
     [
-        *((where, method) for where in (COLONDB, CLINICDB, CLINICDB_TO_COLONDB) for method in ("none", "sward")),
-        *((where, method) for where in (SEQUENCE, SEQUENCE_LAST) for method in ("none", "sward")),
-        *((where, method) for where in (SEQUENCE_TO_COLONDB, SEQUENCE_TO_COLONDB_BEST) for method in ("none", "sward")),
-        *((where, "cwd") for where in (SEQUENCE, SEQUENCE_TO_COLONDB)),
-        *((UNLABELLED, method) for method in ("sward-unlabelled", "sward-unlabelled-batch-8")),
-        *((COLONDB, method) for method in ("cwd", "kd", "cirkd", "sward-features-none", "sward-window-8-8-8-4")),
+        ("CVC-ColonDB, random split", COLONDB, "sward", "none"),
+        ("CVC-ClinicDB, random split", CLINICDB, "sward", "none"),
+        (
+            "trained on ClinicDB by sequence, tested on ColonDB, which no network saw",
+            *(SEQUENCE_TO_COLONDB, "sward", "none"),
+        ),
+        (
+            "trained on ClinicDB by sequence and 148 frames of ColonDB without masks, tested on ColonDB's other 232",
+            *(OTHER_HALF, "sward-unlabelled", "none"),
+        ),
+        (
+            "trained on ClinicDB at random, tested on ColonDB, which no network saw",
+            *(CLINICDB_TO_COLONDB, "sward", "none"),
+        ),
+        ("CVC-ClinicDB by sequence", SEQUENCE, "sward", "none"),
     ],
 )
-def test_scores_per_seed_are_those_of_the_study(where: Set, method: str) -> None:
-    scores = dice(where, method)
-    assert sorted(scores) == list(range(len(scores)))
-    assert f"| {' | '.join(f'{score:.1f}' for score in scores.values())} |" in page("docs/results.md")
+def test_first_table(label: str, scores: Scores, method: str, base: str) -> None:
+    seeds = len(dice(scores, method))
+    found = cells("docs/results.md", SUMMARY, label)
+    assert found == [mean(scores, base, seeds), mean(scores, method), gain(scores, method, base), str(seeds)]
+
+
+def test_the_table_of_readme() -> None:
+    columns = (COLONDB, CLINICDB, SEQUENCE_TO_COLONDB)
+    expected = {
+        "alone": [mean(scores, "none") for scores in columns],
+        "+ SWARD (recommended recipe)": [mean(scores, "sward") for scores in columns],
+        "difference, paired by seed [95 % interval]": [gain(scores, "sward", "none") for scores in columns],
+        "seeds": [str(len(dice(scores, "sward"))) for scores in columns],
+        "teacher: DINOv2 ViT-S/14, frozen, light head, 22.6 M parameters": [
+            mean((preset, test, "best"), "teacher") for preset, test, _ in columns
+        ],
+    }
+    assert {label: cells("README.md", "## Does it help?", label) for label in expected} == expected
+    text = " ".join((ROOT / "README.md").read_text().replace("**", "").split())
+    first, second, third = (gain(scores, "sward", "none").split()[0] for scores in columns)
+    assert f"{first} and {second} points of Dice for UNeXt on CVC-ColonDB and CVC-ClinicDB" in text
+    assert f"and {third} on ColonDB where student and teacher" in text
+    assert f"test sequences the students of the last column show {gain(SEQUENCE, 'sward', 'none')}" in text
+    points, _, interval = gain(OTHER_HALF, "sward-unlabelled", "sward").partition(" ")
+    assert f"another {points.removeprefix('+')} points {interval} on its other frames" in text
+
+
+ALONE_AND_SWARD = [
+    *(
+        (FIRST, "", COLONDB),
+        (RANDOM, "CVC-ClinicDB: ", CLINICDB),
+        (RANDOM, "CVC-ColonDB, unseen: ", CLINICDB_TO_COLONDB),
+    ),
+    (HOSPITALS, "CVC-ColonDB, unseen, last weights: ", SEQUENCE_TO_COLONDB),
+    (HOSPITALS, "CVC-ColonDB, unseen, best weights: ", SEQUENCE_TO_COLONDB_BEST),
+    (HOSPITALS, "CVC-ClinicDB, best weights: ", SEQUENCE),
+    (HOSPITALS, "CVC-ClinicDB, last weights: ", SEQUENCE_LAST),
+]
+
+
+@pytest.mark.parametrize(("section", "prefix", "scores"), ALONE_AND_SWARD)
+def test_scores_per_seed_alone_and_with_sward(section: str, prefix: str, scores: Scores) -> None:
+    sward = "+ SWARD (recommended recipe)" if section == FIRST else "+ SWARD"
+    for label, method in (("alone", "none"), (sward, "sward")):
+        values = [f"{score:.1f}" for score in dice(scores, method).values()]
+        found = cells("docs/results.md", section, prefix + label)
+        assert found[: len(values) + 1] == [*values, mean(scores, method)]
+    if section != FIRST:
+        assert found[len(values) + 1] == gain(scores, "sward", "none")
+
+
+@pytest.mark.parametrize(
+    ("label", "method", "seeds"),
+    [
+        ("alone", "none", 3),
+        ("+ SWARD, labelled images only", "sward", 3),
+        ("+ SWARD, 2 unlabelled images per step too (the default)", "sward-unlabelled", 3),
+        ("+ SWARD, 8 per step", "sward-unlabelled-batch-8", 2),
+    ],
+)
+def test_scores_with_unlabelled_images(label: str, method: str, seeds: int) -> None:
+    values = [f"{score:.1f}" for score in dice(OTHER_HALF, method).values()][:seeds]
+    found = cells("docs/results.md", UNLABELLED, label)
+    assert found[:4] == [*values, *[""] * (3 - seeds), mean(OTHER_HALF, method, seeds)]
+    if method.startswith("sward-"):
+        assert found[4].removesuffix(" (seeds 0 and 1)") == gain(OTHER_HALF, method, "sward")
+
+
+@pytest.mark.parametrize(
+    ("label", "method"),
+    [
+        ("alone", "none"),
+        ("+ SWARD", "sward"),
+        ("+ SWARD, windows of 4 pixels on the deepest map, which has 4x4", "sward-window-8-8-8-4"),
+        ("+ SWARD, teacher features as they are", "sward-features-none"),
+        ("+ CWD", "cwd"),
+        ("+ CIRKD", "cirkd"),
+        ("+ KD", "kd"),
+    ],
+)
+def test_scores_of_peers_and_ingredients(label: str, method: str) -> None:
+    values = [f"{score:.1f}" for score in dice(COLONDB, method).values()]
+    assert cells("docs/results.md", PEERS, label)[:3] == [*values, *[""] * (3 - len(values))]
+
+
+@pytest.mark.parametrize(
+    ("label", "scores"),
+    [
+        ("CVC-ColonDB, unseen, last weights: + CWD", SEQUENCE_TO_COLONDB),
+        ("CVC-ClinicDB, best weights: + CWD", SEQUENCE),
+    ],
+)
+def test_scores_of_cwd_by_sequence(label: str, scores: Scores) -> None:
+    values = [f"{score:.1f}" for score in dice(scores, "cwd").values()]
+    differences = [gain(scores, "cwd", "none"), gain(scores, "sward", "cwd")]
+    assert cells("docs/results.md", PEERS, label)[:6] == [*values, mean(scores, "cwd"), *differences]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -61,7 +62,7 @@ def write_network(network: nn.Module, metadata: Metadata, path: Path) -> Metadat
         atomic.write(path, buffer.getbuffer())
         return metadata
     # The exporter reports its stages on stdout.
-    with redirect_stdout(io.StringIO()), _quiet():
+    with redirect_stdout(io.StringIO()), _quiet(), _refusing(metadata.model, "written as ONNX", "try a .pt2 file"):
         onnx_program: Any = torch.onnx.export(
             program,
             (),
@@ -103,16 +104,25 @@ def _traced(network: DeployedNetwork, metadata: Metadata) -> torch.export.Export
         free[2] = torch.export.Dim("height", min=1, max=2**16)
         free[3] = torch.export.Dim("width", min=1, max=2**16)
     # Without the patch, torch decides memory layouts by comparing sizes and then refuses the sizes it excluded.
-    with symbolic_shapes.patch(backed_size_oblivious=True), _quiet():  # type: ignore[attr-defined]
-        try:
-            return torch.export.export(network, (images,), dynamic_shapes=(free,))
-        except Exception as error:  # torch has a class of its own for each reason
-            size = "free height and width" if metadata.fixed_size is None else f"{height} x {width} pixels"
-            remedy = "; try a fixed size: --size HEIGHT WIDTH" if metadata.fixed_size is None else ""
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ValueError(
-                f"network {metadata.model} cannot be exported with {size}{remedy}; torch says: {reason}"
-            ) from error
+    patched = symbolic_shapes.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    what, remedy = "exported for any batch", ""
+    if metadata.fixed_size is None:
+        what, remedy = "exported for any batch and size", "try a fixed size, --size HEIGHT WIDTH"
+    with patched, _quiet(), _refusing(metadata.model, what, remedy):
+        return torch.export.export(network, (images,), dynamic_shapes=(free,))
+
+
+@contextmanager
+def _refusing(model: str, what: str, remedy: str) -> Iterator[None]:
+    """Turn torch's reason, which can be pages long, into one sentence."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # torch has a class of its own for each reason
+        lines = (line.strip() for line in str(error).splitlines())
+        reason = next(filter(None, lines), type(error).__name__)
+        raise ValueError(f"network {model} cannot be {what}: {reason}{remedy and '; '}{remedy}") from error
 
 
 def _name_sizes(model: Any) -> None:
@@ -130,6 +140,12 @@ def _name_sizes(model: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        # torch logs whole graphs where it fails.
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)

@@ -21,7 +21,8 @@ from sward_kernels import relational_kl
 from sward_kernels.labels import class_indices
 from sward_kernels.relation.api import check_implementation
 
-# Scores that exist at once in the memory terms: what a CPU core keeps in its cache, and enough rows to fill a GPU.
+# Scores of one network at a time in the memory terms, of which there are up to four copies: few enough for a CPU core's
+# cache, and enough rows to fill a GPU.
 _CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 # Removes a key from a softmax; finite, so that 0 * (difference of two such scores) is 0 and not NaN.
 _REMOVED = -1e9
@@ -284,8 +285,9 @@ class _MemoryRelation(torch.autograd.Function):
         for start in range(0, len(student_units), rows):
             chunk = slice(start, start + rows)
             weights = row_weights[chunk]
-            student = _scores(student_units[chunk], keys, removed, scale)
-            teacher = _scores(teacher_units[chunk], keys, removed, scale)
+            student, teacher = (
+                torch.addmm(removed, units[chunk], keys.mT, alpha=scale) for units in (student_units, teacher_units)
+            )
             gap = teacher - student
             student_log_sum, teacher_log_sum = _softmax_(student), _softmax_(teacher)
             total += weights @ ((teacher * gap).sum(dim=-1) + student_log_sum - teacher_log_sum)
@@ -300,12 +302,6 @@ class _MemoryRelation(torch.autograd.Function):
     def backward(context: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = context.saved_tensors
         return None if gradient is None else upstream * gradient, None, None, None, None, None
-
-
-def _scores(units: Tensor, keys: Tensor, removed: Tensor, scale: float) -> Tensor:
-    scores = torch.addmm(removed, units, keys.mT, alpha=scale)
-    # Autocast gives scores of half precision.
-    return scores if scores.dtype == torch.float64 else scores.float()
 
 
 def _softmax_(scores: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class Estimate:
 
 
 def estimate(config: TrainingConfig, teacher: TeacherTrainingConfig) -> Estimate:
-    """Estimate the cost of one run; with unlabelled images, of the most that a step can have.
+    """Estimate the cost of one run, with as many unlabelled as labelled images where it names some: the most it takes.
 
     Args:
         config: configuration of the run.
@@ -59,7 +59,7 @@ def estimate(config: TrainingConfig, teacher: TeacherTrainingConfig) -> Estimate
     steps = config.steps(images)
     options = tuple(sorted(config.model_options.items())) if isinstance(config, TeacherTrainingConfig) else ()
     frozen = isinstance(config, TeacherTrainingConfig) and not config.train_trunk
-    batch = config.batch + config.unlabelled_per_step(images, None)
+    batch = config.batch + config.unlabelled_per_step(images, _unlabelled_images(config, images))
     own = _trained(config.model, classes, options, settings.image_size, batch, frozen)
     flops, memory = own.flops, own.memory
     if isinstance(config, DistillationConfig) and config.distillation != "none":
@@ -138,6 +138,13 @@ def _kept_for_backward(network: nn.Module, size: tuple[int, int], batch: int) ->
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         SegmentationCrossEntropy()(network(torch.zeros(batch, 3, *size, device="meta")), labels)
     return sum(kept.values())
+
+
+def _unlabelled_images(config: TrainingConfig, labelled: int) -> int | None:
+    """Return the number of training images whose masks are not used; None if there are others too, not counted here."""
+    if isinstance(config, DistillationConfig) and config.unlabelled:
+        return None
+    return round(labelled / config.dataset.labelled_share) - labelled
 
 
 def _training_images(config: TrainingConfig) -> int:

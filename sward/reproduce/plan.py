@@ -31,7 +31,7 @@ def describe_plan(study: Study, schedule: Iterable[tuple[Run, int]]) -> str:
         left += 0 if state == "finished" else cost.flops
         lines += [
             f"{run.preset}/{study.folder(run, seed).path.name}: {state}",
-            f"  {_cost(cost)}",
+            f"  {_cost(cost, config)}",
             f"  {_setting(config)}",
         ]
         if isinstance(config, TeacherTrainingConfig) and config.trunk_checkpoint is not None:
@@ -49,8 +49,10 @@ def describe_plan(study: Study, schedule: Iterable[tuple[Run, int]]) -> str:
     return "\n".join(lines)
 
 
-def _cost(cost: Estimate) -> str:
-    return f"{cost.steps:,} steps, {_flops(cost.flops)}, {cost.memory / 1e9:.2f} GB (estimates)"
+def _cost(cost: Estimate, config: DistillationConfig | TeacherTrainingConfig) -> str:
+    uncounted = isinstance(config, DistillationConfig) and config.unlabelled and config.unlabelled_batch is None
+    most = "estimates for as many unlabelled as labelled images, the most it takes" if uncounted else "estimates"
+    return f"{cost.steps:,} steps, {_flops(cost.flops)}, {cost.memory / 1e9:.2f} GB ({most})"
 
 
 def _flops(number: int) -> str:

@@ -89,7 +89,17 @@ def unlabelled_images(
     per_step = unlabelled_per_step(config, train_set, images)
     if len(images) < per_step:
         raise ValueError(
-            f"unlabelled_batch must be at most {len(images)}, the number of unlabelled images, got {per_step}"
+            f"unlabelled must hold at least {per_step} images, one per process, got {len(images)}"
+            if config.unlabelled_batch is None
+            else f"unlabelled_batch must be at most {len(images)}, the number of unlabelled images, got {per_step}"
+        )
+    times = per_step * len(train_set) / (config.batch * len(images))
+    if config.unlabelled_batch is None and times > 1 and distributed.is_main():
+        warnings.warn(
+            f"every unlabelled image will be seen {times:.1f} times as often as a labelled one, since every process "
+            f"takes at least one per step and there are {len(images)} of them beside {len(train_set)}; many views of "
+            "few images can cost points: compare with a run without them",
+            stacklevel=4,
         )
     images.check()
     return images

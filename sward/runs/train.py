@@ -109,8 +109,11 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
             taps=config.teacher.taps,
         )
     extra = unlabelled_per_step(config, train_set, images.unlabelled)
-    if extra and distributed.is_main():
-        print(f"unlabelled images per step: {extra}, beside {config.batch} labelled ones")
+    if extra:
+        # Kept in the run's configuration, so that no other number of images or processes changes it on the way.
+        config = dataclasses.replace(config, unlabelled_batch=extra)
+        if distributed.is_main():
+            print(f"unlabelled images per step: {extra}, beside {config.batch} labelled ones")
     try_step(student, task.to(device), loss, frozen, config, info, unlabelled=extra)
     if loaded is not None and frozen is not None:
         if config.compile:

@@ -96,16 +96,47 @@ class SizeDependent(nn.Module):
         return images if width % 3 == 0 else nn.functional.pad(images, (0, width % 3))[..., :width] * 2
 
 
-def test_a_network_that_needs_a_fixed_size_is_named_with_the_remedy(tmp_path: Path) -> None:
+def test_a_network_that_needs_a_fixed_size_is_named_with_the_remedy(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "student.pt2"
-    with pytest.raises(
-        ValueError, match=r"^network package:net cannot be exported with free .*--size HEIGHT WIDTH; .+$"
-    ):
+    found = (
+        r"^network package:net cannot be exported for any batch and size: .*width.*; try a fixed size, --size [A-Z ]+$"
+    )
+    with pytest.raises(ValueError, match=found):
         write_network(SizeDependent(), metadata("package:net"), path)
     assert not path.exists()
+    assert capfd.readouterr().err == ""
     write_network(SizeDependent(), metadata("package:net", fixed_size=(64, 64)), path)
     images = photos(1, 64, 64)
     assert torch.equal(sward.load(path).forward(images), padded_by_hand(SizeDependent(), images))
+
+
+class BatchDependent(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images * 2 if images.shape[0] == 2 else images
+
+
+class WithoutONNX(nn.Module):
+    """Uses an operation that ONNX does not have."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images * torch.linalg.eigvals(images.new_ones(2, 2)).abs().sum()
+
+
+@pytest.mark.parametrize(
+    ("network", "suffix", "message"),
+    [
+        (BatchDependent(), ".pt2", r"^network package:net cannot be exported for any batch: .*batch.*$"),
+        (WithoutONNX(), ".onnx", r"^network package:net cannot be written as ONNX: .*; try a .pt2 file$"),
+    ],
+)
+def test_what_torch_cannot_export_is_said_in_one_line(
+    network: nn.Module, suffix: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_network(network, metadata("package:net", fixed_size=(64, 64)), tmp_path / f"student{suffix}")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])

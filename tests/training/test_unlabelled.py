@@ -17,6 +17,7 @@ from torch import nn
 from sward import data
 from sward.cli.main import main
 from sward.config import DatasetConfig, DistillationConfig, TeacherConfig
+from sward.config_json import differences
 from sward.data import Batch, DatasetNotFoundError, unlabelled
 from sward.data.frames import frame_sums
 from sward.data.sample import Pair
@@ -29,6 +30,7 @@ from sward.training import loop
 from sward.training.batches import batches
 from sward.training.observation import NonFiniteLossError
 from sward.training.pseudo_labels import pseudo_labels
+from sward.training.run_folder import RunFolder
 from tests.support.training_runs import assert_equal_runs, checkpoint, records, small, write_images
 
 pytestmark = pytest.mark.usefixtures("few_images")
@@ -492,7 +494,7 @@ def test_a_run_learns_from_the_teacher_s_labels_and_logs_their_share(images: Pat
         (428, None, 2, 8),
     ],
 )
-def test_no_unlabelled_image_is_seen_more_often_than_a_labelled_one(
+def test_no_unlabelled_image_is_seen_more_often_than_a_labelled_one_unless_processes_need_one_each(
     labelled: int, unlabelled: int | None, processes: int, expected: int
 ) -> None:
     config = DistillationConfig(batch=8, unlabelled=("x",))
@@ -509,6 +511,18 @@ def test_the_default_reaches_the_run(images: Path, tmp_path: Path, capsys: pytes
     config = small(tmp_path / "run", iterations=2, unlabelled=(str(images),))
     train_student(config)
     assert "unlabelled images per step: 1, beside 4 labelled ones" in capsys.readouterr().out
+    kept = RunFolder(tmp_path / "run").read()[0]
+    assert kept.unlabelled_batch == 1
+    assert differences(kept, config) == []
+    assert differences(config, kept) == ["unlabelled_batch is None, not 1"]
     first, second = records(config.output)[:2]
     expected = (4 + 1) / (second["seconds"] - first["seconds"])
     assert second["images_per_second"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_single_unlabelled_image_is_said_to_be_seen_too_often(tmp_path: Path) -> None:
+    write_images(tmp_path / "one", 1)
+    config = small(tmp_path / "run", iterations=1, unlabelled=(str(tmp_path / "one"),))
+    # 18 labelled images in steps of four: each is seen once in 4.5 steps, the unlabelled one in every step.
+    with pytest.warns(UserWarning, match=r"will be seen 4\.5 times as often .* there are 1 of them beside 18;"):
+        train_student(config)
