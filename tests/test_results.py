@@ -23,6 +23,8 @@ SEQUENCE: Scores = ("clinicdb-small", "cvc_clinicdb, test split of sequence", "b
 SEQUENCE_LAST: Scores = ("clinicdb-small", "cvc_clinicdb, test split of sequence", "last")
 SEQUENCE_TO_COLONDB: Scores = ("clinicdb-small", "cvc_colondb, all", "last")
 SEQUENCE_TO_COLONDB_BEST: Scores = ("clinicdb-small", "cvc_colondb, all", "best")
+FEW_MASKS: Scores = ("clinicdb-small-10", "cvc_clinicdb, test split of sequence", "best")
+FEW_MASKS_OTHER_HALF: Scores = ("clinicdb-small-10", "cvc_colondb, test split of parity", "last")
 OTHER_HALF: Scores = ("clinicdb-small", "cvc_colondb, test split of parity", "last")
 
 SUMMARY = "# Results"
@@ -30,6 +32,7 @@ FIRST = "## Does it help? CVC-ColonDB, random split, UNeXt"
 RANDOM = "## CVC-ClinicDB, random split"
 HOSPITALS = "## Other hospitals: trained on CVC-ClinicDB by sequence"
 UNLABELLED = "### Images without masks"
+FEW = "### Few masks"
 PEERS = "### Peers and ingredients: too few seeds to rank"
 
 
@@ -124,6 +127,8 @@ ALONE_AND_SWARD = [
     (HOSPITALS, "CVC-ColonDB, unseen, best weights: ", SEQUENCE_TO_COLONDB_BEST),
     (HOSPITALS, "CVC-ClinicDB, best weights: ", SEQUENCE),
     (HOSPITALS, "CVC-ClinicDB, last weights: ", SEQUENCE_LAST),
+    (FEW, "232 frames of ColonDB, which no network saw, last weights: ", FEW_MASKS_OTHER_HALF),
+    (FEW, "CVC-ClinicDB, best weights: ", FEW_MASKS),
 ]
 
 
