@@ -115,6 +115,8 @@ def test_the_table_of_readme() -> None:
     assert f"test sequences the students of the last column show {gain(SEQUENCE, 'sward', 'none')}" in text
     points, _, interval = gain(OTHER_HALF, "sward-unlabelled", "sward").partition(" ")
     assert f"another {points.removeprefix('+')} points {interval} on its other frames" in text
+    points, _, interval = gain(FEW_MASKS_OTHER_HALF, "sward", "none").partition(" ")
+    assert f"gains {points.removeprefix('+')} points {interval} on ColonDB (3 seeds)" in text
 
 
 ALONE_AND_SWARD = [
