@@ -279,7 +279,7 @@ class _MemoryRelation(torch.autograd.Function):
         row_weights: Tensor,
         scale: float,
     ) -> Tensor:
-        rows = max(1, _CHUNK_ELEMENTS.get(keys.device.type, 2**24) // len(keys))
+        rows = max(1, _CHUNK_ELEMENTS["cpu" if keys.is_cpu else "cuda"] // len(keys))
         total = student_units.new_zeros(())
         gradient = torch.empty_like(student_units) if context.needs_input_grad[0] else None
         for start in range(0, len(student_units), rows):
