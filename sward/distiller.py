@@ -70,8 +70,9 @@ class Distiller(nn.Module):
         teacher: the same; for methods that compare no logits, any network with feature maps.
         num_classes: K; a one-logit task has 2.
         method: a name in `sward.methods.METHODS`.
-        student_layers: layers for MWAD, shallow to deep; of the other methods the last one replaces the default layer.
-            None chooses, see `sward.layers.choose`.
+        student_layers: layers for MWAD, shallow to deep; for the methods that compare the deepest maps, the last one
+            replaces it, and for those that compare the classifier's input (`"cirkd"`, `"freekd"`), a single one does.
+            None chooses, see `sward.layers.choose`; where only one side is None, as many as the other side names.
         teacher_layers: the same for the teacher, one per student layer.
         student_taps: how the student's layers arrange their output, such as `TapConfig(select=0)`, where that cannot be
             found from the shapes.
@@ -129,10 +130,14 @@ class Distiller(nn.Module):
             _check_layers(side, names, network, other)
         student_size, student_choice = _layers_of(student, "student", student_layers, image_size)
         teacher_size, teacher_choice = _layers_of(teacher, "teacher", teacher_layers, image_size)
-        if student_layers is None or teacher_layers is None:
-            student_stages, teacher_stages = layers.paired(student_choice.stages, teacher_choice.stages)
-            student_choice = dataclasses.replace(student_choice, stages=student_stages)
-            teacher_choice = dataclasses.replace(teacher_choice, stages=teacher_stages)
+        student_stages, teacher_stages = layers.paired(
+            student_choice.stages,
+            teacher_choice.stages,
+            student_named=student_layers is not None,
+            teacher_named=teacher_layers is not None,
+        )
+        student_choice = dataclasses.replace(student_choice, stages=student_stages)
+        teacher_choice = dataclasses.replace(teacher_choice, stages=teacher_stages)
         _check_classes(student, student_size, num_classes)
         pair = methods.DistillationPair(
             student=student,

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader
 
 from sward.data import Sample, SegmentationDataset, TeacherSample, collate_evaluation
+from sward.features import evaluating
 from sward.metrics import ConfusionMatrix, PerImageOverlap
 
 
@@ -124,7 +125,7 @@ def evaluate(
     """Score `model` on `dataset`.
 
     Args:
-        model: `[B, 3, H, W]` -> logits `[B, K, h, w]`. Runs in eval mode; its own mode is restored afterwards.
+        model: `[B, 3, H, W]` -> logits `[B, K, h, w]`. Runs in eval mode; every module gets its own mode back.
         dataset: an evaluation split (`sward.data.build(..., train=False)`).
         batch: images per forward pass.
         device: where the model is.
@@ -138,21 +139,24 @@ def evaluate(
     info = dataset.info
     matrix = ConfusionMatrix(info.num_classes, info.ignore_index)
     overlap = PerImageOverlap(ignore_index=info.ignore_index) if info.num_classes == 2 else None
-    training = model.training
-    model.eval()
-    for images, labels, _ in DataLoader(
-        dataset, batch_sampler=everyone[rank::processes], collate_fn=collate_evaluation
-    ):
-        logits = model(images.to(device))
-        for index, label in enumerate(labels):
-            size = (label.shape[-2], label.shape[-1])
-            prediction = predicted_labels(logits[index : index + 1], size)[0].cpu()
-            matrix.update(prediction, label)
-            if overlap is not None:
-                overlap.update(prediction, label)
-        if advance is not None:
-            advance()
-    model.train(training)
+    # Its own generator: a loader draws from one, and dropout must not depend on how often a run is validated.
+    loader = DataLoader(
+        dataset,
+        batch_sampler=everyone[rank::processes],
+        collate_fn=collate_evaluation,
+        generator=torch.Generator(),
+    )
+    with evaluating(model):
+        for images, labels, _ in loader:
+            logits = model(images.to(device))
+            for index, label in enumerate(labels):
+                size = (label.shape[-2], label.shape[-1])
+                prediction = predicted_labels(logits[index : index + 1], size)[0].cpu()
+                matrix.update(prediction, label)
+                if overlap is not None:
+                    overlap.update(prediction, label)
+            if advance is not None:
+                advance()
     if process_group is not None:
         dist.all_reduce(matrix.counts, group=process_group)
         if overlap is not None:

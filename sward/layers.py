@@ -89,9 +89,25 @@ def default_layers(name: str, network: nn.Module, image_size: tuple[int, int]) -
     return LayerChoice(stages, description.feature_layer, description.penultimate_layer)
 
 
-def paired(student: tuple[str, ...], teacher: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the deepest stages of both networks, as many as the one with fewer stages has."""
-    count = min(len(student), len(teacher))
+def paired(
+    student: tuple[str, ...], teacher: tuple[str, ...], *, student_named: bool = False, teacher_named: bool = False
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the deepest stages of both networks, as many as the one with fewer stages has.
+
+    Stages that the user has named all stay, so those of the other network are as many.
+
+    Raises:
+        ValueError: if the other network has too few stages of its own choice.
+    """
+    if student_named and teacher_named:
+        return student, teacher
+    count = len(student) if student_named else len(teacher) if teacher_named else min(len(student), len(teacher))
+    for side, stages in (("student", student), ("teacher", teacher)):
+        if len(stages) < count:
+            raise ValueError(
+                f"{side}_layers must be named too, {count} as for the other network, got none; the {side} has "
+                f"{len(stages)} stages of its own: {' '.join(stages)}"
+            )
     return student[-count:], teacher[-count:]
 
 

@@ -17,6 +17,8 @@ STUDENT_T = (
 """97.5 % quantiles of Student's t for 1 to 30 degrees of freedom."""
 
 RESAMPLES = 10_000
+CHUNK = 500
+"""Resamples that are in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,14 @@ def paired_bootstrap(differences: ArrayLike, *, seed: int = 0) -> Difference | N
         return None
     generator = np.random.default_rng(seed)
     of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES)
-    of_images = generator.multinomial(images, np.full(images, 1 / images), size=RESAMPLES)
     scored = np.isfinite(table)
-    totals = ((of_seeds @ np.where(scored, table, 0.0)) * of_images).sum(axis=1)
-    counts = ((of_seeds @ scored) * of_images).sum(axis=1)
+    values = np.where(scored, table, 0.0)
+    totals, counts = np.empty(RESAMPLES), np.empty(RESAMPLES)
+    for start in range(0, RESAMPLES, CHUNK):
+        chunk = slice(start, start + CHUNK)
+        # The same draws as at once, which would take 8 bytes per resample and image several times over.
+        of_images = generator.multinomial(images, np.full(images, 1 / images), size=len(of_seeds[chunk]))
+        totals[chunk] = ((of_seeds[chunk] @ values) * of_images).sum(axis=1)
+        counts[chunk] = ((of_seeds[chunk] @ scored) * of_images).sum(axis=1)
     low, high = np.quantile(totals[counts > 0] / counts[counts > 0], (0.025, 0.975))
     return Difference(float(np.nanmean(table)), float(low), float(high), seeds)

@@ -22,6 +22,24 @@ def are_weights(values: Any, count: int) -> bool:
     )
 
 
+def require_weight(name: str, value: Any) -> None:
+    """Raise ValueError if an argument is not a finite number of at least 0."""
+    if not are_weights((value,), 1):
+        raise ValueError(f"{name} must be a finite number of at least 0, got {shown(value)}")
+
+
+def require_positive(name: str, value: Any) -> None:
+    """Raise ValueError if an argument is not a finite number above 0."""
+    if not are_weights((value,), 1) or value == 0:
+        raise ValueError(f"{name} must be a positive finite number, got {shown(value)}")
+
+
+def require_count(name: str, value: Any) -> None:
+    """Raise ValueError if an argument is not an int of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an int of at least 1, got {shown(value)}")
+
+
 def shown(values: Any) -> str:
     """An argument as an error message shows it: a list as a tuple, a tensor by its type."""
     if isinstance(values, list):

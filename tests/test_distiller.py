@@ -237,6 +237,11 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda: distiller(student_layers=["encoder.1"], teacher_layers=["encoder.1", "encoder.2"]),
         "teacher_layers must be as many as student_layers, 1, got 2",
     ),
+    "more layers than the teacher has stages": (
+        lambda: distiller(student_layers=[f"encoder.{stage}" for stage in range(4)] + ["head"]),
+        r"teacher_layers must be named too, 5 as for the other network, got none; the teacher has 4 stages of its own",
+    ),
+    "one number as weights": (lambda: distiller(weights=2.0), "weights must be 2 finite numbers of .* got 2.0"),
     "same network": (lambda: Distiller(SAME, SAME, num_classes=3), "teacher must be another network"),
     "shared parameters": (
         lambda: Distiller(SAME, nn.Sequential(SAME), num_classes=3),

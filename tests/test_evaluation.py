@@ -54,9 +54,19 @@ def test_scores_by_hand() -> None:
 
 
 def test_training_mode_comes_back() -> None:
-    model = RightHalf().train()
+    model = nn.Sequential(RightHalf(), nn.Sequential(nn.BatchNorm2d(2))).train()
+    model[1][0].eval()  # frozen, as in a network that is fine-tuned
     evaluate(model, TwoImages())
+    assert (model.training, model[0].training, model[1].training, model[1][0].training) == (True, True, True, False)
+    with pytest.raises(ValueError, match="predictions must be classes 0 to 1"):
+        evaluate(nn.Sequential(RightHalf(), nn.ZeroPad3d((0, 0, 0, 0, 2, 0))).train(), TwoImages())
     assert model.training
+
+
+def test_scoring_draws_nothing() -> None:
+    before = torch.get_rng_state()
+    evaluate(RightHalf(), TwoImages())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_one_logit_is_foreground_where_positive() -> None:

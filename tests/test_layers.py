@@ -80,6 +80,14 @@ def test_networks_with_fewer_stages_are_paired_from_the_deepest() -> None:
     assert paired(("a", "b", "c"), ("1", "2")) == (("b", "c"), ("1", "2"))
 
 
+def test_named_layers_all_stay() -> None:
+    assert paired(("a",), ("1", "2", "3"), student_named=True) == (("a",), ("3",))
+    assert paired(("a", "b"), ("1", "2"), student_named=True, teacher_named=True) == (("a", "b"), ("1", "2"))
+    assert paired(("a", "b", "c"), ("1", "2"), teacher_named=True) == (("b", "c"), ("1", "2"))
+    with pytest.raises(ValueError, match=r"teacher_layers must be named too, 3 as for .* the teacher has 2 stages"):
+        paired(("a", "b", "c"), ("1", "2"), student_named=True)
+
+
 def test_an_image_that_the_network_refuses_is_named() -> None:
     with pytest.raises(ValueError, match="image_size must be a size that UNeXt accepts, got 30x30"):
         choose(models.build("unext", 2), (30, 30))

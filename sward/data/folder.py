@@ -113,7 +113,7 @@ class ImageFolder(PairedFiles):
         assignment: dict[str, str] = {}
         folder = root.parent if root.is_file() else root
         if root.is_file():
-            pairs, assignment = table_pairs(root)
+            pairs, assignment = table_pairs(root, options.images, options.masks)
         else:
             layout = find_layout(root, options.images, options.masks)
             pairs = _of_layout(layout, split, split_by)

@@ -52,6 +52,8 @@ _ORIENTATION = 0x0112
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _TAIL = 4096
 """Bytes at the end of a file in which its mark is looked for; some programs write more behind it."""
+WIDE_COLOUR_RANGE = (0, 65535)
+"""The only range of values of 16-bit colour: Pillow reads its high bytes alone."""
 _WIDE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -154,7 +156,7 @@ def _as_rgb(image: Image, path: Path | str, value_range: tuple[float, float] | N
 
 
 def _check_colour(path: Path | str, wide: bool, value_range: tuple[float, float] | None) -> None:
-    if wide and value_range != (0, 65535):
+    if wide and value_range != WIDE_COLOUR_RANGE:
         raise ValueError(
             f"image {path} must have 8 bits per channel, got 16-bit colour; state --dataset.image-range 0 65535 if it "
             "uses the full range, else convert it"

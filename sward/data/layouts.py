@@ -191,17 +191,27 @@ def list_tree(folder: Path) -> dict[str, Path]:
     return found
 
 
-def table_pairs(table: Path) -> tuple[list[Pair], dict[str, str]]:
+def table_pairs(table: Path, images: str | None = None, masks: str | None = None) -> tuple[list[Pair], dict[str, str]]:
     """Read frames from a CSV file with the columns `image` and `mask`, and `split` if it has one.
 
     Paths are relative to the folder of the table. Returns the frames, and frame -> split where there is that column.
 
+    Args:
+        table: the file.
+        images, masks: patterns, which belong to a folder.
+
     Raises:
-        ValueError: a column is missing, a frame is listed twice, or a word is no split.
+        ValueError: a column is missing, a frame is listed twice, a word is no split, or there is a pattern.
         FileNotFoundError: a file does not exist.
     """
+    for option, pattern in (("images", images), ("masks", masks)):
+        if pattern is not None:
+            raise ValueError(
+                f"{option} (--{option}) must be left out where the data is a table, which names the files, "
+                f"got {pattern!r} with {table}"
+            )
     pairs, assigned = [], {}
-    for row in read_table(table, ("image", "mask")):
+    for row in read_table(table, ("image", "mask"), title="the table of frames"):
         pair = Pair(
             Path(row["image"]).with_suffix("").as_posix(), table.parent / row["image"], table.parent / row["mask"]
         )

@@ -67,7 +67,8 @@ def read_assignment(path: Path) -> dict[str, str]:
         ValueError: a column is missing, a frame is in two splits, or a word is no split.
     """
     assigned: dict[str, str] = {}
-    for row in read_table(path, ("frame_id", "split")):
+    otherwise = ", or its path must contain the placeholder {split}"
+    for row in read_table(path, ("frame_id", "split"), title="the split list", otherwise=otherwise):
         name = _composed(row["frame_id"])
         split = meant_split(row["split"], name, path)
         if assigned.setdefault(name, split) != split:
@@ -89,27 +90,40 @@ def meant_split(word: str, frame: str, file: Path) -> str:
     return split
 
 
-def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+def read_table(path: Path, columns: tuple[str, ...], *, title: str, otherwise: str = "") -> list[dict[str, str]]:
     """Read the rows of a CSV file; commas or semicolons, spaces around values and a byte-order mark are accepted.
 
+    Args:
+        path: the file.
+        columns: columns that it must have; others may be there.
+        title: what the file is, for the message.
+        otherwise: what would be right too, for the message.
+
     Raises:
-        ValueError: a column is missing.
+        ValueError: a column is missing, or the text is not UTF-8.
     """
-    text = path.read_text(encoding="utf-8-sig")
+    text = _text(path, title)
     first = text.partition("\n")[0]
     lines = csv.reader(io.StringIO(text), delimiter=";" if ";" in first and "," not in first else ",")
     rows = [[value.strip() for value in line] for line in lines if any(value.strip() for value in line)]
     names = [name.lower() for name in rows[0]] if rows else []
     if not set(columns) <= set(names):
         raise ValueError(
-            f"the split list {path} must be a CSV file with the columns {' and '.join(columns)}, or its path must "
-            "contain the placeholder {split}"
+            f"{title} {path} must be a CSV file with the columns {' and '.join(columns)}{otherwise}, got "
+            f"{', '.join(names[:8]) or 'an empty file'}"
         )
     return [dict(zip(names, [*row, *[""] * len(names)])) for row in rows[1:]]
 
 
+def _text(path: Path, title: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{title} {path} must be UTF-8 text, got the byte {error.object[error.start]:#x}") from error
+
+
 def _names(path: Path) -> list[str]:
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    lines = _text(path, "the split list").splitlines()
     return [_composed(line.strip()) for line in lines if line.strip()]
 
 
@@ -205,7 +219,13 @@ def _groups(names: Sequence[str], group_by: str | None) -> dict[str, str]:
     if group_by is None:
         return {name: name for name in names}
     if group_by.endswith(".csv"):
-        table = {_composed(row["frame_id"]): row["group"] for row in read_table(Path(group_by), ("frame_id", "group"))}
+        if not Path(group_by).is_file():
+            raise FileNotFoundError(
+                f"group_by (--group-by) must be a regular expression or a CSV file, got {group_by!r}; there is no such "
+                "file"
+            )
+        rows = read_table(Path(group_by), ("frame_id", "group"), title="the table of groups")
+        table = {_composed(row["frame_id"]): row["group"] for row in rows}
         found = {name: table.get(name) for name in names}
     else:
         try:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sward.data.files import shortened
-from sward.data.images import LOSSY, Header, check_end, open_image
+from sward.data.images import LOSSY, WIDE_COLOUR_RANGE, Header, check_end, open_image
 from sward.data.layouts import find_layout, table_pairs
 from sward.data.masks import TOLERANCE, UNCLEAR_SHARE, colours, indices
 from sward.data.sample import IGNORE_INDEX, Pair
@@ -150,7 +150,7 @@ def survey(root: Path, *, images: str | None = None, masks: str | None = None) -
 
 def _frames(root: Path, images: str | None, masks: str | None) -> tuple[Mapping[str, list[Pair]], Survey]:
     if root.is_file():
-        pairs, assigned = table_pairs(root)
+        pairs, assigned = table_pairs(root, images, masks)
         frames: dict[str, list[Pair]] = {}
         for pair in pairs:
             frames.setdefault(assigned.get(pair.name, "all"), []).append(pair)
@@ -174,6 +174,8 @@ def _look(pair: Pair) -> _Look:
             size, turned = header.size, header.turned
             if header.is_wide:
                 wide, highest = header.mode, float(np.asarray(image).max())
+            elif header.wide_colour:
+                wide, highest = "16-bit colour", WIDE_COLOUR_RANGE[1]
         check_end(pair.image, header)
         mask = open_image(pair.mask)
         lossy = mask.format in LOSSY

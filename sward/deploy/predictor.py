@@ -137,16 +137,18 @@ class Predictor:
         return pixels if size is None else resize_image(pixels, size)
 
     def export(self, path: str | Path, **options: Any) -> Path:
-        """Write a `.onnx` or `.pt2` file and prove it; options as in `sward.deploy.export_run`.
+        """Write these weights to a `.onnx` or `.pt2` file and prove it; options as in `sward.deploy.export_run`.
 
         Raises:
-            ValueError: if this is itself an exported file.
+            ValueError: if this is itself an exported file, or `checkpoint` is given, which belongs to `sward.load`.
         """
         if self.metadata.opset is not None or self.path.suffix == ".pt2":
             raise ValueError(f"only a run or a checkpoint can be exported, got {self.path}")
+        if "checkpoint" in options:
+            raise ValueError(f"checkpoint must be given to sward.load, not to export, got {options['checkpoint']!r}")
         from sward.deploy.proof import export_run
 
-        return export_run(self.path, Path(path), **options).path
+        return export_run(Path(self.metadata.source), Path(path), **options).path
 
 
 def load(path: str | Path, *, checkpoint: Checkpoint = "best", device: str | None = "cpu") -> Predictor:

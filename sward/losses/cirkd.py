@@ -18,6 +18,7 @@ from sward.losses.global_mean import mean_count
 from sward.losses.pairs import TapComparison, in_own_dtype, require_same_classes
 from sward.losses.protocol import LOGITS, DistillationOutput
 from sward_kernels import relational_kl
+from sward_kernels.arguments import are_weights, require_count, require_positive, shown
 from sward_kernels.labels import class_indices
 from sward_kernels.relation.api import check_implementation
 
@@ -72,9 +73,8 @@ class CIRKDLoss(TapComparison):
         implementation: passed to `sward_kernels.relational_kl`.
 
     Raises:
-        ValueError: for an unknown `pixel_queue` or `implementation`, or fewer than 2 classes; when called, on the CPU,
-            for a label outside `0..K-1` that is not `ignore_index` (on a GPU it is ignored, since a check would
-            stall the device).
+        ValueError: for an argument that is out of its range or unknown; when called, on the CPU, for a label outside
+            `0..K-1` that is not `ignore_index` (on a GPU it is ignored, since a check would stall the device).
     """
 
     def __init__(
@@ -103,6 +103,21 @@ class CIRKDLoss(TapComparison):
             raise ValueError(f"pixel_queue must be 'fixed' or 'official', got {pixel_queue!r}")
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2 (a one-logit task has 2), got {num_classes}")
+        if not are_weights(terms, 4):
+            raise ValueError(
+                "terms must be four finite numbers of at least 0, for KD, minibatch, pixel and region, "
+                f"got {shown(terms)}"
+            )
+        require_positive("temperature", temperature)
+        require_positive("distribution_temperature", distribution_temperature)
+        for name, count in (
+            ("pixel_queue_size", pixel_queue_size),
+            ("region_queue_size", region_queue_size),
+            ("pixel_keys", pixel_keys),
+            ("region_keys", region_keys),
+            *((("max_pixels", max_pixels),) if max_pixels is not None else ()),
+        ):
+            require_count(name, count)
         check_implementation(implementation)
         super().__init__(
             (LOGITS, student_tap), (LOGITS, teacher_tap), (None, student_channels), (None, teacher_channels)

@@ -16,6 +16,7 @@ from sward.alignment import ChannelProjection, aligned_size, resize_labels, resi
 from sward.losses.global_mean import mean_count
 from sward.losses.pairs import TapComparison, require_same_classes, weighted
 from sward.losses.protocol import LOGITS, DistillationOutput
+from sward_kernels.arguments import require_count, require_positive, require_weight
 
 
 def pixel_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -40,6 +41,9 @@ class KDLoss(TapComparison):
             weight of `10 / K` here.)
         ignore_index: pixels with this label are left out; None keeps all pixels, as CIRKD's code does. Default 255.
         process_group: processes whose valid pixels the mean is over. Default: this process alone.
+
+    Raises:
+        ValueError: for a temperature of 0 or below, or a negative weight.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class KDLoss(TapComparison):
         ignore_index: int | None = 255,
         process_group: ProcessGroup | None = None,
     ) -> None:
+        require_positive("temperature", temperature)
+        require_weight("weight", weight)
         super().__init__((LOGITS,), (LOGITS,), (None,), (None,))
         self.temperature = temperature
         self.weight = weight
@@ -82,6 +88,9 @@ class CWDLoss(TapComparison):
 
     Features are projected by a learned 1x1 convolution where the channel counts differ. The mean runs over the
     teacher's channels; CIRKD's code divides by the student's, which scales its loss by `C_t / C_s` there.
+
+    Raises:
+        ValueError: for a temperature of 0 or below, a negative weight, or channels of one network alone.
     """
 
     def __init__(
@@ -94,6 +103,8 @@ class CWDLoss(TapComparison):
         temperature: float = 4.0,
         weight: float = 3.0,
     ) -> None:
+        require_positive("temperature", temperature)
+        require_weight("weight", weight)
         super().__init__((student_tap,), (teacher_tap,), (student_channels,), (teacher_channels,))
         self.temperature = temperature
         self.weight = weight
@@ -130,6 +141,9 @@ class AttentionTransferLoss(TapComparison):
             `"paper"`: mean over images of the length `|a_s - a_t|`, as in the paper.
         weight: Default 10000 for "code", whose mean over pixels is tiny (CIRKD's code), 500 for "paper" (beta / 2
             with the paper's beta = 1000).
+
+    Raises:
+        ValueError: for an unknown mode or a negative weight.
     """
 
     def __init__(
@@ -142,9 +156,11 @@ class AttentionTransferLoss(TapComparison):
     ) -> None:
         if mode not in ("code", "paper"):
             raise ValueError(f"mode must be 'code' or 'paper', got {mode!r}")
+        weight = (10_000.0 if mode == "code" else 500.0) if weight is None else weight
+        require_weight("weight", weight)
         super().__init__((student_tap,), (teacher_tap,), (None,), (None,))
         self.mode = mode
-        self.weight = (10_000.0 if mode == "code" else 500.0) if weight is None else weight
+        self.weight = weight
 
     def compare(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor) -> DistillationOutput:
         student_map, teacher_map = resize_to_common(student[0], teacher[0])
@@ -169,6 +185,9 @@ class FitNetLoss(TapComparison):
         student_tap: layer of the student.
         teacher_tap: layer of the teacher.
         weight: Default 10 (CIRKD's code). A good value depends on the scale of the teacher's features.
+
+    Raises:
+        ValueError: for a negative weight.
     """
 
     def __init__(
@@ -180,6 +199,7 @@ class FitNetLoss(TapComparison):
         teacher_tap: str,
         weight: float = 10.0,
     ) -> None:
+        require_weight("weight", weight)
         super().__init__((student_tap,), (teacher_tap,), (student_channels,), (teacher_channels,))
         self.weight = weight
         self.projection = ChannelProjection(student_channels, teacher_channels)
@@ -201,9 +221,14 @@ class PairwiseLoss(TapComparison):
         pool: side and stride of the max-pooling, borders included. Default 2 (CIRKD's code; the original pools to 2x2
             nodes per image).
         weight: Default 10 (CIRKD's code).
+
+    Raises:
+        ValueError: for a `pool` below 1 or a negative weight.
     """
 
     def __init__(self, *, student_tap: str, teacher_tap: str, pool: int = 2, weight: float = 10.0) -> None:
+        require_count("pool", pool)
+        require_weight("weight", weight)
         super().__init__((student_tap,), (teacher_tap,), (None,), (None,))
         self.pool = pool
         self.weight = weight

@@ -18,6 +18,7 @@ from sward.losses.maskd import mask_overlap
 from sward.losses.pairs import TapComparison, in_own_dtype
 from sward.losses.protocol import DistillationOutput
 from sward.losses.wavelets import HaarBands, haar_inverse, haar_transform
+from sward_kernels.arguments import require_weight
 
 Diversity = Literal["dice", "jaccard"]
 Preset = Literal["released", "paper"]
@@ -143,6 +144,8 @@ class FreeKDLoss(TapComparison):
     ) -> None:
         if bands not in ("high", "all"):
             raise ValueError(f"bands must be 'high' or 'all', got {bands!r}")
+        require_weight("mse_weight", mse_weight)
+        require_weight("weight", weight)
         super().__init__((student_tap,), (teacher_tap,), (student_channels,), (prompts.channels,))
         self.bands = bands
         self.position_weight = position_weight

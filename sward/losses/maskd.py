@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sward.alignment import ChannelProjection, resize_to_common
 from sward.losses.pairs import TapComparison, in_own_dtype, require_same_classes, weighted
 from sward.losses.protocol import LOGITS, DistillationOutput
+from sward_kernels.arguments import require_weight
 
 _LOGITS_EPSILON = 1e-5
 _DICE_EPSILON = 2e-12
@@ -120,7 +121,7 @@ class MasKDLoss(TapComparison):
         weight: Default 1. The official detection configuration uses 7.
 
     Raises:
-        ValueError: for an unknown level, or taps or channels that do not go with it.
+        ValueError: for an unknown level, taps or channels that do not go with it, or a negative weight.
     """
 
     _step: Tensor
@@ -141,6 +142,7 @@ class MasKDLoss(TapComparison):
         for network, tap in (("student", student_tap), ("teacher", teacher_tap)):
             if (tap == LOGITS) != (level == "logits"):
                 raise ValueError(f"level {level!r} does not go with {network}_tap {tap!r}")
+        require_weight("weight", weight)
         channels = masks.channels if level == "logits" else student_channels
         if channels is None:
             raise ValueError("level 'features' needs student_channels")

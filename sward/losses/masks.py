@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from sward import atomic
+from sward.features import evaluating
 from sward.losses.freekd import FrequencyPrompts
 from sward.losses.maskd import ReceptiveTokens
 from sward.losses.pairs import class_logits
@@ -227,14 +228,12 @@ def _recipe(masks: TeacherMasks, tap: str, steps: int) -> tuple[Optimizer, LRSch
 
 @contextmanager
 def _frozen(network: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in network.modules()]
     learnable = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
-    network.eval().requires_grad_(False)
+    network.requires_grad_(False)
     try:
-        yield
+        with evaluating(network):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         for parameter, requires_grad in learnable:
             parameter.requires_grad_(requires_grad)
 

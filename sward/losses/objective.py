@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from sward.losses.pairs import full_precision
 from sward.losses.pdr import PDRLoss
 from sward.losses.protocol import DistillationInputs, DistillationLoss, DistillationOutput
 from sward.losses.recipes import RECOMMENDED
+from sward_kernels.arguments import are_weights, shown
 from sward_kernels.labels import class_indices_op
 
 
@@ -269,9 +269,9 @@ def _mwad_and_pdr(
 
 
 def _check_weights(weights: tuple[float, ...], names: tuple[str, ...]) -> None:
-    if len(weights) != len(names) or not all(0 <= weight < math.inf for weight in weights):
+    if not are_weights(weights, len(names)):
         raise ValueError(
-            f"weights must be {len(names)} finite numbers of at least 0, for {', '.join(names)}, got {tuple(weights)}"
+            f"weights must be {len(names)} finite numbers of at least 0, for {', '.join(names)}, got {shown(weights)}"
         )
 
 

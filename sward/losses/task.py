@@ -136,8 +136,14 @@ class TaskLoss(nn.Module):
 
 
 def median_frequency_weights(shares: Sequence[float]) -> list[float]:
-    """Return the median of the shares over the share of each class (Eigen and Fergus, ICCV 2015), 0 where it is 0."""
+    """Return the median of the shares over the share of each class (Eigen and Fergus, ICCV 2015), 0 where it is 0.
+
+    Raises:
+        ValueError: if every share is 0.
+    """
     present = sorted(share for share in shares if share)
+    if not present:
+        raise ValueError("class_weights must be numbers where no pixel of the training masks has a class, got auto")
     middle = len(present) // 2
     median = present[middle] if len(present) % 2 else (present[middle - 1] + present[middle]) / 2
     return [median / share if share else 0.0 for share in shares]

@@ -90,11 +90,9 @@ def _read(path: Path, title: str) -> ReportedRun:
     folder = RunFolder(path)
     config, info = folder.read()
     evaluations = {}
-    weights_sum = functools.cache(folder.weights_sum)  # reads the whole checkpoint
     for file in sorted(path.glob("evaluation-*.json")):
         stored = read_json(dict, file)
-        # Earlier versions did not store which weights they scored.
-        if stored.get("weights") not in (None, weights_sum(stored.get("checkpoint", "best"))):
+        if not folder.holds_scores(stored):
             warnings.warn(
                 f"{file} is left out: the run was trained on since; score it again with 'sward evaluate'", stacklevel=3
             )

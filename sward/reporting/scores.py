@@ -14,6 +14,7 @@ from sward.reporting.runs import VALIDATION, Group, ReportedRun
 METRICS = (
     ("mIoU %", "mean_iou"),
     ("mAcc %", "mean_accuracy"),
+    ("mDice %", "mean_dice"),
     ("Dice per image %", "dice"),
     ("IoU per image %", "iou"),
     ("Dice pooled %", "pooled_dice"),

@@ -15,6 +15,7 @@ from sward.data import DatasetNotFoundError
 from sward.losses import SegmentationCrossEntropy
 from sward.models.flops import gemm_flops
 from sward.models.teachers import Teacher
+from sward.presets import CLINICDB_FRAMES
 from sward.runs.load import build_split
 
 BYTES = 4
@@ -23,7 +24,7 @@ BYTES = 4
 TRAINING_IMAGES = {
     ("cityscapes", None): 2975,
     ("camvid", None): 367,
-    ("cvc_clinicdb", "sequence"): 428,
+    ("cvc_clinicdb", "sequence"): CLINICDB_FRAMES,
     ("cvc_clinicdb", "ratio"): 490,
     ("cvc_colondb", "sequence"): 302,
     ("cvc_colondb", "ratio"): 240,

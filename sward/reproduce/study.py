@@ -295,7 +295,7 @@ class Study:
         # Earlier versions wrote the scores of all weights to the file of the best ones.
         for file in (file_of(checkpoint=checkpoint), file_of()):
             stored = read_json(dict, file) if file.exists() else {}
-            if stored.get("checkpoint") == checkpoint:
+            if stored.get("checkpoint") == checkpoint and folder.holds_scores(stored):
                 return Evaluation.from_dict(stored)
         try:
             return evaluate_run(

@@ -59,13 +59,16 @@ def distillation_pair(
 ) -> methods.DistillationPair:
     """Describe the networks of a run to the builder of its method."""
     settings = config.sward
-    choices = (
-        layers.default_layers(config.model, student, config.dataset.image_size),
-        layers.default_layers(teacher_name, teacher, config.teacher_image_size),
+    student_layers = layers.default_layers(config.model, student, config.dataset.image_size)
+    teacher_layers = layers.default_layers(teacher_name, teacher, config.teacher_image_size)
+    stages = layers.paired(
+        settings.student_layers or student_layers.stages,
+        settings.teacher_layers or teacher_layers.stages,
+        student_named=bool(settings.student_layers),
+        teacher_named=bool(settings.teacher_layers),
     )
-    stages = layers.paired(choices[0].stages, choices[1].stages)
-    student_layers = dataclasses.replace(choices[0], stages=settings.student_layers or stages[0])
-    teacher_layers = dataclasses.replace(choices[1], stages=settings.teacher_layers or stages[1])
+    student_layers = dataclasses.replace(student_layers, stages=stages[0])
+    teacher_layers = dataclasses.replace(teacher_layers, stages=stages[1])
     return methods.DistillationPair(
         student=student,
         teacher=teacher,

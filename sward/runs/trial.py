@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sward import distributed
 from sward.config import DistillationConfig, TapConfig, TrainingConfig
 from sward.data import DatasetInfo
-from sward.losses import DistillationLoss
+from sward.losses import LOGITS, DistillationLoss
 from sward.training.step import TrainingStep
 from sward.training.teacher import FrozenTeacher
 
@@ -31,7 +31,8 @@ def try_step(
     With several processes nothing is tried, since their losses exchange tensors.
 
     Raises:
-        ValueError: if the step fails, for example because a layer has no grid of a window's size.
+        ValueError: if the step fails, for example because a layer has no grid of a window's size, or the logits have
+            another number of channels than there are classes.
     """
     if distributed.world_size() > 1:
         return
@@ -48,10 +49,12 @@ def try_step(
     labels[config.batch :] = info.ignore_index
     seen = images if (tall, wide) == (height, width) else torch.rand(len(images), 3, tall, wide, generator=generator)
     devices = [device] if device.type == "cuda" else []
+    student_logits: list[Tensor] = []
     try:
         with torch.random.fork_rng(devices):
             step = TrainingStep(*copy.deepcopy((network, task, loss)), precision=config.precision, taps=taps).train()
             features = {} if teacher is None else teacher(seen.to(device))
+            step.model.register_forward_hook(lambda *call: student_logits.append(call[-1].detach()))
             step(images.to(device), labels.to(device), features).loss.backward()
     except ValueError as error:
         if not str(error).startswith("Expected more than 1 value per channel"):
@@ -66,3 +69,14 @@ def try_step(
             f"a step of {config.model!r} on {len(images)} images of {height}x{width} must be possible, got "
             f"{type(error).__name__}: {reason}"
         ) from error
+    _check_channels(f"model {config.model!r}", student_logits[0], info)
+    if LOGITS in features:
+        _check_channels("the teacher", features[LOGITS], info)
+
+
+def _check_channels(whose: str, logits: Tensor, info: DatasetInfo) -> None:
+    """Raise a ValueError unless there is one channel per class; one logit serves two classes."""
+    count, classes = logits.shape[1], info.num_classes
+    if count != classes and (count, classes) != (1, 2):
+        one = " or 1" if classes == 2 else ""
+        raise ValueError(f"logits of {whose} must have {classes}{one} channels, one per class, got {count}")

@@ -21,7 +21,7 @@ from sward.training.step import StepOutput
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss of a batch is infinite or not a number."""
+    """The loss of a batch, or a weight after it, is infinite or not a number."""
 
 
 class Stopwatch:

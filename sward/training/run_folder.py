@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -176,7 +177,18 @@ class RunFolder:
     def weights_sum(self, checkpoint: Literal["best", "last"]) -> str | None:
         """Return a checksum of the file of the best or the last weights; None without the file."""
         path = self.best if checkpoint == "best" else self.last
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
+        if not path.exists():
+            return None
+        state = path.stat()
+        return _file_sum(path, state.st_size, state.st_mtime_ns)
+
+    def holds_scores(self, stored: Mapping[str, Any]) -> bool:
+        """Return whether scores that `sward evaluate` stored are those of the weights that the folder holds now.
+
+        Scores whose weights were deleted, or that an earlier version stored without a checksum, are taken for them.
+        """
+        scored, now = stored.get("weights"), self.weights_sum(stored.get("checkpoint", "best"))
+        return scored is None or now is None or scored == now
 
     def holds_checkpoint(self) -> bool:
         """Return whether there is a run to resume."""
@@ -201,7 +213,7 @@ class RunFolder:
         """
         if not self.config.exists() or not self.dataset.exists():
             raise FileNotFoundError(f"{self.path} is not a run folder: it has no config.json and dataset.json")
-        kind = DistillationConfig if b'"distillation"' in self.config.read_bytes() else TeacherTrainingConfig
+        kind = DistillationConfig if "distillation" in read_json(dict, self.config) else TeacherTrainingConfig
         return read_json(kind, self.config), read_json(DatasetInfo, self.dataset)
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -248,6 +260,12 @@ def read_json(kind: type[Content], path: Path) -> Content:
         return from_json(kind, path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+@functools.lru_cache
+def _file_sum(path: Path, size: int, modified: int) -> str:
+    """Return a checksum of a file, read once while its size and time of change stay."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _write_text(path: Path, text: str) -> None:

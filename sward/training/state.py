@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from sward import distributed
 from sward.training import checkpoints
-from sward.training.observation import Stopwatch
+from sward.training.observation import NonFiniteLossError, Stopwatch
 from sward.training.run_folder import RunFolder
 
 
@@ -63,7 +63,7 @@ class TrainingState:
         norm = None
         if measure or self.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            parameters = [parameter for each in self.optimizer.param_groups for parameter in each["params"]]
+            parameters = self._parameters()
             norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
             if self.clip_norm is not None:
                 clip_grads_with_norm_(parameters, self.clip_norm, norm)
@@ -73,6 +73,20 @@ class TrainingState:
         self.scaler.update()
         self.step += 1
         return norm
+
+    def check_finite(self) -> None:
+        """Raise a NonFiniteLossError if a weight is infinite or not a number, which no loss shows before the next step.
+
+        Waits for the device. All processes have the same weights.
+        """
+        if not get_total_norm([parameter.detach() for parameter in self._parameters()]).isfinite():
+            raise NonFiniteLossError(
+                f"the weights after step {self.step} are not finite, although its loss is; earlier checkpoints are "
+                "kept; try a lower --optimizer.lr or --optimizer.clip-norm 1"
+            )
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for each in self.optimizer.param_groups for parameter in each["params"]]
 
     def save(self, run: RunFolder, score: float | None = None) -> None:
         """Write the last checkpoint and keep the previous one; write the best one if `score` beats every earlier score.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sward_kernels.arguments import are_weights, require_tensor, shown
+from sward_kernels.arguments import are_weights, require_count, require_tensor, require_weight, shown
 from sward_kernels.fallback import cannot_load, require_known, warn_once
 from sward_kernels.labels import class_indices_op
 from sward_kernels.prototypes import closed_form, eager, native, reference
@@ -156,10 +156,8 @@ def _triton_passes(features: Tensor, num_classes: int) -> Passes:
 def check_settings(num_classes: int, margin: float, terms: tuple[float, float], implementation: str) -> None:
     """Raise ValueError for settings that `prototype_discrimination` does not take."""
     require_known(implementation, IMPLEMENTATIONS)
-    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
-        raise ValueError(f"num_classes must be an int of at least 1, got {num_classes!r}")
-    if not are_weights((margin,), 1):
-        raise ValueError(f"margin must be a finite number of at least 0, got {shown(margin)}")
+    require_count("num_classes", num_classes)
+    require_weight("margin", margin)
     if not are_weights(terms, 2):
         raise ValueError(
             f"terms must be two finite numbers of at least 0, for separation and compactness, got {shown(terms)}"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sward_kernels.arguments import are_weights, require_tensor, shown
+from sward_kernels.arguments import require_positive, require_tensor
 from sward_kernels.fallback import cannot_load, require_known, warn_once
 from sward_kernels.registration import register, without_autocast
 from sward_kernels.relation import eager, native, reference
@@ -109,8 +109,7 @@ def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
         )
     if student.device != teacher.device:
         raise ValueError(f"student and teacher must be on the same device, got {student.device} and {teacher.device}")
-    if not are_weights((temperature,), 1) or temperature == 0:
-        raise ValueError(f"temperature must be a positive finite number, got {shown(temperature)}")
+    require_positive("temperature", temperature)
 
 
 def _fake(

@@ -242,6 +242,11 @@ def test_a_given_split_must_keep_groups_together(tmp_path: Path, write: Write, k
     )
     with pytest.raises(ValueError, match="got 'a' in"):
         train(str(tmp_path / "groups.csv"))
+    with pytest.raises(FileNotFoundError, match=r"group_by .* or a CSV file, got 'no\.csv'; there is no such file"):
+        train("no.csv")
+    (tmp_path / "groups.csv").write_text("frame,group\n")
+    with pytest.raises(ValueError, match=r"the table of groups .*csv must be .* frame_id and group, got frame, group$"):
+        train(str(tmp_path / "groups.csv"))
 
 
 def test_groups_are_found_in_test_images_without_masks(tmp_path: Path, write: Write) -> None:
@@ -283,6 +288,15 @@ def test_one_table_names_every_file(tmp_path: Path, write: Write) -> None:
     assert build(table, "val")[0].labels.sum() == 18
     table.write_text("image,mask\nx/a.jpg,y/a.png\nx/c.jpg,y/b.png\n")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*x/c\.jpg, which .*frames\.csv names"):
+        build(table)
+    for option, pattern in (("images", "x"), ("masks", "y/{name}.png")):
+        with pytest.raises(ValueError, match=rf"{option} \(--{option}\) must be left out .* got '{pattern}'"):
+            build(table, options=FolderOptions(("background", "polyp"), **{option: pattern}))
+    table.write_text("picture,mask\nx/a.jpg,y/a.png\n")
+    with pytest.raises(ValueError, match=r"frames .*csv must be a CSV file with .* image and mask, got picture, mask$"):
+        build(table)
+    table.write_bytes("image,mask\nx/ä.jpg,y/a.png\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"the table of frames .*csv must be UTF-8 text, got the byte 0xe4"):
         build(table)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from sward.cli.main import main
 from sward.data.survey import count_values, survey
 from sward.training.run_folder import RunFolder
+from tests.support.folder_data import wide_png
 
 Write = Callable[[Path, np.ndarray], None]
 DISC = (np.hypot(*(np.indices((48, 64)) - 24)) < 15).astype(np.uint8)
@@ -102,6 +103,21 @@ def test_what_needs_a_look_is_counted(tmp_path: Path, write: Write) -> None:
     assert "6.jpg: the file is damaged" in damage
     assert "--dataset.image-range 0 4000" in found.command
     assert "--split" not in found.command
+
+
+def test_16_bit_colour_gets_the_range_that_training_asks_for(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_frames(tmp_path, write, DISC, count=10)
+    for number in range(10):
+        (tmp_path / f"images/{number}.png").write_bytes(wide_png(48, 64))
+    assert main(["data", "check", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "10 images have more than 8 bits, up to 65535" in printed
+    command = printed.split("train with:  ")[1].strip()
+    assert command.endswith("--dataset.image-range 0 65535")
+    quick = ["--distillation", "none", "--iterations", "1", "--batch", "2", "--dataset.image-size", "32", "32"]
+    assert main([*shlex.split(command)[1:], *quick, "--output", str(tmp_path / "run")]) == 0, capsys.readouterr().err
 
 
 def test_problems_are_printed_and_fail_the_command(

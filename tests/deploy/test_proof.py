@@ -184,6 +184,8 @@ def test_load_takes_a_run_a_checkpoint_and_a_file(run: Path, tmp_path: Path) -> 
     assert (probabilities.argmax(0) == expected).all()
     with pytest.raises(ValueError, match="only a run or a checkpoint can be exported"):
         predictor.export(tmp_path / "again.onnx")
+    with pytest.raises(ValueError, match=r"checkpoint must be given to sward\.load, not to export, got 'last'"):
+        sward.load(run).export(tmp_path / "last.onnx", checkpoint="last")
     moved = tmp_path / "best.pt"
     moved.write_bytes((run / "checkpoints" / "best.pt").read_bytes())
     with pytest.raises(ValueError, match="checkpoint must lie in RUN/checkpoints"):
@@ -297,3 +299,17 @@ def test_a_file_that_loses_too_much_is_kept_by_force_alone(
         export_run(run, path, **options)
     assert not path.exists()
     assert export_run(run, path, force=True, **options).path.exists()
+
+
+def test_a_predictor_exports_the_weights_that_it_holds(run: Path, tmp_path: Path) -> None:
+    last = run / "checkpoints" / "last.pt"
+    state = checkpoints.load(run / "checkpoints" / "best.pt")
+    for value in state["model"].values():
+        value += 1 if value.dtype == torch.int64 else 0.1
+    checkpoints.save(last, state)
+    image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    best, held = (sward.load(run, checkpoint=name) for name in ("best", "last"))
+    written = sward.load(held.export(tmp_path / "last.pt2", check=0))
+    assert written.metadata.source == str(last.resolve())
+    torch.testing.assert_close(written.forward(image), held.forward(image), rtol=0, atol=1e-4)
+    assert (written.forward(image) - best.forward(image)).abs().max() > 1e-2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Literal
 
 import pytest
@@ -379,3 +380,15 @@ def test_wrong_labels_and_options_are_named() -> None:
         build(implementation="cuda")
     with pytest.raises(ValueError, match="num_classes must be at least 2"):
         CIRKDLoss(3, 5, 1, **TAPS)
+    for option, value, condition in (
+        ("terms", (1.0, 1.0), "four finite numbers of at least 0, for KD, minibatch, pixel and region"),
+        ("temperature", 0.0, "a positive finite number"),
+        ("distribution_temperature", 0, "a positive finite number"),
+        ("pixel_queue_size", 0, "an int of at least 1"),
+        ("region_queue_size", -1, "an int of at least 1"),
+        ("pixel_keys", 0, "an int of at least 1"),
+        ("region_keys", 0.5, "an int of at least 1"),
+        ("max_pixels", 0, "an int of at least 1"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"{option} must be {condition}, got {value}")):
+            build(**{option: value})

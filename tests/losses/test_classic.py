@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sward.losses.classic import AttentionTransferLoss, CWDLoss, FitNetLoss, KDLoss, PairwiseLoss
 from tests.support.peers import TAPS, features, logits
@@ -220,3 +221,21 @@ def test_pairwise_ignores_channel_rotations_and_the_scale_of_a_pixel() -> None:
     expected = method(features(student, teacher)).loss
     turned = torch.einsum("dc,bchw->bdhw", rotation(4), student) * (0.1 + torch.rand(2, 1, 5, 5))
     torch.testing.assert_close(method(features(turned, teacher)).loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (lambda: KDLoss(temperature=0), "temperature must be a positive finite number, got 0"),
+        (lambda: KDLoss(weight=-1), "weight must be a finite number of at least 0, got -1"),
+        (lambda: CWDLoss(temperature=-4.0), r"temperature must be a positive finite number, got -4\.0"),
+        (lambda: CWDLoss(weight=float("inf")), "weight must be a finite number of at least 0, got inf"),
+        (lambda: AttentionTransferLoss(**TAPS, weight=float("nan")), "weight must be .* got nan"),
+        (lambda: FitNetLoss(3, 4, **TAPS, weight="10"), "weight must be a finite number of at least 0, got '10'"),
+        (lambda: PairwiseLoss(**TAPS, pool=0), "pool must be an int of at least 1, got 0"),
+        (lambda: PairwiseLoss(**TAPS, weight=-1), "weight must be a finite number of at least 0, got -1"),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(build: Callable[[], nn.Module], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        build()

@@ -207,3 +207,6 @@ def test_what_cannot_be_is_refused() -> None:
         FrequencyPrompts(3, diversity="cosine")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="bands must be 'high' or 'all', got 'low'"):
         FreeKDLoss(prompts(3), 3, **TAPS, bands="low")  # type: ignore[arg-type]
+    for name in ("weight", "mse_weight"):
+        with pytest.raises(ValueError, match=rf"^{name} must be a finite number of at least 0, got -1"):
+            FreeKDLoss(prompts(3), 3, **TAPS, **{name: -1})

@@ -157,6 +157,8 @@ def test_what_does_not_go_together_is_refused() -> None:
         MasKDLoss(tokens(3, 2), level="features", **TAPS)
     with pytest.raises(ValueError, match="channels and tokens must be positive"):
         ReceptiveTokens(3, tokens=0)
+    with pytest.raises(ValueError, match="weight must be a finite number of at least 0, got -1"):
+        MasKDLoss(tokens(3, 2), weight=-1)
     with pytest.raises(ValueError, match="4 channels, the loss was built for 3"):
         MasKDLoss(tokens(3, 2))(logits(random(1, 4, 2, 2), random(1, 4, 2, 2)))
 

@@ -136,6 +136,8 @@ def test_weights_that_eq_20_does_not_have_are_refused(weights: tuple[float, ...]
         ValueError, match=r"weights must be 2 finite numbers of at least 0, for beta, gamma, got \(2, -1\)"
     ):
         SWARDDistillation(*parts(), student_taps=["a", "b"], teacher_taps=["x", "y"], weights=(2, -1))
+    with pytest.raises(ValueError, match=r"weights must be 3 finite numbers .* got 2\.0"):
+        SWARDLoss(SegmentationCrossEntropy(), *parts(), weights=2.0)  # type: ignore[arg-type]
 
 
 DISTRIBUTED = """

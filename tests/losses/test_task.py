@@ -86,6 +86,8 @@ def test_nothing_labelled_is_zero(name: TaskName) -> None:
 def test_weights_from_shares() -> None:
     assert median_frequency_weights([0.9, 0.06, 0.04]) == pytest.approx([0.06 / 0.9, 1, 1.5])
     assert median_frequency_weights([0.9, 0.1, 0.0]) == pytest.approx([0.5 / 0.9, 5, 0])
+    with pytest.raises(ValueError, match=r"class_weights must be numbers where no pixel .* has a class, got auto"):
+        median_frequency_weights([0.0, 0.0])
 
 
 @pytest.mark.parametrize(

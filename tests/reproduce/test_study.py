@@ -77,6 +77,13 @@ def test_runs_are_trained_once_and_the_table_holds_their_scores(
     assert main(QUICK) == 0
     assert trained == ["teacher", "none-seed0", "sward-seed0"]
 
+    # Scores of other weights, as `sward evaluate` leaves them when it is called before the end of a run.
+    file = Path("out/demo/sward-seed0/evaluation-scenes-val-last.json")
+    file.write_text(json.dumps({**scores, "weights": "0" * 16, "mean_iou": 0.9}))
+    assert main(QUICK) == 0
+    assert json.loads(file.read_text()) == scores
+    assert float(table_rows(Path("out/methods-demo.csv"))["+ SWARD"]["scenes mIoU mean"]) < 90
+
     assert main([*QUICK[:-1], "--seeds", "2"]) == 0
     assert trained[3:] == ["none-seed1"]
     rows = table_rows(Path("out/methods-demo.csv"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sward.config import DatasetConfig, OptimizerConfig, TapConfig, TeacherConfig
 from sward.data import DatasetInfo
 from sward.evaluation import Evaluation, evaluate
-from sward.losses import DistillationInputs, DistillationLoss, DistillationOutput, SegmentationCrossEntropy
+from sward.losses import LOGITS, DistillationInputs, DistillationLoss, DistillationOutput, SegmentationCrossEntropy
 from sward.runs import train_student
 from sward.runs.trial import try_step
 from sward.training import checkpoints, loop
@@ -67,6 +67,10 @@ def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
         train_student(small(tmp_path / "run", distillation="none"))
 
 
+def seven_channels() -> nn.Module:
+    return nn.Conv2d(3, 7, 3, stride=4, padding=1)
+
+
 def test_mistakes_are_found_before_any_work(tmp_path: Path) -> None:
     for changes, message in (
         (dict(epochs=2), "exactly one of iterations and epochs"),
@@ -83,6 +87,10 @@ def test_mistakes_are_found_before_any_work(tmp_path: Path) -> None:
         (
             dict(dataset=DatasetConfig(image_size=(32, 32)), batch=1, distillation="none"),
             "batch must be at least 2 for batch norm",
+        ),
+        (
+            dict(model=f"{__name__}:seven_channels", distillation="none"),
+            f"logits of model '{__name__}:seven_channels' must have 5 channels, one per class, got 7",
         ),
         (dict(device="tpu9"), "device must be a torch device such as 'cpu' or 'cuda', got 'tpu9'"),
     ):
@@ -170,3 +178,11 @@ def test_the_trial_step_reads_layers_as_the_run_will(tmp_path: Path) -> None:
     config = small(tmp_path / "run", dataset=DatasetConfig(image_size=(32, 32)), student_taps=TapConfig(select=0))
     info = DatasetInfo("two", ("a", "b"), ((0, 0, 0), (1, 1, 1)))
     try_step(student, SegmentationCrossEntropy(), _TakesOneSize(["stage"], []), teacher, config, info)
+
+
+def test_a_teacher_of_other_classes_cannot_label(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", dataset=DatasetConfig(image_size=(32, 32)), student_taps=TapConfig(select=0))
+    info = DatasetInfo("two", ("a", "b"), ((0, 0, 0), (1, 1, 1)))
+    student, teacher = _Student(), FrozenTeacher(nn.Conv2d(3, 3, 1), [LOGITS])
+    with pytest.raises(ValueError, match="logits of the teacher must have 2 or 1 channels, one per class, got 3"):
+        try_step(student, SegmentationCrossEntropy(), _TakesOneSize(["stage"], [LOGITS]), teacher, config, info)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +58,14 @@ def write_pairs(root: Path, train: int = 4, val: int = 2, size: int = 32, classe
             for number in range(count):
                 Image.fromarray(rng.integers(0, high, shape, np.uint8)).save(folder / f"{split}{number}.png")
     return root
+
+
+def wide_png(height: int, width: int) -> bytes:
+    """A black colour PNG file of 16 bits per channel, which Pillow reads and does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(height * (1 + 6 * width)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")

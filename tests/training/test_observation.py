@@ -27,6 +27,7 @@ from sward.training.observation import (
     peak_memory,
 )
 from sward.training.run_folder import RunFolder
+from sward.training.state import TrainingState
 from tests.support.training_runs import SMALL_SCENES, checkpoint, records, small, write_images
 
 pytestmark = pytest.mark.usefixtures("few_images")
@@ -222,6 +223,24 @@ def test_masks_of_a_broken_teacher_are_not_saved(method: MaskMethod, tmp_path: P
     ):
         train_masks(config)
     assert not config.output.exists()
+
+
+def test_weights_that_are_not_finite_after_a_finite_loss_are_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = TrainingState.update
+
+    def break_one(self: TrainingState, *arguments: Any, **options: Any) -> Tensor | None:
+        norm = update(self, *arguments, **options)
+        if self.step == 4:
+            next(self.model.parameters()).data.view(-1)[0] = float("inf")
+        return norm
+
+    monkeypatch.setattr(TrainingState, "update", break_one)
+    config = small(tmp_path / "run", distillation="none", checkpoint_every=2)
+    with pytest.raises(NonFiniteLossError, match="the weights after step 4 are not finite, although its loss is; earl"):
+        train_student(config)
+    assert checkpoint(config.output)["step"] == 2
 
 
 def test_a_watch_forgets_what_it_has_looked_at() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sward.cli.main import main
-from sward.config import DatasetConfig, DistillationConfig
+from sward.config import DatasetConfig, DistillationConfig, TeacherTrainingConfig
 from sward.data import DatasetInfo
 from sward.runs import train_student
 from sward.training.lock import locked
@@ -54,6 +54,13 @@ def test_one_process_cannot_run_twice_in_a_folder(tmp_path: Path) -> None:
             pass
     with locked(tmp_path):
         pass
+
+
+def test_a_teacher_may_live_in_a_folder_called_distillation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    size = ["--dataset.image-size", "32", "32", "--batch", "2", "--iterations", "1", "--train-trunk"]
+    assert main(["train-teacher", "demo", *size, "--output", "distillation"]) == 0
+    assert isinstance(RunFolder(Path("distillation")).read()[0], TeacherTrainingConfig)
 
 
 def test_a_new_run_forgets_the_split_of_one_that_died_before_its_first_checkpoint(tmp_path: Path) -> None:

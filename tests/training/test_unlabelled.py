@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import struct
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +29,7 @@ from sward.training.batches import batches
 from sward.training.observation import NonFiniteLossError
 from sward.training.pseudo_labels import pseudo_labels
 from sward.training.run_folder import RunFolder
+from tests.support.folder_data import wide_png
 from tests.support.training_runs import assert_equal_runs, checkpoint, records, small, write_images
 
 pytestmark = pytest.mark.usefixtures("few_images")
@@ -158,24 +157,13 @@ def test_a_file_that_is_no_list_is_named_with_what_is_wanted(images: Path, tmp_p
         UnlabelledImages([images, tmp_path / "one.jpg"], scenes(), (32, 32), seed=0)
 
 
-def wide_png() -> bytes:
-    """A black PNG file of 16 bits per channel, which Pillow reads and does not write."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", 56, 48, 16, 2, 0, 0, 0)
-    rows = zlib.compress(bytes(48 * (1 + 56 * 6)))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
 def damage(images: Path, kind: str) -> None:
     """Make an image of the folder useless, or two of them."""
     path, pixels = images / "b/1.png", np.zeros((48, 56, 3), np.uint8)
     if kind == "16-bit":
         Image.fromarray(np.full((48, 56), 4000, np.uint16)).save(path)
     elif kind == "16-bit colour":
-        path.write_bytes(wide_png())
+        path.write_bytes(wide_png(48, 56))
     elif kind == "pages":
         path.unlink()
         Image.fromarray(pixels).save(images / "b/1.tif", save_all=True, append_images=[Image.fromarray(pixels)])
