@@ -44,17 +44,14 @@ def print_result(result: Any, metric: str) -> None:
 
 def print_evaluation(evaluation: Any, title: str) -> None:
     """Print all scores of a `sward.evaluation.Evaluation` in percent."""
-    summary = [
-        ("mIoU", evaluation.mean_iou),
-        ("mAcc", evaluation.mean_accuracy),
-        ("Dice, mean over classes", evaluation.mean_dice),
-    ]
+    summary = [("mIoU", evaluation.mean_iou), ("mAcc", evaluation.mean_accuracy)]
     if evaluation.dice is not None:
         summary += [
             ("Dice, mean over images", evaluation.dice),
             ("IoU, mean over images", evaluation.iou),
             ("Dice, pooled", evaluation.pooled_dice),
         ]
+    summary.append(("Dice, mean over classes", evaluation.mean_dice))
     rows = summary + [(f"IoU {name}", value) for name, value in evaluation.class_iou.items()]
     rows += [(f"Dice {name}", value) for name, value in evaluation.class_dice.items()]
     print_table(title, ("score", "%"), [(name, f"{100 * value:.2f}") for name, value in rows])
