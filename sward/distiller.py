@@ -128,8 +128,8 @@ class Distiller(nn.Module):
             ("teacher", teacher_layers, teacher, student),
         ):
             _check_layers(side, names, network, other)
-        student_size, student_choice = _layers_of(student, "student", student_layers, image_size)
-        teacher_size, teacher_choice = _layers_of(teacher, "teacher", teacher_layers, image_size)
+        student_size, student_choice = _layers_of(student, "student", student_layers, image_size, num_classes)
+        teacher_size, teacher_choice = _layers_of(teacher, "teacher", teacher_layers, image_size, num_classes)
         student_stages, teacher_stages = layers.paired(
             student_choice.stages,
             teacher_choice.stages,
@@ -256,13 +256,17 @@ def _check_layers(side: str, names: Sequence[str] | None, network: nn.Module, ot
 
 
 def _layers_of(
-    network: nn.Module, side: str, names: Sequence[str] | None, image_size: tuple[int, int] | None
+    network: nn.Module,
+    side: str,
+    names: Sequence[str] | None,
+    image_size: tuple[int, int] | None,
+    num_classes: int,
 ) -> tuple[tuple[int, int], LayerChoice]:
     """Return an image size that the network accepts, and its layers."""
     problem = ""
     for size in (image_size,) if image_size is not None else PROBE_SIZES:
         try:
-            choice = layers.choose(network, size)
+            choice = layers.choose(network, size, num_classes=num_classes)
         except ValueError as error:
             problem = problem or str(error)
             continue

@@ -57,17 +57,23 @@ def survey(network: nn.Module, image_size: tuple[int, int]) -> list[Layer]:
     return _survey(network, image_size)[0]
 
 
-def choose(network: nn.Module, image_size: tuple[int, int]) -> LayerChoice:
+def choose(network: nn.Module, image_size: tuple[int, int], *, num_classes: int | None = None) -> LayerChoice:
     """Choose layers to distil: the last of each stride of the encoder, or four evenly spaced blocks of a plain ViT.
 
     The encoder is the part under a name of `ENCODER_NAMES`, or else what runs before the resolution rises again. Of
     more than four strides, the four deepest are taken.
 
+    Args:
+        network: any network of images.
+        image_size: height and width of an image that it accepts.
+        num_classes: K, with which the classifier and what returns its logits are left out, unless there is nothing
+            else; None where the network has no classifier.
+
     Raises:
         ValueError: if the network does not run on an image of that size, or has no layer that returns a map.
     """
     layers, penultimate = _survey(network, image_size)
-    inside = _encoder(layers)
+    inside = _encoder(_before_the_logits(layers, penultimate, num_classes) or layers)
     if not inside:
         raise ValueError(f"student and teacher must have layers that return maps, got {type(network).__name__}")
     last = {layer.stride: layer for layer in inside}
@@ -78,12 +84,23 @@ def choose(network: nn.Module, image_size: tuple[int, int]) -> LayerChoice:
     return LayerChoice(names, names[-1], penultimate or names[-1])
 
 
-def default_layers(name: str, network: nn.Module, image_size: tuple[int, int]) -> LayerChoice:
+def _before_the_logits(layers: list[Layer], penultimate: str | None, num_classes: int | None) -> list[Layer]:
+    names = [layer.name for layer in layers]
+    if num_classes is None or penultimate not in names:
+        return layers
+    after = names.index(penultimate)
+    widths = (1, 2) if num_classes == 2 else (num_classes,)
+    return [layer for place, layer in enumerate(layers) if place <= after or layer.channels not in widths]
+
+
+def default_layers(
+    name: str, network: nn.Module, image_size: tuple[int, int], *, num_classes: int | None = None
+) -> LayerChoice:
     """Return the layers of a network that methods tap: those of its description, or chosen if it has none."""
     from sward import models  # Imported here: the libraries of networks are not needed to distil.
 
     if name not in models.names():
-        return choose(network, image_size)
+        return choose(network, image_size, num_classes=num_classes)
     description = models.describe(name)
     stages = tuple(stage.layer for stage in description.stages)
     return LayerChoice(stages, description.feature_layer, description.penultimate_layer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,6 +57,18 @@ def test_the_encoder_ends_where_the_resolution_rises_again() -> None:
 @pytest.mark.parametrize(("blocks", "chosen"), [(12, (2, 5, 8, 11)), (4, (0, 1, 2, 3)), (6, (1, 2, 3, 5)), (2, (0, 1))])
 def test_a_plain_transformer_gives_evenly_spaced_blocks(blocks: int, chosen: tuple[int, ...]) -> None:
     assert choose(PlainTransformer(blocks), (64, 64)).stages == tuple(f"blocks.{index}" for index in chosen)
+
+
+def test_the_logits_are_no_stage_of_the_encoder() -> None:
+    """A classifier at the stride of the deepest stage, inside a network that is wrapped, as those of a user are."""
+    stages = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.ReLU()) for a, b in ((3, 4), (4, 6), (6, 8))]
+    network = nn.Sequential(OrderedDict(inner=nn.Sequential(*stages, nn.Conv2d(8, 2, 1))))
+    assert choose(network, (64, 64)).stages[-1] == "inner"
+    choice = choose(network, (64, 64), num_classes=2)
+    assert choice.stages == ("inner.0", "inner.1", "inner.2")
+    assert (choice.deepest, choice.penultimate) == ("inner.2", "inner.2")
+    alone = nn.Sequential(nn.Conv2d(3, 2, 1))
+    assert choose(alone, (64, 64), num_classes=2).stages == ("0",)
 
 
 def test_the_survey_reads_shapes_off() -> None:

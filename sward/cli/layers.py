@@ -42,7 +42,9 @@ def show(settings: Layers) -> None:
         options[key] = value
     network = models.build(settings.model, settings.num_classes, **options)
     found = layers.survey(network, settings.image_size)
-    chosen = layers.default_layers(settings.model, network, settings.image_size).stages
+    chosen = layers.default_layers(
+        settings.model, network, settings.image_size, num_classes=settings.num_classes
+    ).stages
     if settings.json:
         rows = [{**dataclasses.asdict(layer), "default": layer.name in chosen} for layer in found]
         print(json.dumps(rows, indent=2))

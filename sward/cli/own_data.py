@@ -76,7 +76,7 @@ def print_check(options: DataCheck) -> None:
     print(f"sizes:       {shortened(sizes)}")
     print(f"mask values: {shortened(values, 8)}")
     if found.lossy:
-        print(f"JPEG masks:  {found.lossy}; a pixel takes the nearest class")
+        print(f"lossy masks: {found.lossy}; a pixel takes the nearest class")
     if found.turned:
         print(f"turned:      {found.turned} images have an EXIF orientation; it is applied, also to their masks")
     if found.wide:

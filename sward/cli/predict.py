@@ -56,8 +56,8 @@ def predict_images(
 
     Raises:
         FileNotFoundError: if the source or an image does not exist, before anything is written.
-        ValueError: if an argument is wrong, a file exists or the folder is not writable, before any work; or if an
-            image cannot be read.
+        ValueError: if an argument is wrong, a file exists or the folder is not writable, before any work; or, after
+            the others are written, if images cannot be read.
     """
     predictor = load(source, checkpoint=checkpoint, device=device)
     predictor.check_tile(tile, overlap)
@@ -72,15 +72,25 @@ def predict_images(
     _check_free(images, [_files(name, predictor, probabilities) for name in targets], overwrite)
     make_folder(folder)
     with pixel_limit(images, allow_large=allow_large), Progress("predict", len(images)) as progress:
+        unreadable = []
         for path, name in zip(images, targets):
-            name.parent.mkdir(parents=True, exist_ok=True)
-            yield from _predict(predictor, path, name, tile, overlap, values, probabilities)
+            try:
+                image = predictor.read(path)
+            except (ValueError, FileNotFoundError) as error:
+                unreadable.append(str(error))
+            else:
+                name.parent.mkdir(parents=True, exist_ok=True)
+                yield from _predict(predictor, image, name, tile, overlap, values, probabilities)
             progress.advance()
+    if unreadable:
+        more = f" (and {len(unreadable) - 1} more images)" if len(unreadable) > 1 else ""
+        done = len(images) - len(unreadable)
+        raise ValueError(f"{unreadable[0]}{more}" + (f"; the other {done} images are written" if done else ""))
 
 
 def _predict(
     predictor: Predictor,
-    path: Path,
+    image: Tensor,
     name: Path,
     tile: tuple[int, int] | None,
     overlap: int | None,
@@ -89,7 +99,6 @@ def _predict(
 ) -> Iterator[Path]:
     from PIL import Image
 
-    image = predictor.read(path)
     size = (image.shape[-2], image.shape[-1])
     labels = np.empty(size, np.uint8)
     shown = np.empty((*size, 3), np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -38,7 +39,8 @@ def print_result(result: Any, metric: str) -> None:
     if not distributed.is_main():
         return
     print_evaluation(result.evaluation, f"validation, {result.evaluation.images} images, last weights")
-    print(f"best {metric} on validation: {100 * result.best_score:.2f} %")
+    best = f"{100 * result.best_score:.2f} %" if math.isfinite(result.best_score) else "undefined"
+    print(f"best {metric} on validation: {best}")
     print(f"seconds in the training loop: {result.seconds:.0f}\nrun: {result.run}")
 
 
@@ -46,10 +48,11 @@ def print_evaluation(evaluation: Any, title: str) -> None:
     """Print all scores of a `sward.evaluation.Evaluation` in percent."""
     summary = [("mIoU", evaluation.mean_iou), ("mAcc", evaluation.mean_accuracy)]
     if evaluation.dice is not None:
+        foreground = list(evaluation.class_iou)[1]
         summary += [
-            ("Dice, mean over images", evaluation.dice),
-            ("IoU, mean over images", evaluation.iou),
-            ("Dice, pooled", evaluation.pooled_dice),
+            (f"Dice of {foreground}, mean over images", evaluation.dice),
+            (f"IoU of {foreground}, mean over images", evaluation.iou),
+            (f"Dice of {foreground}, pooled", evaluation.pooled_dice),
         ]
     summary.append(("Dice, mean over classes", evaluation.mean_dice))
     rows = summary + [(f"IoU {name}", value) for name, value in evaluation.class_iou.items()]

@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sward.config import DistillationConfig, MaskTrainingConfig, SWARDConfig, TeacherTrainingConfig
+from sward import data
+from sward.config import DatasetConfig, DistillationConfig, MaskTrainingConfig, SWARDConfig, TeacherTrainingConfig
 from sward.config_json import from_json, to_json
 from sward.losses.recipes import RECIPES
 
 Config = TypeVar("Config", DistillationConfig, TeacherTrainingConfig)
 
 TEACHER_SOURCES = {"--teacher.run", "--teacher.weights", "--teacher.untrained"}
+
+KEPT_FOR_ANOTHER_DATA_SET = ("image_size", "workers", "views", "labelled_share", "split_seed")
+"""Fields of `DatasetConfig` that say nothing about the images of one data set."""
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -75,8 +79,8 @@ def apply_words(config: DistillationConfig | TeacherTrainingConfig | MaskTrainin
     """Clear what the words of a command contradict in `config`, take their `KEY=VALUE` options, and return the rest.
 
     `--recipe` sets its fields, which other options then change. `--iterations` clears `epochs` and the reverse, and a
-    source of the teacher clears the others. Another model, teacher or data set clears the options, layers, windows and
-    split that belong to the one before.
+    source of the teacher clears the others. Another model, teacher or data set clears the options, layers, windows,
+    split and metric that belong to the one before, and a student alone the images without labels.
     """
     if isinstance(config, DistillationConfig):
         for recipe in RECIPES:
@@ -110,9 +114,13 @@ def apply_words(config: DistillationConfig | TeacherTrainingConfig | MaskTrainin
             _check_teacher(str(teacher), words)
     dataset = value_of("--dataset.name", words)
     if dataset is not None and dataset != config.dataset.name:
-        config.dataset.split_by, config.dataset.num_classes, config.dataset.packed = None, None, "auto"
-        config.dataset.root = None
-        config.dataset.count, config.dataset.series = None, 0
+        kept = {name: getattr(config.dataset, name) for name in KEPT_FOR_ANOTHER_DATA_SET}
+        config.dataset = DatasetConfig(config.dataset.name, **kept)
+        if not isinstance(config, MaskTrainingConfig) and config.metric == "dice" and dataset in data.names():
+            # Of two classes alone; a folder says how many it has with other options.
+            config.metric = "dice" if dataset == "folder" or data.describe(dataset).num_classes == 2 else "mean_iou"
+    if isinstance(config, DistillationConfig) and value_of("--distillation", words) == "none":
+        config.unlabelled, config.unlabelled_batch, config.pseudo_labels = (), None, None
     return left
 
 

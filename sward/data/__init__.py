@@ -18,7 +18,7 @@ from pathlib import Path
 from sward.data import camvid, cityscapes, folder, polyps, scenes, unlabelled
 from sward.data.files import OnCorrupt, PairedFiles
 from sward.data.folder import FolderOptions
-from sward.data.images import CorruptFileError, read_image
+from sward.data.images import CorruptFileError, check_range, read_image
 from sward.data.sample import (
     IGNORE_INDEX,
     Batch,
@@ -64,6 +64,7 @@ __all__ = [
     "default_image_size",
     "denormalise",
     "describe",
+    "fixed_root",
     "holds",
     "names",
     "normalise",
@@ -311,13 +312,22 @@ def _from_files(
 
 
 def _checked(image_range: tuple[float, float] | None) -> tuple[float, float] | None:
-    if image_range is not None and not image_range[0] < image_range[1]:
-        raise ValueError(f"image_range must be (lowest, highest), got {image_range}")
+    check_range(image_range)
     return image_range
 
 
 def _root(root: str | Path | None) -> Path:
     return Path(root or os.environ.get("SWARD_DATA") or "data")
+
+
+def fixed_root(name: str, root: Path | None) -> Path | None:
+    """Return the root of a data set for a configuration that is read again from another working directory.
+
+    None where `$SWARD_DATA` says it each time, and for generated images.
+    """
+    if root is None and (name == "scenes" or os.environ.get("SWARD_DATA")):
+        return None
+    return _root(root).absolute()
 
 
 def _check_name(name: str) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from sward import atomic, distributed
 from sward.data.files import PairedFiles
-from sward.data.images import CorruptFileError, Header, check_depth, check_end, open_image, read_header
+from sward.data.images import CorruptFileError, Header, check_depth, check_end, open_image, read_header, read_image
 from sward.data.sample import Pair, SegmentationDataset
 
 
@@ -70,14 +70,17 @@ def check_splits(
         skip_corrupt: leave out training masks that cannot be read.
 
     Raises:
-        ValueError: a mask is invalid or has another size than its image, an image is cut off, or a class has no pixel
-            in training.
+        ValueError: a mask is invalid or has another size than its image, an image is cut off or out of the stated
+            range, a class has no pixel in training, or no pixel of another split has a class.
     """
     found = {}
     for name, dataset in splits.items():
         if isinstance(dataset, PairedFiles):
             found[name] = count_labels(dataset, skip_corrupt=skip_corrupt and name == "train")
-            _judge(name, dataset, found[name])
+            if name == "train":
+                _judge_training(dataset, found[name])
+            else:
+                judge_evaluation(name, dataset, found[name])
     if distributed.is_main():
         _warn_of_copies({**splits, **(compared or {})})
     return found
@@ -125,7 +128,7 @@ def check_classes(datasets: Sequence[PairedFiles], *, skip_corrupt: bool = False
         ValueError: as `check_splits` does.
     """
     counted = [count_labels(dataset, skip_corrupt=skip_corrupt).pixels for dataset in datasets]
-    _judge("train", datasets[0], LabelCounts(np.concatenate(counted)))
+    _judge_training(datasets[0], LabelCounts(np.concatenate(counted)))
 
 
 def count_labels(dataset: PairedFiles, *, skip_corrupt: bool = False) -> LabelCounts:
@@ -166,30 +169,62 @@ def _count(dataset: PairedFiles, pair: Pair) -> list[int]:
     header = read_header(pair.image) or Header.of(open_image(pair.image))
     check_depth(pair.image, header, dataset.image_range)
     if dataset.packed is None:
+        if header.is_wide:
+            # Its values, not the header, say whether it is in the stated range.
+            read_image(pair.image, dataset.image_range)
         check_end(pair.image, header)
     dataset.check_size(pair, (labels.shape[0], labels.shape[1]), header.size)
     counts = np.bincount(labels.ravel(), minlength=256)
     return [*counts[: dataset.info.num_classes].tolist(), int(counts[dataset.info.ignore_index])]
 
 
-def _judge(split: str, dataset: PairedFiles, found: LabelCounts) -> None:
-    classes = dataset.info.classes
-    absent = [name for name, share in zip(classes, found.shares) if share == 0]
-    masks = len(found.pixels)
-    empty = found.only_background
-    if split == "train" and absent and masks:
+def _judge_training(dataset: PairedFiles, found: LabelCounts) -> None:
+    absent, masks, empty = _absent(dataset, found), len(found.pixels), found.only_background
+    if absent and masks:
         message = f"class {absent[0]!r} must be in at least one training mask, got none in {masks} masks"
         # The classes of a published data set are fixed, and a part of it may lack some.
-        if dataset.info.name == "folder" or len(classes) == 2:
+        if dataset.info.name == "folder" or dataset.info.num_classes == 2:
             raise ValueError(f"{message}; {_cause(dataset, found, absent)}")
-        warnings.warn(message, stacklevel=3)
-    if split == "train" and empty:
-        warnings.warn(f"{empty} of {masks} training masks are all {classes[0]}", stacklevel=3)
-    if split != "train" and len(classes) == 2 and absent == [classes[1]]:
-        warnings.warn(
-            f"no mask of the split {split} holds {classes[1]}; its Dice is the share of images without false positives",
-            stacklevel=3,
+        warnings.warn(message, stacklevel=4)
+    if empty:
+        warnings.warn(f"{empty} of {masks} training masks are all {dataset.info.classes[0]}", stacklevel=4)
+
+
+def judge_evaluation(split: str, dataset: PairedFiles, found: LabelCounts) -> None:
+    """Warn if masks of a split that is scored lack a class in a way that makes its scores misleading.
+
+    Raises:
+        ValueError: no pixel has a class.
+    """
+    absent, classes = _absent(dataset, found), dataset.info.classes
+    if not absent or not len(found.pixels):
+        return
+    if len(absent) == len(classes):
+        raise ValueError(
+            f"masks of the split {split} must hold a labelled pixel, got {dataset.info.ignore_index}, which means "
+            f"ignore, in every pixel of {len(found.pixels)} masks"
         )
+    ignored = found.pixels[:, -1].sum() / found.pixels.sum()
+    # Every class of a folder may have other values than its training masks; those of a published set have not.
+    mistaken = dataset.info.name == "folder" and ignored > 0
+    cause = (
+        f"; {ignored:.0%} of the pixels are {dataset.info.ignore_index}, which means ignore: if they are {absent[-1]}, "
+        "its masks have other values than those of the training"
+        if mistaken
+        else ""
+    )
+    if len(classes) == 2 and absent == [classes[1]]:
+        warnings.warn(
+            f"no mask of the split {split} holds {classes[1]}; its Dice is the share of images without false positives"
+            f"{cause}",
+            stacklevel=4,
+        )
+    elif mistaken:
+        warnings.warn(f"no mask of the split {split} holds {', '.join(absent)}{cause}", stacklevel=4)
+
+
+def _absent(dataset: PairedFiles, found: LabelCounts) -> list[str]:
+    return [name for name, share in zip(dataset.info.classes, found.shares) if share == 0]
 
 
 def _cause(dataset: PairedFiles, found: LabelCounts, absent: Sequence[str]) -> str:
@@ -209,7 +244,8 @@ class _Store:
 
     def __init__(self, dataset: PairedFiles) -> None:
         # The number changes with what is checked.
-        what = f"4 {dataset.folder.resolve()} {dataset.info.name} {dataset.info.num_classes} {dataset.decoding}"
+        what = f"6 {dataset.folder.resolve()} {dataset.info.name} {dataset.info.num_classes} {dataset.decoding}"
+        what += "" if dataset.image_range is None else f" range {dataset.image_range}"
         what += "" if dataset.packed is None else " packed"  # whose files are not looked at to their end
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self._path = base / "sward" / f"masks-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"

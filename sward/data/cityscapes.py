@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sward.data.files import PairedFiles, locate
+from sward.data.files import PairedFiles, locate, may_hold_a_picture, natural_order, shortened
 from sward.data.masks import indices
 from sward.data.sample import IGNORE_INDEX, DatasetInfo, DatasetNotFoundError, Pair
 from sward.data.transforms import EvaluationTransform, street_training
@@ -131,4 +132,22 @@ def _find(folder: Path, split: str) -> list[Pair]:
         raise DatasetNotFoundError(
             f"Cityscapes in {folder} is incomplete: no file matches leftImg8bit/{split}/*/*_leftImg8bit.png; {SOURCE}"
         )
+    _warn_of_others(folder, split, pairs)
     return pairs
+
+
+def _warn_of_others(folder: Path, split: str, pairs: list[Pair]) -> None:
+    """Warn once of images in another place or format, and of labels without an image."""
+    used = {path for pair in pairs for path in (pair.image, pair.mask)}
+    images = (folder / "leftImg8bit" / split).rglob("*")
+    labels = (folder / "gtFine" / split).rglob("*_gtFine_labelIds.png")
+    others = [
+        str(path.relative_to(folder)) for path in (*images, *labels) if path not in used and may_hold_a_picture(path)
+    ]
+    if others:
+        warnings.warn(
+            f"{len(others)} files are left out in {folder}: {shortened(sorted(others, key=natural_order))}; an image "
+            f"must be leftImg8bit/{split}/CITY/FRAME_leftImg8bit.png, with labels "
+            f"gtFine/{split}/CITY/FRAME_gtFine_labelIds.png",
+            stacklevel=2,
+        )

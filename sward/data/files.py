@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import unicodedata
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from sward.data.images import SUFFIXES, CorruptFileError, check_file, open_image, read_header, read_image
 from sward.data.kept import KeptFrames
-from sward.data.lists import choose_share
+from sward.data.lists import choose_share, composed
 from sward.data.masks import indices, list_values
 from sward.data.packed import PackedFrames, find_pack
 from sward.data.sample import DatasetInfo, DatasetNotFoundError, Pair, SegmentationDataset, Transform
@@ -27,22 +26,14 @@ if TYPE_CHECKING:
 
 SYSTEM_FILES = ("Thumbs.db", "desktop.ini")
 UNREADABLE = (
-    ".npy",
-    ".npz",
-    ".dcm",
-    ".nii",
-    ".gz",
-    ".heic",
-    ".psd",
-    ".svg",
-    ".raw",
-    ".dng",
-    ".cr2",
-    ".nef",
-    ".czi",
-    ".svs",
+    *(".jfif", ".jpe", ".jif", ".mpo", ".apng", ".avifs", ".heic", ".heif", ".hif", ".jxl", ".jxr", ".qoi"),
+    *(".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".dib", ".ico", ".pcx", ".sgi", ".dds", ".psd", ".svg", ".xcf"),
+    *(".pbm", ".pam", ".pfm", ".exr", ".hdr"),
+    *(".raw", ".dng", ".arw", ".cr2", ".cr3", ".nef", ".orf", ".raf", ".rw2"),
+    *(".npy", ".npz", ".dcm", ".nii", ".gz", ".mha", ".mhd", ".nrrd", ".fits"),
+    *(".czi", ".lif", ".mrxs", ".nd2", ".ndpi", ".svs", ".vsi"),
 )
-"""Suffixes of files that hold pictures which are not read; they are named in a warning."""
+"""Suffixes of files that hold pictures; those that are not in `SUFFIXES` are left out and named in a warning."""
 
 OnCorrupt = Literal["stop", "skip"]
 """What to do if an image or a mask cannot be read."""
@@ -177,37 +168,81 @@ class PairedFiles(SegmentationDataset):
         return values.astype(np.uint8)
 
 
-def list_images(folder: Path, *, below: bool = False) -> dict[str, Path]:
+def list_images(folder: Path) -> dict[str, Path]:
     """Map names without suffix to the image files in a folder (not its sub-folders), in natural order (2 before 10).
 
-    Names are in composed Unicode (NFC), since macOS stores decomposed names. Hidden files are skipped. Other files and
-    sub-folders that may hold images are skipped with one warning that names them.
-
-    Args:
-        below: do not warn of sub-folders, since the caller lists them itself.
+    Names are in composed Unicode (NFC). Hidden files are skipped. Other files and sub-folders that may hold images are
+    skipped with one warning that names them.
 
     Raises:
         ValueError: two images have one name, or a folder or broken link is named like an image.
     """
+    found, unread, folders = sort_folder(folder)
+    warn_of_skipped(folder, [path.name for path in (*unread, *folders)])
+    return found
+
+
+def sort_folder(folder: Path) -> tuple[dict[str, Path], list[Path], list[Path]]:
+    """Return the images of a folder as in `list_images`, the files in `UNREADABLE` formats, and the sub-folders."""
     found: dict[str, Path] = {}
-    skipped = []
+    unread, folders = [], []
     for path in sorted(folder.iterdir(), key=lambda path: natural_order(path.name)):
         if path.name.startswith(".") or path.name in SYSTEM_FILES:
             continue
-        if path.suffix.lower() not in SUFFIXES:
-            if path.suffix.lower() in UNREADABLE or (path.is_dir() and not below):
-                skipped.append(path.name)
-            continue
-        check_file(path)
-        name = unicodedata.normalize("NFC", path.stem)
-        if name in found:
-            raise ValueError(
-                f"names in {folder} must be unique, got {found[name].name} and {path.name}; remove one of them"
-            )
-        found[name] = path
-    if skipped:
-        warnings.warn(f"skipped in {folder}: {shortened(skipped)}", stacklevel=2)
-    return found
+        if path.suffix.lower() in SUFFIXES:
+            check_file(path)
+            name = composed(path.stem)
+            if name in found:
+                raise ValueError(
+                    f"names in {folder} must be unique, got {found[name].name} and {path.name}; remove one of them"
+                )
+            found[name] = path
+        elif path.is_dir():
+            folders.append(path)
+        elif path.suffix.lower() in UNREADABLE:
+            unread.append(path)
+    return found, unread, folders
+
+
+def may_hold_a_picture(path: Path) -> bool:
+    """Return whether a file that is not hidden has the suffix of an image, whether that format is read or not."""
+    return not path.name.startswith(".") and path.suffix.lower() in (*SUFFIXES, *UNREADABLE)
+
+
+def warn_of_skipped(folder: Path, names: Sequence[str]) -> None:
+    """Warn once of the files and sub-folders of a folder that are not read, if there are any."""
+    if names:
+        warnings.warn(
+            f"{len(names)} files or folders that are not read as images are skipped in {folder}: {shortened(names)}",
+            stacklevel=3,
+        )
+
+
+def warn_of_unused_masks(folder: Path, names: Sequence[str]) -> None:
+    """Warn once of the masks in a folder that belong to no image, if there are any."""
+    if names:
+        warnings.warn(f"{len(names)} masks without an image in {folder}: {shortened(names)}", stacklevel=3)
+
+
+def stored(paths: Iterable[Path]) -> list[Path]:
+    """Return paths as they are spelled on disk, which may be composed or decomposed Unicode.
+
+    A path that exists, and one that no or several files match, is returned unchanged.
+    """
+    listings: dict[Path, dict[str, list[Path]]] = {}
+
+    def find(path: Path) -> Path:
+        if path.exists() or path == path.parent:
+            return path
+        folder = find(path.parent)
+        if folder not in listings:
+            listings[folder] = {}
+            for each in folder.iterdir() if folder.is_dir() else ():
+                listings[folder].setdefault(composed(each.name), []).append(each)
+        alike = listings[folder].get(composed(path.name), [])
+        return alike[0] if len(alike) == 1 else path
+
+    return [find(path) for path in paths]
 
 
 def pair_by_name(images: Path, masks: Path) -> list[Pair]:
@@ -224,8 +259,7 @@ def pair_by_name(images: Path, masks: Path) -> list[Pair]:
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ValueError(f"image {image} has no mask; {masks} holds no image file named {name}{hint}")
         pairs.append(Pair(name, image, available.pop(name)))
-    if available:
-        warnings.warn(f"masks without an image in {masks}: {shortened(list(available))}", stacklevel=2)
+    warn_of_unused_masks(masks, list(available))
     return pairs
 
 

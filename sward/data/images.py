@@ -13,9 +13,10 @@ Every image goes through one rule, in training, prediction and packs:
 from __future__ import annotations
 
 import io
+import math
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -43,12 +44,15 @@ SUFFIXES = (
 )
 """Suffixes of the files that are taken as images and masks, in lower case."""
 
-LOSSY = ("JPEG", "MPO", "JPEG2000", "AVIF")
-"""Pillow's names of the formats that change pixel values; WebP is taken as lossless."""
+_LOSSY_FORMATS = ("JPEG", "MPO", "JPEG2000", "AVIF")
+"""Pillow's names of the formats that are taken to change pixel values, whatever their options."""
+_LOSSY_IN_TIFF = {"jpeg": "JPEG", "tiff_jpeg": "JPEG", "webp": "WebP"}
+"""Pillow's names of the compressions in TIFF files that change pixel values."""
 
 # Errors that Pillow raises, depending on the format and on the kind of damage.
 _DAMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error)
 _ORIENTATION = 0x0112
+_STORED_WIDTH, _STORED_HEIGHT = 0x0100, 0x0101
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _TAIL = 4096
 """Bytes at the end of a file in which its mark is looked for; some programs write more behind it."""
@@ -82,10 +86,10 @@ def open_image(path: Path, content: bytes | None = None) -> Image:
             pages = getattr(image, "n_frames", 1)
             # A phone appends a preview or a depth map to a photo and calls the file MPO; its first page is the photo.
             several = pages > 1 and image.format != "MPO"
-            wide = False
+            wide, lossy = False, ""
             if not several:
-                wide = _is_wide_colour(image)
-                image.load()
+                wide, lossy = _is_wide_colour(image), _find_lossy_compression(image)
+                _load(image)
                 ImageOps.exif_transpose(image, in_place=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no image file {path}") from None
@@ -97,8 +101,58 @@ def open_image(path: Path, content: bytes | None = None) -> Image:
         raise CorruptFileError(f"cannot read {path}: the file is damaged or not an image ({error})") from error
     if several:
         raise ValueError(f"image {path} must have one page, got {pages}; save the pages as separate files")
-    image.info["wide"] = wide
+    image.info["wide"], image.info["lossy"] = wide, lossy
     return image
+
+
+def _load(image: Image) -> None:
+    """Decode an image, and not through a memory map of its file if it is TIFF.
+
+    Pillow (11.3 to 13.0 at least) maps uncompressed grey, palette, RGBA and CMYK files with height and width exchanged
+    if their orientation does so, which scrambles the pixels. It maps no file whose name it does not have.
+    """
+    name = getattr(image, "filename", "")
+    if image.format != "TIFF" or not name:
+        image.load()
+        return
+    try:
+        image.filename = ""  # type: ignore[attr-defined]
+        image.load()
+    finally:
+        image.filename = name  # type: ignore[attr-defined]
+
+
+def lossy_compression(image: Image) -> str:
+    """Return the compression that changed the values of an image from `open_image`; empty if they are exact."""
+    return str(image.info["lossy"])
+
+
+def _find_lossy_compression(image: Image) -> str:
+    """Return `lossy_compression` of an image that is not decoded yet: decoding closes its file."""
+    if image.format in _LOSSY_FORMATS:
+        return str(image.format)
+    if image.format == "TIFF" and image.info.get("compression") in _LOSSY_IN_TIFF:
+        return f"TIFF with {_LOSSY_IN_TIFF[image.info['compression']]} compression"
+    if image.format == "WEBP" and not _is_lossless_webp(image.fp):  # type: ignore[attr-defined]
+        return "lossy WebP"
+    return ""
+
+
+def _is_lossless_webp(file: BinaryIO) -> bool:
+    """Whether the pixels of an opened WebP file are in a chunk `VP8L`, and not in the lossy `VP8 `."""
+    before = file.tell()
+    place = len("RIFF....WEBP")
+    try:
+        while True:
+            file.seek(place)
+            kind, length = file.read(4), file.read(4)
+            if kind in (b"VP8L", b"VP8 ") or len(length) < 4:
+                return kind == b"VP8L"
+            # The chunk of an animation's frame holds 16 bytes and then the chunks of its picture; lengths are padded.
+            size = int.from_bytes(length, "little")
+            place += 8 + (16 if kind == b"ANMF" else size + size % 2)
+    finally:
+        file.seek(before)
 
 
 def check_file(path: Path) -> None:
@@ -123,7 +177,8 @@ def read_image(
     Raises:
         FileNotFoundError: the file does not exist.
         CorruptFileError: the file is damaged or not an image.
-        ValueError: the file has several pages, or more than 8 bits per channel without a range or outside of it.
+        ValueError: the file has several pages, or more than 8 bits per channel without a range or outside of it; or the
+            range is not finite and increasing.
     """
     path = Path(path)
     return _as_rgb(open_image(path, content), path, value_range)
@@ -134,6 +189,7 @@ def read_opened(image: Image, value_range: tuple[float, float] | None = None) ->
     from PIL import ImageOps
 
     wide = _is_wide_colour(image)
+    _load(image)
     upright = ImageOps.exif_transpose(image)
     upright.info["wide"] = wide
     return _as_rgb(upright, getattr(image, "filename", "") or "from Pillow", value_range)
@@ -144,7 +200,18 @@ def _is_wide_colour(image: Image) -> bool:
     return image.mode not in _WIDE and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
+def check_range(value_range: tuple[float, float] | None) -> None:
+    """Raise a ValueError if a range of values is not finite and increasing, which would make images black."""
+    # A nan fails this comparison too, and so do two numbers whose difference is infinite.
+    if value_range is not None and not 0 < value_range[1] - value_range[0] < math.inf:
+        low, high = value_range
+        raise ValueError(
+            f"image_range must be two finite numbers, the lower first, such as 0 4095, got {low:g} {high:g}"
+        )
+
+
 def _as_rgb(image: Image, path: Path | str, value_range: tuple[float, float] | None) -> Tensor:
+    check_range(value_range)
     if image.mode in _WIDE:
         pixels = _scaled(np.asarray(image), path, value_range)
         return torch.from_numpy(pixels).expand(3, -1, -1).contiguous()
@@ -187,10 +254,15 @@ class Header(NamedTuple):
         """Return the header of an opened image."""
         # Before the orientation, for which Pillow decodes PNG files.
         wide_colour = image.info["wide"] if "wide" in image.info else _is_wide_colour(image)
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        exif = image.getexif()
+        orientation = exif.get(_ORIENTATION, 1)
+        size = image.height, image.width
         # These four exchange height and width.
-        size = (image.width, image.height) if orientation in (5, 6, 7, 8) else (image.height, image.width)
-        return cls(size, image.mode, orientation != 1, image.format or "", wide_colour)
+        if orientation in (5, 6, 7, 8):
+            # Of TIFF files Pillow has done so already if a tag says so, not if XMP does; the tags hold the stored size.
+            size = (exif[_STORED_WIDTH], exif[_STORED_HEIGHT]) if image.format == "TIFF" else size[::-1]
+        # Viewers and Pillow ignore other values than 1 to 8.
+        return cls(size, image.mode, orientation in range(2, 9), image.format or "", wide_colour)
 
 
 def read_header(path: Path) -> Header | None:
@@ -220,6 +292,7 @@ def check_end(path: Path, header: Header) -> None:
 
 def check_depth(path: Path, header: Header, value_range: tuple[float, float] | None) -> None:
     """Raise a ValueError if the header names more than 8 bits per channel and `value_range` does not fit."""
+    check_range(value_range)
     _check_colour(path, header.wide_colour, value_range)
     if header.is_wide and value_range is None:
         raise ValueError(

@@ -17,14 +17,24 @@ for train, val or test and `{name}` for the name of the image, with sub-folders.
 from __future__ import annotations
 
 import itertools
-import unicodedata
-from collections.abc import Iterator
+import re
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sward.data.files import list_images, natural_order, similar
+from sward.data.files import (
+    may_hold_a_picture,
+    natural_order,
+    shortened,
+    similar,
+    sort_folder,
+    stored,
+    warn_of_skipped,
+    warn_of_unused_masks,
+)
 from sward.data.images import SUFFIXES
-from sward.data.lists import SPLIT_OF, SPLITS, meant_split, read_table
+from sward.data.lists import SPLIT_OF, SPLITS, composed, meant_split, read_table
 from sward.data.sample import DatasetNotFoundError, Pair
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
@@ -57,12 +67,18 @@ class Layout:
         if not self.has_splits:
             return []
         before, _, after = self.images.partition("{split}")
-        parent = self.folder / before
-        found = [path.name for path in parent.iterdir() if path.is_dir() and (parent / f"{path.name}{after}").is_dir()]
-        return sorted({SPLIT_OF.get(name, name) for name in found if not name.startswith(".")})
+        above, _, start = before.rpartition("/")
+        end, _, below = after.partition("/")
+        (parent,) = stored([self.folder / above])
+        whole = re.compile(f"{re.escape(start)}(.+){re.escape(end)}")
+        matches = [whole.fullmatch(path.name) for path in parent.iterdir() if not path.name.startswith(".")]
+        found = [match[1] for match in matches if match and (parent / match[0] / below).is_dir()]
+        return sorted({SPLIT_OF.get(name, name) for name in found})
 
     def pairs(self, split: str | None = None) -> list[Pair]:
         """Return the frames of a split, or of the whole folder where it has no splits.
+
+        Warns of masks without an image and of files that are not read; for train also of images that are in no split.
 
         Raises:
             DatasetNotFoundError: there is no folder of images or masks, or no image in it.
@@ -75,7 +91,7 @@ class Layout:
                     f"the folder data set in {self.folder} is incomplete: there is no folder {place}; {SOURCE}"
                 )
         masks = list_tree(mask_folder)
-        images = self.images_of(split)
+        images = self.images_of(split, warn=image_folder != mask_folder)
         if not images:
             place = image_folder.relative_to(self.folder)
             raise DatasetNotFoundError(
@@ -87,16 +103,38 @@ class Layout:
             if mask is None:
                 raise ValueError(_no_mask(image, name, mask_folder, masks))
             found.append(Pair(name, image, mask))
+        used = {path for pair in found for path in (pair.image, pair.mask)}
+        unused = [name for name, path in masks.items() if path not in used and _is_mask(name, pattern)]
+        warn_of_unused_masks(mask_folder, unused)
+        if split == "train":
+            self._warn_of_no_split()
         return found
 
-    def images_of(self, split: str | None = None) -> dict[str, Path]:
+    def _warn_of_no_split(self) -> None:
+        """Warn once of images and masks that lie beside the folders of the splits."""
+        folders = {folder for split in self.splits() for folder in self._places(split)[:2]}
+        above = {folder.parent for folder in folders if folders.isdisjoint(folder.parents)}
+        files = [path for folder in above for path in folder.iterdir() if may_hold_a_picture(path) and path.is_file()]
+        loose = sorted((str(path.relative_to(self.folder)) for path in files), key=natural_order)
+        if loose:
+            warnings.warn(
+                f"{len(loose)} files beside the folders of the splits in {self.folder} are in no split: "
+                f"{shortened(loose)}",
+                stacklevel=2,
+            )
+
+    def images_of(self, split: str | None = None, *, warn: bool = False) -> dict[str, Path]:
         """Map the names of the frames of a split, or of the whole folder, to their images, with or without masks.
+
+        Args:
+            split: the split.
+            warn: as in `list_tree`.
 
         Raises:
             DatasetNotFoundError: there is no folder of images.
         """
         image_folder, mask_folder, pattern = self._places(split)
-        images = list_tree(image_folder)
+        images = list_tree(image_folder, warn=warn)
         if image_folder == mask_folder:
             images = {name: path for name, path in images.items() if not _is_mask(name, pattern)}
         return images
@@ -106,19 +144,23 @@ class Layout:
         parts = self.masks.split("/")
         first = next(place for place, part in enumerate(parts) if "{name}" in part)
         folders = self.images, "/".join(parts[:first]) or "."
-        pattern = "/".join(parts[first:])
+        pattern = composed("/".join(parts[first:]))
         suffix = Path(pattern).suffix.lower()
         pattern = pattern[: -len(suffix)] if suffix in SUFFIXES else pattern
         if split is None:
-            return self.folder / folders[0], self.folder / folders[1], pattern
+            return *self._at(folders), pattern
         for name in SPLITS.get(split, (split,)):
-            image_folder, mask_folder = (self.folder / folder.replace("{split}", name) for folder in folders)
+            image_folder, mask_folder = self._at([folder.replace("{split}", name) for folder in folders])
             if image_folder.is_dir():
                 return image_folder, mask_folder, pattern
         images, masks = (folder.replace("{split}", split) for folder in folders)
         raise DatasetNotFoundError(
             f"the folder data set not found: looked for the folders {images!r} and {masks!r} in {self.folder}; {SOURCE}"
         )
+
+    def _at(self, folders: Sequence[str]) -> tuple[Path, Path]:
+        images, masks = stored(self.folder / folder for folder in folders)
+        return images, masks
 
 
 def find_layout(root: Path, images: str | None = None, masks: str | None = None) -> Layout:
@@ -150,8 +192,9 @@ def find_layout(root: Path, images: str | None = None, masks: str | None = None)
                 image_folder, mask_folder, pattern = candidate._places(train)
             except DatasetNotFoundError:
                 continue
-            images_there = list_tree(image_folder)
-            masks_there = images_there if mask_folder == image_folder else list_tree(mask_folder)
+            # Only what the chosen layout leaves out is worth a warning.
+            images_there = list_tree(image_folder, warn=False)
+            masks_there = images_there if mask_folder == image_folder else list_tree(mask_folder, warn=False)
             if any(pattern.replace("{name}", name) in masks_there for name in images_there):
                 return candidate
     # No mask fits: the first layout says which one is missing.
@@ -177,18 +220,37 @@ def _usual(root: Path) -> Iterator[Layout]:
         yield Layout(root, ".", f"{{name}}{suffix}")
 
 
-def list_tree(folder: Path) -> dict[str, Path]:
+def list_tree(folder: Path, *, warn: bool = True) -> dict[str, Path]:
     """Map names without suffix, with sub-folders (`a/b/1`), to the image files in a folder and below.
 
+    Args:
+        folder: the folder.
+        warn: warn once of all files that are not read as images; see `sward.data.files.UNREADABLE`.
+
     Raises:
-        ValueError: two images have one name.
+        ValueError: two images have one name, also in Unicode of another composition.
     """
-    found = list_images(folder, below=True)
-    for path in sorted(folder.iterdir(), key=lambda path: natural_order(path.name)):
-        if path.is_dir() and not path.name.startswith(".") and path.suffix.lower() not in SUFFIXES:
-            prefix = unicodedata.normalize("NFC", path.name)
-            found |= {f"{prefix}/{name}": each for name, each in list_tree(path).items()}
+    found, unread = _tree(folder)
+    if warn:
+        warn_of_skipped(folder, [str(path.relative_to(folder)) for path in unread])
     return found
+
+
+def _tree(folder: Path) -> tuple[dict[str, Path], list[Path]]:
+    """Return the images as in `list_tree`, and the files that are not read."""
+    found, unread, folders = sort_folder(folder)
+    for path in folders:
+        images, unread_below = _tree(path)
+        below = {f"{composed(path.name)}/{name}": image for name, image in images.items()}
+        doubled = next((name for name in below if name in found), None)
+        if doubled is not None:
+            raise ValueError(
+                f"names in {folder} must be unique, got {doubled!r} in two folders whose names differ in their Unicode "
+                "composition only; rename one of them"
+            )
+        found |= below
+        unread += unread_below
+    return found, unread
 
 
 def table_pairs(table: Path, images: str | None = None, masks: str | None = None) -> tuple[list[Pair], dict[str, str]]:
@@ -211,10 +273,10 @@ def table_pairs(table: Path, images: str | None = None, masks: str | None = None
                 f"got {pattern!r} with {table}"
             )
     pairs, assigned = [], {}
-    for row in read_table(table, ("image", "mask"), title="the table of frames"):
-        pair = Pair(
-            Path(row["image"]).with_suffix("").as_posix(), table.parent / row["image"], table.parent / row["mask"]
-        )
+    rows = read_table(table, ("image", "mask"), title="the table of frames")
+    image_files, mask_files = (stored(table.parent / row[column] for row in rows) for column in ("image", "mask"))
+    for row, image, mask in zip(rows, image_files, mask_files):
+        pair = Pair(composed(Path(row["image"]).with_suffix("").as_posix()), image, mask)
         for path in (pair.image, pair.mask):
             if not path.is_file():
                 raise FileNotFoundError(f"there is no file {path}, which {table} names")
@@ -230,8 +292,8 @@ def table_pairs(table: Path, images: str | None = None, masks: str | None = None
 
 
 def _is_mask(name: str, pattern: str) -> bool:
-    before, _, after = pattern.partition("{name}")
-    return name.startswith(before) and name.endswith(after)
+    before, *after = map(re.escape, pattern.split("{name}"))
+    return re.fullmatch(before + "(.*)" + r"\1".join(after), name) is not None
 
 
 def _no_mask(image: Path, name: str, folder: Path, masks: dict[str, Path]) -> str:

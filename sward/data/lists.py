@@ -69,7 +69,7 @@ def read_assignment(path: Path) -> dict[str, str]:
     assigned: dict[str, str] = {}
     otherwise = ", or its path must contain the placeholder {split}"
     for row in read_table(path, ("frame_id", "split"), title="the split list", otherwise=otherwise):
-        name = _composed(row["frame_id"])
+        name = composed(row["frame_id"])
         split = meant_split(row["split"], name, path)
         if assigned.setdefault(name, split) != split:
             raise ValueError(
@@ -124,10 +124,11 @@ def _text(path: Path, title: str) -> str:
 
 def _names(path: Path) -> list[str]:
     lines = _text(path, "the split list").splitlines()
-    return [_composed(line.strip()) for line in lines if line.strip()]
+    return [composed(line.strip()) for line in lines if line.strip()]
 
 
-def _composed(name: str) -> str:
+def composed(name: str) -> str:
+    """Return a name in composed Unicode (NFC), in which names are compared: macOS stores decomposed ones."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -225,7 +226,7 @@ def _groups(names: Sequence[str], group_by: str | None) -> dict[str, str]:
                 "file"
             )
         rows = read_table(Path(group_by), ("frame_id", "group"), title="the table of groups")
-        table = {_composed(row["frame_id"]): row["group"] for row in rows}
+        table = {composed(row["frame_id"]): row["group"] for row in rows}
         found = {name: table.get(name) for name in names}
     else:
         try:

@@ -1,8 +1,9 @@
 """Read mask files as class indices.
 
 A mask is an index image (1-bit, 8, 16 or 32-bit grey, or palette) or a colour image. `MaskValues` says which value or
-colour stands for which class. Lossless masks must hold these values exactly. Lossy ones (JPEG) take the nearest, which
-needs values that lie far apart.
+colour stands for which class. Lossless masks must hold these values exactly. Lossy ones (JPEG, lossy WebP) take the
+nearest, which needs values that lie far apart. Masks with transparent pixels are refused: the values that such pixels
+hold are not what a viewer shows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sward.data.images import LOSSY
+from sward.data.images import lossy_compression
 from sward.data.sample import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class MaskValues:
             starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
             values = flat[starts]
             places = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, flat.size))).reshape(found.shape)
-        lossy = mask.format in LOSSY
+        lossy = bool(lossy_compression(mask))
         labels, unknown = self._nearest(values, path) if lossy else self._exact(values)
         wrong = unknown[places]
         if wrong.any() and (not lossy or wrong.mean() > UNCLEAR_SHARE):
@@ -131,21 +132,15 @@ def indices(mask: Image, path: Path, *, lossy: bool = False) -> NDArray[np.integ
     Raises:
         ValueError: the mask has colours, transparent pixels or values that are not whole numbers.
     """
-    if mask.format in LOSSY and not lossy:
+    compression = lossy_compression(mask)
+    if compression and not lossy:
         raise ValueError(
-            f"mask {path} must be lossless (PNG) to hold class indices, got {mask.format}, which changes them; name "
+            f"mask {path} must be lossless (PNG) to hold class indices, got {compression}, which changes them; name "
             "values that are far apart with --mask-values, such as 0,255"
         )
     if len(mask.getbands()) > 1:
-        found = colours(mask, path)
-        red, green, blue = np.moveaxis(_channels(found), -1, 0)
-        limit = TOLERANCE if mask.format in LOSSY else 0
-        if max(np.abs(red - green).max(), np.abs(green - blue).max()) > limit:
-            raise ValueError(
-                f"mask {path} must have one channel of class indices (8-bit grey or palette), got the mode "
-                f"{mask.mode} with the colours {list_values(found, colours=True)}; name the colours with --mask-values"
-            )
-        return green
+        return _equal_channels(mask, path)
+    _check_opaque(mask, path)
     values = np.asarray(mask)
     if values.dtype == np.bool_:
         return values.astype(np.uint8)
@@ -165,15 +160,46 @@ def colours(mask: Image, path: Path) -> NDArray[np.int64]:
     """
     if mask.mode.startswith(("I", "F")):
         raise ValueError(f"mask {path} must have colours, got the mode {mask.mode}; name numbers with --mask-values")
-    if "A" in mask.getbands():
-        transparent = int((np.asarray(mask.getchannel("A")) < 255).sum())
-        if transparent:
-            raise ValueError(
-                f"mask {path} must not be transparent, got {transparent} transparent pixels; save it without an alpha "
-                "channel, with the background's colour where it is transparent"
-            )
+    _check_opaque(mask, path)
     channels = np.asarray(mask.convert("RGB")).astype(np.int64)
     return channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]
+
+
+def _equal_channels(mask: Image, path: Path) -> NDArray[np.integer]:
+    """Return the grey values of a mask whose red, green and blue are equal; palettes are looked up."""
+    found = colours(mask, path)
+    red, green, blue = np.moveaxis(_channels(found), -1, 0)
+    limit = TOLERANCE if lossy_compression(mask) else 0
+    if max(np.abs(red - green).max(), np.abs(green - blue).max()) > limit:
+        raise ValueError(
+            f"mask {path} must have one channel of class indices (8-bit grey or palette), got the mode {mask.mode} "
+            f"with the colours {list_values(found, colours=True)}; name the colours with --mask-values"
+        )
+    return green
+
+
+def _check_opaque(mask: Image, path: Path) -> None:
+    transparent = _count_transparent(mask)
+    if transparent:
+        raise ValueError(
+            f"mask {path} must not be transparent, got {transparent} transparent pixels; save it without transparency, "
+            "with the background's colour where it is transparent"
+        )
+
+
+def _count_transparent(mask: Image) -> int:
+    """Count the pixels that are not opaque: by an alpha channel, or by a value that the file calls transparent."""
+    if "A" in mask.getbands():
+        return int((np.asarray(mask.getchannel("A")) < 255).sum())
+    if "transparency" not in mask.info:
+        return 0
+    # Of PNG and GIF files: the opacity of each colour of a palette, or one value or colour.
+    transparent, values = mask.info["transparency"], np.asarray(mask)
+    if isinstance(transparent, bytes):
+        return int(np.isin(values, np.flatnonzero(np.frombuffer(transparent, np.uint8) < 255)).sum())
+    if mask.info["wide"]:
+        transparent = [channel >> 8 for channel in transparent]  # Pillow keeps the high bytes of the pixels alone
+    return int((values.reshape(mask.height, mask.width, -1) == transparent).all(-1).sum())
 
 
 def list_values(values: NDArray[np.generic], *, colours: bool = False, most: int = 8) -> str:
@@ -200,10 +226,10 @@ def black_and_white(mask: Image, path: Path, classes: Sequence[str], threshold: 
         ValueError: nothing lies above it although the mask is not black, or the mask holds colours or more than 8 bits.
     """
     # A palette is looked up, since index 1 may have any colour.
-    grey = indices(mask.convert("RGB") if mask.mode == "P" else mask, path, lossy=True).astype(np.int64)
+    grey = (_equal_channels(mask, path) if mask.mode == "P" else indices(mask, path, lossy=True)).astype(np.int64)
     if mask.mode == "1":
         grey *= 255
-    noise = TOLERANCE if mask.format in LOSSY else 0
+    noise = TOLERANCE if lossy_compression(mask) else 0
     if grey.max(initial=0) > 255 or (grey.max(initial=0) > noise and not (grey > threshold).any()) or grey.min() < 0:
         raise ValueError(
             f"values of mask {path} must be 0 for {classes[0]} and 255 for {classes[1]}, got {list_values(grey)}"

@@ -102,7 +102,8 @@ class Polyps(PairedFiles):
         DatasetNotFoundError: folders are missing, or the number of frames is not that of the release (with
             `"sequence"` or `"ratio"`).
         FileNotFoundError: the split list does not exist.
-        ValueError: the split is unknown, an image has no mask, or a list names a frame that does not exist.
+        ValueError: the split is unknown, an image has no mask, or a list names a frame that does not exist or is in
+            two splits.
     """
 
     def __init__(
@@ -147,6 +148,8 @@ def _select(release: Release, folder: Path, frames: dict[str, Pair], split: str,
         return [frames[name] for name in _draw(frames)[split]]
     shipped = folder / "lists" / "seq_{split}.txt"
     if Path(str(shipped).format(split=split)).is_file():
+        # The other lists too: a frame that is in two of them would be trained on and scored.
+        listed_splits(str(shipped), split)
         return _pick(frames, *listed(str(shipped), split))
     table = SPLITS_FOLDER / f"{release.info.name}.csv"
     wanted = set(listed(str(table), split)[0])

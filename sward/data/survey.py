@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sward.data.files import shortened
-from sward.data.images import LOSSY, WIDE_COLOUR_RANGE, Header, check_end, open_image
+from sward.data.images import WIDE_COLOUR_RANGE, Header, check_end, lossy_compression, open_image
 from sward.data.layouts import find_layout, table_pairs
 from sward.data.masks import TOLERANCE, UNCLEAR_SHARE, colours, indices
 from sward.data.sample import IGNORE_INDEX, Pair
@@ -50,7 +50,7 @@ class Survey:
     values: Counter[str] = field(default_factory=Counter)
     """Value or colour in the masks -> pixels."""
     lossy: int = 0
-    """Masks in a format that changes values."""
+    """Masks with a compression that changes values."""
     exact: set[str] = field(default_factory=set)
     """Values or colours of the other masks."""
     turned: int = 0
@@ -178,7 +178,7 @@ def _look(pair: Pair) -> _Look:
                 wide, highest = "16-bit colour", WIDE_COLOUR_RANGE[1]
         check_end(pair.image, header)
         mask = open_image(pair.mask)
-        lossy = mask.format in LOSSY
+        lossy = bool(lossy_compression(mask))
         values = dict(_mask_values(mask, pair.mask))
         problem = ""
         if (mask.height, mask.width) != size:
@@ -222,12 +222,12 @@ def _judge(found: Survey) -> list[str]:
         unclear = sum(count for value, count in found.values.items() if TOLERANCE < int(value) < 255 - TOLERANCE)
         if unclear > UNCLEAR_SHARE * total:
             problems.append(
-                f"{found.lossy} masks are JPEG, which changes values, and {unclear / total:.0%} of the pixels are "
-                "neither near 0 nor near 255; export them as PNG"
+                f"{found.lossy} masks have a lossy compression, which changes values, and {unclear / total:.0%} of the "
+                "pixels are neither near 0 nor near 255; export them as PNG"
             )
     elif found.lossy and found.exact:
         problems.append(
-            f"{found.lossy} masks are JPEG, which changes values, and the others hold "
+            f"{found.lossy} masks have a lossy compression, which changes values, and the others hold "
             f"{shortened(sorted(found.exact, key=_order), 8)}; export them all as PNG"
         )
     elif len(found.values) > MOST_CLASSES:

@@ -171,6 +171,23 @@ class _Span(NamedTuple):
         return self.start, side - self.start - self.length
 
 
+class Resize:
+    """Resizes to a fixed size: the image with antialiasing, every label where the centre of its pixel lies.
+
+    `v2.Resize` takes the label of the pixel's corner instead.
+
+    Args:
+        size: `(height, width)` of the result.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def __call__(self, image: Any, labels: Any) -> tuple[Any, Any]:
+        moved = resize_labels(labels.as_subclass(Tensor)[None], self.size)[0]
+        return _wrapped(resize_image(image.as_subclass(Tensor), self.size), moved)
+
+
 class FlipRotateResize:
     """Random flips both ways, a random rotation about the centre and a resize to a fixed size, as one affine map.
 
@@ -273,7 +290,8 @@ def polyp_training(size: tuple[int, int]) -> TrainingTransform:
 def flip_training(size: tuple[int, int] | None = None) -> TrainingTransform:
     """Flips both ways and nothing else, for data without a preferred direction and without end; resized to `size`."""
     v2 = _torchvision().transforms.v2
-    resize = [] if size is None else [v2.Resize(size, antialias=True)]
+    # A size comes from `TrainingTransform.at`, for a teacher that sees the view at its own size.
+    resize = [] if size is None else [Resize(size)]
     return TrainingTransform([*resize, v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()], resized=flip_training)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sward import distributed
-from sward.data.files import PairedFiles, unique_ends
+from sward.data.files import PairedFiles, shortened, stored, unique_ends
 from sward.data.images import (
     CorruptFileError,
     Header,
@@ -22,7 +23,7 @@ from sward.data.images import (
     read_header,
     read_image,
 )
-from sward.data.layouts import list_tree
+from sward.data.layouts import MASK_FOLDERS, SUFFIXES_OF_MASKS, list_tree
 from sward.data.packed import PackedFrames, find_pack
 from sward.data.sample import (
     IGNORE_INDEX,
@@ -59,8 +60,8 @@ class UnlabelledImages(PairedFiles):
     """Images of folders and lists, as training samples whose labels say where the picture is; see `inside_labels`.
 
     Args:
-        sources: folders, of which all images in them and below are used, and text files with the path of one image per
-            line, relative to the file. The frames of `like` whose masks are not used come on top.
+        sources: folders, of which all images in them and below are used but masks, and text files with the path of
+            one image per line, relative to the file. The frames of `like` whose masks are not used come on top.
         like: the training set that they are mixed with; they get its classes, transforms, views and reading options.
         image_size: `(height, width)` of the samples.
         seed: seed of the run; order and augmentation draw from streams of their own.
@@ -166,7 +167,7 @@ def _places(frames: PackedFrames | None, count: int) -> list[tuple[PackedFrames,
 
 def _pairs(source: Path) -> list[Pair]:
     """Return the images of a folder or a list, each as its own mask."""
-    images = list_tree(source) if source.is_dir() else _listed(source)
+    images = _without_masks(source, list_tree(source)) if source.is_dir() else _listed(source)
     if not images:
         raise DatasetNotFoundError(
             f"unlabelled must name folders of images or lists of them, got {source}, which holds none"
@@ -174,16 +175,34 @@ def _pairs(source: Path) -> list[Pair]:
     return [Pair(f"{source.name}/{name}", image, image) for name, image in images.items()]
 
 
+def _without_masks(source: Path, images: dict[str, Path]) -> dict[str, Path]:
+    """Leave out the masks of a folder that holds images and masks, and say so."""
+    masks = [
+        name
+        for name in images
+        if {part.lower() for part in Path(name).parts[:-1]} & set(MASK_FOLDERS)
+        or any(name.endswith(end) and name.removesuffix(end) in images for end in SUFFIXES_OF_MASKS if end)
+    ]
+    if masks:
+        warnings.warn(
+            f"{len(masks)} files in {source} are masks by their folder or name and no unlabelled images: "
+            f"{shortened(masks)}",
+            stacklevel=3,
+        )
+    return {name: image for name, image in images.items() if name not in set(masks)}
+
+
 def _listed(path: Path) -> dict[str, Path]:
     """Read a list of images as name -> file; empty where there is no file."""
     try:
         # Line by line: a video that was named by mistake must not be read whole.
         with path.open(encoding="utf-8-sig") if path.is_file() else nullcontext(()) as lines:
-            found = {line.strip(): path.parent / line.strip() for line in lines if line.strip()}
+            names = [line.strip() for line in lines if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(
             f"unlabelled must name folders, or text files in UTF-8 with the path of one image per line, got {path}"
         ) from error
+    found = dict(zip(names, stored(path.parent / name for name in names)))
     missing = next((image for image in found.values() if not image.is_file()), None)
     if missing is not None:
         raise FileNotFoundError(f"there is no file {missing}, which {path} names")

@@ -205,6 +205,8 @@ def load_masks(path: str | Path, teacher: nn.Module, tap: str) -> TeacherMasks:
         masks.load_state_dict(content["state"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"the masks in {path} must be of this version of sward, got others: {error}") from error
+    if not all(value.isfinite().all() for value in masks.state_dict().values()):
+        raise ValueError(f"the masks in {path} must be finite, got nan or infinity; learn them again")
     return masks
 
 

@@ -281,7 +281,8 @@ class MWADLoss(nn.Module):
         warnings.warn(
             f"{1 - height * width / padded:.0%} of the tokens of MWAD's stage {index} are padding: its aligned grid is "
             f"{height}x{width} and its windows {window}x{window}; use smaller windows there "
-            f"(window_size takes one number per stage), larger images, or a teacher with more tokens",
+            "(window_size, on the command line --sward.window-size, takes one number per stage), larger images, or a "
+            "teacher with more tokens",
             stacklevel=2,
         )
 

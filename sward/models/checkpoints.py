@@ -23,7 +23,6 @@ from sward.models.teachers import HIERA_SPECS, Teacher
 
 _TRUNK_PREFIXES = ("image_encoder.trunk.", "trunk.", "backbone.", "encoder.", "")
 _WRAPPERS = ("module.", "_orig_mod.")
-_NETWORK_PREFIXES = ("module.", "model.", "network.", "module.network.", "model.network.", "_orig_mod.", "student.")
 # Unless the trunk has them, these belong to the classifier or to pretraining.
 _NOT_TRUNK = ("head.", "head_dist.", "fc.", "classifier.", "mask_token")
 
@@ -99,10 +98,9 @@ def load_weights(network: nn.Module, path: Path) -> str:
             own[RENORMALISATION] = state.pop(key)
     wanted = {key: value for key, value in inner.state_dict().items() if key != RENORMALISATION}
     stripped = ""
-    for prefix in ("", *_NETWORK_PREFIXES):
-        names = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        if prefix and len(names) < len(state):
-            continue
+    held = state
+    for prefix in _shared_prefixes(held):
+        names = {key.removeprefix(prefix): value for key, value in held.items()}
         if len(names.keys() & wanted.keys()) > len(state.keys() & wanted.keys()):
             state, stripped = names, prefix
     missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
@@ -130,6 +128,13 @@ def load_weights(network: nn.Module, path: Path) -> str:
     if own or before != network.expected():
         matched += f"; its images have {network.expected()}"
     return matched
+
+
+def _shared_prefixes(names: Collection[str]) -> list[str]:
+    """Return what all dotted names begin with, such as `module.` and `module.network.`, shortest first."""
+    parts = min(names, default="").split(".")
+    prefixes = [f"{'.'.join(parts[:count])}." for count in range(1, len(parts))]
+    return [prefix for prefix in prefixes if all(name.startswith(prefix) for name in names)]
 
 
 def read_state(path: Path) -> Mapping[str, Any]:

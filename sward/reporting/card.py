@@ -78,8 +78,10 @@ def _write(run: Path, path: Path, exported: Exported | None) -> Path:
         classes=own.info.classes,
         data=own.info.name,
         counts=counts_of_run(own),
+        unlabelled=_unlabelled(own),
         method=_method(own.config),
         teacher=_teacher_name(own.config, teacher),
+        teacher_found=teacher is not None,
         teacher_scores=[] if teacher is None else _scored([teacher]),
         scores=_scored(same_but_seed(run)),
         licences=_licences(own.config, teacher),
@@ -87,6 +89,14 @@ def _write(run: Path, path: Path, exported: Exported | None) -> Path:
     )
     atomic.write(path, page.encode())
     return path
+
+
+def _unlabelled(run: ReportedRun) -> str | None:
+    """Return how many images without masks a run had; None for a run without."""
+    if not isinstance(run.config, DistillationConfig) or not run.config.has_unlabelled:
+        return None
+    count = len(run.folder.read_frames().get("unlabelled", {}))
+    return f"{count} images" if count else "images from tar files"
 
 
 def _method(config: TrainingConfig) -> str | None:
@@ -126,7 +136,7 @@ def _licences(config: TrainingConfig, teacher: ReportedRun | None) -> list[str]:
         if isinstance(each, TeacherTrainingConfig):
             sources += [each.model, each.trunk_checkpoint.name if each.trunk_checkpoint is not None else ""]
     if isinstance(config, DistillationConfig) and config.distillation != "none":
-        sources += [config.teacher.name] if teacher is None else []
+        sources += [config.teacher.name] if teacher is None and not config.teacher.untrained else []
         sources.append("" if config.teacher.weights is None else config.teacher.weights.name)
     known = [next((text for part, text in LICENCES if part in source.lower()), None) for source in sources]
     notes = list(dict.fromkeys(text for text in known if text is not None))

@@ -17,7 +17,7 @@ from sward.config_json import differences
 from sward.data import DatasetInfo
 from sward.data.files import unique_ends
 from sward.methods import METHOD_TITLES
-from sward.runs.teachers import has_teacher_run
+from sward.runs.teachers import has_teacher_run, teacher_run
 from sward.training.run_folder import RunFolder, read_json
 
 Role = Literal["teacher", "alone", "distilled"]
@@ -146,8 +146,9 @@ def teacher_folder(run: ReportedRun) -> Path | None:
 def _teacher_folders(path: Path, config: DistillationConfig) -> list[Path]:
     if not has_teacher_run(config.teacher):
         return []
-    beside = path.resolve().parent / "teacher"
-    return [beside] if config.teacher.run is None else [config.teacher.run, beside]
+    # Where `sward train` looks without --teacher.run, and beside the run, as runs that were moved together lie.
+    usual = config.teacher.run or teacher_run(config.preset)
+    return [usual, path.resolve().parent / "teacher"]
 
 
 def _first(wanted: Iterable[Path], info: DatasetInfo, model: str | None = None) -> Path | None:

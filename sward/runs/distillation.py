@@ -59,8 +59,9 @@ def distillation_pair(
 ) -> methods.DistillationPair:
     """Describe the networks of a run to the builder of its method."""
     settings = config.sward
-    student_layers = layers.default_layers(config.model, student, config.dataset.image_size)
-    teacher_layers = layers.default_layers(teacher_name, teacher, config.teacher_image_size)
+    classes = info.num_classes
+    student_layers = layers.default_layers(config.model, student, config.dataset.image_size, num_classes=classes)
+    teacher_layers = layers.default_layers(teacher_name, teacher, config.teacher_image_size, num_classes=classes)
     stages = layers.paired(
         settings.student_layers or student_layers.stages,
         settings.teacher_layers or teacher_layers.stages,

@@ -11,11 +11,14 @@ from typing import Any, Literal
 from sward import atomic, data
 from sward.config import DatasetConfig, TrainingConfig
 from sward.data import EvaluationTransform, SegmentationDataset
+from sward.data.check import count_labels, judge_evaluation
+from sward.data.files import PairedFiles
 from sward.data.frames import digest, frame_sums, known_images
 from sward.deploy.network import DeployedNetwork
 from sward.deploy.tiles import TiledNetwork, check_tile
 from sward.evaluation import Evaluation, evaluate
-from sward.runs.load import build_split, choose_device, config_for_images, load_run
+from sward.runs.load import build_split, choose_device, config_for_images, load_run, steps_of
+from sward.training import checkpoints
 from sward.training.progress import Progress
 from sward.training.run_folder import RunFolder, make_folder
 
@@ -35,7 +38,8 @@ def evaluate_run(
 ) -> Evaluation:
     """Score a run and write the scores to `evaluation_file(path, ...)`.
 
-    Warns if frames of the split were trained on, or if the folder of the run is read-only: then nothing is written.
+    Warns if the run is unfinished, if frames of the split were trained on, if its masks lack a class as masks of other
+    values do, or if the folder of the run is read-only: then nothing is written.
 
     Args:
         path: run folder.
@@ -85,12 +89,20 @@ def evaluate_run(
         settings.root = root or _own_root(settings, dataset)
         settings.name, settings.split_by, settings.packed = dataset, None, "auto"
     settings.split_by = split_by or settings.split_by
-    images = build_split(config, split, train=False)
+    try:
+        images = build_split(config, split, train=False)
+    except (ValueError, FileNotFoundError) as error:
+        if root is None or _same_folder(root, own.root) or split == "all":
+            raise
+        raise type(error)(f"{error}; to score every frame of another folder, take --split all") from error
     if images.info.classes != info.classes:
         raise ValueError(
             f"dataset must have the classes of the run, {list(info.classes)}, "
             f"got {settings.name!r} with {list(images.info.classes)}"
         )
+    _warn_if_unfinished(RunFolder(path), config)
+    if isinstance(images, PairedFiles):
+        judge_evaluation(split, images, count_labels(images))
     stores = is_writable(path)
     identity: dict[str, Any] = _identity(RunFolder(path), config, images, split, checkpoint)
     if tile is not None:
@@ -172,6 +184,16 @@ def is_writable(path: Path, *, warn: bool = True) -> bool:
             warnings.warn(f"{reason}; the scores are printed and not stored", stacklevel=3)
         return False
     return True
+
+
+def _warn_if_unfinished(run: RunFolder, config: TrainingConfig) -> None:
+    progress, length = checkpoints.progress(run.last), steps_of(run, config)
+    if progress is not None and length is not None and progress[0] < length:
+        warnings.warn(
+            f"the run in {run.path} is unfinished, at step {progress[0]} of {length}; finish it with the command that "
+            "began it and --resume",
+            stacklevel=3,
+        )
 
 
 def _identity(

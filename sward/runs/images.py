@@ -40,11 +40,11 @@ def check_data(
             f"metric must be 'mean_iou' or 'mean_dice' unless the data set has two classes, got 'dice' with "
             f"{train_set.info.num_classes} classes"
         )
-    return check_splits(
-        {"train": train_set, "val": validation_set},
-        compared=_test_split(config, train_set),
-        skip_corrupt=config.on_corrupt == "skip",
-    )
+    used = {"train": train_set, "val": validation_set}
+    compared = _test_split(config, train_set)
+    if distributed.is_main():
+        print("images: " + ", ".join(f"{len(each)} {name}" for name, each in {**used, **compared}.items()))
+    return check_splits(used, compared=compared, skip_corrupt=config.on_corrupt == "skip")
 
 
 def _test_split(config: TrainingConfig, train_set: SegmentationDataset) -> dict[str, SegmentationDataset]:

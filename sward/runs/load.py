@@ -38,6 +38,12 @@ def load_run(
     return config, info, network.eval()
 
 
+def steps_of(run: RunFolder, config: TrainingConfig) -> int | None:
+    """Return the steps that a run was to take; None where there is no list of the images that its epochs pass over."""
+    images = len(run.read_frames().get("train", {}))
+    return config.iterations or (config.steps(images) if images >= config.batch else None)
+
+
 def config_for_images(path: Path, config: TrainingConfig, root: Path | None = None) -> TrainingConfig:
     """Return the configuration that finds the frames of the run in `path`, in `root` where it is given.
 

@@ -18,7 +18,7 @@ from sward.data import DatasetInfo, SegmentationDataset
 from sward.data.frames import frame_sums, known_images
 from sward.losses import LOGITS
 from sward.models.inputs import IMAGENET, Renormalising
-from sward.runs.load import load_run, say, say_statistics
+from sward.runs.load import load_run, say, say_statistics, steps_of
 from sward.training import checkpoints
 from sward.training.run_folder import RunFolder
 
@@ -153,8 +153,7 @@ def introduce_teacher(run: RunFolder, config: DistillationConfig, train_set: Seg
     progress = checkpoints.progress(run.last)
     if progress is not None:
         step, score = progress
-        # Without a list of its frames, passes over the images cannot be counted in steps.
-        length = trained.iterations or (trained.steps(len(frames)) if len(frames) >= trained.batch else None)
+        length = steps_of(run, trained)
         learned_from += f", step {step}" if length is None else f", step {step} of {length}"
         if math.isfinite(score):
             learned_from += f", best {trained.metric} on validation {100 * score:.2f} %"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from sward import distributed, layers, methods, models
+from sward import data, distributed, layers, methods, models
 from sward.config import (
+    MASK_METHODS,
     DistillationConfig,
     MaskTrainingConfig,
     TeacherTrainingConfig,
@@ -22,6 +24,7 @@ from sward.data import DatasetInfo
 from sward.data.check import LabelCounts, check_splits
 from sward.data.frames import digest
 from sward.data.masks import parse_values
+from sward.data.unlabelled import UnlabelledImages
 from sward.losses import LOGITS, DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
 from sward.losses.masks import teacher_fingerprint
 from sward.losses.task import TaskLoss, median_frequency_weights
@@ -92,6 +95,8 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
         if isinstance(loaded.network, Renormalising) and loaded.network.renormalisation is not None:
             weights[TEACHER_STATISTICS] = str(loaded.network.expected())
         network = _placed(loaded.network, config, device)
+        if config.distillation in MASK_METHODS:
+            weights["masks"] = hashlib.sha256(config.teacher_masks().read_bytes()).hexdigest()[:16]
         pair = distillation_pair(config, student, loaded.name, network, info)
         loss = methods.build(config.distillation, pair).to(device)
         # The teacher's own classes are labels too, if they are wanted.
@@ -113,7 +118,8 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
         # Kept in the run's configuration, so that no other number of images or processes changes it on the way.
         config = dataclasses.replace(config, unlabelled_batch=extra)
         if distributed.is_main():
-            print(f"unlabelled images per step: {extra}, beside {config.batch} labelled ones")
+            count = f"{len(images.unlabelled)}, " if isinstance(images.unlabelled, UnlabelledImages) else ""
+            print(f"unlabelled images: {count}{extra} per step beside {config.batch} labelled ones")
     try_step(student, task.to(device), loss, frozen, config, info, unlabelled=extra)
     if loaded is not None and frozen is not None:
         if config.compile:
@@ -192,8 +198,7 @@ def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> Train
 
 def _make_root_absolute(config: TrainingConfig) -> None:
     """Let a run find its data from any working directory."""
-    if config.dataset.root is not None:
-        config.dataset.root = config.dataset.root.absolute()
+    config.dataset.root = data.fixed_root(config.dataset.name, config.dataset.root)
 
 
 def _task_loss(config: TrainingConfig, info: DatasetInfo, counts: dict[str, LabelCounts]) -> nn.Module:
@@ -315,7 +320,9 @@ def train_masks(config: MaskTrainingConfig) -> Path:
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)
-    choice = layers.default_layers(loaded.name, teacher, config.dataset.image_size)
+    choice = layers.default_layers(
+        loaded.name, teacher, config.dataset.image_size, num_classes=dataset.info.num_classes
+    )
     masks = methods.new_masks(config.method, teacher, choice, config.dataset.image_size, config.teacher.taps)
     masks = masks.to(device)
     tap = methods.mask_tap(config.method, choice)

@@ -6,7 +6,7 @@ import contextlib
 import io
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,19 +65,26 @@ def progress(path: Path) -> tuple[int, float] | None:
         return None
 
 
-def load_newest(paths: Sequence[Path]) -> dict[str, Any] | None:
+def load_newest(paths: Sequence[Path], learned: Collection[str] = ()) -> dict[str, Any] | None:
     """Load the first of `paths` that exists and is intact; None if no file exists.
 
     Damaged files are skipped with a warning and renamed, so that later saves do not keep them as a backup.
 
+    Args:
+        paths: the newest first.
+        learned: names of the network's tensors that must be finite.
+
     Raises:
         ValueError: if all existing files are damaged.
     """
+    from sward.models.checkpoints import check_finite
+
     damaged: list[Path] = []
     reasons: list[str] = []
     for path in paths:
         try:
             state = load(path)
+            check_finite({name: state["model"].get(name) for name in learned}, path)
         except FileNotFoundError:
             continue
         except ValueError as error:
@@ -113,6 +120,10 @@ def load_model(model: torch.nn.Module, path: Path) -> None:
         raise ValueError(
             f"{path} does not fit {type(model).__name__}; it was saved from another model: {detail}"
         ) from error
-    # Parameters and statistics alone: other buffers, such as masks of attention, may hold infinity on purpose.
-    learned = {name for name, _ in model.named_parameters()}
-    check_finite({key: state["model"][key] for key in model.state_dict() if key in learned or "running_" in key}, path)
+    check_finite({name: state["model"][name] for name in learned_names(model)}, path)
+
+
+def learned_names(model: torch.nn.Module) -> list[str]:
+    """Return the names of parameters and statistics; other buffers, such as masks of attention, may hold infinity."""
+    parameters = {name for name, _ in model.named_parameters()}
+    return [name for name in model.state_dict() if name in parameters or "running_" in name]

@@ -109,7 +109,7 @@ class TrainingState:
         Raises:
             ValueError: if all checkpoints are damaged, or were saved from another network, loss or version.
         """
-        state = checkpoints.load_newest([run.last, run.previous])
+        state = checkpoints.load_newest([run.last, run.previous], checkpoints.learned_names(self.model))
         if state is not None:
             self._check_identity(state, run)
             try:

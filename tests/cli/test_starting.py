@@ -12,7 +12,7 @@ from sward import presets
 from sward.cli.main import main
 from sward.cli.own_data import expand
 from sward.cli.starting import apply_words, read_config, value_of, write_config
-from sward.config import DistillationConfig, SWARDConfig
+from sward.config import DatasetConfig, DistillationConfig, SWARDConfig
 from sward.losses import PAPER
 
 
@@ -74,6 +74,31 @@ def test_another_data_set_clears_the_split() -> None:
     assert student.dataset.split_by == "ratio"
     apply_words(student, ["--dataset.name", "camvid"])
     assert student.dataset.split_by is None
+
+
+def test_another_data_set_clears_what_belongs_to_the_one_before() -> None:
+    student = presets.get("clinicdb-unext").student
+    assert student.metric == "dice"
+    apply_words(student, ["--dataset.name", "cvc_colondb"])
+    assert student.metric == "dice"
+    apply_words(student, ["--dataset.name", "scenes"])
+    assert student.metric == "mean_iou"
+    own = presets.get("own").student
+    own.dataset = DatasetConfig(
+        "folder", Path("x"), (64, 96), "80/10/10", classes=("a", "b"), mask_values=("0,255",), masks="m/{name}.png",
+        group_by="p", image_range=(0, 9), workers=3, views=2,
+    )  # fmt: skip
+    apply_words(own, ["--dataset.name", "camvid"])
+    assert own.dataset == DatasetConfig("folder", image_size=(64, 96), workers=3, views=2)
+
+
+def test_a_student_alone_takes_no_images_without_labels() -> None:
+    student = replace(presets.get("demo").student, unlabelled=("photos",), unlabelled_batch=2, pseudo_labels=0.9)
+    apply_words(student, ["--distillation", "kd"])
+    assert student.unlabelled == ("photos",)
+    apply_words(student, ["--distillation", "none"])
+    assert (student.unlabelled, student.unlabelled_batch, student.pseudo_labels) == ((), None, None)
+    student.check()
 
 
 def test_options_of_networks_are_key_value_pairs() -> None:

@@ -1,6 +1,7 @@
 """Masks are read before step 1: what is wrong with them is said there, with its cause."""
 
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -146,6 +147,50 @@ def test_validation_without_foreground_is_a_warning(polyps: Path, write: Write) 
         write(polyps / f"masks/val/{number}.png", np.zeros_like(DISC))
     with pytest.warns(UserWarning, match="no mask of the split val holds class 1; its Dice is the share of images"):
         check_splits({"val": build(polyps, "val")})
+
+
+def test_masks_of_other_values_in_validation_are_noticed(polyps: Path, write: Write) -> None:
+    for number in range(2):
+        write(polyps / f"masks/val/{number}.png", 255 * DISC)
+    with pytest.warns(
+        UserWarning, match=r"no mask of the split val holds class 1; .*; 18% of the pixels are 255, which"
+    ):
+        check_splits({"val": build(polyps, "val")})
+    # Of more classes one may be missing by chance, unless pixels are ignored that may be it.
+    for number in range(2):
+        write(
+            polyps / f"masks/val/{number}.png", DISC * np.where(np.indices(DISC.shape)[1] < 8, 255, 1).astype(np.uint8)
+        )
+    with pytest.warns(
+        UserWarning, match=r"no mask of the split val holds class 2; \d+% of .*: if they are class 2, its"
+    ):
+        check_splits({"val": build(polyps, "val", num_classes=3)})
+    for number in range(2):
+        write(polyps / f"masks/val/{number}.png", DISC)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_splits({"val": build(polyps, "val", num_classes=3)})
+
+
+def test_validation_without_a_labelled_pixel_is_refused(polyps: Path, write: Write) -> None:
+    for number in range(2):
+        write(polyps / f"masks/val/{number}.png", np.full_like(DISC, 255))
+    with pytest.raises(ValueError, match=r"split val must hold a labelled pixel, got 255, .* in every pixel of 2"):
+        check_splits({"val": build(polyps, "val")})
+
+
+def test_validation_images_out_of_the_stated_range_are_found_before_step_1(polyps: Path, write: Write) -> None:
+    write(polyps / "images/val/1.png", np.full((16, 24), 5000, np.uint16))
+    dataset = build(polyps, "val")
+    for highest, fits in ((5000, True), (4095, False), (5000, True)):
+        dataset.image_range = (0, highest)
+        if fits:
+            check_splits({"val": dataset})
+            continue
+        with pytest.raises(
+            ValueError, match=r"val/1\.png must be in the stated range, 0 to 4095, got uint16 values from"
+        ):
+            check_splits({"val": dataset})
 
 
 def test_images_of_more_bits_are_found_before_step_1(polyps: Path, write: Write) -> None:

@@ -1,5 +1,6 @@
-"""Pairs of image files: files that cannot be read, and training views that repeat."""
+"""Pairs of image files: files that are left out or cannot be read, other Unicode, and training views that repeat."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from sward.data import CorruptFileError
+from sward.data.files import list_images, stored
+from sward.data.unlabelled import UnlabelledImages
 from tests.support.folder_data import build, damage
 
 Write = Callable[[Path, np.ndarray], None]
@@ -77,3 +80,51 @@ def test_views_repeat_and_are_for_training(root: Path) -> None:
     assert not torch.equal(seen[0], seen[1])
     with pytest.raises(ValueError, match="views must be at least 1 for training sets and None otherwise, got 0"):
         build(root, views=0)
+
+
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        *("jfif", "jpe", "mpo", "apng", "heif", "heic", "jxl", "j2k", "j2c", "jpx", "dib", "pcx", "psd", "svg", "pbm"),
+        *("pfm", "exr", "hdr", "dng", "npy", "npz", "dcm", "nii.gz", "JFIF", "Heic"),
+    ],
+)
+def test_no_picture_is_left_out_without_a_word(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"a.{suffix}").write_bytes(b"x")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        listed = list_images(tmp_path)
+    named = [str(each.message).endswith(f"skipped in {tmp_path}: a.{suffix}") for each in caught]
+    assert named == ([] if listed else [True])
+
+
+def test_paths_are_found_in_other_unicode(tmp_path: Path, write: Write) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    write(tmp_path / f"{decomposed}/{composed} 1.png", np.zeros((8, 8), np.uint8))
+    wanted = [
+        f"{folder}/{name} {number}.png"
+        for folder in (composed, decomposed)
+        for name, number in ((decomposed, 1), (composed, 2))
+    ]
+    there = tmp_path / f"{decomposed}/{composed} 1.png"
+    assert stored(tmp_path / each for each in wanted) == [there, tmp_path / wanted[1], there, tmp_path / wanted[3]]
+    assert stored([Path("nowhere/a.png"), tmp_path]) == [Path("nowhere/a.png"), tmp_path]
+    if not (tmp_path / f"{decomposed}/{decomposed} 1.png").exists():
+        # Either file may be meant where both are there and neither has exactly the name.
+        double = "e\u0301\u00e9"
+        for name in ("\u00e9\u00e9", "e\u0301e\u0301"):
+            write(tmp_path / f"{name}.png", np.zeros((8, 8), np.uint8))
+        assert stored([tmp_path / f"{double}.png"]) == [tmp_path / f"{double}.png"]
+
+
+def test_lists_of_unlabelled_images_hold_one_path_per_line(root: Path, tmp_path: Path, write: Write) -> None:
+    on_disk = ["x/a b.png", "x/cafe\u0301 1.png", "x/a.png"]
+    for name in on_disk:
+        write(tmp_path / name, np.zeros((40, 40, 3), np.uint8))
+    (tmp_path / "list.txt").write_text("\ufeffx/a b.png\n\n  x/caf\u00e9 1.png \r\n", encoding="utf-8")
+    images = UnlabelledImages([tmp_path / "list.txt"], build(root), (32, 32), seed=0)
+    assert [pair.image for pair in images.pairs] == [tmp_path / name for name in on_disk[:2]]
+    assert images[1].image.shape == (3, 32, 32)
+    (tmp_path / "list.txt").write_text("x/a b.png\nx/caf\u00e8 1.png\n", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*x/caf\u00e8 1\.png, which .*list\.txt names"):
+        UnlabelledImages([tmp_path / "list.txt"], build(root), (32, 32), seed=0)

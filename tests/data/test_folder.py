@@ -1,6 +1,8 @@
 """A folder of one's own: its layouts, its classes and values, and the splits drawn for it."""
 
 import shlex
+import unicodedata
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ Write = Callable[[Path, np.ndarray], None]
 MASK = np.zeros((8, 12), np.uint8)
 MASK[2:5, 3:9] = 255
 POLYPS = FolderOptions(("background", "polyp"), ("0,255",))
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
 
 
 def write_frame(write: Write, image: Path, mask: Path, number: int = 0, values: np.ndarray = MASK) -> None:
@@ -85,6 +90,33 @@ def test_a_mask_with_another_name_is_suggested(tmp_path: Path, write: Write) -> 
         find_layout(tmp_path).pairs()
 
 
+@pytest.mark.parametrize(
+    ("mask", "hint"),
+    [
+        ("c.png", r"; did you mean c\.png\?"),
+        ("C_truth.png", r"; --masks 'masks/\{name\}_truth\.png' would take C_truth\.png"),
+        ("c_truth.png", r"; did you mean c_truth\.png\?"),
+        ("D.png", ""),
+    ],
+)
+def test_the_mask_that_may_be_meant_is_named(tmp_path: Path, write: Write, mask: str, hint: str) -> None:
+    write_frame(write, tmp_path / "images/a.jpg", tmp_path / "masks/a.png")
+    write_frame(write, tmp_path / "images/C.jpg", tmp_path / "masks" / mask)
+    with pytest.raises(ValueError, match=rf"images/C\.jpg has no mask; .*masks holds no image file named C{hint}$"):
+        build(tmp_path, "all")
+
+
+def test_masks_may_have_any_suffix_and_the_usual_endings(tmp_path: Path, write: Write) -> None:
+    for image, mask in (("a.jpg", "a.png"), ("C.jpg", "C.gif")):
+        write_frame(write, tmp_path / "one/images" / image, tmp_path / "one/masks" / mask)
+    dataset = build(tmp_path / "one", "all")
+    assert [(pair.name, pair.mask.name) for pair in dataset.pairs] == [("C", "C.gif"), ("a", "a.png")]
+    # Every GIF has a palette, and Pillow numbers the two colours of this one 0 and 1.
+    assert build(tmp_path / "one", "all", FolderOptions((), ("0", "1")))[0].labels.sum() == 18
+    write_frame(write, tmp_path / "two/images/C.jpg", tmp_path / "two/masks/C_mask.png")
+    assert [pair.mask.name for pair in build(tmp_path / "two", "all").pairs] == ["C_mask.png"]
+
+
 def test_no_mask_is_suggested_for_a_part_of_its_number(tmp_path: Path, write: Write) -> None:
     for number in (1, 13):
         write_frame(write, tmp_path / f"images/{number}.png", tmp_path / f"masks/{number}.png")
@@ -102,6 +134,158 @@ def test_trees_join_folders_to_names(tmp_path: Path, write: Write) -> None:
     for path in ("b.png", "a/2.png", "a/10.png", ".hidden/x.png"):
         write(tmp_path / path, MASK)
     assert list(list_tree(tmp_path)) == ["b", "a/2", "a/10"]
+
+
+def warned(root: Path, split: str, **rest: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build(root, split, **rest)
+    return [str(each.message) for each in caught]
+
+
+def test_what_is_left_out_of_a_folder_with_splits_is_named_once(tmp_path: Path, write: Write) -> None:
+    for split in ("train", "val"):
+        write_frame(write, tmp_path / f"images/{split}/1.png", tmp_path / f"masks/{split}/1.png")
+    assert warned(tmp_path, "train", train=True) == []
+    for number in (2, 10, 3, 4):
+        write(tmp_path / f"masks/train/case/{number}.png", MASK)
+    # Two files of one name, which would be refused in a split.
+    for name in ("images/7.jpg", "images/7.png", "masks/8.png", "unused.png"):
+        write(tmp_path / name, MASK)
+    for name in ("b.HEIC", "deep/c.npy", "deep/d.exr", ".hidden.npy", "deep/notes.txt"):
+        path = tmp_path / "images/train" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    images, masks = tmp_path / "images/train", tmp_path / "masks/train"
+    assert warned(tmp_path, "train", train=True) == [
+        f"3 files or folders that are not read as images are skipped in {images}: b.HEIC, deep/c.npy, deep/d.exr",
+        f"4 masks without an image in {masks}: case/2, case/3, case/4 and 1 more",
+        f"3 files beside the folders of the splits in {tmp_path} are in no split: images/7.jpg, images/7.png, "
+        "masks/8.png",
+    ]
+    assert warned(tmp_path, "val") == []
+
+
+def test_images_beside_the_folders_of_their_split_are_named(tmp_path: Path, write: Write) -> None:
+    for split in ("train", "val"):
+        write_frame(write, tmp_path / f"{split}/images/1.png", tmp_path / f"{split}/masks/1.png")
+    write(tmp_path / "val/2.png", MASK)
+    (named,) = warned(tmp_path, "train")
+    assert named.endswith("are in no split: val/2.png")
+
+
+def test_masks_above_the_folder_of_their_images_are_not_left_out(tmp_path: Path, write: Write) -> None:
+    for split in ("train", "val"):
+        write_frame(write, tmp_path / f"{split}/photos/1.png", tmp_path / f"{split}/1_m.png")
+    options = FolderOptions((), ("0", "255"), images="{split}/photos", masks="{split}/{name}_m.png")
+    assert warned(tmp_path, "train", options=options) == []
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "options"),
+    [
+        ("images/{}.jpg", "masks/{}.png", {}),
+        ("{}.jpg", "{}_mask.png", {}),
+        ("images/{}.jpg", "masks/{}/{}_v2.png", {"images": "images", "masks": "masks/{name}/{name}_v2.png"}),
+    ],
+)
+def test_masks_without_an_image_are_named(
+    tmp_path: Path, write: Write, image: str, mask: str, options: dict[str, str]
+) -> None:
+    for name in ("a", "b"):
+        write_frame(write, tmp_path / image.format(name), tmp_path / mask.format(name, name))
+    (tmp_path / image.format("b")).unlink()
+    lost = Path(mask.removeprefix("masks/").format("b", "b")).with_suffix("")
+    folder = tmp_path / "masks" if mask.startswith("masks/") else tmp_path
+    given = FolderOptions(("background", "polyp"), ("0,255",), **options)
+    expected = [f"1 masks without an image in {folder}: {lost}"]
+    assert warned(tmp_path, "all", options=given) == expected
+    # Pictures of masks are not masks where a pattern tells them apart.
+    if options:
+        write(tmp_path / "masks/a/a_v1.png", MASK)
+        write(tmp_path / "masks/a/b_v2.png", MASK)
+        assert warned(tmp_path, "all", options=given) == expected
+
+
+def test_splits_are_found_where_the_pattern_has_more_than_their_name(tmp_path: Path, write: Write) -> None:
+    for split in ("train", "valid"):
+        write_frame(write, tmp_path / f"x/my_{split}_set/in/a.png", tmp_path / f"y/{split}/a.png")
+    (tmp_path / "x/my_test_set").mkdir()
+    assert find_layout(tmp_path, "x/my_{split}_set/in", "y/{split}/{name}.png").splits() == ["train", "val"]
+
+
+@pytest.mark.parametrize(("listed", "on_disk"), [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)])
+def test_names_in_other_unicode_are_found(tmp_path: Path, write: Write, listed: str, on_disk: str) -> None:
+    image, mask = tmp_path / f"{on_disk}/x/{on_disk}.png", tmp_path / f"masks_{on_disk}/x/{on_disk}_{on_disk}.png"
+    write_frame(write, image, mask)
+    table = tmp_path / "table.csv"
+    table.write_text(
+        f"image,mask,split\n{listed}/x/{listed}.png,masks_{listed}/x/{listed}_{listed}.png,train\n", encoding="utf-8"
+    )
+    (pair,) = build(table).pairs
+    assert pair == (f"{COMPOSED}/x/{COMPOSED}", image, mask)
+    assert build(table)[0].labels.sum() == 18
+    table.write_text(
+        table.read_text("utf-8") + f"{on_disk}/x/{on_disk}.png,{mask.relative_to(tmp_path)},val\n", "utf-8"
+    )
+    with pytest.raises(ValueError, match=rf"must be listed once, got '{COMPOSED}/x/{COMPOSED}' twice"):
+        build(table)
+    options = FolderOptions((), ("0", "255"), images=listed, masks=f"masks_{listed}/{{name}}_{listed}.png")
+    assert build(tmp_path, "all", options).pairs == [(f"x/{COMPOSED}", image, mask)]
+    table.write_text("image,mask\nx/missing.png,y/missing.png\n")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*x/missing\.png, which"):
+        build(table)
+
+
+def write_both_forms(write: Write, one: Path, other: Path) -> None:
+    write(one, MASK)
+    if other.exists() or (one.parent != other.parent and other.parent.exists()):
+        pytest.skip("this file system does not tell composed from decomposed names")
+    write(other, MASK)
+
+
+def test_a_file_of_exactly_the_name_comes_first(tmp_path: Path, write: Write) -> None:
+    write_both_forms(write, tmp_path / f"{COMPOSED}.png", tmp_path / f"{DECOMPOSED}.png")
+    for name in (COMPOSED, DECOMPOSED):
+        (tmp_path / "table.csv").write_text(f"image,mask\n{name}.png,{name}.png\n", encoding="utf-8")
+        (pair,) = build(tmp_path / "table.csv", "all").pairs
+        assert (pair.image.stem, pair.mask.stem) == (name, name)
+
+
+def test_folders_of_one_name_in_two_forms_are_refused(tmp_path: Path, write: Write) -> None:
+    write_both_forms(write, tmp_path / f"{COMPOSED}/1.png", tmp_path / f"{DECOMPOSED}/2.png")
+    assert list(list_tree(tmp_path)) == [f"{COMPOSED}/2", f"{COMPOSED}/1"]
+    write(tmp_path / f"{DECOMPOSED}/1.png", MASK)
+    with pytest.raises(ValueError, match=rf"must be unique, got '{COMPOSED}/1' in two folders whose names differ"):
+        list_tree(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["csv", "txt"])
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_lists_and_groups_name_nested_frames_in_either_unicode(
+    tmp_path: Path, write: Write, kind: str, form: str
+) -> None:
+    # Images and masks are stored in different forms too.
+    for number in (1, 2):
+        image, mask = f"{DECOMPOSED}/{COMPOSED} {number}", f"{COMPOSED}/{DECOMPOSED} {number}"
+        write_frame(write, tmp_path / f"images/{image}.png", tmp_path / f"masks/{mask}.png")
+    frames = [f"{COMPOSED}/{COMPOSED} {number}" for number in (1, 2)]
+    one, two = (unicodedata.normalize(form, frame) for frame in frames)
+    assert names(build(tmp_path, "all")) == frames
+    if kind == "csv":
+        split_by = tmp_path / "list.csv"
+        split_by.write_text(f"frame_id,split\n{one},train\n{two},val\n", encoding="utf-8")
+    else:
+        split_by = tmp_path / "{split}.txt"
+        (tmp_path / "train.txt").write_text(f"{one}\n", encoding="utf-8")
+        (tmp_path / "val.txt").write_text(f"{two}\n", encoding="utf-8")
+    assert names(build(tmp_path, "train", split_by=str(split_by))) == frames[:1]
+    assert names(build(tmp_path, "val", split_by=str(split_by))) == frames[1:]
+    groups = tmp_path / "groups.csv"
+    groups.write_text(f"frame_id,group\n{one},g\n{two},g\n", encoding="utf-8")
+    options = FolderOptions(("background", "polyp"), ("0,255",), group_by=str(groups))
+    with pytest.raises(ValueError, match="must be in one split, got 'g' in train and val"):
+        build(tmp_path, "train", options, train=True, split_by=str(split_by))
 
 
 @pytest.fixture
@@ -298,6 +482,34 @@ def test_one_table_names_every_file(tmp_path: Path, write: Write) -> None:
     table.write_bytes("image,mask\nx/ä.jpg,y/a.png\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"the table of frames .*csv must be UTF-8 text, got the byte 0xe4"):
         build(table)
+
+
+def test_tables_come_from_spreadsheets_and_name_a_frame_once(tmp_path: Path, write: Write) -> None:
+    for name in ("a 1", "b"):
+        write_frame(write, tmp_path / f"x/{name}.jpg", tmp_path / f"y/{name}.png")
+    table = tmp_path / "frames.csv"
+    for text in (
+        "\ufeffImage; Mask; Split\nx/a 1.jpg; y/a 1.png; Train\n\nx/b.jpg ;y/b.png;VAL\n",
+        "\ufeffimage, mask, split\n x/a 1.jpg, y/a 1.png, train\nx/b.jpg , y/b.png , val\n",
+    ):
+        table.write_text(text, encoding="utf-8")
+        assert build(table).pairs == [("x/a 1", tmp_path / "x/a 1.jpg", tmp_path / "y/a 1.png")]
+        assert names(build(table, "val")) == ["x/b"]
+    for again in ("x/b.jpg,y/b.png,train", "x/b.jpg,y/a 1.png,val"):
+        table.write_text(f"image,mask,split\nx/b.jpg,y/b.png,val\nx/a 1.jpg,y/a 1.png,train\n{again}\n")
+        with pytest.raises(ValueError, match=r"frames of .*frames\.csv must be listed once, got 'x/b' twice"):
+            build(table)
+
+
+def test_text_lists_hold_one_name_per_line_also_with_spaces(tmp_path: Path, write: Write) -> None:
+    for name in ("a b", "a", "b", "c  d, e"):
+        write_frame(write, tmp_path / f"images/{name}.png", tmp_path / f"masks/{name}.png")
+    (tmp_path / "train.txt").write_text("a b\n  c  d, e \n\n")
+    (tmp_path / "val.txt").write_text("a\r\n")
+    split_by = str(tmp_path / "{split}.txt")
+    # In the order of the folder.
+    assert names(build(tmp_path, "train", split_by=split_by)) == ["a b", "c  d, e"]
+    assert names(build(tmp_path, "val", split_by=split_by)) == ["a"]
 
 
 def test_values_and_names_of_classes(unsplit: Path, write: Write) -> None:

@@ -1,15 +1,19 @@
 """Reading masks: right, or refused with the values found; never background in silence."""
 
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sward.data.images import open_image
+from sward.data.images import lossy_compression, open_image, read_image
 from sward.data.masks import MaskValues, black_and_white, indices, list_values, parse_values
+from tests.support.folder_data import wide_png
 
 DISC = (np.hypot(*(np.indices((64, 64)) - 31.5)) < 20).astype(np.uint8)
+THREE = DISC + (np.hypot(*(np.indices((64, 64)) - 31.5)) < 5)
 COLOURED = MaskValues(("#000000", "#ff0000", "#0000ff"))
 
 
@@ -45,6 +49,9 @@ def test_polyp_masks_of_black_and_white(tmp_path: Path, mode: str) -> None:
     [
         (Image.fromarray(DISC), "0, 1"),
         (Image.fromarray(2 * DISC), "0, 2"),
+        (Image.fromarray(THREE), "0, 1, 2"),
+        (Image.fromarray(THREE.astype(np.uint16)), "0, 1, 2"),
+        (Image.fromarray(THREE.astype(np.float32)), "0, 1, 2"),
         (Image.fromarray(DISC.astype(np.uint16)), "0, 1"),
         (Image.fromarray(65535 * DISC.astype(np.uint16)), "0, 65535"),
         (Image.fromarray(DISC.astype(np.float32)), "0, 1"),
@@ -108,6 +115,174 @@ def test_jpeg_masks_take_the_nearest_of_values_far_apart(tmp_path: Path) -> None
         indices(open_image(tmp_path / "c.jpg"), tmp_path / "c.jpg")
     colourful = Image.fromarray(DISC[..., None] * np.array([255, 0, 0], np.uint8))
     assert (decode(COLOURED, colourful, tmp_path / "d.jpg", quality=95) == DISC).mean() > 0.98
+
+
+FIVE = np.arange(5, dtype=np.uint8).repeat(16)[None].repeat(64, 0)
+"""Five classes in stripes of 16 x 64 pixels."""
+NO_EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"
+"""With metadata WebP files are of the extended kind (`VP8X`), whose pixels may be lossy or lossless."""
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "compression"),
+    [
+        ("jpg", {}, "JPEG"),
+        ("webp", {}, "lossy WebP"),
+        ("webp", {"exif": NO_EXIF}, "lossy WebP"),
+        ("tif", {"compression": "jpeg"}, "TIFF with JPEG compression"),
+        ("jp2", {}, "JPEG2000"),
+        ("avif", {}, "AVIF"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_lossy_masks_hold_no_class_indices_but_values_far_apart(
+    tmp_path: Path, suffix: str, options: dict[str, Any], compression: str, mode: str
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(FIVE).convert(mode).save(path, **options)
+    assert lossy_compression(open_image(path)) == compression
+    with pytest.raises(
+        ValueError, match=rf"a\.{suffix} must be lossless \(PNG\) to hold class indices, got {compression},"
+    ):
+        indices(open_image(path), path)
+    with pytest.raises(ValueError, match="got a compression that changes values"):
+        MaskValues(("0", "1", "2", "3", "4")).decode(open_image(path), path)
+    Image.fromarray(255 * DISC).convert(mode).save(path, **options)
+    assert (MaskValues(("0", "255")).decode(open_image(path), path) == DISC).mean() > 0.99
+    assert (black_and_white(open_image(path), path, ("background", "polyp"), 127) == DISC).mean() > 0.99
+    # Black with the noise of a compression is still black.
+    Image.fromarray(9 * DISC).convert(mode).save(path, **options)
+    assert not black_and_white(open_image(path), path, ("background", "polyp"), 127).any()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [
+        ("webp", {"lossless": True}),
+        ("webp", {"lossless": True, "exif": NO_EXIF}),
+        ("tif", {}),
+        ("tif", {"compression": "tiff_lzw"}),
+        ("tif", {"compression": "tiff_adobe_deflate"}),
+    ],
+)
+def test_lossless_masks_are_exact(tmp_path: Path, suffix: str, options: dict[str, Any]) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(FIVE).save(path, **options)
+    assert lossy_compression(open_image(path)) == ""
+    assert (indices(open_image(path), path) == FIVE).all()
+    values = MaskValues(("4", "3", "2", "1", "0"))
+    assert (values.decode(open_image(path), path) == 4 - FIVE).all()
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_the_pixels_of_an_animated_webp_are_in_its_frames(tmp_path: Path, lossless: bool) -> None:
+    """An animation of one frame is a picture, and its chunks lie in that of the frame."""
+    path = tmp_path / "a.webp"
+    Image.fromarray(FIVE).save(path, lossless=lossless)
+    picture = path.read_bytes()[12:]
+    size = (79).to_bytes(3, "little") + (63).to_bytes(3, "little")
+    frame = bytes(6) + size + bytes(4) + picture
+    chunks = (
+        (b"VP8X", b"\2\0\0\0" + size),
+        (b"ANIM", bytes(6)),
+        (b"ODD ", b"x"),
+        (b"ANMF", frame),
+    )
+    content = b"WEBP" + b"".join(
+        kind + len(part).to_bytes(4, "little") + part + bytes(len(part) % 2) for kind, part in chunks
+    )
+    path.write_bytes(b"RIFF" + len(content).to_bytes(4, "little") + content)
+    assert lossy_compression(open_image(path)) == ("" if lossless else "lossy WebP")
+
+
+def test_turned_masks_are_transposed_like_their_images(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    mask = np.array([[0, 1, 2], [3, 4, 5]], np.uint8)
+    upright = {
+        1: [[0, 1, 2], [3, 4, 5]],
+        2: [[2, 1, 0], [5, 4, 3]],
+        3: [[5, 4, 3], [2, 1, 0]],
+        4: [[3, 4, 5], [0, 1, 2]],
+        5: [[0, 3], [1, 4], [2, 5]],
+        6: [[3, 0], [4, 1], [5, 2]],
+        7: [[5, 2], [4, 1], [3, 0]],
+        8: [[2, 5], [1, 4], [0, 3]],
+    }
+    for suffix in ("png", "tif"):
+        for orientation, expected in upright.items():
+            exif[0x0112] = orientation
+            path = tmp_path / f"{orientation}.{suffix}"
+            Image.fromarray(mask).save(path, exif=exif)
+            assert indices(open_image(path), path).tolist() == expected
+            assert read_image(path)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("suffix", ["tif", "gif"])
+def test_masks_of_several_pages_are_refused(tmp_path: Path, suffix: str) -> None:
+    pages = [Image.fromarray(DISC), Image.fromarray(1 - DISC)]
+    pages[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=pages[1:])
+    with pytest.raises(ValueError, match=rf"a\.{suffix} must have one page, got 2; save the pages as separate files"):
+        open_image(tmp_path / f"a.{suffix}")
+
+
+# Transparent are the background of 64 * 64 - 1264 pixels, or the disc of 1264.
+BACKGROUND, FOREGROUND = int((DISC == 0).sum()), int(DISC.sum())
+
+
+@pytest.mark.parametrize(
+    ("image", "transparency", "count"),
+    [
+        (palette(DISC, [255, 255, 255, 255, 255, 255]), b"\0\xff", BACKGROUND),
+        (palette(DISC, [255, 255, 255, 0, 0, 0]), b"\xff\x80", FOREGROUND),
+        (palette(DISC, [0, 0, 0, 255, 255, 255]), 0, BACKGROUND),
+        (Image.fromarray(255 * DISC), 0, BACKGROUND),
+        (Image.fromarray(255 * DISC).convert("1"), 0, BACKGROUND),
+        (Image.fromarray(255 * DISC.astype(np.uint16)), 255, FOREGROUND),
+        (Image.fromarray(255 * DISC).convert("RGB"), (0, 0, 0), BACKGROUND),
+    ],
+    ids=["palette bytes", "half", "palette index", "L", "1", "I;16", "RGB"],
+)
+def test_masks_with_a_transparent_value_are_refused_as_those_with_an_alpha_channel_are(
+    tmp_path: Path, image: Image.Image, transparency: bytes | int | tuple[int, int, int], count: int
+) -> None:
+    path = tmp_path / "a.png"
+    image.save(path, transparency=transparency)
+    assert "transparency" in open_image(path).info
+    message = rf"mask .*a\.png must not be transparent, got {count} transparent pixels; save it without transparency"
+    with pytest.raises(ValueError, match=message):
+        black_and_white(open_image(path), path, ("background", "polyp"), 127)
+    with pytest.raises(ValueError, match=message):
+        MaskValues(("0", "255")).decode(open_image(path), path)
+    with pytest.raises(ValueError, match=message):
+        indices(open_image(path), path)
+    if image.mode != "I;16":
+        with pytest.raises(ValueError, match=message):
+            MaskValues(("#000000", "#ffffff")).decode(open_image(path), path)
+
+
+def test_transparent_values_that_no_pixel_has_do_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    # The third colour, of no pixel, is that of the background.
+    palette(DISC, [0, 0, 0, 255, 255, 255, 0, 0, 0]).save(path, transparency=2)
+    assert "transparency" in open_image(path).info
+    assert (black_and_white(open_image(path), path, ("background", "polyp"), 127) == DISC).all()
+    assert (indices(open_image(path), path) == DISC).all()
+    assert (MaskValues(("#000000", "#ffffff")).decode(open_image(path), path) == DISC).all()
+    Image.fromarray(255 * DISC).convert("RGB").save(path, transparency=(0, 0, 1))
+    assert (black_and_white(open_image(path), path, ("background", "polyp"), 127) == DISC).all()
+
+
+def test_the_transparent_colour_of_16_bit_colour_is_compared_as_its_pixels_are(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    black = wide_png(2, 3)
+    content = black[: black.index(b"IDAT") - 4]
+    # The pixels are exactly the transparent colour, of which Pillow keeps 0x12 per channel.
+    rows = zlib.compress(2 * (b"\0" + 9 * b"\x12\x34"))
+    for kind, part in ((b"tRNS", 3 * b"\x12\x34"), (b"IDAT", rows), (b"IEND", b"")):
+        content += len(part).to_bytes(4, "big") + kind + part + zlib.crc32(kind + part).to_bytes(4, "big")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="got 6 transparent pixels"):
+        black_and_white(open_image(path), path, ("background", "polyp"), 127)
 
 
 def test_values_that_are_not_whole_numbers_are_refused(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from sward import atomic, data
 from sward.cli.main import main
@@ -65,6 +67,26 @@ def test_cityscapes_labels_are_packed_as_train_ids(tmp_path: Path, write: Write)
         )
         assert_same_samples(packed, decoded)
         assert set(packed[0].labels.unique().tolist()) <= {*range(19), 255}
+
+
+def test_packs_hold_the_upright_picture(root: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the upper left corner of what is stored belongs to the upper right
+    stored = np.zeros((32, 48, 3), np.uint8)
+    stored[:8, :16] = 255
+    (root / "images/train/0.png").unlink()
+    Image.fromarray(stored).save(root / "images/train/0.jpg", exif=exif, quality=100)
+    mask = np.zeros((48, 32), np.uint8)
+    mask[:16, -8:] = 1
+    Image.fromarray(mask).save(root / "masks/train/0.png")
+    pack(root)
+    dataset = build(root)
+    assert dataset.packed is not None
+    image, labels = dataset.packed.read(0)
+    assert dataset.pairs[0].name == "0"
+    assert image.shape == (3, 48, 32)
+    assert torch.equal(image[0] > 127, torch.from_numpy(mask == 1))
+    assert torch.equal(labels, torch.from_numpy(mask))
 
 
 # Interruption and resumption

@@ -105,6 +105,21 @@ def test_lists_beside_the_images_come_first(clinicdb: Path, tmp_path: Path) -> N
     assert names(tmp_path, "sequence") == {"train": ["5", "7"], "val": ["9"], "test": ["600", "1"]}
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_frame_in_two_lists_beside_the_images_is_refused(clinicdb: Path, tmp_path: Path, split: str) -> None:
+    shutil.copytree(clinicdb, tmp_path, dirs_exist_ok=True, copy_function=os.link)
+    lists = tmp_path / "CVC-ClinicDB/lists"
+    lists.mkdir()
+    for each, numbers in (("train", "5\n7\n"), ("val", "9\n"), ("test", "600\n7\n")):
+        (lists / f"seq_{each}.txt").write_text(numbers)
+    with pytest.raises(
+        ValueError, match=r"frame '7' must be in one split, got train and test in .*lists/seq_\{split\}"
+    ):
+        data.build("cvc_clinicdb", split, train=False, root=tmp_path)
+    # Scores on every frame need no split.
+    assert len(data.build("cvc_clinicdb", "all", train=False, root=tmp_path)) == 612
+
+
 def test_split_by_list_files(tmp_path: Path, write: Write) -> None:
     write_pairs(tmp_path / "cvc_colondb", write, range(1, 8), (".tif", ".webp"))
     for split, text in (("train", "\ufeff1\n2 \n3"), ("val", "4"), ("test", "6\n")):

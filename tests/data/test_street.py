@@ -1,5 +1,6 @@
 """Cityscapes, CamVid and folders of image and mask pairs: trees, label values, and one sentence for each mistake."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +73,35 @@ def test_cityscapes_incomplete(tmp_path: Path, write: Write) -> None:
     (tmp_path / "gtFine").rmdir()
     with pytest.raises(DatasetNotFoundError, match="incomplete: the folder 'gtFine' is missing next to 'leftImg8bit'"):
         data.build("cityscapes", "train", train=True, root=tmp_path)
+
+
+def test_what_is_left_out_of_cityscapes_is_named_once(tmp_path: Path, write: Write) -> None:
+    labels = np.zeros((8, 16), np.uint8)
+    for split in ("train", "val"):
+        write_cityscapes(tmp_path, write, split, "ulm_1_2", labels)
+
+    def warned(split: str) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert len(data.build("cityscapes", split, train=False, root=tmp_path)) == 1
+        return [str(each.message) for each in caught]
+
+    # What the official tree holds beside the files that are read.
+    write(tmp_path / "gtFine/train/ulm/ulm_1_2_gtFine_color.png", labels)
+    (tmp_path / "gtFine/train/ulm/ulm_1_2_gtFine_polygons.json").write_text("{}")
+    (tmp_path / "leftImg8bit/train/ulm/._ulm_1_9_leftImg8bit.jpg").write_bytes(b"x")
+    assert warned("train") == []
+    write(tmp_path / "leftImg8bit/train/ulm/ulm_1_10_leftImg8bit.jpg", grey_image())
+    write(tmp_path / "leftImg8bit/train/ulm_1_3_leftImg8bit.png", grey_image())
+    write(tmp_path / "gtFine/train/ulm/ulm_1_4_gtFine_labelIds.png", labels)
+    (tmp_path / "leftImg8bit/train/ulm/ulm_1_9_leftImg8bit.heic").write_bytes(b"x")
+    (message,) = warned("train")
+    assert message.startswith(
+        f"4 files are left out in {tmp_path}: gtFine/train/ulm/ulm_1_4_gtFine_labelIds.png, "
+        "leftImg8bit/train/ulm/ulm_1_9_leftImg8bit.heic, leftImg8bit/train/ulm/ulm_1_10_leftImg8bit.jpg and 1 more; "
+        "an image must be leftImg8bit/train/CITY/FRAME_leftImg8bit.png"
+    )
+    assert warned("val") == []
 
 
 def test_cityscapes_wrong_label_and_split(tmp_path: Path, write: Write) -> None:

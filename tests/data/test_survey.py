@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,8 +76,48 @@ def test_one_jpeg_among_other_masks_does_not_decide_their_values(
     assert main(["data", "check", str(tmp_path)]) == (0 if is_right else 2)
     printed = capsys.readouterr().out
     assert ("--classes background,foreground --mask-values 0,255" in printed) == is_right
-    held = f"1 masks are JPEG, which changes values, and the others hold {', '.join(map(str, values))}; export them"
+    held = (
+        "1 masks have a lossy compression, which changes values, and the others hold "
+        f"{', '.join(map(str, values))}; export them"
+    )
     assert (held in printed) != is_right
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "lossy"),
+    [
+        (".jpg", {}, 3),
+        (".webp", {}, 3),
+        (".tif", {"compression": "jpeg"}, 3),
+        (".webp", {"lossless": True}, 0),
+        (".tif", {"compression": "tiff_lzw"}, 0),
+    ],
+)
+def test_masks_with_a_lossy_compression_are_those_that_training_takes_as_lossy(
+    tmp_path: Path, write: Write, suffix: str, options: dict[str, Any], lossy: int
+) -> None:
+    write_frames(tmp_path, write, DISC, suffix=suffix)
+    for number in range(3):
+        Image.fromarray(255 * DISC).save(tmp_path / f"masks/{number}{suffix}", **options)
+    found = survey(tmp_path)
+    assert found.lossy == lossy
+    assert found.mask_values == ("0", "255")
+    assert found.is_lossy_black_and_white == bool(lossy)
+    assert found.problems == []
+
+
+def test_masks_of_turned_tiff_images_have_the_size_of_the_upright_image(tmp_path: Path, write: Write) -> None:
+    exif = Image.Exif()
+    (tmp_path / "images").mkdir()
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        stored = np.full((48, 64, 3) if orientation < 5 else (64, 48, 3), orientation, np.uint8)
+        Image.fromarray(stored).save(tmp_path / f"images/{orientation}.tif", exif=exif)
+        write(tmp_path / f"masks/{orientation}.png", DISC)
+    found = survey(tmp_path)
+    assert found.problems == []
+    assert dict(found.sizes) == {(48, 64): 8}
+    assert found.turned == 7
 
 
 def test_what_needs_a_look_is_counted(tmp_path: Path, write: Write) -> None:

@@ -109,6 +109,17 @@ def test_the_same_draws_at_another_size_are_the_same_view(transform: TrainingTra
     assert min(others) > 4 * max(differences)
 
 
+def test_flips_at_another_size_take_the_label_at_the_centre_of_each_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(v2.RandomHorizontalFlip, "__init__", lambda self: v2.Transform.__init__(self))
+    monkeypatch.setattr(v2.RandomHorizontalFlip, "forward", lambda self, *pair: pair)
+    monkeypatch.setattr(v2.RandomVerticalFlip, "forward", lambda self, *pair: pair)
+    # A column of 9 labels in 3 pixels: their centres are those of labels 1, 4 and 7; `v2.Resize` takes 0, 3 and 6.
+    labels = torch.arange(9, dtype=torch.uint8)[:, None].expand(9, 6).contiguous()
+    moved_image, moved = flip_training().at((3, 2))(torch.zeros(3, 9, 6, dtype=torch.uint8), labels)
+    assert moved.tolist() == [[1, 1], [4, 4], [7, 7]]
+    assert moved_image.shape == (3, 3, 2)
+
+
 def test_a_transform_of_your_own_has_no_other_size() -> None:
     with pytest.raises(ValueError, match=r"resized must be given .* got None for \(64, 64\)"):
         TrainingTransform([]).at((64, 64))

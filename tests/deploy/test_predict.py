@@ -154,3 +154,19 @@ def test_pillow_images_are_read_as_their_files(tmp_path: Path) -> None:
         as_pixels(image)
     with pytest.raises(ValueError, match="image from Pillow must have 8 bits per channel"):
         as_pixels(Image.fromarray(wide))
+
+
+@pytest.mark.usefixtures("network")
+def test_images_that_cannot_be_read_do_not_keep_the_others_from_being_written(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("photos").mkdir()
+    whole = Path("photo.png").read_bytes()
+    for name, content in (("a", whole[:200]), ("b", whole), ("c", b"no image"), ("d", whole)):
+        Path(f"photos/{name}.png").write_bytes(content)
+    assert main(["predict", "run", "photos"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("sward predict: cannot read photos/a.png: the file is damaged or not an image")
+    assert said.endswith("(and 1 more images); the other 2 images are written\n")
+    masks = sorted(path.name for path in Path("run/predictions").rglob("*-mask.png"))
+    assert masks == ["b-mask.png", "d-mask.png"]

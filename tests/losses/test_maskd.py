@@ -234,6 +234,10 @@ def test_saved_masks_come_back_for_their_teacher_only(tmp_path: Path) -> None:
         load_masks(tmp_path / "masks.pt", teacher, "4")
     with pytest.raises(ValueError, match="learned on other teacher weights"):
         load_masks(tmp_path / "masks.pt", teacher_network(), "2")
+    masks.tokens.data[0, 0] = float("nan")
+    save_masks(tmp_path / "broken.pt", masks, teacher, "2")
+    with pytest.raises(ValueError, match=r"the masks in .*broken\.pt must be finite, got nan or infinity; learn them"):
+        load_masks(tmp_path / "broken.pt", teacher, "2")
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="holds no masks"):
         load_masks(tmp_path / "other.pt", teacher, "2")

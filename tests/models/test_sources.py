@@ -75,6 +75,11 @@ def test_a_function_of_the_current_folder() -> None:
         ("mine:number", {}, "must name a function or class of mine"),
         ("mine:text", {}, "must return an nn.Module, got str"),
         ("absent.module:f", {}, "must name a library .* or a Python module that can be imported from"),
+        (
+            "smp:Unet",
+            {"encoder_nam": "resnet18"},
+            "model 'smp:Unet' has no option 'encoder_nam'; its options are encoder_",
+        ),
         ("smp:Unett", {}, r"unknown model 'smp:Unett'; did you mean smp:Unet"),
         ("timm:convnext_tin", {}, r"unknown model 'timm:convnext_tin'; did you mean timm:convnext_tiny"),
         (
@@ -143,7 +148,7 @@ def test_weights_of_transformers_folders(
 _FOLDERS = {("segformer", 3): "all", ("segformer", 5): "trunk", ("dinov2", 2): "trunk", ("bare", 3): "none"}
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "encoder.", "trunk.", "module.net."])
 @pytest.mark.parametrize("under", [None, "model", "state_dict", "model_state_dict"])
 def test_weights_load_strictly_whatever_wraps_them(prefix: str, under: str | None, tmp_path: Path) -> None:
     source, target = Toy(3), Toy(3)

@@ -14,7 +14,7 @@ from sward.data import DatasetInfo
 from sward.reporting.card import write_card
 from sward.reporting.runs import group, read_runs
 from sward.training import run_folder
-from sward.training.run_folder import RunFolder
+from sward.training.run_folder import KeptData, RunFolder
 from tests.support.deployable import make_run, register
 
 INFO = DatasetInfo("two", ("background", "<script>x</script>"), ((0, 0, 0), (255, 255, 255)))
@@ -153,3 +153,22 @@ def test_runs_evaluations_and_exports_leave_a_card(tmp_path: Path, monkeypatch: 
     assert line in card
     assert main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "new.pt2"), "--check", "0"]) == 0
     assert "The file was not compared with PyTorch." in (tmp_path / "new.pt2.md").read_text(encoding="utf-8")
+
+
+def test_a_card_says_how_many_images_had_no_masks_and_where_the_teacher_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kept = KeptData(frames={"unlabelled": {"a": "1", "b": "2"}})
+    for name, teacher in (("random", TeacherConfig(untrained=True)), ("taught", TeacherConfig())):
+        config = DistillationConfig(preset="own", teacher=teacher, unlabelled=("photos",))
+        (tmp_path / "away" / name).mkdir(parents=True)
+        RunFolder(tmp_path / "away" / name).start(config, INFO, kept)
+    Path("runs/own/teacher").mkdir(parents=True)
+    RunFolder(Path("runs/own/teacher")).start(TeacherTrainingConfig(model="hiera_demo"), INFO)
+    random, taught = (sections(write_card(tmp_path / "away" / name)) for name in ("random", "taught"))
+    for card in (random, taught):
+        assert "- without masks: 2 images, of which the student learns from the teacher alone" in card["Data"]
+    assert "The teacher's weights were random." in random["Teacher and student"]
+    assert "Distilled with SWARD from hiera_demo." in taught["Teacher and student"]
+    assert "The run of the teacher has no scores." in taught["Teacher and student"]

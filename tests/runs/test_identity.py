@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from PIL import Image
 from sward import models
 from sward.cli.main import main
 from sward.config import DatasetConfig, DistillationConfig, TeacherConfig, TeacherTrainingConfig
-from sward.data import DatasetNotFoundError
+from sward.data import DatasetNotFoundError, fixed_root
 from sward.data.frames import PIECE, WHOLE, frame_sums
 from sward.runs import evaluate as evaluate_module
 from sward.runs import evaluate_run, evaluation_file, load, train_student, train_teacher
 from sward.training import checkpoints
+from sward.training.run_folder import RunFolder
 from tests.support.folder_data import build, write_pairs
-from tests.support.training_runs import contents, small
+from tests.support.training_runs import SMALL_SCENES, contents, small, teach
 
 
 def on_folder(root: Path, output: Path, **changes: Any) -> DistillationConfig:
@@ -287,6 +289,14 @@ def test_the_split_that_a_run_has_drawn_is_not_drawn_again(tmp_path: Path) -> No
         for changes in ({}, dict(split_by="60/20/20"), dict(split_by="60/20/20", root=tmp_path / "run/../data")):
             assert evaluate_run(tmp_path / "run", split="test", **changes).images == 2  # type: ignore[arg-type]
         assert evaluate_run(tmp_path / "run", split="test", split_by="80/10/10").images == 4
+        (tmp_path / "data").rename(tmp_path / "here")
+        (tmp_path / "other").mkdir()
+        for kind in ("images", "masks"):
+            (tmp_path / "other" / kind).mkdir()
+            shutil.copy(tmp_path / f"here/{kind}/train0.png", tmp_path / f"other/{kind}/x.png")
+        with pytest.raises(ValueError, match=r"'train\d', which does not exist; to score every .*, take --split all$"):
+            evaluate_run(tmp_path / "run", split="test", root=tmp_path / "other")
+        assert evaluate_run(tmp_path / "run", split="all", root=tmp_path / "other").images == 1
 
 
 def test_scores_on_images_that_were_trained_on_come_with_a_warning(trained: Path) -> None:
@@ -348,3 +358,80 @@ def test_weights_that_are_not_finite_are_refused_by_name(trained: Path) -> None:
     torch.save(state, path)
     with pytest.raises(ValueError, match=rf"{name} in .*best\.pt must be finite, got nan or infinity"):
         load.load_run(trained / "run")
+
+
+def test_a_run_is_not_resumed_on_weights_that_are_not_finite(tmp_path: Path) -> None:
+    options: dict[str, Any] = dict(distillation="none", iterations=4, checkpoint_every=2)
+    train_student(small(tmp_path / "run", **options))
+    last = RunFolder(tmp_path / "run").last
+    state = torch.load(last, weights_only=True)
+    name = next(iter(state["model"]))
+    state["model"][name].view(-1)[0] = float("inf")
+    torch.save(state, last)
+    options["iterations"] = 6
+    with pytest.warns(
+        UserWarning, match=rf"{name} in .*last\.pt must be finite, got nan .* from the previous checkpoint"
+    ):
+        train_student(small(tmp_path / "run", **options, resume=True))
+    assert torch.load(last, weights_only=True)["step"] == 6
+    for path in (last, RunFolder(tmp_path / "run").previous):
+        torch.save({**state, "step": 6}, path)
+    with pytest.raises(
+        ValueError, match=rf"{name} in .*previous\.pt must be finite, .* no earlier checkpoint to resume"
+    ):
+        train_student(small(tmp_path / "run", **{**options, "iterations": 8}, resume=True))
+
+
+def test_a_run_is_not_resumed_with_other_masks(tmp_path: Path) -> None:
+    teach(tmp_path, iterations=1)
+    teacher = TeacherConfig(run=tmp_path / "teacher", masks=tmp_path / "maskd.pt")
+    options: dict[str, Any] = dict(distillation="maskd", dataset=SMALL_SCENES, iterations=1)
+    train_student(small(tmp_path / "run", **options, teacher=teacher))
+    content = torch.load(tmp_path / "maskd.pt", weights_only=True)
+    content["state"]["tokens"] += 1
+    torch.save(content, tmp_path / "other.pt")
+    other = small(tmp_path / "run", **options, teacher=replace(teacher, masks=tmp_path / "other.pt"), resume=True)
+    refuse(other, "the masks must be that with which the run in .* began, got another one")
+    train_student(small(tmp_path / "run", **options, teacher=teacher, resume=True))
+
+
+def test_scores_of_an_unfinished_run_come_with_a_warning(trained: Path) -> None:
+    run = RunFolder(trained / "run")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate_run(run.path)
+    longer = json.loads(run.config.read_text())
+    longer["iterations"], longer["epochs"] = 400, None
+    run.config.write_text(json.dumps(longer))
+    with pytest.warns(UserWarning, match=r"the run in .*run is unfinished, at step \d+ of 400; finish it with the"):
+        evaluate_run(run.path)
+
+
+def test_masks_of_other_values_are_noticed_when_a_run_is_scored(trained: Path) -> None:
+    copy = write_pairs(trained / "other", val=2)
+    for path in (copy / "masks/val").iterdir():
+        values = np.asarray(Image.open(path))
+        Image.fromarray(np.where(values == 1, 255, 0).astype(np.uint8)).save(path)
+    with pytest.warns(
+        UserWarning, match=r"no mask of the split val holds class 1; .* pixels are 255, which means ignore"
+    ):
+        evaluate_run(trained / "run", root=copy)
+
+
+def test_a_run_without_a_root_remembers_where_its_data_was(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(trained)
+    monkeypatch.delenv("SWARD_DATA", raising=False)
+    config = on_folder(trained / "data", trained / "default")
+    config.dataset.root = None
+    train_student(config)
+    assert RunFolder(trained / "default").read()[0].dataset.root == trained / "data"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    evaluate_run(trained / "default")
+    # The variable says it each time, so that a run can be scored on another machine.
+    monkeypatch.setenv("SWARD_DATA", str(trained / "data"))
+    assert fixed_root("folder", None) is None
+    assert fixed_root("scenes", None) is None
+    assert fixed_root("folder", Path("x")) == tmp_path / "elsewhere/x"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -148,6 +149,19 @@ def test_a_list_names_images_relative_to_itself(images: Path, tmp_path: Path) ->
     listed.write_text("photos/b/1.png\nphotos/c/1.png\n", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*photos/c/1.png, which .*some.txt names"):
         UnlabelledImages([listed], scenes(), (32, 32), seed=0)
+
+
+def test_masks_in_the_folder_are_no_images(images: Path) -> None:
+    before = len(UnlabelledImages([images], scenes(), (32, 32), seed=0))
+    for name in ("masks/1.png", "deep/Labels/2.png", "a/1_mask.png"):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(images / "a/1.png", images / name)
+    with pytest.warns(UserWarning, match=r"3 files in .*are masks by their folder or name .*: a/1_mask, .*masks/1"):
+        found = UnlabelledImages([images], scenes(), (32, 32), seed=0)
+    assert len(found) == before
+    shutil.copy(images / "a/1.png", images / "a/other_mask.png")  # no image is called other
+    with pytest.warns(UserWarning, match="3 files in"):
+        assert len(UnlabelledImages([images], scenes(), (32, 32), seed=0)) == before + 1
 
 
 @pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0 JFIF", "a.png\n".encode("utf-16")], ids=["jpeg", "utf-16"])
@@ -498,7 +512,7 @@ def test_the_default_reaches_the_run(images: Path, tmp_path: Path, capsys: pytes
     # 7 images beside 18: four of each per step would show them two to three times as often.
     config = small(tmp_path / "run", iterations=2, unlabelled=(str(images),))
     train_student(config)
-    assert "unlabelled images per step: 1, beside 4 labelled ones" in capsys.readouterr().out
+    assert "unlabelled images: 7, 1 per step beside 4 labelled ones" in capsys.readouterr().out
     kept = RunFolder(tmp_path / "run").read()[0]
     assert kept.unlabelled_batch == 1
     assert differences(kept, config) == []
