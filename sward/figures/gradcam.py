@@ -37,7 +37,8 @@ def grad_cam(network: nn.Module, layer: str, image: Tensor, target: int, pixels:
         `[H, W]` fp32 from 0 to 1, upsampled bilinearly; all 0 if nothing at that layer supports the class.
 
     Raises:
-        ValueError: if the layer does not exist or the network has no such class.
+        ValueError: if the layer does not exist, its maps are no NCHW tensor that the logits depend on, or the network
+            has no such class.
     """
     network.eval()
     with torch.enable_grad(), FeatureTaps(network, [layer]) as taps:
@@ -50,7 +51,12 @@ def grad_cam(network: nn.Module, layer: str, image: Tensor, target: int, pixels:
         if pixels is None:
             predicted = logits[0].argmax(0) == target
             pixels = predicted if predicted.any() else torch.ones_like(predicted)
-        (gradient,) = torch.autograd.grad(logits[0, target][pixels].sum(), maps)
+        (gradient,) = torch.autograd.grad(logits[0, target][pixels].sum(), maps, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            f"layer must return maps [B, C, h, w] that the logits depend on, got {layer!r}, whose output is tokens, "
+            "channels last or not used"
+        )
     weights = gradient.mean(dim=(-2, -1), keepdim=True)
     activation = (weights * maps.detach()).sum(dim=1, keepdim=True).relu().float()
     activation = resize(activation, (image.shape[-2], image.shape[-1]))[0, 0]

@@ -1,5 +1,6 @@
 """The short options of a folder of one's own, and the whole way from its masks to a run."""
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -208,3 +209,88 @@ def test_task_losses_on_the_command_line(polyps: Path, tmp_path: Path, capsys: p
     assert "best mean_dice on validation" in capsys.readouterr().out
     (first, *_) = RunFolder(tmp_path / "run").records()
     assert first["task"] > 0
+
+
+def as_png(polyps: Path, pixels: np.ndarray, numbers: range = range(10)) -> None:
+    """Replace JPEG masks by PNG ones."""
+    for number in numbers:
+        (polyps / f"masks/{number}.jpg").unlink(missing_ok=True)
+        Image.fromarray(pixels).save(polyps / f"masks/{number}.png")
+
+
+LISTED = "frame_id,split\n" + "".join(f"{number},{'train' if number < 8 else 'val'}\n" for number in range(10))
+
+
+@pytest.mark.parametrize("command", ["train", "train-teacher", "train-masks"])
+def test_masks_of_0_and_255_never_train_without_a_foreground(
+    polyps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    as_png(polyps, 255 * DISC)
+    words = ["own", "--data", str(polyps), "--classes", "background,polyp", "--split", "80/10/10"]
+    words += {"train": ["--distillation", "none"], "train-teacher": ["--model-weights", "random"]}.get(
+        command, ["--method", "maskd"]
+    )
+    assert main([command, *words, "--output", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "class 'polyp' must be in at least one training mask" in error
+    assert "pass --mask-values 0,255 if they are polyp" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_without_foreground_has_a_score_and_best_weights(
+    polyps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_png(polyps, DISC)
+    as_png(polyps, 0 * DISC, range(8, 10))
+    (tmp_path / "list.csv").write_text(LISTED)
+    options = ["--classes", "background,polyp", "--split", str(tmp_path / "list.csv"), "--metric", "dice"]
+    with pytest.warns(
+        UserWarning, match="no mask of the split val holds polyp; its Dice is the share of images without"
+    ):
+        assert train(polyps, tmp_path / "run", *options) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert re.search(r"best dice on validation: \d+\.\d\d %", printed)
+    with pytest.warns(UserWarning, match="no mask of the split val holds polyp"):
+        assert main(["evaluate", str(tmp_path / "run")]) == 0
+    scores = json.loads((tmp_path / "run/evaluation-folder-val.json").read_text())
+    assert scores["dice"] in (0, 0.5, 1)  # an image without a prediction counts 1, one with a prediction 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (np.zeros((40, 47), np.uint8), "must have the size of"),
+        (7 * DISC, "7"),
+        (None, "cannot read"),
+    ],
+)
+def test_a_bad_validation_mask_ends_a_training_before_it_begins(
+    polyps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: np.ndarray | None, message: str
+) -> None:
+    as_png(polyps, DISC)
+    if damage is None:
+        (polyps / "masks/9.png").write_bytes((polyps / "masks/9.png").read_bytes()[:40])
+    else:
+        as_png(polyps, damage, range(9, 10))
+    (tmp_path / "list.csv").write_text(LISTED)
+    options = ["--classes", "background,polyp", "--split", str(tmp_path / "list.csv")]
+    assert train(polyps, tmp_path / "run", *options) == 2
+    error = capsys.readouterr().err.strip()
+    assert "masks/9.png" in error
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_data_is_gone_names_the_whole_path(
+    polyps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(polyps)
+    options = ["--classes", "background,polyp", "--mask-values", "0,255", "--split", "80/10/10"]
+    assert train(Path("."), tmp_path / "run", *options) == 0, capsys.readouterr().err
+    (tmp_path / "run").rename(tmp_path / "moved")
+    monkeypatch.chdir("/")
+    assert main(["evaluate", str(tmp_path / "moved")]) == 0
+    polyps.rename(tmp_path / "away")
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "moved")]) == 2
+    assert str(polyps) in capsys.readouterr().err

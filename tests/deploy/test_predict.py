@@ -170,3 +170,16 @@ def test_images_that_cannot_be_read_do_not_keep_the_others_from_being_written(
     assert said.endswith("(and 1 more images); the other 2 images are written\n")
     masks = sorted(path.name for path in Path("run/predictions").rglob("*-mask.png"))
     assert masks == ["b-mask.png", "d-mask.png"]
+
+
+@pytest.mark.usefixtures("network")
+def test_a_huge_photo_is_predicted_where_it_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # the photo has 6,300
+    words = ["predict", "run", "photo.png", "--tile", "32", "48"]
+    assert main(words) == 2
+    assert "image photo.png must have at most 2000 pixels" in capsys.readouterr().err
+    assert main([*words, "--allow-large"]) == 0
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert pixels_of("run/predictions/photo-mask.png").shape == (70, 90)

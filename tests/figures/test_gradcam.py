@@ -108,6 +108,25 @@ def test_what_speaks_against_the_class_is_nothing(image: Tensor) -> None:
     assert grad_cam(network, "0", image, 1).abs().max() == 0
 
 
+class ChannelsLast(nn.Module):
+    """A stage whose output is `[B, H, W, C]`, as those of Swin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = nn.Sequential(nn.Linear(3, 5))
+        self.head = nn.Conv2d(5, 3, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.stage(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+def test_a_layer_of_another_layout_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"layer must return maps \[B, C, h, w\] that .* got 'stage', whose output is tok"
+    ):
+        grad_cam(ChannelsLast(), "stage", torch.randn(3, 8, 12), 1)
+
+
 def test_an_unknown_class_is_refused(image: Tensor) -> None:
     with pytest.raises(ValueError, match="target must be one of the network's classes 0 to 2, got 3"):
         grad_cam(Tiny().double(), "features", image, 3)

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sward.cli.main import main
 from sward.config import DatasetConfig, DistillationConfig, TeacherConfig, TeacherTrainingConfig
 from sward.data import DatasetNotFoundError, fixed_root
 from sward.data.frames import PIECE, WHOLE, frame_sums
+from sward.reporting.runs import read_runs
 from sward.runs import evaluate as evaluate_module
 from sward.runs import evaluate_run, evaluation_file, load, train_student, train_teacher
 from sward.training import checkpoints
@@ -435,3 +437,51 @@ def test_a_run_without_a_root_remembers_where_its_data_was(
     assert fixed_root("folder", None) is None
     assert fixed_root("scenes", None) is None
     assert fixed_root("folder", Path("x")) == tmp_path / "elsewhere/x"
+
+
+def test_a_run_is_not_resumed_on_other_unlabelled_images(trained: Path) -> None:
+    photos = trained / "photos"
+    photos.mkdir()
+    for number in range(4):
+        shutil.copy(trained / f"data/images/train/train{number}.png", photos / f"{number}.png")
+    distilled: dict[str, Any] = dict(distillation="kd", teacher=TeacherConfig(name="hiera_demo", untrained=True))
+    config = on_folder(trained / "data", trained / "more", unlabelled=(str(photos),), **distilled)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train_student(config)
+        config.resume = True
+        repaint(photos / "2.png")
+        refuse(config, "got other files in unlabelled: the image of frame 'photos/2' has changed")
+
+
+def test_teachers_and_trunks_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
+    teach(tmp_path, iterations=1)
+    best = tmp_path / "teacher/checkpoints/best.pt"
+    state = torch.load(best, weights_only=True)
+    name = next(key for key in state["model"] if key.startswith("trunk."))
+    state["model"][name].view(-1)[0] = float("nan")
+    torch.save(state, best)
+    student = dict(distillation="kd", dataset=SMALL_SCENES, iterations=1)
+    for teacher in (TeacherConfig(run=tmp_path / "teacher"), TeacherConfig(name="hiera_demo", weights=best)):
+        with pytest.raises(ValueError, match=rf"{name} in .*best\.pt must be finite"):
+            train_student(small(tmp_path / "run", **student, teacher=teacher))
+    with pytest.raises(ValueError, match=rf"{name.removeprefix('trunk.')} in .*best\.pt must be finite"):
+        train_teacher(head_on(best, tmp_path / "head", tmp_path / "cache"))
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "head").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("frames.json", lambda folder: evaluate_run(folder / "run")),
+        ("labels.json", lambda folder: train_student(on_folder(folder / "data", folder / "run", resume=True))),
+        ("evaluation-folder-val.json", lambda folder: read_runs([folder / "run"])),
+    ],
+)
+def test_what_a_run_kept_of_its_data_is_named_if_damaged(trained: Path, name: str, read: Callable[[Path], Any]) -> None:
+    evaluate_run(trained / "run")
+    file = trained / "run" / name
+    file.write_text(file.read_text()[:20])
+    with pytest.raises(ValueError, match=rf"{name} is damaged"):
+        read(trained)
