@@ -60,8 +60,10 @@ def images_of(options: argparse.Namespace) -> dict[str, SegmentationDataset]:
     folder = {
         "root": options.data,
         "image_size": SIZE,
-        "split_by": options.split,
-        "folder_options": FolderOptions(options.classes.split(","), options.mask_values.split(",")),
+        "split_by": options.split or None,
+        "folder_options": FolderOptions(
+            options.classes.split(","), [value for value in options.mask_values.split(",") if value]
+        ),
     }
     train = data.build("folder", "train", train=True, **folder)
     test = data.build("folder", "test", train=False, **folder)
@@ -116,8 +118,8 @@ def main(words: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of images and masks, see docs/own_data.md")
     parser.add_argument("--classes", default="background,foreground")
-    parser.add_argument("--mask-values", default="0,255")
-    parser.add_argument("--split", default="80/10/10")
+    parser.add_argument("--mask-values", default="0,255", help="empty for masks of class indices")
+    parser.add_argument("--split", default="80/10/10", help="empty for a folder that has its splits")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--teacher-steps", type=int, default=600)
     parser.add_argument("--output", default="student.pt")

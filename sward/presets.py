@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from sward.config import (
@@ -59,8 +60,13 @@ def get(name: str) -> Preset:
     """Return a fresh copy of the preset `name`.
 
     Raises:
-        ValueError: if there is no such preset; the message lists near matches.
+        ValueError: if there is no such preset; the message lists near matches, or says how to go on with a run.
     """
+    if (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"preset must be a name or a configuration file, got the folder of a run, {name!r}; go on with that run by "
+            f"the command that began it and --resume, or by {name}/config.json --output {name} --resume"
+        )
     if name not in _PRESETS:
         near = difflib.get_close_matches(name, _PRESETS, n=3, cutoff=0.4) or names()
         raise ValueError(f"unknown preset {name!r}; did you mean {' or '.join(map(repr, near))}?")

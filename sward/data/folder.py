@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+EVERY_FRAME = "all"
+"""The split of every frame of a folder without splits."""
+
+
 @dataclass(frozen=True)
 class FolderOptions:
     """What a folder does not say about itself."""
@@ -167,7 +171,7 @@ def _assigned(
     pairs: list[Pair], assigned: dict[str, str], split: str, split_by: str | None, options: FolderOptions
 ) -> tuple[list[Pair], dict[str, str]]:
     """Return the frames of a split and frame -> split."""
-    if split == "all":
+    if split == EVERY_FRAME:
         return pairs, {}
     if split not in SPLITS:
         raise ValueError(f"split must be train, val, test or all for a folder without splits, got {split!r}")
@@ -197,10 +201,10 @@ def splits(root: Path, options: FolderOptions | None = None) -> list[str]:
         DatasetNotFoundError: there are none.
     """
     if root.is_file():
-        return ["all"]
+        return [EVERY_FRAME]
     options = options or FolderOptions()
     layout = find_layout(root, options.images, options.masks)
-    return layout.splits() if layout.has_splits else ["all"]
+    return layout.splits() if layout.has_splits else [EVERY_FRAME]
 
 
 def describe(num_classes: int | None, options: FolderOptions | None = None) -> DatasetInfo:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from sward import atomic, data
 from sward.config import DatasetConfig, TrainingConfig
-from sward.data import EvaluationTransform, SegmentationDataset
+from sward.data import EvaluationTransform, SegmentationDataset, folder
 from sward.data.check import count_labels, judge_evaluation
 from sward.data.files import PairedFiles
 from sward.data.frames import digest, frame_sums, known_images
@@ -92,9 +92,11 @@ def evaluate_run(
     try:
         images = build_split(config, split, train=False)
     except (ValueError, FileNotFoundError) as error:
-        if root is None or _same_folder(root, own.root) or split == "all":
+        if root is None or _same_folder(root, own.root) or split == folder.EVERY_FRAME:
             raise
-        raise type(error)(f"{error}; to score every frame of another folder, take --split all") from error
+        raise type(error)(
+            f"{error}; to score every frame of another folder, take --split {folder.EVERY_FRAME}"
+        ) from error
     if images.info.classes != info.classes:
         raise ValueError(
             f"dataset must have the classes of the run, {list(info.classes)}, "

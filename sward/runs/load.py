@@ -11,7 +11,7 @@ from torch import nn
 
 from sward import data, distributed, models
 from sward.config import DistillationConfig, MaskTrainingConfig, TrainingConfig
-from sward.data import DatasetInfo, SegmentationDataset
+from sward.data import DatasetInfo, SegmentationDataset, folder
 from sward.models.inputs import Renormalising
 from sward.training import checkpoints
 from sward.training.run_folder import RunFolder
@@ -48,10 +48,14 @@ def config_for_images(path: Path, config: TrainingConfig, root: Path | None = No
     """Return the configuration that finds the frames of the run in `path`, in `root` where it is given.
 
     A split that the run has drawn or read from a list holds, even if the folder of the data or the list has changed
-    since. `config` stays as it is.
+    since, but not in another folder that has splits of its own. `config` stays as it is.
     """
     split = RunFolder(path).split
     split_by = str(split) if split.exists() else config.dataset.split_by
+    if root not in (None, config.dataset.root) and config.dataset.name == "folder":
+        assert root is not None
+        if folder.splits(root, config.dataset.folder_options) != [folder.EVERY_FRAME]:
+            split_by = None
     dataset = dataclasses.replace(config.dataset, root=root or config.dataset.root, split_by=split_by)
     return dataclasses.replace(config, dataset=dataset)
 

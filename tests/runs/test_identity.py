@@ -299,6 +299,9 @@ def test_the_split_that_a_run_has_drawn_is_not_drawn_again(tmp_path: Path) -> No
         with pytest.raises(ValueError, match=r"'train\d', which does not exist; to score every .*, take --split all$"):
             evaluate_run(tmp_path / "run", split="test", root=tmp_path / "other")
         assert evaluate_run(tmp_path / "run", split="all", root=tmp_path / "other").images == 1
+        # A folder with splits of its own needs none of the run's.
+        write_pairs(tmp_path / "split", train=2, val=3)
+        assert evaluate_run(tmp_path / "run", split="val", root=tmp_path / "split").images == 3
 
 
 def test_scores_on_images_that_were_trained_on_come_with_a_warning(trained: Path) -> None:
@@ -485,3 +488,14 @@ def test_what_a_run_kept_of_its_data_is_named_if_damaged(trained: Path, name: st
     file.write_text(file.read_text()[:20])
     with pytest.raises(ValueError, match=rf"{name} is damaged"):
         read(trained)
+
+
+def test_a_run_named_as_a_preset_says_how_to_go_on_with_it(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained)
+    assert main(["train", "run", "--resume"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.endswith("or by run/config.json --output run --resume")
+    assert main(["train", "run/config.json", "--output", "run", "--resume", "--iterations", "3"]) == 0
+    assert torch.load(RunFolder(trained / "run").last, weights_only=True)["step"] == 3
