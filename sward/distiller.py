@@ -133,8 +133,8 @@ class Distiller(nn.Module):
         student_stages, teacher_stages = layers.paired(
             student_choice.stages,
             teacher_choice.stages,
-            student_named=student_layers is not None,
-            teacher_named=teacher_layers is not None,
+            student_named=method == "sward" and student_layers is not None,
+            teacher_named=method == "sward" and teacher_layers is not None,
         )
         student_choice = dataclasses.replace(student_choice, stages=student_stages)
         teacher_choice = dataclasses.replace(teacher_choice, stages=teacher_stages)

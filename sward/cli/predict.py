@@ -77,15 +77,19 @@ def predict_images(
             try:
                 image = predictor.read(path)
             except (ValueError, FileNotFoundError) as error:
-                unreadable.append(str(error))
+                unreadable.append(path)
+                if len(images) == 1:
+                    raise
+                print(error, file=sys.stderr)
             else:
                 name.parent.mkdir(parents=True, exist_ok=True)
                 yield from _predict(predictor, image, name, tile, overlap, values, probabilities)
             progress.advance()
     if unreadable:
-        more = f" (and {len(unreadable) - 1} more images)" if len(unreadable) > 1 else ""
-        done = len(images) - len(unreadable)
-        raise ValueError(f"{unreadable[0]}{more}" + (f"; the other {done} images are written" if done else ""))
+        raise ValueError(
+            f"every image must be readable, got {len(unreadable)} of {len(images)} that are not, such as "
+            f"{unreadable[0]}; the others are predicted"
+        )
 
 
 def _predict(

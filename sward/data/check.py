@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from sward import atomic, distributed
 from sward.data.files import PairedFiles
+from sward.data.folder import ImageFolder
 from sward.data.images import CorruptFileError, Header, check_depth, check_end, open_image, read_header, read_image
 from sward.data.sample import Pair, SegmentationDataset
 
@@ -205,11 +206,13 @@ def judge_evaluation(split: str, dataset: PairedFiles, found: LabelCounts) -> No
             f"ignore, in every pixel of {len(found.pixels)} masks"
         )
     ignored = found.pixels[:, -1].sum() / found.pixels.sum()
-    # Every class of a folder may have other values than its training masks; those of a published set have not.
-    mistaken = dataset.info.name == "folder" and ignored > 0
+    # Masks of 0 and 255 beside training masks of 0 and 1. Where values are stated any other one is an error, and the
+    # masks of published sets are all alike.
+    indices = isinstance(dataset, ImageFolder) and dataset.values is None
+    mistaken = indices and ignored > 0 and classes[-1] in absent
     cause = (
-        f"; {ignored:.0%} of the pixels are {dataset.info.ignore_index}, which means ignore: if they are {absent[-1]}, "
-        "its masks have other values than those of the training"
+        f"; {ignored:.0%} of the pixels are {dataset.info.ignore_index}, which means ignore: if they are meant to be "
+        f"{classes[-1]}, the masks of this split use other values than the training masks"
         if mistaken
         else ""
     )

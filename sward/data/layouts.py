@@ -114,7 +114,13 @@ class Layout:
         """Warn once of images and masks that lie beside the folders of the splits."""
         folders = {folder for split in self.splits() for folder in self._places(split)[:2]}
         above = {folder.parent for folder in folders if folders.isdisjoint(folder.parents)}
-        files = [path for folder in above for path in folder.iterdir() if may_hold_a_picture(path) and path.is_file()]
+        files = [
+            path
+            for folder in above
+            if folder.is_dir()
+            for path in folder.iterdir()
+            if may_hold_a_picture(path) and path.is_file()
+        ]
         loose = sorted((str(path.relative_to(self.folder)) for path in files), key=natural_order)
         if loose:
             warnings.warn(
@@ -293,7 +299,7 @@ def table_pairs(table: Path, images: str | None = None, masks: str | None = None
 
 def _is_mask(name: str, pattern: str) -> bool:
     before, *after = map(re.escape, pattern.split("{name}"))
-    return re.fullmatch(before + "(.*)" + r"\1".join(after), name) is not None
+    return re.fullmatch(before + "(?P<name>.*)" + "(?P=name)".join(after), name) is not None
 
 
 def _no_mask(image: Path, name: str, folder: Path, masks: dict[str, Path]) -> str:

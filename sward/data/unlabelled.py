@@ -177,15 +177,17 @@ def _pairs(source: Path) -> list[Pair]:
 
 def _without_masks(source: Path, images: dict[str, Path]) -> dict[str, Path]:
     """Leave out the masks of a folder that holds images and masks, and say so."""
+    suspected = {name for name in images if {part.lower() for part in Path(name).parts[:-1]} & set(MASK_FOLDERS)}
+    stems = {Path(name).name for name in images if name not in suspected}
     masks = [
         name
         for name in images
-        if {part.lower() for part in Path(name).parts[:-1]} & set(MASK_FOLDERS)
+        if (name in suspected and any(Path(name).name.removesuffix(end) in stems for end in SUFFIXES_OF_MASKS))
         or any(name.endswith(end) and name.removesuffix(end) in images for end in SUFFIXES_OF_MASKS if end)
     ]
     if masks:
         warnings.warn(
-            f"{len(masks)} files in {source} are masks by their folder or name and no unlabelled images: "
+            f"{len(masks)} files in {source} are left out, since their folder or name says that they are masks: "
             f"{shortened(masks)}",
             stacklevel=3,
         )

@@ -192,7 +192,7 @@ def typed_options(name: str, function: Callable[..., Any], options: Mapping[str,
     converted = {}
     for key, value in options.items():
         # A function that takes any option passes it on or ignores it; one letter off a name of its own is a mistake.
-        if key not in known and (not anything or difflib.get_close_matches(key, known, n=1, cutoff=0.85)):
+        if key not in known and (not anything or difflib.get_close_matches(key, known, n=1, cutoff=0.9)):
             raise ValueError(f"model {name!r} has no option {key!r}; its options are {', '.join(known)}")
         converted[key] = _typed(name, key, value, parameters.get(key))
     return converted

@@ -65,8 +65,8 @@ def distillation_pair(
     stages = layers.paired(
         settings.student_layers or student_layers.stages,
         settings.teacher_layers or teacher_layers.stages,
-        student_named=bool(settings.student_layers),
-        teacher_named=bool(settings.teacher_layers),
+        student_named=config.distillation == "sward" and bool(settings.student_layers),
+        teacher_named=config.distillation == "sward" and bool(settings.teacher_layers),
     )
     student_layers = dataclasses.replace(student_layers, stages=stages[0])
     teacher_layers = dataclasses.replace(teacher_layers, stages=stages[1])

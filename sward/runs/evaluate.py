@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from sward import atomic, data
 from sward.config import DatasetConfig, TrainingConfig
-from sward.data import EvaluationTransform, SegmentationDataset, folder
+from sward.data import EvaluationTransform, SegmentationDataset, folder, lists
 from sward.data.check import count_labels, judge_evaluation
 from sward.data.files import PairedFiles
 from sward.data.frames import digest, frame_sums, known_images
@@ -91,10 +91,13 @@ def evaluate_run(
     settings.split_by = split_by or settings.split_by
     try:
         images = build_split(config, split, train=False)
-    except (ValueError, FileNotFoundError) as error:
-        if root is None or _same_folder(root, own.root) or split == folder.EVERY_FRAME:
+    except ValueError as error:
+        if settings.split_by != str(RunFolder(path).split) or _same_folder(root or own.root, own.root):
             raise
-        raise type(error)(
+        if split not in lists.SPLITS:
+            raise
+        # The frames of the run's own split are not those of this folder.
+        raise ValueError(
             f"{error}; to score every frame of another folder, take --split {folder.EVERY_FRAME}"
         ) from error
     if images.info.classes != info.classes:

@@ -247,7 +247,7 @@ def _fit(
     teacher: FrozenTeacher | TeacherCache | None = None,
     weights: Mapping[str, str],
 ) -> TrainingResult:
-    """Train in the folder of the run; `weights` are checksums of networks that a resumed run must find again."""
+    """Train in the run's folder; `weights` are checksums of networks and masks that a resumed run must find again."""
     if config.sync_batch_norm:
         network = distributed.synchronise_batch_norm(network)
         loss = None if loss is None else distributed.synchronise_batch_norm(loss)

@@ -77,9 +77,12 @@ class TrainingState:
     def check_finite(self) -> None:
         """Raise a NonFiniteLossError if a weight is infinite or not a number, which no loss shows before the next step.
 
-        Waits for the device. All processes have the same weights.
+        Running statistics count too: a checkpoint with such tensors could not be resumed. Waits for the device. All
+        processes have the same weights.
         """
-        if not get_total_norm([parameter.detach() for parameter in self._parameters()]).isfinite():
+        held = self.model.state_dict()
+        learned = [held[name] for name in checkpoints.learned_names(self.model)]
+        if not get_total_norm([each.detach() for each in (*learned, *self._parameters())]).isfinite():
             raise NonFiniteLossError(
                 f"the weights after step {self.step} are not finite, although its loss is; earlier checkpoints are "
                 "kept; try a lower --optimizer.lr or --optimizer.clip-norm 1"

@@ -162,7 +162,7 @@ def test_masks_of_other_values_in_validation_are_noticed(polyps: Path, write: Wr
             polyps / f"masks/val/{number}.png", DISC * np.where(np.indices(DISC.shape)[1] < 8, 255, 1).astype(np.uint8)
         )
     with pytest.warns(
-        UserWarning, match=r"no mask of the split val holds class 2; \d+% of .*: if they are class 2, its"
+        UserWarning, match=r"no mask of the split val holds class 2; \d+% .*: if they are meant to be class 2,"
     ):
         check_splits({"val": build(polyps, "val", num_classes=3)})
     for number in range(2):

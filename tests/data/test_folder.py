@@ -580,3 +580,21 @@ def test_phone_photos_meet_their_masks_upright(tmp_path: Path, write: Write) -> 
     write(tmp_path / "masks/a.png", MASK)
     with pytest.raises(ValueError, match=r"8 x 12 pixels, got 12 x 8; the image is turned by its EXIF orientation"):
         build(tmp_path, "all")[0]
+
+
+def test_a_test_split_without_masks_does_not_keep_a_folder_from_training(tmp_path: Path, write: Write) -> None:
+    for split in ("train", "val", "test"):
+        write(tmp_path / f"{split}/img/1.png", np.zeros((8, 12, 3), np.uint8))
+        if split != "test":
+            write(tmp_path / f"{split}/gt/png/1.png", MASK)
+    options = FolderOptions(("a", "b"), images="{split}/img", masks="{split}/gt/png/{name}.png")
+    assert names(build(tmp_path, options=options)) == ["1"]
+
+
+def test_masks_may_repeat_the_name_before_a_digit(tmp_path: Path, write: Write) -> None:
+    write(tmp_path / "images/a.png", np.zeros((8, 12, 3), np.uint8))
+    for mask in ("a_a2", "b_b2", "b_c2"):
+        write(tmp_path / f"masks/{mask}.png", MASK)
+    options = FolderOptions(("a", "b"), images="images", masks="masks/{name}_{name}2.png")
+    with pytest.warns(UserWarning, match=r"1 masks? .*b_b2"):
+        assert names(build(tmp_path, split="all", options=options)) == ["a"]

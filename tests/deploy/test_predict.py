@@ -166,8 +166,12 @@ def test_images_that_cannot_be_read_do_not_keep_the_others_from_being_written(
         Path(f"photos/{name}.png").write_bytes(content)
     assert main(["predict", "run", "photos"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("sward predict: cannot read photos/a.png: the file is damaged or not an image")
-    assert said.endswith("(and 1 more images); the other 2 images are written\n")
+    assert "cannot read photos/a.png: the file is damaged or not an image" in said
+    assert "cannot read photos/c.png: the file is damaged or not an image" in said
+    assert said.splitlines()[-1] == (
+        "sward predict: every image must be readable, got 2 of 4 that are not, such as photos/a.png; the others are "
+        "predicted"
+    )
     masks = sorted(path.name for path in Path("run/predictions").rglob("*-mask.png"))
     assert masks == ["b-mask.png", "d-mask.png"]
 

@@ -156,12 +156,16 @@ def test_masks_in_the_folder_are_no_images(images: Path) -> None:
     for name in ("masks/1.png", "deep/Labels/2.png", "a/1_mask.png"):
         (images / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(images / "a/1.png", images / name)
-    with pytest.warns(UserWarning, match=r"3 files in .*are masks by their folder or name .*: a/1_mask, .*masks/1"):
+    with pytest.warns(
+        UserWarning, match=r"3 files in .* are left out, since their folder .* masks: a/1_mask, .*masks/1"
+    ):
         found = UnlabelledImages([images], scenes(), (32, 32), seed=0)
     assert len(found) == before
-    shutil.copy(images / "a/1.png", images / "a/other_mask.png")  # no image is called other
+    for name in ("a/other_mask.png", "a/gt/9.png"):  # no image is called other or 9
+        (images / name).parent.mkdir(exist_ok=True)
+        shutil.copy(images / "a/1.png", images / name)
     with pytest.warns(UserWarning, match="3 files in"):
-        assert len(UnlabelledImages([images], scenes(), (32, 32), seed=0)) == before + 1
+        assert len(UnlabelledImages([images], scenes(), (32, 32), seed=0)) == before + 2
 
 
 @pytest.mark.parametrize("content", [b"\xff\xd8\xff\xe0 JFIF", "a.png\n".encode("utf-16")], ids=["jpeg", "utf-16"])
