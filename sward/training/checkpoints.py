@@ -84,7 +84,8 @@ def load_newest(paths: Sequence[Path], learned: Collection[str] = ()) -> dict[st
     for path in paths:
         try:
             state = load(path)
-            check_finite({name: state["model"].get(name) for name in learned}, path)
+            if isinstance(state["model"], dict):  # what is none, `load_state_dict` refuses
+                check_finite({name: state["model"].get(name) for name in learned}, path)
         except FileNotFoundError:
             continue
         except ValueError as error:
