@@ -209,6 +209,8 @@ def test_sward_and_cwd_with_unlabelled_images() -> None:
         ("+ SWARD", "sward"),
         ("+ SWARD, windows of 4 pixels on the deepest map, which has 4x4", "sward-window-8-8-8-4"),
         ("+ SWARD, teacher features as they are", "sward-features-none"),
+        ("+ SWARD, with PDR", "sward-pdr"),
+        ("+ MasKD", "maskd"),
         ("+ CWD", "cwd"),
         ("+ CIRKD", "cirkd"),
         ("+ KD", "kd"),
