@@ -191,7 +191,8 @@ def _without_masks(source: Path, images: dict[str, Path]) -> dict[str, Path]:
             f"{shortened(masks)}",
             stacklevel=3,
         )
-    return {name: image for name, image in images.items() if name not in set(masks)}
+    left_out = set(masks)
+    return {name: image for name, image in images.items() if name not in left_out}
 
 
 def _listed(path: Path) -> dict[str, Path]:

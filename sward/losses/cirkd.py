@@ -115,9 +115,10 @@ class CIRKDLoss(TapComparison):
             ("region_queue_size", region_queue_size),
             ("pixel_keys", pixel_keys),
             ("region_keys", region_keys),
-            *((("max_pixels", max_pixels),) if max_pixels is not None else ()),
         ):
             require_count(name, count)
+        if max_pixels is not None:
+            require_count("max_pixels", max_pixels)
         check_implementation(implementation)
         super().__init__(
             (LOGITS, student_tap), (LOGITS, teacher_tap), (None, student_channels), (None, teacher_channels)

@@ -17,7 +17,7 @@ from sward.data.frames import digest, frame_sums, known_images
 from sward.deploy.network import DeployedNetwork
 from sward.deploy.tiles import TiledNetwork, check_tile
 from sward.evaluation import Evaluation, evaluate
-from sward.runs.load import build_split, choose_device, config_for_images, load_run, steps_of
+from sward.runs.load import build_split, choose_device, config_for_images, load_run, steps_of, warn_if_unfinished
 from sward.training import checkpoints
 from sward.training.progress import Progress
 from sward.training.run_folder import RunFolder, make_folder
@@ -92,9 +92,8 @@ def evaluate_run(
     try:
         images = build_split(config, split, train=False)
     except ValueError as error:
-        if settings.split_by != str(RunFolder(path).split) or _same_folder(root or own.root, own.root):
-            raise
-        if split not in lists.SPLITS:
+        elsewhere = not _same_folder(root or own.root, own.root)
+        if not (elsewhere and split in lists.SPLITS and settings.split_by == str(RunFolder(path).split)):
             raise
         # The frames of the run's own split are not those of this folder.
         raise ValueError(
@@ -105,7 +104,6 @@ def evaluate_run(
             f"dataset must have the classes of the run, {list(info.classes)}, "
             f"got {settings.name!r} with {list(images.info.classes)}"
         )
-    _warn_if_unfinished(RunFolder(path), config)
     if isinstance(images, PairedFiles):
         judge_evaluation(split, images, count_labels(images))
     stores = is_writable(path)
@@ -191,23 +189,17 @@ def is_writable(path: Path, *, warn: bool = True) -> bool:
     return True
 
 
-def _warn_if_unfinished(run: RunFolder, config: TrainingConfig) -> None:
-    progress, length = checkpoints.progress(run.last), steps_of(run, config)
-    if progress is not None and length is not None and progress[0] < length:
-        warnings.warn(
-            f"the run in {run.path} is unfinished, at step {progress[0]} of {length}; finish it with the command that "
-            "began it and --resume",
-            stacklevel=3,
-        )
-
-
 def _identity(
     run: RunFolder, config: TrainingConfig, images: SegmentationDataset, split: str, checkpoint: Literal["best", "last"]
 ) -> dict[str, str | None]:
-    """Return what the scores belong to, and warn of frames that the run was trained on."""
+    """Return what the scores belong to, and warn of an unfinished run and of frames that it was trained on."""
     settings = config.dataset
     sums = frame_sums(images)
     frames = run.read_frames()
+    progress = checkpoints.progress(run.last)
+    if progress is not None:
+        steps = steps_of(config, len(frames.get("train", {})))
+        warn_if_unfinished(f"the run in {run.path}", progress[0], steps, stacklevel=3)
     seen = known_images({**frames.get("train", {}), **frames.get("unlabelled", {})}, sums)
     if seen and split != "train":
         warnings.warn(

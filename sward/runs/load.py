@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -38,10 +39,18 @@ def load_run(
     return config, info, network.eval()
 
 
-def steps_of(run: RunFolder, config: TrainingConfig) -> int | None:
-    """Return the steps that a run was to take; None where there is no list of the images that its epochs pass over."""
-    images = len(run.read_frames().get("train", {}))
+def steps_of(config: TrainingConfig, images: int) -> int | None:
+    """Return the steps that a run was to take on its listed images; None where its epochs pass over unlisted ones."""
     return config.iterations or (config.steps(images) if images >= config.batch else None)
+
+
+def warn_if_unfinished(title: str, step: int, steps: int | None, *, stacklevel: int) -> None:
+    """Warn if a run has taken fewer steps than it was to take; `title` names it, such as `the run in runs/a`."""
+    if steps is not None and step < steps:
+        warnings.warn(
+            f"{title} is unfinished, at step {step} of {steps}; finish it with the command that began it and --resume",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def config_for_images(path: Path, config: TrainingConfig, root: Path | None = None) -> TrainingConfig:
@@ -52,11 +61,11 @@ def config_for_images(path: Path, config: TrainingConfig, root: Path | None = No
     """
     split = RunFolder(path).split
     split_by = str(split) if split.exists() else config.dataset.split_by
-    if root not in (None, config.dataset.root) and config.dataset.name == "folder":
-        assert root is not None
-        if folder.splits(root, config.dataset.folder_options) != [folder.EVERY_FRAME]:
-            split_by = None
-    dataset = dataclasses.replace(config.dataset, root=root or config.dataset.root, split_by=split_by)
+    where = root or config.dataset.root
+    if where is not None and where != config.dataset.root and config.dataset.name == "folder":
+        own_splits = folder.splits(where, config.dataset.folder_options) != [folder.EVERY_FRAME]
+        split_by = None if own_splits else split_by
+    dataset = dataclasses.replace(config.dataset, root=where, split_by=split_by)
     return dataclasses.replace(config, dataset=dataset)
 
 

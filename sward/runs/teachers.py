@@ -18,7 +18,7 @@ from sward.data import DatasetInfo, SegmentationDataset
 from sward.data.frames import frame_sums, known_images
 from sward.losses import LOGITS
 from sward.models.inputs import IMAGENET, Renormalising
-from sward.runs.load import load_run, say, say_statistics, steps_of
+from sward.runs.load import load_run, say, say_statistics, steps_of, warn_if_unfinished
 from sward.training import checkpoints
 from sward.training.run_folder import RunFolder
 
@@ -153,16 +153,11 @@ def introduce_teacher(run: RunFolder, config: DistillationConfig, train_set: Seg
     progress = checkpoints.progress(run.last)
     if progress is not None:
         step, score = progress
-        length = steps_of(run, trained)
+        length = steps_of(trained, len(frames))
         learned_from += f", step {step}" if length is None else f", step {step} of {length}"
         if math.isfinite(score):
             learned_from += f", best {trained.metric} on validation {100 * score:.2f} %"
-        if length is not None and step < length:
-            warnings.warn(
-                f"the teacher in {run.path} is unfinished, at step {step} of {length}; finish it with the command that "
-                "began it and --resume",
-                stacklevel=4,
-            )
+        warn_if_unfinished(f"the teacher in {run.path}", step, length, stacklevel=4)
     print(f"teacher: {learned_from}")
     if unusual:
         warnings.warn(

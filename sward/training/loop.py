@@ -186,8 +186,6 @@ def fit(
             stop = interruption.agreed() if logs or distributed.world_size() == 1 else None
             if logs or saves or validates or stop:
                 watch.check()
-            if saves or validates or stop:
-                state.check_finite()
             if logs:
                 record = log_record(state, output, gradient_norm, throughput, device)
                 if share is not None:
@@ -217,7 +215,6 @@ def _saving_on_error(state: TrainingState, run: RunFolder, watch: LossWatch) -> 
         # With several processes the others may not have failed, and saving needs all of them.
         if distributed.world_size() == 1 and state.step:
             watch.check()
-            state.check_finite()
             state.save(run)
         raise
 

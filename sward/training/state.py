@@ -63,7 +63,7 @@ class TrainingState:
         norm = None
         if measure or self.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            parameters = self._parameters()
+            parameters = [parameter for each in self.optimizer.param_groups for parameter in each["params"]]
             norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
             if self.clip_norm is not None:
                 clip_grads_with_norm_(parameters, self.clip_norm, norm)
@@ -74,7 +74,7 @@ class TrainingState:
         self.step += 1
         return norm
 
-    def check_finite(self) -> None:
+    def _check_finite(self) -> None:
         """Raise a NonFiniteLossError if a weight is infinite or not a number, which no loss shows before the next step.
 
         Running statistics count too: a checkpoint with such tensors could not be resumed. Waits for the device. All
@@ -82,21 +82,24 @@ class TrainingState:
         """
         held = self.model.state_dict()
         learned = [held[name] for name in checkpoints.learned_names(self.model)]
-        if not get_total_norm([each.detach() for each in (*learned, *self._parameters())]).isfinite():
+        if self.distillation is not None:
+            learned += [parameter.detach() for parameter in self.distillation.parameters()]
+        if not get_total_norm(learned).isfinite():
             raise NonFiniteLossError(
                 f"the weights after step {self.step} are not finite, although its loss is; earlier checkpoints are "
                 "kept; try a lower --optimizer.lr or --optimizer.clip-norm 1"
             )
-
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for each in self.optimizer.param_groups for parameter in each["params"]]
 
     def save(self, run: RunFolder, score: float | None = None) -> None:
         """Write the last checkpoint and keep the previous one; write the best one if `score` beats every earlier score.
 
         An undefined score (-inf) is below every other, but the newest of them is written while there is no better one.
         All processes must call this at the same steps; rank 0 writes.
+
+        Raises:
+            NonFiniteLossError: if a weight is not finite; nothing is written.
         """
+        self._check_finite()
         best = score is not None and (score > self.best_score or self.best_score == -math.inf)
         if best and score is not None:
             self.best_score = score
