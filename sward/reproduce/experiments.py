@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -133,6 +134,7 @@ class Table:
         return sorted(found.values(), key=lambda run: run.name != TEACHER)
 
 
+@functools.cache
 def teacher_of(preset: str) -> Run:
     """Return the run of the teacher of `preset`. Presets that differ only in their student share it."""
 

@@ -260,7 +260,7 @@ class Study:
         """Return the table with the best choice per row that has some; without rows whose choices are unfinished."""
         rows = []
         for row in table.rows:
-            scores = [self._validation_score(run) for run in row.choices]
+            scores = [self.validation_score(run, 0) for run in row.choices]
             if None in scores:
                 continue
             if scores:
@@ -271,12 +271,12 @@ class Study:
             rows.append(row)
         return dataclasses.replace(table, rows=tuple(rows))
 
-    def _validation_score(self, run: Run) -> float | None:
-        """Return the best validation score of the run with seed 0; None before it is finished."""
-        if self.cost(run, 0) is None:
+    def validation_score(self, run: Run, seed: int) -> float | None:
+        """Return the best validation score of the run; None before it is finished."""
+        if self.cost(run, seed) is None:
             return None
-        metric = self.config(run, 0).metric
-        scores = [record["validation"][metric] for record in self.folder(run, 0).records() if "validation" in record]
+        metric = self.config(run, seed).metric
+        scores = [record["validation"][metric] for record in self.folder(run, seed).records() if "validation" in record]
         return max((score for score in scores if score is not None), default=0.0)
 
     def cost(self, run: Run, seed: int) -> Cost | None:

@@ -7,7 +7,6 @@ import functools
 import json
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
@@ -19,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.distributed import TCPStore
 
 from sward import data, methods
 from sward.config import (
@@ -151,12 +151,21 @@ def start_two(config: DistillationConfig, killed_at: Mapping[int, int] | None = 
 
 
 def group_of_two() -> list[dict[str, str]]:
-    """Return the variables that torchrun sets for each of two processes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    """Return the variables that torchrun sets for each of two processes, whose store this process serves."""
+    # Open from here on: a port that is only found free now can be taken before rank 0 opens it.
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    _STORES.append(store)
+    group = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+
+
+_STORES: list[TCPStore] = []
+"""Of the groups so far; a store that nothing refers to is closed."""
 
 
 def _train(config: DistillationConfig, killed_at: int | None, environment: Mapping[str, str]) -> None:
