@@ -105,11 +105,11 @@ def run(
         say: called with one line whenever a run is finished.
 
     Raises:
-        ValueError: if `seeds` or `processes` is below 1.
+        ValueError: if `seeds`, `iterations` or `processes` is below 1.
         ModuleNotFoundError: if a package for ONNX is not installed.
     """
-    for name, value in (("seeds", seeds), ("processes", processes)):
-        if value < 1:
+    for name, value in (("seeds", seeds), ("iterations", iterations), ("processes", processes)):
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     require_onnx()
     teacher, alone, distilled = _configurations(output, seeds, iterations)

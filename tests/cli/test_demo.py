@@ -102,8 +102,8 @@ def test_a_second_demo_has_the_same_scores_with_any_number_of_processes(
     assert len({score for row in first.rows for score in row.mean_iou}) == 5
 
 
-@pytest.mark.parametrize("name", ["seeds", "processes"])
-def test_no_seeds_or_processes_are_refused_before_any_work(
+@pytest.mark.parametrize("name", ["seeds", "iterations", "processes"])
+def test_no_seeds_steps_or_processes_are_refused_before_any_work(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["demo", f"--{name}", "0", "--output", str(tmp_path / "demo")]) == 2
