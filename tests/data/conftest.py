@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,7 @@ import pytest
 from PIL import Image
 
 from sward.data import packing
-
-Write = Callable[[Path, np.ndarray], None]
+from tests.support.polyp_folder import Write, write_frame
 
 
 def save(path: Path, values: np.ndarray) -> None:
@@ -49,3 +47,12 @@ def root(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> Path:
             write(tmp_path / f"set/images/{split}/{number}.png", rng.integers(0, 256, (height, width, 3), np.uint8))
             write(tmp_path / f"set/masks/{split}/{number}.png", rng.integers(0, 3, (height, width), np.uint8))
     return tmp_path / "set"
+
+
+@pytest.fixture
+def unsplit(tmp_path: Path, write: Write) -> Path:
+    """Twenty frames of four patients in one folder, masks of 0 and 255."""
+    for number in range(20):
+        name = f"p{number % 4}_{number}.png"
+        write_frame(write, tmp_path / "images" / name, tmp_path / "masks" / name, number)
+    return tmp_path

@@ -2,7 +2,6 @@
 
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,8 @@ from sward.data import check
 from sward.data.check import check_splits, count_labels, find_copies
 from sward.data.files import PairedFiles
 from tests.support.folder_data import damage
+from tests.support.polyp_folder import Write
 
-Write = Callable[[Path, np.ndarray], None]
 DISC = (np.hypot(*(np.indices((16, 24)) - 8)) < 5).astype(np.uint8)
 
 

@@ -1,7 +1,6 @@
 """Pairs of image files: files that are left out or cannot be read, other Unicode, and training views that repeat."""
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,7 @@ from sward.data import CorruptFileError
 from sward.data.files import list_images, stored
 from sward.data.unlabelled import UnlabelledImages
 from tests.support.folder_data import build, damage
-
-Write = Callable[[Path, np.ndarray], None]
+from tests.support.polyp_folder import Write
 
 
 @pytest.mark.parametrize("kind", ["images", "masks"])

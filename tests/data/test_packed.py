@@ -3,7 +3,6 @@
 import os
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,7 @@ from torch.utils.data import DataLoader
 from sward import data
 from sward.data.packed import FOLDER
 from tests.support.folder_data import assert_same_samples, build, contents, pack
-
-Write = Callable[[Path, np.ndarray], None]
+from tests.support.polyp_folder import Write
 
 
 def test_pack_is_what_is_read(root: Path) -> None:

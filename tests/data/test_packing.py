@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,8 @@ from sward.data import CorruptFileError, packed, packing
 from sward.data.packed import FOLDER, Index
 from tests.support.executed_lines import count_lines, killed_at_line
 from tests.support.folder_data import assert_same_samples, build, contents, damage, pack
+from tests.support.polyp_folder import Write
 from tests.support.real_data import real_data_root
-
-Write = Callable[[Path, np.ndarray], None]
 
 
 def test_packed_samples_are_the_decoded_ones_bit_for_bit(root: Path) -> None:

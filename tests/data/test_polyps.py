@@ -3,7 +3,6 @@
 import csv
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,9 @@ import torch
 from sward import data
 from sward.data import DatasetNotFoundError
 from sward.data.polyps import SPLITS
+from tests.support.polyp_folder import Write
 from tests.support.real_data import real_data_root
 
-Write = Callable[[Path, np.ndarray], None]
 TABLES = Path(data.__file__).parent / "splits"
 
 

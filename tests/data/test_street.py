@@ -1,7 +1,6 @@
 """Cityscapes, CamVid and folders of image and mask pairs: trees, label values, and one sentence for each mistake."""
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,8 @@ from PIL import Image
 from sward import data
 from sward.data import DatasetNotFoundError
 from sward.data.cityscapes import INFO, TRAIN_IDS
+from tests.support.polyp_folder import Write
 from tests.support.real_data import real_data_root
-
-Write = Callable[[Path, np.ndarray], None]
 
 
 def grey_image(height: int = 8, width: int = 16) -> np.ndarray:

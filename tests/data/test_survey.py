@@ -1,7 +1,6 @@
 """`sward data check`: what it finds in a folder, and the command that it prints."""
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ from sward.cli.main import main
 from sward.data.survey import count_values, survey
 from sward.training.run_folder import RunFolder
 from tests.support.folder_data import wide_png
+from tests.support.polyp_folder import Write
 
-Write = Callable[[Path, np.ndarray], None]
 DISC = (np.hypot(*(np.indices((48, 64)) - 24)) < 15).astype(np.uint8)
 
 
