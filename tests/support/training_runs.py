@@ -64,6 +64,12 @@ def small(output: Path, **changes: Any) -> DistillationConfig:
     return config
 
 
+def on_folder(root: Path, output: Path, **changes: Any) -> DistillationConfig:
+    """Two steps of the student alone on a folder that `write_pairs` wrote."""
+    dataset = DatasetConfig(name="folder", root=root, image_size=(32, 32), num_classes=2)
+    return small(output, **dict(dataset=dataset, batch=2, iterations=2, distillation="none") | changes)
+
+
 def small_cirkd(
     pair: methods.DistillationPair, terms: tuple[float, float, float, float] = (1.0, 1.0, 0.1, 0.1)
 ) -> DistillationLoss:
