@@ -73,8 +73,8 @@ class DatasetConfig:
     classes: tuple[str, ...] = ()
     """For a `folder`, the names of the classes (short: `--classes background,polyp`)."""
     mask_values: tuple[str, ...] = ()
-    """For a `folder`, the value of each class in the mask files, numbers or `#rrggbb` (short: `--mask-values 0,255`);
-    empty means 0, 1, 2, ..., and 255 for pixels to ignore."""
+    """For a `folder`, the value of each class in the mask files, numbers, ranges (`0-127,128-255`) or `#rrggbb` (short:
+    `--mask-values 0,255`); empty means 0, 1, 2, ..., and 255 for pixels to ignore."""
     ignore_values: tuple[str, ...] = ()
     """For a `folder` with `mask_values`, the values of pixels to ignore (short: `--ignore-values`)."""
     images: str | None = None

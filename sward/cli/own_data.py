@@ -65,7 +65,7 @@ def print_check(options: DataCheck) -> None:
         ValueError: something stands in the way of a training; all of it is printed first.
     """
     from sward.data.files import shortened
-    from sward.data.survey import survey
+    from sward.data.survey import SOFT_BLACK_AND_WHITE, survey
 
     found = survey(options.folder, images=options.images, masks=options.masks)
     total = max(sum(found.values.values()), 1)
@@ -77,6 +77,14 @@ def print_check(options: DataCheck) -> None:
     print(f"mask values: {shortened(values, 8)}")
     if found.lossy:
         print(f"lossy masks: {found.lossy}; a pixel takes the nearest class")
+    if found.between_black_and_white:
+        meaning = (
+            "128 and above count as foreground"
+            if found.is_soft_black_and_white
+            else "if these are no classes but soft edges, train with --classes background,foreground --mask-values "
+            + ",".join(SOFT_BLACK_AND_WHITE)
+        )
+        print(f"grey:        {found.between_black_and_white:.2%} of the pixels lie between 0 and 255; {meaning}")
     if found.turned:
         print(f"turned:      {found.turned} images have an EXIF orientation; it is applied, also to their masks")
     if found.wide:

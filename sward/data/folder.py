@@ -34,7 +34,8 @@ class FolderOptions:
     classes: Sequence[str] = ()
     """Names of the classes; empty names them by number."""
     mask_values: Sequence[str] = ()
-    """Value of each class in the mask files, as numbers or `#rrggbb`; empty takes 0, 1, 2, ... and 255 to ignore."""
+    """Value of each class in the mask files, as numbers, ranges (`128-255`) or `#rrggbb`; empty takes 0, 1, 2, ... and
+    255 to ignore."""
     ignore_values: Sequence[str] = ()
     """Values of pixels to ignore."""
     images: str | None = None

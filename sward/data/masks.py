@@ -1,13 +1,14 @@
 """Read mask files as class indices.
 
-A mask is an index image (1-bit, 8, 16 or 32-bit grey, or palette) or a colour image. `MaskValues` says which value or
-colour stands for which class. Lossless masks must hold these values exactly. Lossy ones (JPEG, lossy WebP) take the
-nearest, which needs values that lie far apart. Masks with transparent pixels are refused: the values that such pixels
-hold are not what a viewer shows.
+A mask is an index image (1-bit, 8, 16 or 32-bit grey, or palette) or a colour image. `MaskValues` says which value,
+range of values or colour stands for which class. Lossless masks must hold these values exactly. Lossy ones (JPEG, lossy
+WebP) take the nearest, which needs values that lie far apart. Masks with transparent pixels are refused: the values
+that such pixels hold are not what a viewer shows.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ UNCLEAR_SHARE = 0.1
 """Largest share of pixels of a lossy mask that may lie farther from every value than `TOLERANCE`."""
 
 _COLOUR = re.compile("#[0-9a-fA-F]{6}")
+_NUMBERS = re.compile(r"([0-9]+)(?:-([0-9]+))?")
 
 
 @dataclass(frozen=True)
@@ -38,22 +40,28 @@ class MaskValues:
     """Which values of a mask file stand for which class.
 
     Raises:
-        ValueError: a value is neither a whole number nor `#rrggbb`, both kinds are mixed, or one is given twice.
+        ValueError: a value is neither a whole number, a range of them nor `#rrggbb`, kinds are mixed, or one is given
+            twice.
     """
 
     classes: tuple[str, ...]
-    """The value of each class, in the order of the classes: numbers such as `"255"`, or colours such as `"#ff0000"`."""
+    """The value of each class, in the order of the classes: numbers such as `"255"`, ranges such as `"128-255"`, or
+    colours such as `"#ff0000"`."""
     ignore: tuple[str, ...] = ()
     """Values of pixels that no loss and no metric looks at."""
 
     def __post_init__(self) -> None:
         everything = [*self.classes, *self.ignore]
-        wrong = [value for value in everything if not (value.isdecimal() or _COLOUR.fullmatch(value))]
+        wrong = [value for value in everything if not (_NUMBERS.fullmatch(value) or _COLOUR.fullmatch(value))]
         if wrong:
-            raise ValueError(f"mask values must be whole numbers or #rrggbb, got {wrong[0]!r}")
+            raise ValueError(f"mask values must be whole numbers, ranges such as 128-255 or #rrggbb, got {wrong[0]!r}")
         if len({value.startswith("#") for value in everything}) > 1:
             raise ValueError(f"mask values must be all numbers or all colours, got {', '.join(everything)}")
-        if len(set(self.numbers())) < len(everything):
+        for (low, high), value in zip(self.ranges(), everything):
+            if low > high:
+                raise ValueError(f"a range of mask values must go from the lower to the higher one, got {value!r}")
+        ordered = sorted(self.ranges())
+        if any(above <= high for (_, high), (above, _) in itertools.pairwise(ordered)):
             raise ValueError(f"mask values must differ from each other, got {', '.join(everything)}")
 
     @property
@@ -64,14 +72,16 @@ class MaskValues:
     @property
     def palette(self) -> tuple[tuple[int, int, int], ...]:
         """The colours of the classes, where the values are colours."""
-        return tuple((colour >> 16, colour >> 8 & 255, colour & 255) for colour in self.numbers()[: len(self.classes)])
+        return tuple(
+            (colour >> 16, colour >> 8 & 255, colour & 255) for colour, _ in self.ranges()[: len(self.classes)]
+        )
 
-    def numbers(self) -> list[int]:
-        """Return the values of classes and then of ignored pixels as numbers, colours as 0xRRGGBB."""
-        return [int(value[1:], 16) if value[0] == "#" else int(value) for value in (*self.classes, *self.ignore)]
+    def ranges(self) -> list[tuple[int, int]]:
+        """Return the lowest and highest value of each class and then of ignored pixels, colours as 0xRRGGBB."""
+        return [_range(value) for value in (*self.classes, *self.ignore)]
 
     def labels(self) -> list[int]:
-        """Return the label of each of `numbers`."""
+        """Return the label of each of `ranges`."""
         return [*range(len(self.classes)), *[IGNORE_INDEX] * len(self.ignore)]
 
     def decode(self, mask: Image, path: Path) -> NDArray[np.uint8]:
@@ -90,28 +100,30 @@ class MaskValues:
             starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
             values = flat[starts]
             places = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, flat.size))).reshape(found.shape)
-        lossy = bool(lossy_compression(mask))
+        # Ranges say themselves where one class ends.
+        lossy = bool(lossy_compression(mask)) and all(low == high for low, high in self.ranges())
         labels, unknown = self._nearest(values, path) if lossy else self._exact(values)
         wrong = unknown[places]
         if wrong.any() and (not lossy or wrong.mean() > UNCLEAR_SHARE):
             where = f" in {wrong.mean():.0%} of its pixels" if lossy else ""
+            soft = "" if lossy or self.are_colours else ", or ranges such as 128-255 where edges are soft"
             raise ValueError(
                 f"values of mask {path} must be {', '.join((*self.classes, *self.ignore))}, got "
                 f"{list_values(found[wrong], colours=self.are_colours)}{where}; name every value with --mask-values "
-                "and --ignore-values"
+                f"and --ignore-values{soft}"
             )
         return labels[places]
 
     def _exact(self, values: NDArray[np.integer]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """Return the label of each value, and whether it is none of `numbers`."""
-        wanted = np.array(self.numbers())
-        order = np.argsort(wanted)
-        chosen = order[np.searchsorted(wanted, values, sorter=order).clip(max=len(wanted) - 1)]
-        return np.array(self.labels(), np.uint8)[chosen], wanted[chosen] != values
+        """Return the label of each value, and whether it is in none of `ranges`."""
+        low, high = np.array(self.ranges()).T
+        order = np.argsort(low)
+        chosen = order[(np.searchsorted(low, values, side="right", sorter=order) - 1).clip(min=0)]
+        return np.array(self.labels(), np.uint8)[chosen], (values < low[chosen]) | (values > high[chosen])
 
     def _nearest(self, values: NDArray[np.integer], path: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """Return the label of the nearest of `numbers` to each value, and whether it is farther than `TOLERANCE`."""
-        wanted = np.array(self.numbers())
+        """Return the label of the nearest of `ranges` to each value, and whether it is farther than `TOLERANCE`."""
+        wanted = np.array([low for low, _ in self.ranges()])
         points, given = (_channels(each) if self.are_colours else each[..., None] for each in (wanted, values))
         gaps = np.abs(points[:, None] - points).max(-1)[~np.eye(len(points), dtype=bool)]
         if gaps.min() < LEAST_GAP:
@@ -213,6 +225,14 @@ def list_values(values: NDArray[np.generic], *, colours: bool = False, most: int
 def parse_values(values: Iterable[str]) -> tuple[str, ...]:
     """Split `"0,255"` at commas and strip spaces; `"0"`, `"255"` stay as they are."""
     return tuple(part.strip() for value in values for part in value.split(",") if part.strip())
+
+
+def _range(value: str) -> tuple[int, int]:
+    """Return the lowest and highest number that a value of `MaskValues` means."""
+    numbers = _NUMBERS.fullmatch(value)
+    if numbers is None:
+        return int(value[1:], 16), int(value[1:], 16)
+    return int(numbers[1]), int(numbers[2] or numbers[1])
 
 
 def _channels(values: NDArray[np.integer]) -> NDArray[np.integer]:

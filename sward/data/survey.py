@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 BLACK_AND_WHITE = ("0", "255")
+SOFT_BLACK_AND_WHITE = ("0-127", "128-255")
 MOST_CLASSES = 32
 """With more values than this, a mask is a photo or has soft edges, not classes."""
 
@@ -98,9 +99,26 @@ class Survey:
         has_colours = any(value.startswith("#") for value in self.values)
         return bool(self.lossy) and self.exact <= set(BLACK_AND_WHITE) and not has_colours
 
+    @property
+    def between_black_and_white(self) -> float:
+        """Share of pixels between 0 and 255 in exact grey masks that hold both, if so few that they may be soft edges;
+        0 otherwise."""
+        numbers = [value for value in self.values if value.isdecimal() and int(value) <= 255]
+        if self.lossy or len(numbers) < len(self.values) or not set(BLACK_AND_WHITE) <= set(numbers):
+            return 0.0
+        share = 1 - sum(self.values[value] for value in BLACK_AND_WHITE) / self.values.total()
+        return share if share <= UNCLEAR_SHARE else 0.0
+
+    @property
+    def is_soft_black_and_white(self) -> bool:
+        """Whether these pixels can only be soft edges: they have too many values for classes."""
+        return self.between_black_and_white > 0 and len(self.values) > MOST_CLASSES
+
     def _distinct(self) -> list[str]:
         if self.is_lossy_black_and_white:
             return list(BLACK_AND_WHITE)
+        if self.is_soft_black_and_white:
+            return list(SOFT_BLACK_AND_WHITE)
         return sorted(self.values, key=_order)
 
 
@@ -230,10 +248,10 @@ def _judge(found: Survey) -> list[str]:
             f"{found.lossy} masks have a lossy compression, which changes values, and the others hold "
             f"{shortened(sorted(found.exact, key=_order), 8)}; export them all as PNG"
         )
-    elif len(found.values) > MOST_CLASSES:
+    elif len(found.values) > MOST_CLASSES and not found.is_soft_black_and_white:
         problems.append(
             f"the masks must have at most {MOST_CLASSES} values to suggest classes, got {len(found.values)}; name the "
-            "classes' values with --mask-values"
+            "classes' values with --mask-values, or ranges of them such as 0-127,128-255"
         )
     if len(found.classes) < 2 and not problems:
         problems.append(f"the masks must have two values at least, got {', '.join(found.values) or 'none'}")

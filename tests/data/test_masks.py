@@ -117,6 +117,24 @@ def test_jpeg_masks_take_the_nearest_of_values_far_apart(tmp_path: Path) -> None
     assert (decode(COLOURED, colourful, tmp_path / "d.jpg", quality=95) == DISC).mean() > 0.98
 
 
+def test_ranges_say_where_soft_edges_belong(tmp_path: Path) -> None:
+    values = MaskValues(("0-127", "130-255"), ignore=("128-129",))
+    mask = np.array([[0, 1, 127, 128], [129, 130, 200, 255]], np.uint8)
+    expected = [[0, 0, 0, 255], [255, 1, 1, 1]]
+    assert decode(values, Image.fromarray(mask), tmp_path / "a.png").tolist() == expected
+    assert decode(values, Image.fromarray(mask).convert("RGB"), tmp_path / "b.png").tolist() == expected
+    above = MaskValues(("128-65535", "0-127"))
+    assert decode(above, Image.fromarray(mask.astype(np.uint16) * 257), tmp_path / "c.png").tolist() == [
+        [1, 0, 0, 0],
+        [0, 0, 0, 0],
+    ]
+    with pytest.raises(ValueError, match=r"must be 1-127, 128-254, got 0, 255; name every value .*, or ranges such as"):
+        decode(MaskValues(("1-127", "128-254")), Image.fromarray(mask), tmp_path / "d.png")
+    # The border that a range names is the border in JPEG files too.
+    disc = Image.fromarray(110 * DISC)
+    assert (decode(MaskValues(("0-55", "56-255")), disc, tmp_path / "e.jpg", quality=95) == DISC).all()
+
+
 FIVE = np.arange(5, dtype=np.uint8).repeat(16)[None].repeat(64, 0)
 """Five classes in stripes of 16 x 64 pixels."""
 NO_EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"
@@ -294,7 +312,10 @@ def test_values_that_are_not_whole_numbers_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("classes", "ignore", "message"),
     [
-        (("0", "x"), (), "must be whole numbers or #rrggbb, got 'x'"),
+        (("0", "x"), (), "must be whole numbers, ranges such as 128-255 or #rrggbb, got 'x'"),
+        (("0", "1-x"), (), "got '1-x'"),
+        (("0-100", "100-255"), (), "must differ from each other"),
+        (("0", "255-128"), (), "must go from the lower to the higher one, got '255-128'"),
         (("0", "#ff0000"), (), "must be all numbers or all colours"),
         (("0", "1"), ("1",), "must differ from each other"),
         (("#FF0000", "#ff0000"), (), "must differ from each other"),

@@ -15,6 +15,9 @@ from tests.support.folder_data import wide_png
 from tests.support.polyp_folder import Write
 
 DISC = (np.hypot(*(np.indices((48, 64)) - 24)) < 15).astype(np.uint8)
+RADII = np.hypot(*(np.indices((48, 64)) - np.array([23.3, 31.7])[:, None, None]))
+SOFT = np.clip(128 + 150 * (15 - RADII), 0, 255).astype(np.uint8)
+"""A disc with an edge of more grey values than there may be classes."""
 
 
 def write_frames(root: Path, write: Write, mask: np.ndarray, *, suffix: str = ".png", count: int = 3) -> None:
@@ -32,6 +35,7 @@ def write_frames(root: Path, write: Write, mask: np.ndarray, *, suffix: str = ".
         (np.where(DISC == 0, 255, 2 - DISC[::-1]).astype(np.uint8), ".png", "--classes class0,class1,class2 --mask-v"),
         (np.stack([200 * DISC, 0 * DISC, 0 * DISC], -1), ".png", "--mask-values '#000000,#c80000'"),
         (7 * DISC, ".png", "--mask-values 0,7"),
+        (SOFT, ".png", "--classes background,foreground --mask-values 0-127,128-255 --split 80/10/10"),
     ],
 )
 def test_the_command_names_the_values(
@@ -171,6 +175,36 @@ def test_problems_are_printed_and_fail_the_command(
     write_frames(tmp_path, write, np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1)))
     assert main(["data", "check", str(tmp_path)]) == 2
     assert "must have at most 32 values to suggest classes, got 64" in capsys.readouterr().out
+
+
+def test_grey_between_black_and_white_is_pointed_out(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_frames(tmp_path / "soft", write, SOFT)
+    assert main(["data", "check", str(tmp_path / "soft")]) == 0
+    share = np.isin(SOFT, [0, 255], invert=True).mean()
+    assert f"grey:        {share:.2%} of the pixels lie between 0 and 255; 128 and above" in capsys.readouterr().out
+    three = 255 * DISC
+    three[:2] = 128
+    write_frames(tmp_path / "three", write, three)
+    assert main(["data", "check", str(tmp_path / "three")]) == 0
+    printed = capsys.readouterr().out
+    assert "grey:        4.17% of the pixels lie between 0 and 255; if these are no classes but soft edges, " in printed
+    assert "--classes class0,class1,class2 --mask-values 0,128,255" in printed
+    three[:20] = 128  # too much for edges
+    write_frames(tmp_path / "three", write, three)
+    assert main(["data", "check", str(tmp_path / "three")]) == 0
+    assert "grey:" not in capsys.readouterr().out
+
+
+def test_soft_masks_train_by_the_command_that_is_printed(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_frames(tmp_path, write, SOFT, count=10)
+    assert main(["data", "check", str(tmp_path)]) == 0
+    command = capsys.readouterr().out.split("train with:  ")[1].strip()
+    quick = ["--distillation", "none", "--iterations", "1", "--batch", "2", "--dataset.image-size", "32", "32"]
+    assert main([*shlex.split(command)[1:], *quick, "--output", str(tmp_path / "run")]) == 0, capsys.readouterr().err
 
 
 def test_runs_are_counted_like_pixels() -> None:
