@@ -4,9 +4,9 @@
     python benchmarks/study.py colondb-small --runs teacher
     python benchmarks/study.py colondb-small --runs none sward maskd --seeds 0 1 2
 
-The runs are those of `sward reproduce` and go to the same folders. One that has a row of this kind of processor is
-skipped, and one that was interrupted goes on. Several processes can work on different runs at the same time, once
-the teacher is there.
+The runs are those of `sward reproduce` and go to the same folders. One that has rows of this kind of processor is
+skipped, and one that was interrupted goes on. A run that distils is preceded by its teacher, if there is none yet.
+Several processes can work on different runs at the same time, once the teacher is there.
 """
 
 from __future__ import annotations
@@ -16,56 +16,59 @@ import csv
 import dataclasses
 import platform
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from sward import presets
 from sward.reproduce import own_tables, paper_tables
-from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, own_tests, teacher_of
+from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, Table
 from sward.reproduce.options import Options
 from sward.reproduce.study import Study
 
 ROWS = Path(__file__).resolve().parents[1] / "docs/results/study.csv"
+PROCESSOR = Path("/proc/cpuinfo")
 SCORES = ("dice", "iou", "pooled_dice", "mean_iou")
 
+Scored = dict[str, tuple[Run, list[EvaluationSet]]]
 
-def runs_of(preset: str) -> dict[str, Run]:
-    """Return every run of the preset that some table has, by name."""
-    tables = [
+
+def runs_of(preset: str) -> Scored:
+    """Return every run of the preset that some table has, with the images on which tables score it, by name."""
+    tables: list[Table] = [
         *(define(preset) for define in (own_tables.methods, own_tables.peers, own_tables.length)),
-        own_tables.questions(preset),
+        *(own_tables.questions(preset), own_tables.unlabelled(), own_tables.masks()),
         *(define("small") for define in (paper_tables.table1, paper_tables.table2)),
         *(define("small") for define in (paper_tables.table3, paper_tables.table4)),
     ]
-    # A trial is trained with further seeds here only if they are named.
-    found = {
-        run.name: dataclasses.replace(run, trial=False)
-        for table in tables
-        for run in table.runs()
-        if run.preset == preset
-    }
-    return {**found, TEACHER: teacher_of(preset)}
+    found: Scored = {}
+    for table in tables:
+        for row in table.rows:
+            columns = [*zip(row.runs, table.tests), *((run, test) for run in row.choices for test in table.tests)]
+            for run, test in columns:
+                if run.preset != preset:
+                    continue
+                # A trial has seed 0 alone; here every seed that is named.
+                tests = found.setdefault(run.name, (dataclasses.replace(run, trial=False), []))[1]
+                key = (test.dataset, test.split, test.split_by)
+                if key not in [(each.dataset, each.split, each.split_by) for each in tests]:
+                    tests.append(test)
+    return found
 
 
-def processor_name(text: str) -> str:
-    """Return maker and family of the processor that `text`, as in /proc/cpuinfo, describes: `"Intel Xeon"`."""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+def processor_name(description: str) -> str:
+    """Return maker and family of the processor that `description`, as in /proc/cpuinfo, names: `"Intel Xeon"`."""
+    found = re.search(r"^model name\s*:\s*(.+)$", description, re.MULTILINE)
     words = re.sub(r"\((R|TM)\)", "", found[1]).split() if found else [platform.machine()]
     return " ".join(words[:2])
 
 
-def missing(
-    rows: Path, preset: str, runs: Sequence[str], seeds: Sequence[int], processor: str
-) -> Iterator[tuple[str, int]]:
-    """Yield the name and seed of each run without a row, in order of the seeds; reads the rows anew each time."""
-    for seed in seeds:
-        for name in runs:
-            with rows.open(newline="") as file:
-                there = {(row["preset"], row["method"], row["seed"], row["processor"]) for row in csv.DictReader(file)}
-            if (preset, name, str(seed), processor) not in there and (name != TEACHER or seed == 0):
-                yield name, seed
+def has_rows(rows: Path, run: Run, seed: int, processor: str) -> bool:
+    """Return whether the file has scores of the run on this kind of processor."""
+    with rows.open(newline="") as file:
+        there = {(row["preset"], row["method"], row["seed"], row["processor"]) for row in csv.DictReader(file)}
+    return (run.preset, run.name, str(seed), processor) in there
 
 
 def scored_images(study: Study, run: Run, test: EvaluationSet) -> str:
@@ -77,13 +80,13 @@ def scored_images(study: Study, run: Run, test: EvaluationSet) -> str:
     return f"{name}, {test.split} split" + (f" of {split_by}" if split_by else "")
 
 
-def add_scores(rows: Path, study: Study, run: Run, seed: int, processor: str) -> None:
-    """Score the finished run on every test split and append a row for each."""
+def add_scores(rows: Path, study: Study, run: Run, seed: int, tests: Sequence[EvaluationSet], processor: str) -> None:
+    """Score the finished run and append a row for each of `tests`."""
     cost, validation = study.cost(run, seed), study.validation_score(run, seed)
     assert cost is not None
     assert validation is not None
     lines = []
-    for test in own_tests(run.preset):
+    for test in tests:
         scores = study.evaluation(run, seed, test)
         if scores is None:
             raise SystemExit(f"{test.title} cannot be scored: its images are missing")
@@ -101,8 +104,9 @@ def add_scores(rows: Path, study: Study, run: Run, seed: int, processor: str) ->
 
 
 def main(words: Sequence[str] | None = None) -> None:
+    small = [name for name in presets.names() if "-small" in name]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("preset", choices=[name for name in presets.names() if name.endswith("-small")])
+    parser.add_argument("preset", choices=small, metavar="PRESET", help=", ".join(small))
     parser.add_argument("--runs", nargs="+", required=True, help="names as in the file: none, sward, sward-pdr, ...")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--data", type=Path, help="folder that holds the data sets; $SWARD_DATA or ./data by default")
@@ -111,19 +115,34 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=Path, default=ROWS, help="the file of scores")
     options = parser.parse_args(words)
     known = runs_of(options.preset)
-    unknown = [name for name in options.runs if name not in known]
-    if unknown:
-        parser.error(f"--runs must be of {', '.join(sorted(known))}; got {unknown[0]!r}")
-    study = Study(Options("methods", data=options.data, checkpoints=options.checkpoints, output=options.output))
-    processor = processor_name(Path("/proc/cpuinfo").read_text())
+    for name in options.runs:
+        if name not in known:
+            parser.error(f"--runs must be of {', '.join(sorted(known))}; got {name!r}")
+    study = Study(
+        Options(
+            "methods",
+            seeds=max(options.seeds) + 1,
+            data=options.data,
+            checkpoints=options.checkpoints,
+            output=options.output,
+        )
+    )
+    processor = processor_name(PROCESSOR.read_text() if PROCESSOR.exists() else "")
     torch.set_num_threads(1)
-    teacher = known[TEACHER]
-    for name, seed in missing(options.rows, options.preset, options.runs, options.seeds, processor):
-        run = known[name]
-        for each, number in [(teacher, 0)] * (run.distillation != "none") + [(run, seed)]:
-            if study.state(each, number) != "finished":
-                study.train(each, number)
-        add_scores(options.rows, study, run, seed, processor)
+    teacher = known[TEACHER][0]
+    wanted = [known[name][0] for name in options.runs]
+    distils = any(run.distillation != "none" for run in wanted)
+    study.check([*wanted, teacher] if distils else wanted, [test for run in wanted for test in known[run.name][1]])
+
+    for seed in options.seeds:
+        for run in wanted:
+            if has_rows(options.rows, run, seed, processor) or (run.name == TEACHER and seed > 0):
+                continue
+            for each, number in [(teacher, 0), (run, seed)] if run.distillation != "none" else [(run, seed)]:
+                if study.state(each, number) != "finished":
+                    study.train(each, number)
+                if not has_rows(options.rows, each, number, processor):
+                    add_scores(options.rows, study, each, number, known[each.name][1], processor)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ class DataPack:
     classes: tuple[str, ...] = ()
     """For a folder: names of its classes."""
     mask_values: tuple[str, ...] = ()
-    """For a folder: value of each class in the masks."""
+    """For a folder: value of each class in the masks, or range such as 128-255."""
     ignore_values: tuple[str, ...] = ()
     """For a folder: values of pixels to ignore."""
     images: str | None = None

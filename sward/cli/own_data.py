@@ -65,7 +65,7 @@ def print_check(options: DataCheck) -> None:
         ValueError: something stands in the way of a training; all of it is printed first.
     """
     from sward.data.files import shortened
-    from sward.data.survey import SOFT_BLACK_AND_WHITE, survey
+    from sward.data.survey import survey
 
     found = survey(options.folder, images=options.images, masks=options.masks)
     total = max(sum(found.values.values()), 1)
@@ -81,10 +81,10 @@ def print_check(options: DataCheck) -> None:
         meaning = (
             "128 and above count as foreground"
             if found.is_soft_black_and_white
-            else "if these are no classes but soft edges, train with --classes background,foreground --mask-values "
-            + ",".join(SOFT_BLACK_AND_WHITE)
+            else f"if they are soft edges and not classes, train with: {found.soft_command}"
         )
-        print(f"grey:        {found.between_black_and_white:.2%} of the pixels lie between 0 and 255; {meaning}")
+        share = max(found.between_black_and_white, 0.0001)
+        print(f"grey:        {share:.2%} of the pixels lie between 0 and 255; {meaning}")
     if found.turned:
         print(f"turned:      {found.turned} images have an EXIF orientation; it is applied, also to their masks")
     if found.wide:

@@ -232,7 +232,7 @@ def _absent(dataset: PairedFiles, found: LabelCounts) -> list[str]:
 
 def _cause(dataset: PairedFiles, found: LabelCounts, absent: Sequence[str]) -> str:
     ignored = int(found.pixels[:, -1].sum())
-    if ignored and dataset.info.name == "folder" and len(dataset.info.classes) == 2:
+    if ignored and isinstance(dataset, ImageFolder) and dataset.values is None and len(dataset.info.classes) == 2:
         share = ignored / found.pixels.sum()
         return (
             f"{share:.0%} of the pixels are {dataset.info.ignore_index}, which means ignore; pass --mask-values "

@@ -80,8 +80,8 @@ class ImageFolder(PairedFiles):
     """Your own images with masks of the same name; `sward.data.layouts` lists the layouts.
 
     A mask has one channel (grey or palette) of class indices 0 to `num_classes - 1`, and 255 for pixels to ignore, or
-    the values or colours that `options.mask_values` names. Training: random scale 0.5 to 2 relative to `image_size`,
-    crop of `image_size`, horizontal flip. Evaluation: image resized to `image_size`, labels unchanged.
+    the values, ranges or colours that `options.mask_values` names. Training: random scale 0.5 to 2 relative to
+    `image_size`, crop of `image_size`, horizontal flip. Evaluation: image resized to `image_size`, labels unchanged.
 
     Args:
         root: the folder, or a CSV file with the columns `image` and `mask`, and perhaps `split`.

@@ -1,9 +1,9 @@
 """Read mask files as class indices.
 
 A mask is an index image (1-bit, 8, 16 or 32-bit grey, or palette) or a colour image. `MaskValues` says which value,
-range of values or colour stands for which class. Lossless masks must hold these values exactly. Lossy ones (JPEG, lossy
-WebP) take the nearest, which needs values that lie far apart. Masks with transparent pixels are refused: the values
-that such pixels hold are not what a viewer shows.
+range of grey levels or colour stands for which class. Lossless masks must hold these values exactly. Lossy ones (JPEG,
+lossy WebP) take the nearest, which needs values that lie far apart, or wide ranges. Masks with transparent pixels are
+refused: the values that such pixels hold are not what a viewer shows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LEAST_GAP = 64
-"""Least distance between two values of lossy masks, so that compression cannot turn one class into another."""
+"""Least distance between two values of lossy masks, and least width of ranges that touch: compression then cannot turn
+one class into another."""
 TOLERANCE = 32
 """A pixel of a lossy mask within this distance of a value clearly belongs to its class; edges may lie between."""
 UNCLEAR_SHARE = 0.1
@@ -40,8 +41,8 @@ class MaskValues:
     """Which values of a mask file stand for which class.
 
     Raises:
-        ValueError: a value is neither a whole number, a range of them nor `#rrggbb`, kinds are mixed, or one is given
-            twice.
+        ValueError: a value is neither a whole number, a range of them nor `#rrggbb`, numbers and colours are mixed, one
+            is given twice, or ranges overlap or end below their beginning.
     """
 
     classes: tuple[str, ...]
@@ -60,9 +61,11 @@ class MaskValues:
         for (low, high), value in zip(self.ranges(), everything):
             if low > high:
                 raise ValueError(f"a range of mask values must go from the lower to the higher one, got {value!r}")
-        ordered = sorted(self.ranges())
-        if any(above <= high for (_, high), (above, _) in itertools.pairwise(ordered)):
+        if len(set(self.ranges())) < len(everything):
             raise ValueError(f"mask values must differ from each other, got {', '.join(everything)}")
+        for (low, high), (above, end) in itertools.pairwise(sorted(self.ranges())):
+            if above <= high:
+                raise ValueError(f"mask values must not overlap, got {_text(low, high)} and {_text(above, end)}")
 
     @property
     def are_colours(self) -> bool:
@@ -75,6 +78,11 @@ class MaskValues:
         return tuple(
             (colour >> 16, colour >> 8 & 255, colour & 255) for colour, _ in self.ranges()[: len(self.classes)]
         )
+
+    @property
+    def has_ranges(self) -> bool:
+        """Whether one of them at least is a range. Masks are then looked at as grey levels."""
+        return any(low < high for low, high in self.ranges())
 
     def ranges(self) -> list[tuple[int, int]]:
         """Return the lowest and highest value of each class and then of ignored pixels, colours as 0xRRGGBB."""
@@ -90,7 +98,10 @@ class MaskValues:
         Raises:
             ValueError: the mask holds other values; the message lists them.
         """
-        found = colours(mask, path) if self.are_colours else indices(mask, path, lossy=True)
+        if self.are_colours:
+            found: NDArray[np.integer] = colours(mask, path)
+        else:
+            found = (grey_levels if self.has_ranges else indices)(mask, path, lossy=True)
         # One look per distinct value and not per pixel: a table for grey levels, runs of equal pixels for colours.
         highest = int(found.max(initial=0))
         if found.min(initial=0) >= 0 and highest < 2**16:
@@ -100,13 +111,13 @@ class MaskValues:
             starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
             values = flat[starts]
             places = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, flat.size))).reshape(found.shape)
-        # Ranges say themselves where one class ends.
-        lossy = bool(lossy_compression(mask)) and all(low == high for low, high in self.ranges())
+        lossy = bool(lossy_compression(mask))
         labels, unknown = self._nearest(values, path) if lossy else self._exact(values)
         wrong = unknown[places]
         if wrong.any() and (not lossy or wrong.mean() > UNCLEAR_SHARE):
             where = f" in {wrong.mean():.0%} of its pixels" if lossy else ""
-            soft = "" if lossy or self.are_colours else ", or ranges such as 128-255 where edges are soft"
+            may_be_soft = not (lossy or self.are_colours or self.has_ranges) and mask.mode not in ("1", "P")
+            soft = ", or ranges such as 128-255 where edges are soft" if may_be_soft else ""
             raise ValueError(
                 f"values of mask {path} must be {', '.join((*self.classes, *self.ignore))}, got "
                 f"{list_values(found[wrong], colours=self.are_colours)}{where}; name every value with --mask-values "
@@ -123,15 +134,17 @@ class MaskValues:
 
     def _nearest(self, values: NDArray[np.integer], path: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """Return the label of the nearest of `ranges` to each value, and whether it is farther than `TOLERANCE`."""
-        wanted = np.array([low for low, _ in self.ranges()])
-        points, given = (_channels(each) if self.are_colours else each[..., None] for each in (wanted, values))
-        gaps = np.abs(points[:, None] - points).max(-1)[~np.eye(len(points), dtype=bool)]
-        if gaps.min() < LEAST_GAP:
+        bounds, given = np.array(self.ranges()).T, values
+        low, high, given = (_channels(each) if self.are_colours else each[..., None] for each in (*bounds, given))
+        between = np.maximum(low[:, None] - high, low - high[:, None]).max(-1)
+        wide = (high - low).max(-1) >= LEAST_GAP
+        if ((between < LEAST_GAP) & ~(wide[:, None] & wide) & ~np.eye(len(low), dtype=bool)).any():
             raise ValueError(
                 f"mask {path} must be lossless (PNG), got a compression that changes values; only values that are at "
-                f"least {LEAST_GAP} apart survive it, as --mask-values 0,255 are"
+                f"least {LEAST_GAP} apart survive it, as --mask-values 0,255 are, or ranges at least as wide, as "
+                "0-127,128-255 are"
             )
-        distances = np.abs(given[:, None] - points).max(-1)
+        distances = np.maximum(low - given[:, None], given[:, None] - high).max(-1).clip(min=0)
         return np.array(self.labels(), np.uint8)[distances.argmin(-1)], distances.min(-1) > TOLERANCE
 
 
@@ -162,6 +175,12 @@ def indices(mask: Image, path: Path, *, lossy: bool = False) -> NDArray[np.integ
             raise ValueError(f"values of mask {path} must be whole numbers, got {list_values(values[whole != values])}")
         return whole
     return values.astype(np.int64) if values.dtype.kind == "i" else values
+
+
+def grey_levels(mask: Image, path: Path, *, lossy: bool = False) -> NDArray[np.integer]:
+    """As `indices`, but the levels that a viewer shows: palettes are looked up, and a 1-bit mask holds 0 and 255."""
+    found = _equal_channels(mask, path) if mask.mode == "P" else indices(mask, path, lossy=lossy)
+    return 255 * found if mask.mode == "1" else found
 
 
 def colours(mask: Image, path: Path) -> NDArray[np.int64]:
@@ -235,6 +254,10 @@ def _range(value: str) -> tuple[int, int]:
     return int(numbers[1]), int(numbers[2] or numbers[1])
 
 
+def _text(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low}-{high}"
+
+
 def _channels(values: NDArray[np.integer]) -> NDArray[np.integer]:
     return np.stack([values >> 16, values >> 8 & 255, values & 255], axis=-1)
 
@@ -245,10 +268,7 @@ def black_and_white(mask: Image, path: Path, classes: Sequence[str], threshold: 
     Raises:
         ValueError: nothing lies above it although the mask is not black, or the mask holds colours or more than 8 bits.
     """
-    # A palette is looked up, since index 1 may have any colour.
-    grey = (_equal_channels(mask, path) if mask.mode == "P" else indices(mask, path, lossy=True)).astype(np.int64)
-    if mask.mode == "1":
-        grey *= 255
+    grey = grey_levels(mask, path, lossy=True).astype(np.int64)
     noise = TOLERANCE if lossy_compression(mask) else 0
     if grey.max(initial=0) > 255 or (grey.max(initial=0) > noise and not (grey > threshold).any()) or grey.min() < 0:
         raise ValueError(

@@ -54,6 +54,8 @@ class Survey:
     """Masks with a compression that changes values."""
     exact: set[str] = field(default_factory=set)
     """Values or colours of the other masks."""
+    not_soft: int = 0
+    """Masks that cannot be black and white with soft edges: palettes, 1-bit masks, and dark ones that are not black."""
     turned: int = 0
     """Images with an EXIF orientation."""
     wide: Counter[str] = field(default_factory=Counter)
@@ -81,12 +83,20 @@ class Survey:
     @property
     def command(self) -> str:
         """The command that trains a student on the folder."""
+        return self._command(self.classes, self.mask_values)
+
+    @property
+    def soft_command(self) -> str:
+        """The command for black and white masks with soft edges."""
+        return self._command(("background", "foreground"), SOFT_BLACK_AND_WHITE)
+
+    def _command(self, classes: tuple[str, ...], mask_values: tuple[str, ...]) -> str:
         words = ["sward", "train", "own", "--data", str(self.root)]
         for option, pattern in (("--images", self.images), ("--masks", self.masks)):
             words += [] if pattern is None else [option, pattern]
-        words += ["--classes", ",".join(self.classes)]
-        if self.mask_values:
-            words += ["--mask-values", ",".join(self.mask_values)]
+        words += ["--classes", ",".join(classes)]
+        if mask_values:
+            words += ["--mask-values", ",".join(mask_values)]
         if not self.has_splits:
             words += ["--split", "80/10/10"]
         if self.wide:
@@ -101,12 +111,16 @@ class Survey:
 
     @property
     def between_black_and_white(self) -> float:
-        """Share of pixels between 0 and 255 in exact grey masks that hold both, if so few that they may be soft edges;
-        0 otherwise."""
-        numbers = [value for value in self.values if value.isdecimal() and int(value) <= 255]
-        if self.lossy or len(numbers) < len(self.values) or not set(BLACK_AND_WHITE) <= set(numbers):
+        """Share of pixels between 0 and 255 if they may be the soft edges of black and white masks: exact grey masks,
+        few such pixels, dark and light ones among them. 0 otherwise."""
+        if self.lossy or self.not_soft or _are_indices(sorted(self.values, key=_order)):
             return 0.0
-        share = 1 - sum(self.values[value] for value in BLACK_AND_WHITE) / self.values.total()
+        if not all(value.isdecimal() and int(value) <= 255 for value in self.values):
+            return 0.0
+        grey = {int(value): count for value, count in self.values.items() if value not in BLACK_AND_WHITE}
+        if len(self.values) < len(grey) + 2 or (len(grey) > 1 and not min(grey) < 128 <= max(grey)):
+            return 0.0
+        share = sum(grey.values()) / self.values.total()
         return share if share <= UNCLEAR_SHARE else 0.0
 
     @property
@@ -130,6 +144,7 @@ class _Look(NamedTuple):
     digest: str
     values: dict[str, int]
     lossy: bool
+    not_soft: bool
     problem: str
 
 
@@ -154,6 +169,7 @@ def survey(root: Path, *, images: str | None = None, masks: str | None = None) -
         found.sizes[look.size] += 1
         found.values.update(look.values)
         found.lossy += look.lossy
+        found.not_soft += look.not_soft
         found.exact.update([] if look.lossy else look.values)
         found.turned += look.turned
         found.wide.update([look.wide] if look.wide else [])
@@ -198,15 +214,17 @@ def _look(pair: Pair) -> _Look:
         mask = open_image(pair.mask)
         lossy = bool(lossy_compression(mask))
         values = dict(_mask_values(mask, pair.mask))
+        highest_value = max((int(value) for value in values if value.isdecimal()), default=0)
+        not_soft = mask.mode in ("1", "P") or 0 < highest_value < 128
         problem = ""
         if (mask.height, mask.width) != size:
             problem = (
                 f"mask {pair.mask} must have the size of its image, {size[1]} x {size[0]} pixels, got {mask.width} x "
                 f"{mask.height}"
             )
-        return _Look(size, turned, wide, highest, digest, values, lossy, problem)
+        return _Look(size, turned, wide, highest, digest, values, lossy, not_soft, problem)
     except (OSError, ValueError) as error:
-        return _Look(size, turned, wide, highest, digest, {}, False, str(error))
+        return _Look(size, turned, wide, highest, digest, {}, False, False, str(error))
 
 
 def _mask_values(mask: Image, path: Path) -> Iterator[tuple[str, int]]:
@@ -251,7 +269,8 @@ def _judge(found: Survey) -> list[str]:
     elif len(found.values) > MOST_CLASSES and not found.is_soft_black_and_white:
         problems.append(
             f"the masks must have at most {MOST_CLASSES} values to suggest classes, got {len(found.values)}; name the "
-            "classes' values with --mask-values, or ranges of them such as 0-127,128-255"
+            "classes' values with --mask-values"
+            + (", or ranges of them such as 0-127,128-255" if all(map(str.isdecimal, found.values)) else "")
         )
     if len(found.classes) < 2 and not problems:
         problems.append(f"the masks must have two values at least, got {', '.join(found.values) or 'none'}")

@@ -128,11 +128,45 @@ def test_ranges_say_where_soft_edges_belong(tmp_path: Path) -> None:
         [1, 0, 0, 0],
         [0, 0, 0, 0],
     ]
-    with pytest.raises(ValueError, match=r"must be 1-127, 128-254, got 0, 255; name every value .*, or ranges such as"):
+    with pytest.raises(ValueError, match=r"must be 1-127, 128-254, got 0, 255; name every value"):
         decode(MaskValues(("1-127", "128-254")), Image.fromarray(mask), tmp_path / "d.png")
-    # The border that a range names is the border in JPEG files too.
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "quantized", "gif"])
+def test_ranges_are_levels_of_grey_whatever_the_mode(tmp_path: Path, mode: str) -> None:
+    """By the numbers in the file, 1-bit masks would be all background and palettes could be the wrong way round."""
+    mask = Image.fromarray(255 * DISC)
+    if mode == "P":
+        mask = palette(1 - DISC, [255, 255, 255, 0, 0, 0])
+    elif mode == "1":
+        mask = mask.convert("1")
+    elif mode == "quantized":
+        mask = mask.resize((128, 128)).resize((64, 64)).quantize(256)
+        assert mask.mode == "P"
+    found = decode(MaskValues(("0-127", "128-255")), mask, tmp_path / ("a.gif" if mode == "gif" else "a.png"))
+    assert (found != DISC).sum() <= (20 if mode == "quantized" else 0)
+
+
+def test_lossy_masks_need_wide_ranges(tmp_path: Path) -> None:
     disc = Image.fromarray(110 * DISC)
-    assert (decode(MaskValues(("0-55", "56-255")), disc, tmp_path / "e.jpg", quality=95) == DISC).all()
+    # The border that ranges name, and not the value that is nearest.
+    assert (decode(MaskValues(("0-70", "71-255")), disc, tmp_path / "a.jpg", quality=95) == DISC).all()
+    for values in (("0", "128-255"), ("0-99", "200-255")):
+        assert (decode(MaskValues(values), Image.fromarray(255 * DISC), tmp_path / "b.jpg") == DISC).all()
+    ignoring = MaskValues(("0", "255"), ignore=("100-150",))
+    assert (decode(ignoring, Image.fromarray(255 * DISC), tmp_path / "b.jpg", quality=95) == DISC).mean() > 0.95
+    for values in (("0", "1", "2", "3", "4-255"), ("0-3", "4-255"), ("0", "1-255")):
+        with pytest.raises(ValueError, match=r"must be lossless .* or ranges at least as wide, as 0-127,128-255 are"):
+            decode(MaskValues(values), disc, tmp_path / "c.jpg")
+
+
+def test_ranges_are_proposed_for_grey_masks_only(tmp_path: Path) -> None:
+    grey, black = Image.fromarray(90 * DISC), MaskValues(("0", "255"))
+    with pytest.raises(ValueError, match="or ranges such as 128-255 where edges are soft"):
+        decode(black, grey, tmp_path / "a.png")
+    for mask, name in ((Image.fromarray(DISC).convert("P"), "b.png"), (Image.fromarray(DISC > 0), "c.png")):
+        with pytest.raises(ValueError, match=r"got 1; name every value with --mask-values and --ignore-values$"):
+            decode(black, mask, tmp_path / name)
 
 
 FIVE = np.arange(5, dtype=np.uint8).repeat(16)[None].repeat(64, 0)
@@ -314,7 +348,8 @@ def test_values_that_are_not_whole_numbers_are_refused(tmp_path: Path) -> None:
     [
         (("0", "x"), (), "must be whole numbers, ranges such as 128-255 or #rrggbb, got 'x'"),
         (("0", "1-x"), (), "got '1-x'"),
-        (("0-100", "100-255"), (), "must differ from each other"),
+        (("0-100", "100-255"), (), "must not overlap, got 0-100 and 100-255"),
+        (("0-127", "128-255"), ("130",), "must not overlap, got 128-255 and 130"),
         (("0", "255-128"), (), "must go from the lower to the higher one, got '255-128'"),
         (("0", "#ff0000"), (), "must be all numbers or all colours"),
         (("0", "1"), ("1",), "must differ from each other"),

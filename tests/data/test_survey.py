@@ -189,12 +189,54 @@ def test_grey_between_black_and_white_is_pointed_out(
     write_frames(tmp_path / "three", write, three)
     assert main(["data", "check", str(tmp_path / "three")]) == 0
     printed = capsys.readouterr().out
-    assert "grey:        4.17% of the pixels lie between 0 and 255; if these are no classes but soft edges, " in printed
+    command = f"sward train own --data {tmp_path / 'three'} --classes background,foreground --mask-values 0-127,128-255"
+    assert (
+        "grey:        4.17% of the pixels lie between 0 and 255; if they are soft edges and not classes, train with: "
+        f"{command} --split 80/10/10"
+    ) in printed
     assert "--classes class0,class1,class2 --mask-values 0,128,255" in printed
     three[:20] = 128  # too much for edges
     write_frames(tmp_path / "three", write, three)
     assert main(["data", "check", str(tmp_path / "three")]) == 0
     assert "grey:" not in capsys.readouterr().out
+
+
+def many_classes() -> np.ndarray:
+    """Forty classes in 2 % of the pixels, one of them missing, and a border of 255."""
+    mask = np.zeros((48, 64), np.uint8)
+    mask[0], mask[20, :40] = 255, np.arange(1, 41)
+    mask[20, 16] = 0
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("masks", "printed"),
+    [
+        ([np.pad(DISC[1:-1, 1:-1], 1, constant_values=255)], "--classes background,foreground --split"),
+        (
+            [many_classes()],
+            "must have at most 32 values to suggest classes, got 41; name the classes' values with --mask-v",
+        ),
+        ([SOFT, DISC], "must have at most 32 values"),
+        ([SOFT, DISC > 0], "must have at most 32 values"),
+        ([SOFT, Image.fromarray(SOFT).quantize(256)], "must have at most 32 values"),
+        ([np.stack([SOFT, 0 * SOFT, 0 * SOFT], -1)], "; name the classes' values with --mask-values\n"),
+    ],
+)
+def test_what_only_looks_like_soft_edges(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str], masks: list[Any], printed: str
+) -> None:
+    """Indices with 255 to ignore, many classes, masks of other kinds beside soft ones, and colours."""
+    for number in range(4):
+        write(tmp_path / f"images/{number}.png", np.full((48, 64, 3), number, np.uint8))
+        mask = masks[number % len(masks)]
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        (mask if isinstance(mask, Image.Image) else Image.fromarray(mask)).save(tmp_path / f"masks/{number}.png")
+    main(["data", "check", str(tmp_path)])
+    found = capsys.readouterr().out
+    assert printed in found
+    assert "grey:" not in found
+    assert "--mask-values 0-127,128-255" not in found
 
 
 def test_soft_masks_train_by_the_command_that_is_printed(

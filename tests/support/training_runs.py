@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import sys
+from collections import deque
 from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -170,8 +171,8 @@ def group_of_two() -> list[dict[str, str]]:
     return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
 
-_STORES: list[TCPStore] = []
-"""Of the groups so far; a store that nothing refers to is closed."""
+_STORES: deque[TCPStore] = deque(maxlen=4)
+"""Of the latest groups; a store that nothing refers to is closed."""
 
 
 def _train(config: DistillationConfig, killed_at: int | None, environment: Mapping[str, str]) -> None:
