@@ -265,6 +265,18 @@ def test_scores_of_terms_and_shifts(heading: str, label: str, method: str, above
     assert cells("docs/results.md", heading, label) == [*values, mean(COLONDB, method), difference, to_alone]
 
 
+def test_the_factor_of_swards_loss() -> None:
+    with (ROOT / "docs/results/study.csv").open() as file:
+        scores = {
+            row["method"]: f"{100 * float(row['validation']):.1f} ({100 * float(row['dice']):.1f})"
+            for row in csv.DictReader(file)
+            if row["preset"] == "colondb-small" and row["seed"] == "0" and row["validation"]
+        }
+    text = " ".join((ROOT / "docs/results.md").read_text().split())
+    tenth, one, ten = (scores[method] for method in ("sward-times-0.1", "sward", "sward-times-10"))
+    assert f"0.1 has {tenth}, 1 has {one}, 10 has {ten}." in text
+
+
 def test_what_terms_and_shifts_show() -> None:
     text = " ".join((ROOT / "docs/results.md").read_text().split())
 
