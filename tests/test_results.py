@@ -273,8 +273,8 @@ def test_the_factor_of_swards_loss() -> None:
             if row["preset"] == "colondb-small" and row["seed"] == "0" and row["validation"]
         }
     text = " ".join((ROOT / "docs/results.md").read_text().split())
-    tenth, one, ten = (scores[method] for method in ("sward-times-0.1", "sward", "sward-times-10"))
-    assert f"0.1 has {tenth}, 1 has {one}, 10 has {ten}." in text
+    methods = {"0.01": "sward-times-0.01", "0.1": "sward-times-0.1", "1": "sward", "10": "sward-times-10"}
+    assert ", ".join(f"{factor} has {scores[method]}" for factor, method in methods.items()) in text
 
 
 def test_what_terms_and_shifts_show() -> None:
