@@ -40,14 +40,15 @@ PEERS = "### Peers and ingredients"
 
 
 @cache
+def study() -> list[dict[str, str]]:
+    with (ROOT / "docs/results/study.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@cache
 def dice(scores: Scores, method: str, processor: str = "Intel Xeon") -> dict[int, float]:
     """Return seed -> Dice in percent, in order; that of a teacher trained on another processor if it has no other."""
-    with (ROOT / "docs/results/study.csv").open() as file:
-        rows = [
-            row
-            for row in csv.DictReader(file)
-            if (row["preset"], row["test"], row["weights"], row["method"]) == (*scores, method)
-        ]
+    rows = [row for row in study() if (row["preset"], row["test"], row["weights"], row["method"]) == (*scores, method)]
     here = [row for row in rows if row["processor"] == processor]
     chosen = here or rows if method == "teacher" else here
     found = {int(row["seed"]): 100 * float(row["dice"]) for row in chosen}
@@ -266,12 +267,11 @@ def test_scores_of_terms_and_shifts(heading: str, label: str, method: str, above
 
 
 def test_the_factor_of_swards_loss() -> None:
-    with (ROOT / "docs/results/study.csv").open() as file:
-        scores = {
-            row["method"]: f"{100 * float(row['validation']):.1f} ({100 * float(row['dice']):.1f})"
-            for row in csv.DictReader(file)
-            if row["preset"] == "colondb-small" and row["seed"] == "0" and row["validation"]
-        }
+    scores = {
+        row["method"]: f"{100 * float(row['validation']):.1f} ({100 * float(row['dice']):.1f})"
+        for row in study()
+        if row["preset"] == "colondb-small" and row["seed"] == "0" and row["validation"]
+    }
     text = " ".join((ROOT / "docs/results.md").read_text().split())
     methods = {"0.01": "sward-times-0.01", "0.1": "sward-times-0.1", "1": "sward", "10": "sward-times-10"}
     assert ", ".join(f"{factor} has {scores[method]}" for factor, method in methods.items()) in text

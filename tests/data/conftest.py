@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sward.data import packing
-from tests.support.polyp_folder import Write, write_frame
+from tests.support.polyp_folder import MASK, Write, write_frame
 
 
 def save(path: Path, values: np.ndarray) -> None:
@@ -28,11 +28,9 @@ def write() -> Write:
 def clinicdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with all 612 frames of a tiny ClinicDB, official layout; frame n is grey n % 256. Not to be changed."""
     root = tmp_path_factory.mktemp("clinicdb")
-    mask = np.zeros((8, 12), np.uint8)
-    mask[2:5, 3:9] = 255
     for number in range(1, 613):
         save(root / f"CVC-ClinicDB/PNG/Original/{number}.png", np.full((8, 12, 3), number % 256, np.uint8))
-        save(root / f"CVC-ClinicDB/PNG/Ground Truth/{number}.png", mask)
+        save(root / f"CVC-ClinicDB/PNG/Ground Truth/{number}.png", MASK)
     return root
 
 
