@@ -64,6 +64,7 @@ __all__ = [
     "default_image_size",
     "denormalise",
     "describe",
+    "evaluation_size",
     "fixed_root",
     "holds",
     "names",
@@ -123,6 +124,16 @@ def default_image_size(name: str) -> tuple[int, int]:
     """Return the `(height, width)` that `build` uses by default."""
     _check_name(name)
     return _IMAGE_SIZES[name]
+
+
+def evaluation_size(name: str, image_size: tuple[int, int]) -> tuple[int, int] | None:
+    """Return the `(height, width)` at which a data set is evaluated; None where each image keeps its own.
+
+    Args:
+        image_size: the size that `build` is given, which for Cityscapes is that of the training crop alone.
+    """
+    _check_name(name)
+    return None if name == "cityscapes" else image_size
 
 
 def holds(root: Path, name: str) -> bool:

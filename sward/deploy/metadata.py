@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sward import __version__
 from sward.config import TrainingConfig
-from sward.data import IMAGENET_MEAN, IMAGENET_STD, DatasetInfo
+from sward.data import IMAGENET_MEAN, IMAGENET_STD, DatasetInfo, evaluation_size
 from sward.deploy.network import Input, Output
 from sward.models.inputs import SIZE_MULTIPLE
 
@@ -79,7 +79,7 @@ class Metadata:
             info.name,
             info.classes,
             info.palette,
-            evaluation_size(config),
+            evaluation_size(config.dataset.name, config.dataset.image_size),
             config.dataset.image_range,
             source=str(weights.resolve()),
         )
@@ -87,9 +87,3 @@ class Metadata:
     def info(self) -> DatasetInfo:
         """Return the classes and colours as a `DatasetInfo`."""
         return DatasetInfo(self.dataset, self.classes, self.palette)
-
-
-def evaluation_size(config: TrainingConfig) -> tuple[int, int] | None:
-    """Return the height and width at which a run is evaluated; None if images keep their size."""
-    # Cityscapes trains on crops and is evaluated at full resolution.
-    return None if config.dataset.name == "cityscapes" else config.dataset.image_size

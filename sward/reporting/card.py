@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sward import __version__, atomic
 from sward.config import DistillationConfig, TeacherTrainingConfig, TrainingConfig
-from sward.deploy.metadata import evaluation_size
+from sward.data import evaluation_size
 from sward.deploy.proof import Exported
 from sward.methods import METHOD_TITLES
 from sward.reporting.data_card import counts_of_run
@@ -74,7 +74,7 @@ def _write(run: Path, path: Path, exported: Exported | None) -> Path:
         run=own.folder.path.resolve().name,
         version=__version__,
         config=own.config,
-        size=evaluation_size(own.config),
+        size=evaluation_size(own.config.dataset.name, own.config.dataset.image_size),
         classes=own.info.classes,
         data=own.info.name,
         counts=counts_of_run(own),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from sward.deploy.metadata import evaluation_size
+from sward.data import evaluation_size
 from sward.deploy.network import DeployedNetwork
 from sward.deploy.proof import median_milliseconds
 from sward.models.flops import gemm_flops
@@ -38,7 +38,8 @@ def cost_of(group: Group) -> Cost | None:
     if run is None:
         return None
     _, _, network = load_run(run.folder.path)
-    size = evaluation_size(run.config) or run.config.dataset.image_size
+    data = run.config.dataset
+    size = evaluation_size(data.name, data.image_size) or data.image_size
     deployed = DeployedNetwork(network)
     params = list(network.parameters())
     stored = [*params, *network.buffers()]
