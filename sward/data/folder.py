@@ -187,7 +187,8 @@ def _assigned(
         assigned = draw_splits(names, split_by, seed=options.split_seed, group_by=options.group_by)
     elif split_by is not None:
         assigned = listed_splits(split_by, split, choices="shares such as '80/10/10'")
-        unknown = next((name for name in assigned if name not in set(names)), None)
+        known = set(names)
+        unknown = next((name for name in assigned if name not in known), None)
         if unknown is not None:
             near = difflib.get_close_matches(unknown, names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""

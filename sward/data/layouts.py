@@ -66,14 +66,15 @@ class Layout:
         """Return the splits that have a folder of images; empty where the folder has none."""
         if not self.has_splits:
             return []
-        before, _, after = self.images.partition("{split}")
-        above, _, start = before.rpartition("/")
-        end, _, below = after.partition("/")
-        (parent,) = stored([self.folder / above])
-        whole = re.compile(f"{re.escape(start)}(.+){re.escape(end)}")
-        matches = [whole.fullmatch(path.name) for path in parent.iterdir() if not path.name.startswith(".")]
-        found = [match[1] for match in matches if match and (parent / match[0] / below).is_dir()]
-        return sorted({SPLIT_OF.get(name, name) for name in found})
+        parts = self.images.split("/")
+        first = next(place for place, part in enumerate(parts) if "{split}" in part)
+        (parent,) = stored([self.folder / "/".join(parts[:first])])
+        names = [path.name for path in parent.iterdir() if not path.name.startswith(".")]
+        possible = [value for name in names if (value := _value_of(name, parts[first], "{split}"))]
+        # The placeholder may stand in further parts too, as in `{split}/{split}_images`.
+        folders = stored(self.folder / self.images.replace("{split}", value) for value in possible)
+        found = [value for value, folder in zip(possible, folders) if folder.is_dir()]
+        return sorted({SPLIT_OF.get(value, value) for value in found})
 
     def pairs(self, split: str | None = None) -> list[Pair]:
         """Return the frames of a split, or of the whole folder where it has no splits.
@@ -101,7 +102,7 @@ class Layout:
         for name, image in images.items():
             mask = masks.get(pattern.replace("{name}", name))
             if mask is None:
-                raise ValueError(_no_mask(image, name, mask_folder, masks))
+                raise ValueError(self._no_mask(image, name, mask_folder, masks))
             found.append(Pair(name, image, mask))
         used = {path for pair in found for path in (pair.image, pair.mask)}
         unused = [name for name, path in masks.items() if path not in used and _is_mask(name, pattern)]
@@ -143,14 +144,36 @@ class Layout:
         images = list_tree(image_folder, warn=warn)
         if image_folder == mask_folder:
             images = {name: path for name, path in images.items() if not _is_mask(name, pattern)}
+        elif image_folder in mask_folder.parents:
+            images = {name: path for name, path in images.items() if mask_folder not in path.parents}
         return images
+
+    def _no_mask(self, image: Path, name: str, folder: Path, masks: dict[str, Path]) -> str:
+        """Say that an image has no mask, and which pattern would find the file that may be meant."""
+        stem = Path(name).name
+        near = [path.name for path in similar(stem, masks)]
+        hint = ""
+        if near:
+            # The shortest is the least changed one: 1_mask before 10_mask.
+            closest = min(near, key=len)
+            hint = f"; did you mean {closest}?"
+            if stem in closest:
+                above, _ = self._mask_parts()
+                pattern = "/".join([*above, closest.replace(stem, "{name}")])
+                hint = f"; --images '{self.images}' --masks '{pattern}' would take {closest}"
+        return f"image {image} has no mask; {folder} holds no image file named {stem}{hint}"
+
+    def _mask_parts(self) -> tuple[list[str], list[str]]:
+        """Return the parts of the pattern of masks up to the first with a name, and from it on."""
+        parts = self.masks.split("/")
+        first = next(place for place, part in enumerate(parts) if "{name}" in part)
+        return parts[:first], parts[first:]
 
     def _places(self, split: str | None) -> tuple[Path, Path, str]:
         """Return the folders of images and masks, and the name of a mask in its folder."""
-        parts = self.masks.split("/")
-        first = next(place for place, part in enumerate(parts) if "{name}" in part)
-        folders = self.images, "/".join(parts[:first]) or "."
-        pattern = composed("/".join(parts[first:]))
+        above, named = self._mask_parts()
+        folders = self.images, "/".join(above) or "."
+        pattern = composed("/".join(named))
         suffix = Path(pattern).suffix.lower()
         pattern = pattern[: -len(suffix)] if suffix in SUFFIXES else pattern
         if split is None:
@@ -298,18 +321,11 @@ def table_pairs(table: Path, images: str | None = None, masks: str | None = None
 
 
 def _is_mask(name: str, pattern: str) -> bool:
-    before, *after = map(re.escape, pattern.split("{name}"))
-    return re.fullmatch(before + "(?P<name>.*)" + "(?P=name)".join(after), name) is not None
+    return _value_of(name, pattern, "{name}") is not None
 
 
-def _no_mask(image: Path, name: str, folder: Path, masks: dict[str, Path]) -> str:
-    stem = Path(name).name
-    near = [path.name for path in similar(stem, masks)]
-    hint = ""
-    if near:
-        # The shortest is the least changed one: 1_mask before 10_mask.
-        closest = min(near, key=len)
-        hint = f"; did you mean {closest}?"
-        if stem in closest:
-            hint = f"; --masks '{folder.name}/{closest.replace(stem, '{name}')}' would take {closest}"
-    return f"image {image} has no mask; {folder} holds no image file named {stem}{hint}"
+def _value_of(text: str, pattern: str, placeholder: str) -> str | None:
+    """Return what the placeholder, which may stand several times in the pattern, is in the text; None if no match."""
+    before, *after = map(re.escape, pattern.split(placeholder))
+    match = re.fullmatch(before + "(?P<value>.*)" + "(?P=value)".join(after), text)
+    return match and match["value"]

@@ -17,7 +17,7 @@ SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 
 
 def listed(split_by: str, split: str, *, choices: str = "'sequence', 'ratio'") -> tuple[list[str], Path]:
-    """Read the frame names of a split from a list, in the order of the list; also return the file.
+    """Read the frame names of a split from a list, each once, in the order of the list; also return the file.
 
     Args:
         split_by: path of one text file per split with the placeholder `{split}` and one name per line, or of one CSV
@@ -124,7 +124,7 @@ def _text(path: Path, title: str) -> str:
 
 def _names(path: Path) -> list[str]:
     lines = _text(path, "the split list").splitlines()
-    return [composed(line.strip()) for line in lines if line.strip()]
+    return list(dict.fromkeys(composed(line.strip()) for line in lines if line.strip()))
 
 
 def composed(name: str) -> str:

@@ -12,6 +12,7 @@ import fcntl
 import itertools
 import math
 import os
+import re
 import shutil
 import warnings
 import zlib
@@ -27,13 +28,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sward import atomic
-from sward.data.files import OnCorrupt, PairedFiles
+from sward.data.files import SYSTEM_FILES, OnCorrupt, PairedFiles
 from sward.data.images import CorruptFileError, read_header
-from sward.data.packed import FOLDER, Frame, Index, Shard, Source, map_file
+from sward.data.packed import FOLDER, INDEX, Frame, Index, Shard, Source, map_file
 from sward.data.sample import Pair
 
 SHARD_BYTES = 2**28
 """Size at which a shard is closed; an interruption loses at most one shard."""
+_LOCK = "lock"
+_SHARD = re.compile(r"\d{5,}\.bin")
+_PARTIAL = re.compile(rf"({_SHARD.pattern}|{re.escape(INDEX)})\.partial")
 
 
 @dataclass
@@ -72,13 +76,15 @@ def pack(
 
     Raises:
         ValueError: a file cannot be read (with `"stop"`), the sizes of image and mask differ, a label is wrong, the
-            folder is not writable, the disk is too small, or another process is packing to the same folder.
+            folder is not writable or holds files that are not a pack's, the disk is too small, or another process is
+            packing to the same folder.
     """
     first = datasets[0]
     folder = output or first.folder / FOLDER
     work = {pair.image: (dataset, pair) for dataset in datasets for pair in dataset.pairs}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _check_own(folder)
         with _only_one(folder):
             return _pack(folder, first, work, on_corrupt, workers or min(8, os.cpu_count() or 1), advance)
     except OSError as error:
@@ -99,8 +105,9 @@ def _pack(
     workers: int,
     advance: Callable[[], None] | None,
 ) -> PackResult:
-    for partial in folder.glob("*.partial"):
-        partial.unlink()
+    for partial in folder.iterdir():
+        if _PARTIAL.fullmatch(partial.name):
+            partial.unlink()
     wanted = {path.relative_to(first.folder).as_posix(): each for path, each in work.items()}
     before = _index_before(folder, first)
     sound = [shard for shard in before.shards if _is_sound(folder, shard, wanted, first.folder, advance)]
@@ -114,8 +121,8 @@ def _pack(
     index = Index(first.info.name, first.info.num_classes, first.decoding, first.patterns, sound)
     index.write(folder)
     listed = {shard.file for shard in sound}
-    for stray in folder.glob("*.bin"):
-        if stray.name not in listed:
+    for stray in folder.iterdir():
+        if _SHARD.fullmatch(stray.name) and stray.name not in listed:
             stray.unlink()
     numbers = (f"{number:05d}.bin" for number in itertools.count())
     unused = (file for file in numbers if file not in listed)
@@ -252,10 +259,21 @@ def _check_space(folder: Path, missing: Sequence[tuple[PairedFiles, Pair]]) -> N
         )
 
 
+def _check_own(folder: Path) -> None:
+    """Raise a ValueError if a folder holds files that no pack has: some would be replaced or removed."""
+    for path in sorted(folder.iterdir()):
+        own = path.name in (INDEX, _LOCK) or _SHARD.fullmatch(path.name) or _PARTIAL.fullmatch(path.name)
+        if not own and not path.name.startswith(".") and path.name not in SYSTEM_FILES:
+            raise ValueError(
+                f"output (--output) must be an empty folder, a new one or that of a pack, got {folder}, which holds "
+                f"{path.name}"
+            )
+
+
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     """Hold the lock of the pack; the system releases it when the process ends for any reason."""
-    with (folder / "lock").open("w") as lock:
+    with (folder / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -146,11 +146,18 @@ def _select(release: Release, folder: Path, frames: dict[str, Pair], split: str,
         return _pick(frames, *listed(str(_table(release, split_by) or split_by), split))
     if split_by == "ratio":
         return [frames[name] for name in _draw(frames)[split]]
-    shipped = folder / "lists" / "seq_{split}.txt"
-    if Path(str(shipped).format(split=split)).is_file():
+    shipped = {each: folder / "lists" / f"seq_{each}.txt" for each in SPLITS}
+    absent = [path for path in shipped.values() if not path.is_file()]
+    if len(absent) < len(shipped):
+        if absent:
+            raise DatasetNotFoundError(
+                f"{release.title} in {folder} is incomplete: there is no {absent[0].name} beside the other lists in "
+                f"{absent[0].parent}; the packaged split would share frames with them"
+            )
+        lists = str(folder / "lists" / "seq_{split}.txt")
         # The other lists too: a frame that is in two of them would be trained on and scored.
-        listed_splits(str(shipped), split)
-        return _pick(frames, *listed(str(shipped), split))
+        listed_splits(lists, split)
+        return _pick(frames, *listed(lists, split))
     table = SPLITS_FOLDER / f"{release.info.name}.csv"
     wanted = set(listed(str(table), split)[0])
     known = {name for other in SPLITS for name in listed(str(table), other)[0]}

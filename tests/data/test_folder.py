@@ -1,5 +1,6 @@
 """A folder of one's own: its layouts, names, classes and values."""
 
+import re
 import shlex
 import unicodedata
 import warnings
@@ -61,16 +62,29 @@ def test_a_mask_with_another_name_is_suggested(tmp_path: Path, write: Write) -> 
     write_frame(write, tmp_path / "images/a.png", tmp_path / "masks/a.png")
     write_frame(write, tmp_path / "images/b.png", tmp_path / "masks/b-final.png")
     with pytest.raises(
-        ValueError, match=r"image .*b\.png has no mask; .* --masks 'masks/\{name\}-final\.png' would take"
+        ValueError,
+        match=r"image .*b\.png has no mask; .* --images 'images' --masks 'masks/\{name\}-final\.png' would take",
     ):
         find_layout(tmp_path).pairs()
+
+
+def test_the_suggested_pattern_of_a_folder_with_splits_takes_the_mask(tmp_path: Path, write: Write) -> None:
+    for split in ("train", "val"):
+        write_frame(write, tmp_path / f"images/{split}/a.png", tmp_path / f"masks/{split}/a_truth.png")
+    with pytest.raises(ValueError, match="has no mask") as raised:
+        find_layout(tmp_path).pairs("train")
+    hint = re.search(r"; --images '(.+)' --masks '(.+)' would take a_truth\.png$", str(raised.value))
+    assert hint is not None
+    images, masks = hint.groups()
+    assert (images, masks) == ("images/{split}", "masks/{split}/{name}_truth.png")
+    assert [pair.mask.name for pair in find_layout(tmp_path, images, masks).pairs("val")] == ["a_truth.png"]
 
 
 @pytest.mark.parametrize(
     ("mask", "hint"),
     [
         ("c.png", r"; did you mean c\.png\?"),
-        ("C_truth.png", r"; --masks 'masks/\{name\}_truth\.png' would take C_truth\.png"),
+        ("C_truth.png", r"; --images 'images' --masks 'masks/\{name\}_truth\.png' would take C_truth\.png"),
         ("c_truth.png", r"; did you mean c_truth\.png\?"),
         ("D.png", ""),
     ],
@@ -98,7 +112,8 @@ def test_no_mask_is_suggested_for_a_part_of_its_number(tmp_path: Path, write: Wr
         write_frame(write, tmp_path / f"images/{number}.png", tmp_path / f"masks/{number}.png")
     write_frame(write, tmp_path / "images/3.png", tmp_path / "masks/3_truth.png")
     with pytest.raises(
-        ValueError, match=r"3\.png has no mask; .* --masks 'masks/\{name\}_truth\.png' would take 3_truth"
+        ValueError,
+        match=r"3\.png has no mask; .* --images 'images' --masks 'masks/\{name\}_truth\.png' would take 3_truth",
     ):
         find_layout(tmp_path).pairs()
     (tmp_path / "masks/3_truth.png").unlink()
@@ -157,6 +172,14 @@ def test_masks_above_the_folder_of_their_images_are_not_left_out(tmp_path: Path,
     assert warned(tmp_path, "train", options=options) == []
 
 
+def test_masks_below_the_folder_of_their_images_are_no_images(tmp_path: Path, write: Write) -> None:
+    for number in range(3):
+        write_frame(write, tmp_path / f"{number}.png", tmp_path / f"masks/{number}.png")
+    assert names(build(tmp_path, "all", FolderOptions((), ("0", "255"), images=".", masks="masks/{name}.png"))) == list(
+        "012"
+    )
+
+
 @pytest.mark.parametrize(
     ("image", "mask", "options"),
     [
@@ -188,6 +211,11 @@ def test_splits_are_found_where_the_pattern_has_more_than_their_name(tmp_path: P
         write_frame(write, tmp_path / f"x/my_{split}_set/in/a.png", tmp_path / f"y/{split}/a.png")
     (tmp_path / "x/my_test_set").mkdir()
     assert find_layout(tmp_path, "x/my_{split}_set/in", "y/{split}/{name}.png").splits() == ["train", "val"]
+    for split in ("train", "valid"):
+        write_frame(write, tmp_path / f"z/{split}_{split}/{split}.in/a.png", tmp_path / f"y/{split}/a.png")
+    (tmp_path / "z/train_test/test.in").mkdir(parents=True)
+    (tmp_path / "z/test_test").mkdir()
+    assert find_layout(tmp_path, "z/{split}_{split}/{split}.in", "y/{split}/{name}").splits() == ["train", "val"]
 
 
 @pytest.mark.parametrize(("listed", "on_disk"), [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)])

@@ -147,6 +147,18 @@ def test_a_given_split_must_keep_groups_together(tmp_path: Path, write: Write, k
         train(str(tmp_path / "groups.csv"))
 
 
+def test_groups_are_compared_where_the_pattern_names_the_split_twice(tmp_path: Path, write: Write) -> None:
+    for split in ("train", "val"):
+        write_frame(
+            write, tmp_path / f"{split}/{split}_images/p1_{split}.png", tmp_path / f"truth/{split}/p1_{split}.png"
+        )
+    options = FolderOptions(
+        ("a", "b"), ("0", "255"), images="{split}/{split}_images", masks="truth/{split}/{name}.png", group_by=r"(p\d)_"
+    )
+    with pytest.raises(ValueError, match="got 'p1' in"):
+        build(tmp_path, options=options, train=True)
+
+
 def test_groups_are_found_in_test_images_without_masks(tmp_path: Path, write: Write) -> None:
     write_grouped(tmp_path, write, "folders", {"p1_1": "train", "p2_1": "val"})
     write(tmp_path / "images/test/p1_2.png", MASK)

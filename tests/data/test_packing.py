@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -161,6 +162,24 @@ def test_leftovers_of_a_killed_pack_are_removed(root: Path, leftover: str) -> No
     shards = {shard.file for shard in Index.read(root / FOLDER).shards}
     assert set(contents(root / FOLDER)) == {"index.json", "lock", *shards}
     assert "00007.bin" not in shards
+
+
+def test_other_files_are_never_touched(root: Path, tmp_path: Path) -> None:
+    """A pack removes what an interrupted one has left; in a folder of somebody else's, that would be theirs."""
+    for name in ("pytorch_model.bin", "movie.mkv.partial", "notes.txt"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("precious")
+        (folder / "lock").write_text("theirs")
+        with pytest.raises(ValueError, match=rf"output .* must be an empty folder, .* which holds {re.escape(name)}"):
+            pack(root, folder)
+        assert (folder / name).read_text() == "precious"
+        assert (folder / "lock").read_text() == "theirs"
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / ".gitignore.partial").touch()
+    pack(root, hidden)
+    assert (hidden / ".gitignore.partial").exists()
 
 
 def test_a_full_disk_keeps_what_was_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

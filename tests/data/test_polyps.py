@@ -119,6 +119,27 @@ def test_a_frame_in_two_lists_beside_the_images_is_refused(clinicdb: Path, tmp_p
     assert len(data.build("cvc_clinicdb", "all", train=False, root=tmp_path)) == 612
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_lists_beside_the_images_must_be_all_there(clinicdb: Path, tmp_path: Path, split: str) -> None:
+    """Two lists and the packaged table for the third split would share frames."""
+    shutil.copytree(clinicdb, tmp_path, dirs_exist_ok=True, copy_function=os.link)
+    lists = tmp_path / "CVC-ClinicDB/lists"
+    lists.mkdir()
+    for each, numbers in (("train", range(1, 500)), ("val", range(500, 613))):
+        (lists / f"seq_{each}.txt").write_text("\n".join(map(str, numbers)))
+    with pytest.raises(
+        data.DatasetNotFoundError, match=r"incomplete: there is no seq_test\.txt beside the other lists"
+    ):
+        data.build("cvc_clinicdb", split, train=False, root=tmp_path)
+
+
+def test_a_frame_that_a_list_names_twice_counts_once(tmp_path: Path, write: Write) -> None:
+    write_pairs(tmp_path / "cvc_colondb", write, range(1, 8))
+    for split, text in (("train", "1\n2"), ("val", "4"), ("test", "6\n6\n7")):
+        (tmp_path / f"my_{split}.txt").write_text(text)
+    assert names(tmp_path, str(tmp_path / "my_{split}.txt"), "cvc_colondb")["test"] == ["6", "7"]
+
+
 def test_split_by_list_files(tmp_path: Path, write: Write) -> None:
     write_pairs(tmp_path / "cvc_colondb", write, range(1, 8), (".tif", ".webp"))
     for split, text in (("train", "\ufeff1\n2 \n3"), ("val", "4"), ("test", "6\n")):
