@@ -65,7 +65,7 @@ def print_check(options: DataCheck) -> None:
         ValueError: something stands in the way of a training; all of it is printed first.
     """
     from sward.data.files import shortened
-    from sward.data.survey import survey
+    from sward.data.survey import exact_text, survey
 
     found = survey(options.folder, images=options.images, masks=options.masks)
     total = max(sum(found.values.values()), 1)
@@ -86,12 +86,21 @@ def print_check(options: DataCheck) -> None:
         share = max(found.between_black_and_white, 0.0001)
         print(f"grey:        {share:.2%} of the pixels lie between 0 and 255; {meaning}")
     if found.turned:
-        print(f"turned:      {found.turned} images have an EXIF orientation; it is applied, also to their masks")
+        print(f"turned:      {found.turned} images have an EXIF orientation, which is applied, as that of a mask is")
+    if found.turned_alone:
+        print(
+            f"turned:      {found.turned_alone} of them have a mask without one; in a viewer, image and mask must lie "
+            "alike"
+        )
     if found.wide:
-        print(f"wide:        {sum(found.wide.values())} images have more than 8 bits, up to {found.highest:g}")
+        span = f"up to {exact_text(found.highest)}" + (f", down to {exact_text(found.lowest)}" if found.lowest else "")
+        print(f"wide:        {sum(found.wide.values())} images have more than 8 bits, {span}")
+    if found.one_bit:
+        print(f"1-bit masks: {found.one_bit} beside masks of 0 and 255; their white counts as 255")
     if found.duplicates:
         named = [f"{one} = {other}" for one, other in found.duplicates]
-        print(f"duplicates:  {shortened(named)} have the same bytes; keep them in one split with --group-by")
+        cure = "remove one of each" if found.has_splits else "keep them in one split with --group-by"
+        print(f"duplicates:  {shortened(named)} have the same bytes; {cure}")
     for problem in found.problems[:10]:
         print(f"problem:     {problem}")
     if found.problems:

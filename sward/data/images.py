@@ -86,9 +86,10 @@ def open_image(path: Path, content: bytes | None = None) -> Image:
             pages = getattr(image, "n_frames", 1)
             # A phone appends a preview or a depth map to a photo and calls the file MPO; its first page is the photo.
             several = pages > 1 and image.format != "MPO"
-            wide, lossy = False, ""
+            wide, lossy, rescaled = False, "", ""
             if not several:
-                wide, lossy = _is_wide_colour(image), _find_lossy_compression(image)
+                # Before decoding, which closes the file and forgets what it was.
+                wide, lossy, rescaled = _is_wide_colour(image), _find_lossy_compression(image), _find_rescaling(image)
                 _load(image)
                 ImageOps.exif_transpose(image, in_place=True)
     except FileNotFoundError:
@@ -101,7 +102,7 @@ def open_image(path: Path, content: bytes | None = None) -> Image:
         raise CorruptFileError(f"cannot read {path}: the file is damaged or not an image ({error})") from error
     if several:
         raise ValueError(f"image {path} must have one page, got {pages}; save the pages as separate files")
-    image.info["wide"], image.info["lossy"] = wide, lossy
+    image.info["wide"], image.info["lossy"], image.info["rescaled"] = wide, lossy, rescaled
     return image
 
 
@@ -127,8 +128,23 @@ def lossy_compression(image: Image) -> str:
     return str(image.info["lossy"])
 
 
+def rescaling(image: Image) -> str:
+    """Return why the values of an image from `open_image` are not those of its file; empty if they are."""
+    return str(image.info["rescaled"])
+
+
+def _find_rescaling(image: Image) -> str:
+    if _is_wide_colour(image):
+        return "16-bit colour"
+    if image.format == "PPM":
+        # Pillow scales values to 255 or 65535 where the file's header names another maximum.
+        maxima = [tile[3][1] for tile in getattr(image, "tile", ()) if isinstance(tile[3], tuple)]
+        kept = 65535 if image.mode == "I" else 255
+        return next((f"a maximum of {maximum}" for maximum in maxima if maximum != kept), "")
+    return ""
+
+
 def _find_lossy_compression(image: Image) -> str:
-    """Return `lossy_compression` of an image that is not decoded yet: decoding closes its file."""
     if image.format in _LOSSY_FORMATS:
         return str(image.format)
     if image.format == "TIFF" and image.info.get("compression") in _LOSSY_IN_TIFF:

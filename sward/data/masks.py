@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sward.data.images import lossy_compression
+from sward.data.images import lossy_compression, rescaling
 from sward.data.sample import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def indices(mask: Image, path: Path, *, lossy: bool = False) -> NDArray[np.integ
         lossy: allow formats that change values, such as JPEG.
 
     Raises:
-        ValueError: the mask has colours, transparent pixels or values that are not whole numbers.
+        ValueError: the mask has colours, transparent pixels, values that are not whole numbers, or 16-bit colour.
     """
     compression = lossy_compression(mask)
     if compression and not lossy:
@@ -166,6 +166,7 @@ def indices(mask: Image, path: Path, *, lossy: bool = False) -> NDArray[np.integ
     if len(mask.getbands()) > 1:
         return _equal_channels(mask, path)
     _check_opaque(mask, path)
+    _check_values_kept(mask, path)
     values = np.asarray(mask)
     if values.dtype == np.bool_:
         return values.astype(np.uint8)
@@ -187,11 +188,12 @@ def colours(mask: Image, path: Path) -> NDArray[np.int64]:
     """Return the colour of each pixel as 0xRRGGBB, `[H, W]`; palettes are looked up.
 
     Raises:
-        ValueError: the mask has transparent pixels, or no colours because it has more than 8 bits.
+        ValueError: the mask has transparent pixels, or more than 8 bits per channel.
     """
     if mask.mode.startswith(("I", "F")):
         raise ValueError(f"mask {path} must have colours, got the mode {mask.mode}; name numbers with --mask-values")
     _check_opaque(mask, path)
+    _check_values_kept(mask, path)
     channels = np.asarray(mask.convert("RGB")).astype(np.int64)
     return channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]
 
@@ -215,6 +217,14 @@ def _check_opaque(mask: Image, path: Path) -> None:
         raise ValueError(
             f"mask {path} must not be transparent, got {transparent} transparent pixels; save it without transparency, "
             "with the background's colour where it is transparent"
+        )
+
+
+def _check_values_kept(mask: Image, path: Path) -> None:
+    if rescaling(mask):
+        raise ValueError(
+            f"mask {path} must hold its values in 8 bits per channel, or in 8, 16 or 32 bits of grey, got "
+            f"{rescaling(mask)}, for which they are scaled when it is read; save it as 8-bit or grey PNG"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shlex
 from collections import Counter
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sward.data.files import shortened
-from sward.data.images import WIDE_COLOUR_RANGE, Header, check_end, lossy_compression, open_image
+from sward.data.images import WIDE_COLOUR_RANGE, Header, check_end, lossy_compression, open_image, read_header
 from sward.data.layouts import find_layout, table_pairs
 from sward.data.masks import TOLERANCE, UNCLEAR_SHARE, colours, indices
 from sward.data.sample import IGNORE_INDEX, Pair
@@ -56,14 +57,21 @@ class Survey:
     """Values or colours of the other masks."""
     not_soft: int = 0
     """Masks that cannot be black and white with soft edges: palettes, 1-bit masks, and dark ones that are not black."""
+    one_bit: int = 0
+    """1-bit masks beside masks of 0 and 255, whose 1 is the others' 255."""
     turned: int = 0
     """Images with an EXIF orientation."""
+    turned_alone: int = 0
+    """Those of them that keep their size while their mask has no orientation: it may be upside down."""
     wide: Counter[str] = field(default_factory=Counter)
     """Mode of images with more than 8 bits per channel -> how many."""
+    lowest: float = 0.0
+    """Least value in those images, at most 0."""
     highest: float = 0.0
     """Greatest value in those images."""
     duplicates: list[tuple[str, str]] = field(default_factory=list)
-    """Frames in different splits whose images have the same bytes; without splits, all frames with the same bytes."""
+    """Frames in different splits whose images have the same bytes, as `split/name`; without splits, the names of all
+    frames with the same bytes."""
     problems: list[str] = field(default_factory=list)
     """What stands in the way of a training, one sentence each."""
 
@@ -100,7 +108,7 @@ class Survey:
         if not self.has_splits:
             words += ["--split", "80/10/10"]
         if self.wide:
-            words += ["--dataset.image-range", "0", f"{self.highest:g}"]
+            words += ["--dataset.image-range", exact_text(self.lowest), exact_text(self.highest)]
         return shlex.join(words)
 
     @property
@@ -131,21 +139,30 @@ class Survey:
     def _distinct(self) -> list[str]:
         if self.is_lossy_black_and_white:
             return list(BLACK_AND_WHITE)
-        if self.is_soft_black_and_white:
+        # Ranges read a 1-bit mask as a viewer shows it.
+        if self.one_bit or self.is_soft_black_and_white:
             return list(SOFT_BLACK_AND_WHITE)
         return sorted(self.values, key=_order)
 
 
 class _Look(NamedTuple):
-    size: tuple[int, int]
-    turned: bool
-    wide: str
-    highest: float
     digest: str
-    values: dict[str, int]
-    lossy: bool
-    not_soft: bool
-    problem: str
+    size: tuple[int, int] = (0, 0)
+    turned: bool = False
+    turned_alone: bool = False
+    wide: str = ""
+    lowest: float = 0.0
+    highest: float = 0.0
+    mode: str = ""
+    """Pillow's mode of the mask."""
+    values: Mapping[str, int] = {}
+    lossy: bool = False
+    problem: str = ""
+
+    @property
+    def not_soft(self) -> bool:
+        highest = max((int(value) for value in self.values if value.isdecimal()), default=0)
+        return self.mode in ("1", "P") or 0 < highest < 128
 
 
 def survey(root: Path, *, images: str | None = None, masks: str | None = None) -> Survey:
@@ -164,6 +181,7 @@ def survey(root: Path, *, images: str | None = None, masks: str | None = None) -
     pairs = [(split, pair) for split, listed in frames.items() for pair in listed]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
         looks = list(executor.map(lambda each: _look(each[1]), pairs))
+    looks = _with_equal_whites(looks, found)
     first: dict[str, tuple[str, str]] = {}
     for (split, pair), look in zip(pairs, looks):
         found.sizes[look.size] += 1
@@ -172,11 +190,14 @@ def survey(root: Path, *, images: str | None = None, masks: str | None = None) -
         found.not_soft += look.not_soft
         found.exact.update([] if look.lossy else look.values)
         found.turned += look.turned
+        found.turned_alone += look.turned_alone
         found.wide.update([look.wide] if look.wide else [])
-        found.highest = max(found.highest, look.highest)
+        found.lowest, found.highest = min(found.lowest, look.lowest), max(found.highest, look.highest)
         found.problems += [look.problem] if look.problem else []
         other = first.setdefault(look.digest, (split, pair.name))
-        if other[1] != pair.name and (other[0] != split or not found.has_splits):
+        if found.has_splits and other[0] != split:
+            found.duplicates.append(("/".join(other), f"{split}/{pair.name}"))
+        elif not found.has_splits and other[1] != pair.name:
             found.duplicates.append((other[1], pair.name))
     found.problems += _judge(found)
     return found
@@ -197,34 +218,59 @@ def _frames(root: Path, images: str | None, masks: str | None) -> tuple[Mapping[
     return frames, found
 
 
+def _with_equal_whites(looks: list[_Look], found: Survey) -> list[_Look]:
+    """Count the 1 of a 1-bit mask as 255 where the other masks hold 0 and 255, and count such masks."""
+    others = {value for look in looks if look.mode != "1" for value in look.values}
+    if "255" not in others or not others <= set(BLACK_AND_WHITE):
+        return looks
+    found.one_bit = sum(look.mode == "1" for look in looks)
+    white = {"0": "0", "1": "255"}
+    return [
+        look._replace(values={white[value]: count for value, count in look.values.items()})
+        if look.mode == "1"
+        else look
+        for look in looks
+    ]
+
+
 def _look(pair: Pair) -> _Look:
     from PIL import Image
 
-    digest = hashlib.sha256(pair.image.read_bytes()).hexdigest()
-    size, turned, wide, highest = (0, 0), False, "", 0.0
+    look = _Look(hashlib.sha256(pair.image.read_bytes()).hexdigest())
     try:
         with Image.open(pair.image) as image:
             header = Header.of(image)
-            size, turned = header.size, header.turned
+            look = look._replace(size=header.size, turned=header.turned)
+            keeps_size = header.size == (image.height, image.width)
             if header.is_wide:
-                wide, highest = header.mode, float(np.asarray(image).max())
+                pixels = np.asarray(image)
+                look = look._replace(wide=header.mode, lowest=float(pixels.min()), highest=float(pixels.max()))
             elif header.wide_colour:
-                wide, highest = "16-bit colour", WIDE_COLOUR_RANGE[1]
+                look = look._replace(wide="16-bit colour", highest=WIDE_COLOUR_RANGE[1])
         check_end(pair.image, header)
+        mask_header = read_header(pair.mask)
         mask = open_image(pair.mask)
-        lossy = bool(lossy_compression(mask))
-        values = dict(_mask_values(mask, pair.mask))
-        highest_value = max((int(value) for value in values if value.isdecimal()), default=0)
-        not_soft = mask.mode in ("1", "P") or 0 < highest_value < 128
-        problem = ""
-        if (mask.height, mask.width) != size:
-            problem = (
-                f"mask {pair.mask} must have the size of its image, {size[1]} x {size[0]} pixels, got {mask.width} x "
-                f"{mask.height}"
+        upright = mask_header is not None and not mask_header.turned
+        look = look._replace(
+            turned_alone=header.turned and keeps_size and upright,
+            mode=mask.mode,
+            lossy=bool(lossy_compression(mask)),
+            values=dict(_mask_values(mask, pair.mask)),
+        )
+        if (mask.height, mask.width) != header.size:
+            return look._replace(
+                problem=f"mask {pair.mask} must have the size of its image, {header.size[1]} x {header.size[0]} "
+                f"pixels, got {mask.width} x {mask.height}"
             )
-        return _Look(size, turned, wide, highest, digest, values, lossy, not_soft, problem)
+        return look
     except (OSError, ValueError) as error:
-        return _Look(size, turned, wide, highest, digest, {}, False, False, str(error))
+        return look._replace(problem=str(error))
+
+
+def exact_text(number: float) -> str:
+    """Return a number with every digit, whole numbers without a point."""
+    whole = math.isfinite(number) and number == int(number)
+    return str(int(number)) if whole else repr(number)
 
 
 def _mask_values(mask: Image, path: Path) -> Iterator[tuple[str, int]]:

@@ -337,6 +337,23 @@ def test_the_transparent_colour_of_16_bit_colour_is_compared_as_its_pixels_are(t
         black_and_white(open_image(path), path, ("background", "polyp"), 127)
 
 
+@pytest.mark.parametrize("values", [("0", "255"), ("#000000", "#ffffff")])
+def test_masks_whose_values_are_scaled_as_they_are_read_are_refused(tmp_path: Path, values: tuple[str, str]) -> None:
+    """A 2 in 16-bit colour would be 0, and a 1 of at most 3 in a PGM file 85."""
+    colour = tmp_path / "a.png"
+    colour.write_bytes(wide_png(2, 3))
+    scaled = tmp_path / "b.pgm"
+    scaled.write_bytes(b"P5\n2 2\n3\n\x00\x01\x02\x03")
+    for path, found in ((colour, "16-bit colour"), (scaled, "a maximum of 3")):
+        with pytest.raises(ValueError, match=rf"mask .*{path.name} must hold its values in 8 bits .* got {found}, for"):
+            MaskValues(values).decode(open_image(path), path)
+        with pytest.raises(ValueError, match=rf"got {found}, for which they are scaled"):
+            indices(open_image(path), path)
+    for maximum, stored in ((255, b"\x00\x01\x02\xff"), (65535, b"\0\0\0\x01\0\x02\0\xff")):
+        scaled.write_bytes(f"P5\n2 2\n{maximum}\n".encode() + stored)
+        assert indices(open_image(scaled), scaled).tolist() == [[0, 1], [2, 255]]
+
+
 def test_values_that_are_not_whole_numbers_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0.0, 0.5, np.nan]], np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match=r"must be whole numbers, got 0\.5"):

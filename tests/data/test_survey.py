@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sward import data
 from sward.cli.main import main
+from sward.data import FolderOptions, read_image
 from sward.data.survey import count_values, survey
 from sward.training.run_folder import RunFolder
 from tests.support.folder_data import wide_png
@@ -140,13 +142,81 @@ def test_what_needs_a_look_is_counted(tmp_path: Path, write: Write) -> None:
     (tmp_path / "images/val/6.jpg").write_bytes(whole[: len(whole) // 2])
     found = survey(tmp_path)
     assert found.frames == {"train": 2, "val": 5}
-    assert found.duplicates == [("1", "3")]
+    assert found.duplicates == [("train/1", "val/3")]
     assert (found.turned, sum(found.wide.values()), found.highest) == (1, 1, 4000)
     size, damage = found.problems
     assert "got 63 x 48" in size
     assert "6.jpg: the file is damaged" in damage
     assert "--dataset.image-range 0 4000" in found.command
     assert "--split" not in found.command
+
+
+def test_an_image_in_two_splits_is_found_under_its_own_name_too(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, number, value in (("train", 1, 9), ("train", 2, 9), ("val", 1, 9), ("val", 2, 8)):
+        write(tmp_path / f"images/{split}/{number}.png", np.full((48, 64, 3), value, np.uint8))
+        write(tmp_path / f"masks/{split}/{number}.png", DISC)
+    # Copies within one split leak nothing.
+    assert survey(tmp_path).duplicates == [("train/1", "val/1")]
+    assert main(["data", "check", str(tmp_path)]) == 0
+    assert "train/1 = val/1 have the same bytes; remove one of each" in capsys.readouterr().out
+
+
+def test_the_white_of_1_bit_masks_is_that_of_the_others(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_frames(tmp_path, write, 255 * DISC, count=10)
+    Image.fromarray(DISC.astype(bool)).save(tmp_path / "masks/3.png")
+    found = survey(tmp_path)
+    assert (found.one_bit, found.values) == (1, {"0": 10 * (DISC == 0).sum(), "255": 10 * DISC.sum()})
+    assert main(["data", "check", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "1-bit masks: 1 beside masks of 0 and 255; their white counts as 255" in printed
+    command = shlex.split(printed.split("train with:  ")[1])
+    values = command[command.index("--mask-values") + 1]
+    dataset = data.build("folder", "all", train=False, root=tmp_path, folder_options=FolderOptions((), (values,)))
+    assert all((sample.labels.numpy() == DISC).all() for sample in dataset)
+    # Beside class indices a 1 is a 1.
+    write_frames(tmp_path, write, DISC, count=10)
+    Image.fromarray(DISC.astype(bool)).save(tmp_path / "masks/3.png")
+    assert survey(tmp_path).mask_values == ()
+
+
+def test_a_mask_that_may_be_upside_down_is_pointed_out(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_frames(tmp_path, write, DISC, count=4)
+    exif = Image.Exif()
+    for number, (orientation, own) in enumerate([(3, False), (3, True), (6, False), (1, False)]):
+        exif[0x0112] = orientation
+        shape = (64, 48, 3) if orientation == 6 else (48, 64, 3)
+        Image.fromarray(np.full(shape, number, np.uint8)).save(tmp_path / f"images/{number}.png", exif=exif)
+        Image.fromarray(DISC).save(tmp_path / f"masks/{number}.png", **({"exif": exif} if own else {}))
+    found = survey(tmp_path)
+    assert found.problems == []
+    # The size of the third mask says that it is upright.
+    assert (found.turned, found.turned_alone) == (3, 1)
+    main(["data", "check", str(tmp_path)])
+    assert "1 of them have a mask without one; in a viewer, image and mask must lie alike" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [((-1024, 3000), "-1024 3000"), ((7, 1234567), "0 1234567"), ((0.25, 0.75), "0 0.75")],
+)
+def test_the_suggested_range_holds_every_value(
+    tmp_path: Path, write: Write, values: tuple[float, float], expected: str
+) -> None:
+    write_frames(tmp_path, write, DISC, count=1)
+    pixels = np.full((48, 64), values[0], np.float32)
+    pixels[3] = values[1]
+    (tmp_path / "images/0.png").unlink()
+    Image.fromarray(pixels).save(tmp_path / "images/0.tif")
+    command = survey(tmp_path).command
+    assert command.endswith(f"--dataset.image-range {expected}")
+    low, high = map(float, expected.split())
+    assert read_image(tmp_path / "images/0.tif", (low, high)).max() == 255
 
 
 def test_16_bit_colour_gets_the_range_that_training_asks_for(
