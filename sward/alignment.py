@@ -8,7 +8,7 @@ pixel sum to one, so they commute, bias included; `ChannelProjection.project_and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -159,7 +159,8 @@ class Standardization(nn.Module):
         tensor([3.])
 
     Attributes:
-        count: int64, positions seen so far.
+        count: int64, positions seen so far. Maps that are not finite do not count: the step that they spoil may be
+            skipped, as a loss scaler does, and must not spoil those after it.
         mean: `[channels]`, of all positions.
         variance: `[channels]`, of all positions (divided by their number).
     """
@@ -190,15 +191,27 @@ class Standardization(nn.Module):
         sums = torch.cat([count, count * mean, count * (variance + mean.square())])
         if self.process_group is not None:
             dist.all_reduce(sums, group=self.process_group)
+        finite = sums.isfinite().all()
         count = sums[0]
         mean, squares = (sums[1:] / count).chunk(2)
         # Two sets of positions as one (Chan et al., 1979).
         share = count / (self.count + count)
         change = mean - self.mean
         within = torch.lerp(self.variance.double(), (squares - mean.square()).clamp(min=0), share)
-        self.variance.copy_(within + share * (1 - share) * change.square())
-        self.mean.copy_(self.mean + share * change)
-        self.count.add_(count.long())
+        variance = within + share * (1 - share) * change.square()
+        # Chosen on the device, without waiting for it.
+        self.variance.copy_(variance.where(finite, self.variance))
+        self.mean.copy_((self.mean + share * change).where(finite, self.mean))
+        self.count.add_(count.long() * finite)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Standardization:
+        exact = {name: getattr(self, name) for name in ("mean", "variance")}
+        super()._apply(fn, recurse)
+        for name, statistics in exact.items():
+            # A network may be turned to 16 bits; means over thousands of maps would then stop moving, and overflow.
+            if getattr(self, name).itemsize < statistics.itemsize:
+                setattr(self, name, statistics.to(getattr(self, name).device))
+        return self
 
     def normalize(self, features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Normalise with the statistics as they are, and resize to `size` where it is given (as `resize` does)."""

@@ -14,8 +14,8 @@ from torch.distributed import ProcessGroup
 
 from sward import layers, methods
 from sward.alignment import resize
-from sward.config import SWARDConfig, TapConfig
-from sward.features import FeatureTaps, unknown_layer
+from sward.config import MASK_METHODS, SWARDConfig, TapConfig
+from sward.features import FeatureTaps, unknown_layer, unwrapped
 from sward.layers import LayerChoice
 from sward.losses import LOGITS, DistillationInputs, SegmentationCrossEntropy
 from sward.losses.recipes import RECIPES, RecipeName
@@ -62,11 +62,11 @@ class Distiller(nn.Module):
 
     `parameters()` and `state_dict()` hold the student and what the method learns. The teacher is no submodule: it stays
     in eval mode, gets no gradients, and is left out of checkpoints and of `DistributedDataParallel`; `to` moves it too.
-    After training, `distiller.student` is the network to keep.
+    After training, `distiller.student` is the network to keep; `close` takes the hooks off both networks.
 
     Args:
         student: `images [B, 3, H, W] -> logits [B, K, h, w]`, also in a tuple or under `out` or `logits` in a
-            dictionary. Logits of another size than the labels are resized.
+            dictionary. Logits of another size than the labels are resized. It may be compiled.
         teacher: the same; for methods that compare no logits, any network with feature maps.
         num_classes: K; a one-logit task has 2.
         method: a name in `sward.methods.METHODS`.
@@ -86,8 +86,8 @@ class Distiller(nn.Module):
         unlabelled: whether batches hold images without labels, whose rows of `labels` are all `ignore_index`. `"kd"`
             then compares every pixel, as `sward train --unlabelled` does.
         process_group: processes over which losses take their means.
-        settings: fields of `sward.config.SWARDConfig`, such as `window_size=(8, 4)` or `embed_dim=32`; `window_size`
-            may be one number.
+        settings: of `"sward"`: fields of `sward.config.SWARDConfig`, such as `window_size=(8, 4)` or `embed_dim=32`;
+            `window_size` may be one number.
 
     Raises:
         ValueError: if the arguments do not fit together; the message names the cure.
@@ -115,6 +115,7 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         methods.check_name(method)
+        _check_options(method, recipe, masks, settings)
         _check_networks(student, teacher)
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2 (a one-logit task has 2), got {num_classes}")
@@ -170,6 +171,11 @@ class Distiller(nn.Module):
         # Parameters of both networks may lie on a GPU already.
         self.distillation.to(next(student.parameters()).device)
 
+    def close(self) -> None:
+        """Take the hooks off both networks. The distiller cannot be called afterwards; the networks can."""
+        self._taps.close()
+        self._teacher.taps.close()
+
     @property
     def teacher(self) -> nn.Module:
         """The frozen network."""
@@ -220,6 +226,20 @@ class Distiller(nn.Module):
         return self
 
 
+def _check_options(method: str, recipe: RecipeName, masks: str | Path | None, settings: dict[str, Any]) -> None:
+    """Raise a ValueError for an option that the method would not read."""
+    if method != "sward" and settings:
+        name, value = next(iter(settings.items()))
+        raise ValueError(
+            f"settings must be none for method {method!r}, got {name}={value!r}; they are those of 'sward', and "
+            f"sward.losses has the classes of the other methods, with all their arguments"
+        )
+    if method != "sward" and recipe != "recommended":
+        raise ValueError(f"recipe must be 'recommended' for method {method!r}, which has none, got {recipe!r}")
+    if masks is not None and method not in MASK_METHODS:
+        raise ValueError(f"masks must be None for method {method!r}, got {str(masks)!r}")
+
+
 def _check_networks(student: nn.Module, teacher: nn.Module) -> None:
     for side, network in (("student", student), ("teacher", teacher)):
         if not isinstance(network, nn.Module):
@@ -248,6 +268,7 @@ def _check_layers(side: str, names: Sequence[str] | None, network: nn.Module, ot
         return
     if isinstance(names, str) or not names:
         raise ValueError(f"{side}_layers must be a list of at least one layer, got {names!r}")
+    network, other = unwrapped(network), unwrapped(other)
     known, elsewhere = dict(network.named_modules()), dict(other.named_modules())
     for name in names:
         if name not in known:
@@ -266,7 +287,7 @@ def _layers_of(
     problem = ""
     for size in (image_size,) if image_size is not None else PROBE_SIZES:
         try:
-            choice = layers.choose(network, size, num_classes=num_classes)
+            choice = layers.choose(unwrapped(network), size, num_classes=num_classes)
         except ValueError as error:
             problem = problem or str(error)
             continue
@@ -277,6 +298,7 @@ def _layers_of(
 
 
 def _check_classes(student: nn.Module, size: tuple[int, int], num_classes: int) -> None:
+    student = unwrapped(student)
     with torch.no_grad(), layers.evaluating(student):
         found = logits_of(student(next(student.parameters()).new_zeros(1, 3, *size)), "student").shape[1]
     classes = max(found, 2)

@@ -15,6 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from sward.tensor_layouts import Format, Layout, check_choice, describe, layouts, resolve, select, without_doubt
 
+_asking: FeatureTaps | None = None
+"""The taps that run their network once more on a blank image, of which no others may take maps."""
+
 
 class FeatureTaps:
     """Forward hooks on named layers; leaving the context removes them.
@@ -209,6 +212,7 @@ class FeatureTaps:
             return [Layout(self._format, (grid[0], grid[1]))]
         return found
 
+    @torch.compiler.disable
     def _settle_by_second_size(self, doubtful: list[str], caught: dict[str, Tensor], images: Tensor) -> None:
         """Run the network on images of twice the size and keep the reading of each output that holds for both."""
         first = tuple(images.shape)
@@ -229,6 +233,8 @@ class FeatureTaps:
         blank = images.new_zeros(shape)
         devices = [images.device] if images.device.type == "cuda" else []
         eagerly = torch.compiler.set_stance("force_eager")
+        global _asking
+        _asking = self
         try:
             with evaluating(network), torch.no_grad(), torch.random.fork_rng(devices), eagerly:
                 if self._image_keyword is None:
@@ -240,6 +246,7 @@ class FeatureTaps:
             # Networks of a fixed image size raise errors of every kind.
             return None
         finally:
+            _asking = None
             self._running = False
 
     def _start(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -352,7 +359,9 @@ class _Hook:
 
 class _Start(_Hook):
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if module is self.taps._network[0] and not torch.compiler.is_exporting():
+        if _asking not in (None, self.taps) or torch.compiler.is_exporting():
+            return
+        if module is self.taps._network[0]:
             self.taps._start(arguments, keywords)
 
 

@@ -183,6 +183,7 @@ def _cirkd(pair: DistillationPair) -> CIRKDLoss:
         teacher_tap=teacher,
         ignore_index=pair.ignore_index,
         seed=pair.seed,
+        process_group=pair.process_group,
     )
 
 

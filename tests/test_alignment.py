@@ -1,5 +1,6 @@
 """phi and psi (Eq. 1-3), and the resize of labels."""
 
+import copy
 from typing import Literal
 
 import pytest
@@ -206,3 +207,28 @@ def test_statistics_that_were_saved_go_on_bit_for_bit() -> None:
     for maps in batches[1:]:
         second(maps)
     assert all(torch.equal(whole.state_dict()[name], value) for name, value in second.state_dict().items())
+
+
+def test_a_map_that_overflowed_spoils_its_own_step_only() -> None:
+    good, bad, later = unequal_maps(2, 2, 3)
+    bad[1, 2, 0, 0] = torch.inf
+    seen, alone = Standardization(4), Standardization(4)
+    for maps in (good, bad, later):
+        seen(maps)
+    for maps in (good, later):
+        alone(maps)
+    assert all(torch.equal(alone.state_dict()[name], value) for name, value in seen.state_dict().items())
+    first = Standardization(4)
+    first(bad)
+    assert torch.equal(first(good), Standardization(4)(good))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_in_16_bit_keeps_exact_statistics(dtype: torch.dtype) -> None:
+    (maps,) = unequal_maps(2)
+    exact = Standardization(4)
+    exact(1000 * maps)
+    turned = copy.deepcopy(exact).to(dtype)
+    assert exact.variance.max() > torch.finfo(torch.float16).max
+    assert all(torch.equal(exact.state_dict()[name], value) for name, value in turned.state_dict().items())
+    assert turned.double().mean.dtype == torch.float64

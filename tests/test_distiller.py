@@ -47,8 +47,8 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def distiller(**options: Any) -> Distiller:
-    options = {"num_classes": 3, "image_size": (64, 64), "window_size": (4,), "embed_dim": 8, **options}
-    return Distiller(Net(4), Net(8), **options)
+    small = {"window_size": (4,), "embed_dim": 8} if options.get("method", "sward") == "sward" else {}
+    return Distiller(Net(4), Net(8), **{"num_classes": 3, "image_size": (64, 64), **small, **options})
 
 
 def test_loss_is_the_task_loss_plus_the_methods_on_the_same_maps() -> None:
@@ -91,9 +91,12 @@ def test_every_method_gives_the_student_a_gradient(method: str, tmp_path: Any) -
 def test_maps_of_64_bits_are_compared_in_the_dtype_of_what_the_method_learns(method: str, tmp_path: Any) -> None:
     student, teacher = Net(4), Net(8)
     tap = "logits" if method == "maskd" else "encoder.3"
-    masks = ReceptiveTokens(3) if method == "maskd" else FrequencyPrompts.preset("released", 32)
-    save_masks(tmp_path / "masks.pt", masks, teacher, tap)
-    made = Distiller(student, teacher, num_classes=3, method=method, image_size=(64, 64), masks=tmp_path / "masks.pt")
+    options: dict[str, Any] = {}
+    if method in ("maskd", "freekd"):
+        masks = ReceptiveTokens(3) if method == "maskd" else FrequencyPrompts.preset("released", 32)
+        save_masks(tmp_path / "masks.pt", masks, teacher, tap)
+        options["masks"] = tmp_path / "masks.pt"
+    made = Distiller(student, teacher, num_classes=3, method=method, image_size=(64, 64), **options)
     made.student.double()
     made.teacher.double()
     images, labels = batch()
@@ -206,10 +209,62 @@ def test_importing_the_package_or_its_losses_does_not_import_the_distiller() -> 
     assert {"Distiller", "DistillerOutput", "load"} == set(sward.__all__)
 
 
+def test_compiled_networks_and_a_compiled_distiller_have_the_losses_of_the_others() -> None:
+    student, teacher, (images, labels) = Net(4), Net(8), batch()
+    # A map of 8 channels at 8x8 positions reads in two ways, which a second pass settles.
+    options = {"student_layers": ["encoder.2", "encoder.3"], "teacher_layers": ["encoder.2", "encoder.3"]}
+    options |= {"num_classes": 3, "image_size": (64, 64), "window_size": 4, "embed_dim": 8, "shift": "none"}
+
+    def loss(*networks: nn.Module, whole: bool = False) -> Tensor:
+        torch.manual_seed(0)
+        made = Distiller(*networks, **options).eval()
+        called = torch.compile(made, backend="eager") if whole else made
+        found = called(images, labels).loss
+        made.close()
+        return found
+
+    expected = loss(student, teacher)
+    compiled = [torch.compile(network, backend="eager") for network in (student, teacher)]
+    torch.testing.assert_close(loss(*compiled), expected)
+    torch.testing.assert_close(loss(student, teacher, whole=True), expected)
+
+
+def test_a_closed_distiller_leaves_no_hook_behind() -> None:
+    made = distiller()
+    made(*batch()).backward()
+    made.close()
+    for network in (made.student, made.teacher):
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+    made.student(batch()[0])
+
+
+def test_one_overflow_of_the_teacher_spoils_one_step() -> None:
+    """As a loss scaler needs it, which skips such a step."""
+    made, (images, labels) = distiller(), batch()
+
+    def is_finite(factor: float) -> bool:
+        with made.teacher.encoder[2].register_forward_hook(lambda *call: call[-1] * factor):
+            return bool(made(images, labels).loss.isfinite())
+
+    assert [is_finite(factor) for factor in (1, torch.inf, 1, 1)] == [True, False, True, True]
+
+
 SAME = Net(4)
 WRONG: dict[str, tuple[Any, str]] = {
     "unknown method": (lambda: distiller(method="swrd"), "unknown distillation method 'swrd'; did you mean 'sward'"),
     "unknown recipe": (lambda: distiller(recipe="best"), "recipe must be one of 'recommended', 'paper', got 'best'"),
+    "setting of sward": (
+        lambda: distiller(method="cirkd", terms=(0.0, 0.0, 0.0, 1.0)),
+        r"settings must be none for method 'cirkd', got terms=\(0\.0, 0\.0, 0\.0, 1\.0\); they are those of 'sward'",
+    ),
+    "recipe of sward": (
+        lambda: distiller(method="kd", recipe="paper"),
+        "recipe must be 'recommended' for method 'kd', which has none, got 'paper'",
+    ),
+    "masks of another method": (
+        lambda: distiller(method="cwd", masks="m.pt"),
+        "masks must be None for method 'cwd', got 'm.pt'",
+    ),
     "unknown setting": (lambda: distiller(window=4), "settings must be fields of SWARDConfig, got 'window'"),
     "one class": (
         lambda: Distiller(Net(4, 1), Net(8, 1), num_classes=1, image_size=(64, 64)),

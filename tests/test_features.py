@@ -140,6 +140,19 @@ def test_finding_the_layout_changes_neither_mode_nor_random_numbers_nor_statisti
     assert all(module.training for module in net.modules())
 
 
+def test_finding_the_layout_feeds_no_other_taps() -> None:
+    """The blank image on which a doubt is settled is no pass of the network to those who did not ask."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 5, 1))
+    images = torch.randn(2, 3, 32, 32)
+    with FeatureTaps(net, ["0"]) as asking, FeatureTaps(net, ["0", "1"], format="nchw") as other:
+        logits = net(images)
+        asking.collect()
+        maps = other.collect()
+    assert torch.equal(maps["1"], logits)
+    assert maps["0"].shape == (2, 8, 8, 8)
+    assert maps["0"].requires_grad
+
+
 class FixedSize(Arranged):
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[-1] != 32:

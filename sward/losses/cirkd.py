@@ -239,6 +239,10 @@ class CIRKDLoss(TapComparison):
         rank = 0 if processes is None else dist.get_rank(processes)
         images, pixels = classes.shape
         self._step += 1
+        # What is not finite, as after an overflow in 16 bits, spoils the loss of this step and no other.
+        finite = teacher_units.isfinite().all(dim=1)
+        classes = classes.where(finite, self.num_classes)
+        teacher_units = teacher_units.where(finite.unsqueeze(1), 0.0)
         # Drawn for the global batch, so that one process and several store the same pixels.
         generator = torch.Generator().manual_seed(_mixed(self.seed, self._step, 0))
         scores = torch.rand(ranks * images, pixels, generator=generator)[rank * images : (rank + 1) * images]

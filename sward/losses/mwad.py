@@ -256,8 +256,7 @@ class MWADLoss(nn.Module):
     def _project_teacher(self, index: int, teacher: Tensor, size: tuple[int, int]) -> Tensor:
         phi = cast(ChannelProjection, self.phi[index])
         theta = cast(ChannelProjection, self.theta_teacher[index])
-        enlarges = size[0] * size[1] > teacher.shape[-2] * teacher.shape[-1]
-        features = self._normalized(index, teacher, (teacher.shape[-2], teacher.shape[-1]) if enlarges else size)
+        features = self._normalized(index, teacher, size)
         pixels = features.shape[0] * features.shape[-2] * features.shape[-1]
         teacher_channels, student_channels, width = phi.in_channels, phi.out_channels, theta.out_channels
         one_by_one = pixels * student_channels * (teacher_channels + width)
@@ -267,10 +266,8 @@ class MWADLoss(nn.Module):
             theta_matrix, phi_matrix = theta.weight.flatten(1), phi.weight.flatten(1)
             weight = theta_matrix @ phi_matrix
             assert phi.bias is not None
-            projected = project(features, weight, theta_matrix @ phi.bias)
-        else:
-            projected = theta(_in_relation_layout(phi(features), self.embed_dim[index]))
-        return resize(projected, size)
+            return project(features, weight, theta_matrix @ phi.bias)
+        return theta(_in_relation_layout(phi(features), self.embed_dim[index]))
 
     def _warn_of_padding(self, index: int, height: int, width: int) -> None:
         window = self.window_size[index]

@@ -101,8 +101,9 @@ class SWARDLoss(nn.Module):
         mwad: windowed distillation between student and teacher.
         pdr: prototype regularization of the student; needed only where gamma is not 0.
         weights: alpha, beta, gamma. Default 1, 1, 0, the recommended recipe; the paper has 1, 2, 1 (section 4.1). A
-            part of weight 0 is not computed; its inputs and parameters get gradient 0. The attribute `weights` may be
-            changed between steps, for example to ramp a weight up.
+            part of weight 0 is not computed; its inputs, and the parameters of MWAD and PDR, get gradient 0. The
+            attribute `weights` may be changed between steps, for example to ramp a weight up; `torch.compile` compiles
+            anew for each value, and stops doing so after a few (`torch._dynamo.config.recompile_limit`).
 
     Raises:
         ValueError: for `weights` that are not three finite numbers of at least 0, or if gamma is not 0 and `pdr` is

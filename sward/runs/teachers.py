@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,6 @@ from sward import distributed, models, presets
 from sward.config import DatasetConfig, DistillationConfig, TeacherConfig
 from sward.data import DatasetInfo, SegmentationDataset
 from sward.data.frames import frame_sums, known_images
-from sward.losses import LOGITS
 from sward.models.inputs import IMAGENET, Renormalising
 from sward.runs.load import load_run, say, say_statistics, steps_of, warn_if_unfinished
 from sward.training import checkpoints
@@ -190,15 +189,20 @@ def has_teacher_run(config: TeacherConfig) -> bool:
     return teacher_source(config) == "run"
 
 
-def check_teacher_logits(config: TeacherConfig, info: DatasetInfo, method: str, taps: Sequence[str]) -> None:
-    """Raise a ValueError if a method compares the logits of a teacher whose classifier has random weights.
+def check_teacher_logits(config: TeacherConfig, info: DatasetInfo, option: str, value: object) -> None:
+    """Raise a ValueError if an option that needs logits is given for a teacher whose classifier has random weights.
 
     `untrained` asks for random weights, and those of runs and files are complete.
+
+    Args:
+        option: `"distillation"`, `"method"` or `"pseudo_labels"`.
+        value: its value.
     """
-    if LOGITS not in taps or teacher_source(config) != "library":
+    if teacher_source(config) != "library":
         return
     if models.own_weights(config.name, info.num_classes) != "all":
+        right = "None" if option == "pseudo_labels" else "a method that compares no logits"
         raise ValueError(
-            f"distillation must be a method that compares no logits for the teacher {config.name!r}, whose classifier "
-            f"is not trained on {info.num_classes} classes, got {method!r}; train it with 'sward train-teacher --model'"
+            f"{option} must be {right} for the teacher {config.name!r}, whose classifier is not trained on "
+            f"{info.num_classes} classes, got {value!r}; train it with 'sward train-teacher --model'"
         )

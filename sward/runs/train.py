@@ -102,8 +102,10 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
         # The teacher's own classes are labels too, if they are wanted.
         logits = () if config.pseudo_labels is None else (LOGITS,)
         caught = tuple(dict.fromkeys((*loss.teacher_taps, *logits)))
-        asking = config.distillation if LOGITS in loss.teacher_taps else "pseudo_labels"
-        check_teacher_logits(config.teacher, info, asking, caught)
+        if LOGITS in loss.teacher_taps:
+            check_teacher_logits(config.teacher, info, "distillation", config.distillation)
+        if config.pseudo_labels is not None:
+            check_teacher_logits(config.teacher, info, "pseudo_labels", config.pseudo_labels)
         config = _with_layers(config, pair, loss)
         teacher = frozen = FrozenTeacher(
             network,
@@ -326,7 +328,8 @@ def train_masks(config: MaskTrainingConfig) -> Path:
     masks = methods.new_masks(config.method, teacher, choice, config.dataset.image_size, config.teacher.taps)
     masks = masks.to(device)
     tap = methods.mask_tap(config.method, choice)
-    check_teacher_logits(config.teacher, dataset.info, config.method, (tap,))
+    if tap == LOGITS:
+        check_teacher_logits(config.teacher, dataset.info, "method", config.method)
     stream = batches(dataset, config.batch, seed=config.seed, workers=config.dataset.workers)
     path = config.output or masks_path(config.preset, config.method)
     make_folder(path.parent)

@@ -141,5 +141,7 @@ def _naming_the_file() -> Iterator[None]:
 
 
 def _leave_interruption_to_the_trainer(worker: int) -> None:
-    # Ctrl-C in a terminal reaches the workers too, but the trainer needs them to finish its step.
+    # Ctrl-C in a terminal, and `timeout` or a batch system, reach the workers too, but the trainer needs them to finish
+    # its step and save. What ends workers for good comes from their parent, twice.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -88,6 +88,7 @@ def first_state(
         scaler,
         config.optimizer.clip_norm,
         identity,
+        step_module.task,
     )
 
 
@@ -197,6 +198,7 @@ def fit(
             if validates:
                 evaluation = scored()
                 score = evaluation.score(config.metric)
+                stop = stop or interruption.agreed()
             if saves or validates or stop:
                 state.save(run, score)
             if stop:
@@ -264,11 +266,13 @@ def log_record(
     """Return one line of `metrics.jsonl`; waits for the device."""
     losses = losses_of(output)
     seconds = state.stopwatch.read()
+    # Where fp16 overflows and the step is skipped, it is infinite, which JSON cannot hold.
+    norm = None if gradient_norm is None else gradient_norm.item()
     return {
         "step": state.step,
         **losses,
         "lr": state.optimizer.param_groups[0]["lr"],
-        "gradient_norm": None if gradient_norm is None else gradient_norm.item(),
+        "gradient_norm": None if norm is None or not math.isfinite(norm) else norm,
         "images_per_second": throughput.until(state.step, seconds),
         "peak_memory_bytes": peak_memory(device),
         "seconds": seconds,

@@ -30,6 +30,7 @@ class TrainingState:
         scaler: loss scaler for fp16.
         clip_norm: largest norm of the gradient; None never clips.
         identity: what the state belongs to besides the configuration, name -> checksum, such as the data.
+        task: the task loss, of which checkpoints hold what it learns.
 
     Attributes:
         step: optimiser steps taken.
@@ -47,8 +48,9 @@ class TrainingState:
         scaler: torch.amp.GradScaler,
         clip_norm: float | None = None,
         identity: Mapping[str, str] | None = None,
+        task: nn.Module | None = None,
     ) -> None:
-        self.model, self.distillation = model, distillation
+        self.model, self.distillation, self.task = model, distillation, task
         self.optimizer, self.rate, self.scaler, self.clip_norm = optimizer, rate, scaler, clip_norm
         self.identity = dict(identity or {})
         self.step = 0
@@ -82,8 +84,8 @@ class TrainingState:
         """
         held = self.model.state_dict()
         learned = [held[name] for name in checkpoints.learned_names(self.model)]
-        if self.distillation is not None:
-            learned += [parameter.detach() for parameter in self.distillation.parameters()]
+        for loss in (self.distillation, self.task):
+            learned += [] if loss is None else [parameter.detach() for parameter in loss.parameters()]
         if not get_total_norm(learned).isfinite():
             raise NonFiniteLossError(
                 f"the weights after step {self.step} are not finite, although its loss is; earlier checkpoints are "
@@ -103,11 +105,14 @@ class TrainingState:
         best = score is not None and (score > self.best_score or self.best_score == -math.inf)
         if best and score is not None:
             self.best_score = score
-        generators = distributed.gather(_generator_states(self.distillation))
+        generators = distributed.gather(_generator_states(self.distillation, self._device()))
         if distributed.is_main():
             if best:
                 checkpoints.save(run.best, {"model": self.model.state_dict(), "step": self.step})
             checkpoints.save(run.last, self.state_dict(generators), keep=run.previous)
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def restore(self, run: RunFolder) -> None:
         """Restore the newest intact checkpoint of `run`, or start from the beginning if there is none.
@@ -148,6 +153,7 @@ class TrainingState:
         return {
             "model": self.model.state_dict(),
             "distillation": {} if self.distillation is None else self.distillation.state_dict(),
+            "task": {} if self.task is None else self.task.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "generators": generators,
@@ -173,10 +179,13 @@ class TrainingState:
         self.model.load_state_dict(state["model"])
         if self.distillation is not None:
             self.distillation.load_state_dict(state["distillation"])
+        # Older checkpoints hold no task loss; those of sward learn nothing.
+        if self.task is not None and "task" in state:
+            self.task.load_state_dict(state["task"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if distributed.rank() < len(state["generators"]):
-            _set_generator_states(self.distillation, state["generators"][distributed.rank()])
+            _set_generator_states(self.distillation, state["generators"][distributed.rank()], self._device())
         self.step, self.best_score, self.validation_due = state["step"], state["best_score"], due
         self.stopwatch.start(state["seconds"])
 
@@ -188,7 +197,7 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _generator_states(loss: nn.Module | None) -> dict[str, Any]:
+def _generator_states(loss: nn.Module | None, device: torch.device) -> dict[str, Any]:
     # sward does not use the global generators of Python and NumPy, but a user's model or data set may.
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
@@ -196,19 +205,19 @@ def _generator_states(loss: nn.Module | None) -> dict[str, Any]:
         "python": [version, torch.tensor(words), gauss],
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "loss": [generator.get_state() for generator in _own_generators(loss)],
     }
 
 
-def _set_generator_states(loss: nn.Module | None, states: Mapping[str, Any]) -> None:
+def _set_generator_states(loss: nn.Module | None, states: Mapping[str, Any], device: torch.device) -> None:
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    if states["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
     for generator, state in zip(_own_generators(loss), states["loss"], strict=True):
         generator.set_state(state)
 

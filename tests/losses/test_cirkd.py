@@ -289,6 +289,16 @@ def test_weight_of_zero_skips_the_term() -> None:
     assert not list(method.parameters())
 
 
+def test_a_map_that_overflowed_spoils_its_own_step_only() -> None:
+    inputs, method = batch(), build()
+    inputs.teacher["t"][0, :, 0, 0] = torch.inf
+    assert not method(inputs).loss.isfinite()
+    assert all(bank.isfinite().all() for bank in banks(method))
+    later = method(batch())
+    later.loss.backward()
+    assert later.loss.isfinite()
+
+
 def test_image_without_labels_leaves_the_banks_alone_and_costs_nothing_in_memory() -> None:
     inputs = batch()
     inputs.labels.fill_(255)

@@ -3,16 +3,65 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sward import data
-from sward.config import OptimizerConfig
-from sward.training.loop import estimate_batch_norm, learning_rate
+from sward.config import DistillationConfig, OptimizerConfig
+from sward.losses import SegmentationCrossEntropy
+from sward.training.loop import estimate_batch_norm, first_state, fit, learning_rate
+from sward.training.run_folder import RunFolder
+from sward.training.state import _generator_states, _set_generator_states
+from sward.training.step import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("few_images")
+
+
+class _Weighted(nn.Module):
+    """A task loss that learns its own weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_variance = nn.Parameter(torch.zeros(()))
+        self.cross_entropy = SegmentationCrossEntropy()
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.cross_entropy(logits, labels) * (-self.log_variance).exp() + self.log_variance
+
+
+def test_what_the_task_loss_learns_is_resumed(tmp_path: Path) -> None:
+    def train(folder: str, steps: int) -> float:
+        config = DistillationConfig(batch=4, iterations=steps, distillation="none", optimizer=OptimizerConfig(lr=0.1))
+        images, validation = (
+            data.build("scenes", split, image_size=(32, 32), train=split == "train") for split in ("train", "val")
+        )
+        torch.manual_seed(0)
+        task = _Weighted()
+        step, run = TrainingStep(nn.Conv2d(3, images.info.num_classes, 1), task), RunFolder(tmp_path / folder)
+        with run.locked():
+            state = first_state(step, config, len(images))
+            state.rate = lambda step: 0.1  # of a run of any length
+            state.restore(run)
+            run.start(config, images.info)
+            fit(step, config, images, validation, run, state)
+        return task.log_variance.item()
+
+    part = train("parted", 2)
+    assert train("parted", 4) == train("whole", 4) != part
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_the_random_state_of_the_models_own_gpu_is_kept(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": asked.append(device) or torch.zeros(16))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device="cuda": asked.append(device))
+    states = _generator_states(None, torch.device(device))
+    _set_generator_states(None, states, torch.device(device))
+    assert asked == ([] if device == "cpu" else 2 * [torch.device(device)])
 
 
 def test_schedules_by_hand() -> None:

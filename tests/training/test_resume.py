@@ -20,6 +20,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from sward.cli.main import main
 from sward.config import DatasetConfig, DistillationConfig, OptimizerConfig, TeacherConfig
 from sward.runs import train_student
+from sward.training.interruption import TrainingInterrupted
+from sward.training.loop import validate as loop_validate
 from sward.training.run_folder import RunFolder
 from tests.support.training_runs import (
     assert_equal_runs,
@@ -148,6 +150,36 @@ def test_a_signal_ends_the_command_with_a_checkpoint_and_a_sentence(
     assert signal.getsignal(sent) == before
     assert main(["train", "demo", *options, "--resume"]) == 0
     assert checkpoint(tmp_path / "run")["step"] == 5
+
+
+def test_a_signal_during_the_last_validation_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study that trains its runs one after the other would begin the next."""
+
+    def validate(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loop_validate(*arguments)
+
+    monkeypatch.setattr("sward.training.loop.validate", validate)
+    with pytest.raises(TrainingInterrupted, match="stopped by SIGTERM after step 4 of 4"):
+        train_student(small(tmp_path / "run", distillation="none"))
+    assert checkpoint(tmp_path / "run")["step"] == 4
+    assert "validation" in records(tmp_path / "run")[-1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the loader processes")
+def test_a_signal_to_the_loader_processes_too_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
+    """`timeout` and batch systems signal every process of a group."""
+    process = start(small(tmp_path / "run", iterations=400, distillation="none", dataset=workers(2)))
+    wait_for_step(process, tmp_path / "run", 3)
+    loaders = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(loaders) == 2
+    for loader in loaders:
+        os.kill(int(loader), signal.SIGTERM)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert checkpoint(tmp_path / "run")["step"] >= 3
+    assert not any(Path(f"/proc/{loader}").exists() for loader in loaders)
 
 
 class SignalAtStep:
