@@ -150,8 +150,10 @@ def _check_free(images: Sequence[Path], files: Sequence[Sequence[Path]], overwri
     read = {image.resolve() for image in images}
     written: set[Path] = set()
     for each in (file for group in files for file in group):
-        if each.resolve() in read or each in written:
+        if each.resolve() in read:
             raise ValueError(f"output must not hold the images themselves, got {each}; choose another --output")
+        if each in written:
+            raise ValueError(f"images must have names that differ in more than their endings, got two for {each}")
         written.add(each)
         if each.exists() and not overwrite:
             raise ValueError(f"{each} must not exist yet; use --overwrite or another --output")

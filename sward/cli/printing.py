@@ -84,6 +84,12 @@ def print_export(exported: Any) -> None:
         )
         print(f"largest difference of {metadata.output}: {proof.largest_difference:.2g}")
         print(f"pixels of another class: {100 * proof.differing_pixels:.4f} %")
+        if (proof.mean_iou_evaluated, proof.dice_evaluated) != (proof.mean_iou_pytorch, proof.dice_pytorch):
+            dice = "" if proof.dice_evaluated is None else f", Dice {_percent(proof.dice_evaluated)} %"
+            print(
+                f"from logits at the size of evaluation, as 'sward evaluate' scores: mIoU "
+                f"{_percent(proof.mean_iou_evaluated)} %{dice}"
+            )
     for layer, loss in exported.refused.items():
         print(f"layer {layer} stays fp32: in int8 it alone loses {100 * loss:.2f} points of mIoU; --force quantises it")
     print(f"written: {exported.path} ({exported.path.stat().st_size / 1e6:.2f} MB)\nwritten: {exported.proof_path}")

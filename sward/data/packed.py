@@ -59,8 +59,15 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, path: Path, folder: Path) -> Source:
-        """Describe a file; raise FileNotFoundError if it does not exist."""
+        """Describe a file.
+
+        Raises:
+            FileNotFoundError: if it does not exist.
+            ValueError: if it lies elsewhere, as a file that a table names by its full path may.
+        """
         status = path.stat()
+        if folder not in path.parents:
+            raise ValueError(f"{path} must lie in {folder} to be in its pack")
         return cls(path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns)
 
 
@@ -262,12 +269,12 @@ def find_pack(
 
 def again_hint(index: Index, source: Path, folder: Path) -> str:
     """Return a hint for error messages on how to write the pack again."""
-    output = "" if folder == source / FOLDER else f" --output {folder}"
+    output = "" if folder == source / FOLDER else f" --output {shlex.quote(str(folder))}"
     classes = f" --num-classes {index.num_classes}" if index.dataset == "folder" else ""
     words = [f"--{word.replace('_', '-')}" if word in DECODING else word for word in index.decoding.split()]
     words += [word for option in index.patterns.items() for word in option]
     options = "".join(f" {shlex.quote(word)}" for word in words)
-    command = f"sward data pack {index.dataset} --root {source}{output}{classes}{options}"
+    command = f"sward data pack {index.dataset} --root {shlex.quote(str(source))}{output}{classes}{options}"
     return f"pack again with '{command}', or decode the files with --dataset.packed none"
 
 

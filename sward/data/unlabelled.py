@@ -24,7 +24,7 @@ from sward.data.images import (
     read_image,
 )
 from sward.data.layouts import MASK_FOLDERS, SUFFIXES_OF_MASKS, list_tree
-from sward.data.packed import PackedFrames, find_pack
+from sward.data.packed import FOLDER, Index, PackedFrames, find_pack
 from sward.data.sample import (
     IGNORE_INDEX,
     Batch,
@@ -103,7 +103,7 @@ class UnlabelledImages(PairedFiles):
             self._places += _places(pack, len(like.unlabelled))
         for source, part in found.items():
             pack = None
-            if packed != "none" and source.is_dir():
+            if packed != "none" and source.is_dir() and _has_own_pack(source):
                 pack = find_pack("auto", INFO.name, INFO.num_classes, source, part, decoding=self.decoding)
             self._places += _places(pack, len(part))
 
@@ -163,6 +163,16 @@ def inside_labels(image: Tensor) -> Tensor:
 
 def _places(frames: PackedFrames | None, count: int) -> list[tuple[PackedFrames, int] | None]:
     return [None] * count if frames is None else [(frames, number) for number in range(count)]
+
+
+def _has_own_pack(source: Path) -> bool:
+    """Return whether a folder holds a pack of its images alone, not one of images and masks."""
+    try:
+        return Index.read(source / FOLDER).dataset == INFO.name
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True  # Damaged: reading it says so.
 
 
 def _pairs(source: Path) -> list[Pair]:

@@ -26,14 +26,14 @@ def find_images(paths: Sequence[Path], *, leave_out: Path) -> tuple[list[Path], 
     Raises:
         FileNotFoundError: if a path does not exist, or a folder or pattern holds no image.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     others = 0
     for path in paths:
         if path.is_file():
-            found[path] = None
+            found.setdefault(_absolute(path), path)
             continue
         if path.is_dir():
-            inside = sorted(path.rglob("*"), key=lambda each: natural_order(str(each)))
+            inside = sorted(_tree(path), key=lambda each: natural_order(str(each)))
         elif any(character in str(path) for character in "*?["):
             inside = [Path(each) for each in sorted(glob.glob(str(path), recursive=True), key=natural_order)]
         else:
@@ -43,8 +43,9 @@ def find_images(paths: Sequence[Path], *, leave_out: Path) -> tuple[list[Path], 
         if not images:
             raise FileNotFoundError(f"there is no image in {path}")
         others += len(files) - len(images)
-        found.update(dict.fromkeys(images))
-    return list(found), others
+        for each in images:
+            found.setdefault(_absolute(each), each)
+    return list(found.values()), others
 
 
 def output_names(images: Sequence[Path]) -> list[Path]:
@@ -52,7 +53,7 @@ def output_names(images: Sequence[Path]) -> list[Path]:
 
     Images of one folder that differ only by suffix keep it: `x.png`, `x.jpg`.
     """
-    absolute = [path.resolve() for path in images]
+    absolute = [_absolute(path) for path in images]
     base = os.path.commonpath([path.parent for path in absolute])
     relative = [path.relative_to(base) for path in absolute]
     stems = Counter(path.with_suffix("") for path in relative)
@@ -96,7 +97,29 @@ def _is_within(path: Path, folder: Path, root: Path) -> bool:
     return root.resolve() in inner.parents and inner in path.resolve().parents
 
 
+def _absolute(path: Path) -> Path:
+    """Return a path under its own name, also where it is a link, as every image of git-annex and DVC is."""
+    return Path(os.path.abspath(path))
+
+
+def _tree(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder and below, linked folders too, each once."""
+    seen: set[str] = set()
+    for place, below, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place) / name for name in files)
+
+
+_ONLY_NAMED = ("MPEG", "HDF5", "BUFR", "GRIB")
+"""Formats that Pillow knows by name and does not read: a folder of photos may hold a film."""
+
+
 def _readable() -> set[str]:
     from PIL import Image
 
-    return {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
+    readable = set(Image.OPEN) - set(_ONLY_NAMED)
+    return {suffix for suffix, form in Image.registered_extensions().items() if form in readable}

@@ -58,6 +58,11 @@ class Proof:
     """Dice of the file, mean over images; None unless there are two classes."""
     dice_pytorch: float | None
     """Dice of the network in PyTorch."""
+    mean_iou_evaluated: float | None
+    """mIoU as `sward evaluate` finds it, from logits at the size of evaluation. Differs from that of PyTorch above
+    where the file returns probabilities or classes, which are resized in place of logits, or has another size."""
+    dice_evaluated: float | None
+    """The same for Dice."""
     tolerance: float
     """Largest accepted loss in mIoU and in Dice."""
     milliseconds: float
@@ -74,6 +79,8 @@ class Proof:
     @property
     def failure(self) -> str | None:
         """What differs by more than the tolerance; None if the proof holds."""
+        if not math.isfinite(self.largest_difference):
+            return "outputs of the file must be finite where those of the network are, got infinity or nan"
         for name, mine, other in (
             ("mIoU", self.mean_iou, self.mean_iou_pytorch),
             ("Dice", self.dice, self.dice_pytorch),
@@ -266,6 +273,8 @@ def finish(exported: Exported, written: Path, *, force: bool) -> Exported:
     """Move the written file to its place, with its JSON file; on a failed proof raise ProofError unless `force`."""
     proof = exported.proof
     shown = None if proof is None else asdict(proof)
+    if shown is not None and not math.isfinite(shown["largest_difference"]):
+        shown["largest_difference"] = None  # JSON has no infinity
     record = {"metadata": asdict(exported.metadata), "proof": shown, "fp32_layers": exported.refused}
     content = (json.dumps(record, indent=2) + "\n").encode()
     if proof is not None and proof.failure is not None and not force:
@@ -330,15 +339,19 @@ def prove(
         tolerance: largest accepted difference in mIoU and Dice.
     """
     reference = DeployedNetwork(network, file.metadata.input, file.metadata.output)
-    scores = [_Scores(info), _Scores(info)]
+    plain = DeployedNetwork(network, file.metadata.input)
+    as_evaluated = file.metadata.output == "logits" and file.metadata.fixed_size in (None, file.metadata.image_size)
+    scores = [_Scores(info), _Scores(info), _Scores(info)]
     largest, differing, pixels = 0.0, 0, 0
     with torch.no_grad(), Progress(f"prove {file.path.name}", images.count) as progress:
         for image, labels in images.samples():
             batch = (image if file.metadata.fixed_size is None else file.resized(image))[None]
             expected, found = reference(as_input(batch, file.metadata)), file.forward(batch)
-            largest = max(largest, (found.double() - expected.double()).abs().max().item())
+            difference = (found.double() - expected.double()).abs().max().item()
+            largest = max(largest, math.inf if math.isnan(difference) else difference)
             size = (labels.shape[-2], labels.shape[-1])
-            predictions = [labels_at(outputs, size)[0] for outputs in (found, expected)]
+            logits = expected if as_evaluated else plain(as_input(image[None], file.metadata))
+            predictions = [labels_at(outputs, size)[0] for outputs in (found, expected, logits)]
             differing += int((predictions[0] != predictions[1]).sum())
             pixels += labels.numel()
             for each, prediction in zip(scores, predictions):
@@ -357,6 +370,8 @@ def prove(
         mean_iou_pytorch=scores[1].mean_iou(),
         dice=scores[0].dice(),
         dice_pytorch=scores[1].dice(),
+        mean_iou_evaluated=scores[2].mean_iou(),
+        dice_evaluated=scores[2].dice(),
         tolerance=tolerance,
         milliseconds=mine,
         milliseconds_pytorch=other,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sward.data import SegmentationDataset
+from sward.data import DatasetNotFoundError, SegmentationDataset
 from sward.data.check import count_labels
 from sward.data.files import PairedFiles
 from sward.reporting.runs import ReportedRun
@@ -45,7 +45,7 @@ def splits_on_disk(run: ReportedRun, root: Path | None) -> dict[str, Segmentatio
     for split in SPLITS:
         try:
             found[split] = build_split(config, split, train=False)
-        except ValueError:
+        except (ValueError, DatasetNotFoundError):
             # The run was trained and validated on the others.
             if split != "test":
                 raise

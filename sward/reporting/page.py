@@ -148,10 +148,6 @@ def _section(name: str, groups: Sequence[Group], folder: Path, root: Path | None
     counts = counts_of_run(groups[0].runs[0])
     try:
         splits = splits_on_disk(groups[0].runs[0], root)
-    except (DatasetNotFoundError, ValueError) as error:
-        section.absent = f"No images of {name}: {error}"
-    else:
-        counts = counts_on_disk(splits)
         section.examples = pictures.examples("train", splits["train"], folder)
         drawable = [each for each in groups if costs[each.title] is not None]
         if drawable:
@@ -160,6 +156,10 @@ def _section(name: str, groups: Sequence[Group], folder: Path, root: Path | None
             split = "test" if is_test and "test" in splits else "val"
             judged = _judged(drawable, evaluation)
             section.predictions = pictures.predictions(drawable, judged, split, root, folder)
+        counts = counts_on_disk(splits)
+    except (DatasetNotFoundError, ValueError) as error:
+        # Also one damaged file, with which a run may well have gone on.
+        section.absent = f"Not all images of {name} can be shown: {error}"
     section.card = _card(counts)
     return section
 

@@ -164,7 +164,7 @@ def _first(wanted: Iterable[Path], info: DatasetInfo, model: str | None = None) 
 
 
 def same_but_seed(path: Path) -> list[ReportedRun]:
-    """Return the run in `path` and those beside it that differ from it only in their seed."""
+    """Return the run in `path` and those beside it that differ from it only in their seed, one run per seed."""
     (own,) = read_runs([path])
     beside = sorted(each.parent for each in path.resolve().parent.glob("*/config.json"))
     runs = [own]
@@ -173,7 +173,9 @@ def same_but_seed(path: Path) -> list[ReportedRun]:
             continue
         try:
             # The configuration first: logs may be long.
-            if _belong_together(own, ReportedRun(each.name, RunFolder(each), *RunFolder(each).read(), {})):
+            other = ReportedRun(each.name, RunFolder(each), *RunFolder(each).read(), {})
+            # A copy of a run has its seed.
+            if other.config.seed not in {run.config.seed for run in runs} and _belong_together(own, other):
                 runs.append(_read(each, each.name))
         except (OSError, ValueError):
             continue  # Another program's folder, or a run of another version.
@@ -193,13 +195,14 @@ def group(runs: Sequence[ReportedRun]) -> list[Group]:
             members.append([run])
     members.sort(key=lambda each: ROLES.index(each[0].role))
     titles = [_group_title(each[0]) for each in members]
-    counts = Counter(titles)
-    return [
-        Group(
-            title if counts[title] == 1 else f"{title} ({_without_seed(each[0].title)})", tuple(sorted(each, key=_seed))
-        )
-        for title, each in zip(titles, members)
-    ]
+    # What tells groups of one title apart: the folder without the seed, or else the folder.
+    for name in (_without_seed, str):
+        counts = Counter(titles)
+        titles = [
+            title if counts[title] == 1 else f"{_group_title(each[0])} ({name(each[0].title)})"
+            for title, each in zip(titles, members)
+        ]
+    return [Group(title, tuple(sorted(each, key=_seed))) for title, each in zip(titles, members)]
 
 
 def by_images(runs: Sequence[ReportedRun]) -> dict[str, list[ReportedRun]]:

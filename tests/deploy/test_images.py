@@ -58,3 +58,22 @@ def test_too_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     with pixel_limit([Path("large.png")], allow_large=True):
         Image.open("large.png").load()
     assert Image.MAX_IMAGE_PIXELS == 1000
+
+
+def test_linked_images_keep_their_own_names() -> None:
+    """As in a folder of git-annex or DVC, where every image is a link to a file named by its content."""
+    Path("store").mkdir()
+    Image.new("RGB", (4, 3)).save("store/SHA256E-s1--aaaa.png")
+    Path("linked/below").mkdir(parents=True)
+    for name in ("linked/case1.png", "linked/below/case2.png"):
+        Path(name).symlink_to(Path("store/SHA256E-s1--aaaa.png").resolve())
+    Path("linked/elsewhere").symlink_to(Path("b").resolve())
+    Path("linked/round").symlink_to(Path("linked").resolve())
+    images, _ = find_images([Path("linked"), Path("linked/case1.png").absolute()], leave_out=Path("out"))
+    assert [str(name) for name in output_names(images)] == ["below/case2", "case1", "elsewhere/1"]
+
+
+def test_films_and_data_are_no_images() -> None:
+    for name in ("clip.mpg", "weights.h5"):
+        Path("b", name).touch()
+    assert find_images([Path("b")], leave_out=Path("out")) == ([Path("b/1.png")], 2)

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 import sward
 from sward.cli.main import main
+from sward.cli.printing import print_export
 from sward.config import TrainingConfig
 from sward.data import normalise
 from sward.deploy import proof
+from sward.deploy.predictor import Predictor
 from sward.deploy.proof import LabelledImages, ProofError, export_run
 from sward.training import checkpoints
 from tests.support.deployable import Pixelwise, make_run, register
@@ -58,6 +60,37 @@ def test_scores_of_the_proof_are_those_of_evaluate(run: Path, tmp_path: Path) ->
     assert found is not None
     assert found.images == scores["images"] == 4
     assert found.mean_iou == pytest.approx(scores["mean_iou"], abs=1e-9)
+
+
+@pytest.mark.parametrize("options", [{"output": "argmax"}, {"output": "probabilities"}, {"size": (16, 16)}])
+def test_a_proof_also_has_the_score_of_evaluate_where_the_file_does_not_reach_it(
+    run: Path, tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Classes are resized otherwise than logits, and a file of another size sees other images."""
+    assert main(["evaluate", str(run)]) == 0
+    scores = json.loads((run / "evaluation-scenes-val.json").read_text())
+    exported = export_run(run, tmp_path / "student.pt2", **options)
+    found = exported.proof
+    assert found is not None
+    assert found.failure is None
+    assert found.mean_iou_evaluated == pytest.approx(scores["mean_iou"], abs=1e-9)
+    capsys.readouterr()
+    print_export(replace(exported, proof=replace(found, mean_iou_evaluated=0.5, mean_iou_pytorch=0.4)))
+    assert "as 'sward evaluate' scores: mIoU 50.00 %" in capsys.readouterr().out
+
+
+def test_outputs_that_are_no_numbers_fail_the_proof(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Predictor, images: Tensor) -> Tensor:
+        outputs = real(self, images)
+        outputs[..., 0, 0] = torch.nan
+        return outputs
+
+    real = Predictor.forward
+    monkeypatch.setattr(Predictor, "forward", forward)
+    with pytest.raises(ProofError, match=r"outputs of the file must be finite .* got infinity or nan"):
+        export_run(run, tmp_path / "student.pt2")
+    record = json.loads((tmp_path / "student.pt2.failed.json").read_text())
+    assert record["proof"]["largest_difference"] is None
 
 
 def test_the_proof_is_made_on_the_split_that_the_run_has_drawn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,9 @@ def test_scores_have_an_interval_where_several_seeds_lie_beside_each_other(tmp_p
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     (tmp_path / "broken" / "dataset.json").write_text("{")
+    assert "- Dice per image %: 62.00 [57.0, 67.0]" in sections(write_card(one))["Scores"]
+    # A copy of a run is no other seed.
+    shutil.copytree(one, tmp_path / "backup")
     assert "- Dice per image %: 62.00 [57.0, 67.0]" in sections(write_card(one))["Scores"]
     alone = student(tmp_path / "elsewhere" / "sward-seed0", 0, 0.60)
     assert "- Dice per image %: 60.00\n" in sections(write_card(alone))["Scores"]

@@ -25,11 +25,13 @@ from sward.models.flops import gemm_flops
 from sward.reporting.costs import Cost
 from sward.reporting.headline import headline
 from sward.reporting.runs import by_images, group, read_runs, with_companions
+from sward.runs import train_student
 from sward.runs.load import config_for_images
 from sward.training.run_folder import RunFolder
 from tests.support.drawn_figures import DrawnFigure, rgb
+from tests.support.folder_data import damage, write_pairs
 from tests.support.report_pages import CHECK, Page, browse, find_browser
-from tests.support.training_runs import use_few_images
+from tests.support.training_runs import on_folder, use_few_images
 
 pytestmark = pytest.mark.usefixtures("few_images")
 
@@ -90,7 +92,7 @@ def test_a_page_shows_the_configuration_as_it_is_stored(tmp_path: Path) -> None:
     page = html.unescape((folder / "report.html").read_text(encoding="utf-8"))
     assert (folder / "config.json").read_text(encoding="utf-8").strip() in page
     # A split that does not fit the data is said too, as missing images are.
-    assert "No images of two: split_by must be None for camvid, got" in page
+    assert "Not all images of two can be shown: split_by must be None for camvid, got" in page
 
 
 @pytest.fixture
@@ -295,6 +297,18 @@ def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -
     }
 
 
+def test_seeds_of_different_lengths_are_told_apart(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / f"none-seed{seed}", scores(0.5, 0.5, 0.5, dice), seed=seed, iterations=seed + 1)
+        for seed, dice in enumerate((0.1, 0.9))
+    ]
+    numbers = report(*folders).numbers(report(*folders).sections["Scores"].tables[0])
+    assert {name: row["Dice per image %"] for name, row in numbers.items()} == {
+        "unext + SWARD (none-seed0)": "10.00",
+        "unext + SWARD (none-seed1)": "90.00",
+    }
+
+
 # Trained runs
 
 
@@ -468,11 +482,25 @@ def test_a_run_without_its_images_still_has_a_page(runs: list[Path], tmp_path: P
     (moved / "labels.json").write_text(json.dumps(counted))
     page = report(moved)
     for title in ("Predictions", "Data"):
-        assert "No images of scenes: CamVid not found" in page.sections[title].text
+        assert "Not all images of scenes can be shown: CamVid not found" in page.sections[title].text
     # What the run itself wrote about its masks is still there.
     (row,) = page.numbers(page.sections["Data"].tables[0]).values()
     assert row["images"] == "12"
     assert row["background, % of pixels"] == "20.00"
+
+
+def test_a_folder_without_a_test_split_or_with_a_damaged_image_has_a_page(tmp_path: Path) -> None:
+    root = write_pairs(tmp_path / "set")
+    train_student(on_folder(root, tmp_path / "run"))
+    page = report(tmp_path / "run")
+    shown = page.sections["Data"]
+    assert [row["images"] for row in page.numbers(shown.tables[0]).values()] == ["4", "2"]
+    assert "can be shown" not in shown.text + page.sections["Predictions"].text
+    damage(root / "masks/val/val1.png")
+    page = report(tmp_path / "run")
+    for title in ("Predictions", "Data"):
+        assert "Not all images of folder can be shown: cannot read" in page.sections[title].text
+    assert [row["images"] for row in page.numbers(page.sections["Data"].tables[0]).values()] == ["4", "2"]
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
