@@ -185,7 +185,8 @@ def build(
             warns once per file and returns the next frame instead. For training sets only.
         views: fixed augmented views per image, for a cache of teacher features; None draws new ones each epoch.
         teacher_size: `(height, width)` of a second sampling of every training view, for a teacher that sees more pixels
-            than the student; samples are then `TeacherSample`s. None returns `Sample`s.
+            than the student, with the aspect ratio of `image_size`; samples are then `TeacherSample`s. None returns
+            `Sample`s.
         image_range: the values that become black and white in images with more than 8 bits per channel; None refuses
             such images.
         labelled_share: share of the frames whose masks are used, in (0, 1]; the others are left out. For training sets
@@ -246,7 +247,12 @@ def build(
     if teacher_size is not None:
         if not isinstance(dataset.transform, TrainingTransform):
             raise ValueError(f"teacher_size must be None where train is False, got {tuple(teacher_size)}")
-        dataset.teacher_transform = dataset.transform.at(parse_size(teacher_size))
+        height, width = parse_size(teacher_size)
+        if height * size[1] != width * size[0]:
+            raise ValueError(
+                f"teacher_size must have the aspect ratio of image_size, {size[0]}x{size[1]}, got {height}x{width}"
+            )
+        dataset.teacher_transform = dataset.transform.at((height, width))
     return dataset
 
 

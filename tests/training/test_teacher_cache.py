@@ -394,6 +394,9 @@ def test_what_the_student_sees_does_not_depend_on_the_teacher() -> None:
     assert isinstance(alone[0], data.Sample)
     with pytest.raises(ValueError, match=r"teacher_size must be None where train is False, got \(96, 96\)"):
         data.build("scenes", "val", train=False, image_size=64, teacher_size=(96, 96))
+    # A rotation in another aspect would show the teacher another part of the image.
+    with pytest.raises(ValueError, match="teacher_size must have the aspect ratio of image_size, 64x64, got 96x80"):
+        data.build("scenes", "train", train=True, image_size=64, teacher_size=(96, 80))
 
 
 def test_a_teacher_with_another_aspect_ratio_is_refused(tmp_path: Path) -> None:
