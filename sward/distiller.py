@@ -19,7 +19,7 @@ from sward.features import FeatureTaps, unknown_layer, unwrapped
 from sward.layers import LayerChoice
 from sward.losses import LOGITS, DistillationInputs, SegmentationCrossEntropy
 from sward.losses.recipes import RECIPES, RecipeName
-from sward.tensor_layouts import logits_of
+from sward.tensor_layouts import are_probabilities, logits_of
 from sward.training.teacher import FrozenTeacher
 
 PROBE_SIZES = ((256, 256), (224, 224), (512, 512), (128, 128))
@@ -196,6 +196,8 @@ class Distiller(nn.Module):
         """
         if labels is None and self.method == "cirkd":
             raise ValueError("labels must be given for method 'cirkd', got None")
+        if labels is not None:
+            _check_aspect(images, labels)
         seen = self._teacher(images if teacher_images is None else teacher_images)
         logits = logits_of(self.student(images), "student")
         if labels is not None and logits.shape[-2:] != labels.shape[-2:]:
@@ -276,6 +278,19 @@ def _check_layers(side: str, names: Sequence[str] | None, network: nn.Module, ot
             raise ValueError(f"{side}_{unknown_layer(name, network)}{swapped}")
 
 
+def _check_aspect(images: Tensor, labels: Tensor) -> None:
+    """Raise a ValueError if labels cannot be those of the images in another size, because they are transposed, say."""
+    if images.dim() != 4 or labels.dim() != 3:
+        return  # The networks and the losses say what they want.
+    (height, width), (tall, wide) = images.shape[-2:], labels.shape[-2:]
+    # Sides that were rounded to pixels differ by less than one.
+    if abs(tall * width - wide * height) > height + width:
+        raise ValueError(
+            f"labels must have the aspect ratio of the images, {height}x{width}, got {tall}x{wide}; [B, H, W] is the "
+            "order of both"
+        )
+
+
 def _layers_of(
     network: nn.Module,
     side: str,
@@ -300,7 +315,10 @@ def _layers_of(
 def _check_classes(student: nn.Module, size: tuple[int, int], num_classes: int) -> None:
     student = unwrapped(student)
     with torch.no_grad(), layers.evaluating(student):
-        found = logits_of(student(next(student.parameters()).new_zeros(1, 3, *size)), "student").shape[1]
+        logits = logits_of(student(next(student.parameters()).new_zeros(1, 3, *size)), "student")
+    if are_probabilities(logits):
+        raise ValueError("student must return logits, got probabilities; leave out its softmax, which the loss takes")
+    found = logits.shape[1]
     classes = max(found, 2)
     if num_classes != classes:
         channels = "the channels of the student's logits" if found > 1 else "as the student has one logit"
@@ -317,6 +335,8 @@ def _settings(recipe: RecipeName, given: dict[str, Any]) -> SWARDConfig:
     window = given.get("window_size")
     if isinstance(window, int):
         given = {**given, "window_size": (window,)}
+    elif window is not None and not (isinstance(window, (list, tuple)) and all(isinstance(one, int) for one in window)):
+        raise ValueError(f"window_size must be a whole number or a list of them, one per stage, got {window!r}")
     return SWARDConfig(**{**RECIPES[recipe]._asdict(), **given})
 
 

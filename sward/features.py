@@ -135,7 +135,8 @@ class FeatureTaps:
         if images is not None:
             doubtful = [layer for layer in self.layers if not self._settle(layer, caught[layer], tuple(images.shape))]
             if doubtful:
-                self._settle_by_second_size(doubtful, caught, images)
+                # Not as a decorator: that would import the compiler with this module.
+                torch.compiler.disable(self._settle_by_second_size)(doubtful, caught, images)
         maps = {layer: self._as_map(layer, caught[layer], images) for layer in self.layers}
         self._forget()
         return maps
@@ -212,7 +213,6 @@ class FeatureTaps:
             return [Layout(self._format, (grid[0], grid[1]))]
         return found
 
-    @torch.compiler.disable
     def _settle_by_second_size(self, doubtful: list[str], caught: dict[str, Tensor], images: Tensor) -> None:
         """Run the network on images of twice the size and keep the reading of each output that holds for both."""
         first = tuple(images.shape)

@@ -73,6 +73,7 @@ def choose(network: nn.Module, image_size: tuple[int, int], *, num_classes: int 
         ValueError: if the network does not run on an image of that size, or has no layer that returns a map.
     """
     layers, penultimate = _survey(network, image_size)
+    layers = _without_wrappers(layers)
     inside = _encoder(_before_the_logits(layers, penultimate, num_classes) or layers)
     if not inside:
         raise ValueError(f"student and teacher must have layers that return maps, got {type(network).__name__}")
@@ -84,12 +85,28 @@ def choose(network: nn.Module, image_size: tuple[int, int], *, num_classes: int 
     return LayerChoice(names, names[-1], penultimate or names[-1])
 
 
+def _without_wrappers(layers: list[Layer]) -> list[Layer]:
+    """Leave out modules that hold every other layer, such as a network behind a normalisation of its own."""
+    outermost = min(layers, key=lambda layer: layer.name.count("."), default=None)
+    if outermost is None:
+        return layers
+    others = [layer for layer in layers if layer is not outermost]
+    if others and all(layer.name.startswith(f"{outermost.name}.") for layer in others):
+        return _without_wrappers(others)
+    return layers
+
+
 def _before_the_logits(layers: list[Layer], penultimate: str | None, num_classes: int | None) -> list[Layer]:
+    if num_classes is None:
+        return layers
     names = [layer.name for layer in layers]
-    if num_classes is None or penultimate not in names:
+    widths = (1, 2) if num_classes == 2 else (num_classes,)
+    if penultimate not in names:
+        # A head that reads a view of the tokens says nothing of where they come from.
+        while layers and layers[-1].channels in widths:
+            layers = layers[:-1]
         return layers
     after = names.index(penultimate)
-    widths = (1, 2) if num_classes == 2 else (num_classes,)
     return [layer for place, layer in enumerate(layers) if place <= after or layer.channels not in widths]
 
 

@@ -208,6 +208,15 @@ def describe(value: Any) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
+def are_probabilities(logits: Tensor) -> bool:
+    """Return whether `[B, K, h, w]` with K > 1 holds probabilities, of which a loss must not take the softmax again."""
+    if logits.shape[1] < 2:
+        return False
+    numbers = logits.detach().float()
+    sums = numbers.sum(dim=1)
+    return bool((numbers >= 0).all() and ((sums - 1).abs() < 1e-2).all())
+
+
 def logits_of(output: Any, network: str) -> Tensor:
     """Return the logits `[B, K, h, w]` in what a segmentation network returned: a tensor, tuple or dictionary.
 

@@ -296,6 +296,18 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda: distiller(student_layers=[f"encoder.{stage}" for stage in range(4)] + ["head"]),
         r"teacher_layers must be named too, 5 as for the other network, got none; the teacher has 4 stages of its own",
     ),
+    "labels of another aspect": (
+        lambda: distiller()(torch.randn(2, 3, 96, 64), torch.zeros(2, 64, 96, dtype=torch.long)),
+        r"labels must have the aspect ratio of the images, 96x64, got 64x96",
+    ),
+    "window of a fraction": (
+        lambda: distiller(window_size=4.0),
+        "window_size must be a whole number or a list of them",
+    ),
+    "probabilities": (
+        lambda: Distiller(Net(4, wrap=lambda x: x.softmax(1)), Net(8), num_classes=3, image_size=(64, 64)),
+        "student must return logits, got probabilities; leave out its softmax",
+    ),
     "one number as weights": (lambda: distiller(weights=2.0), "weights must be 2 finite numbers of .* got 2.0"),
     "same network": (lambda: Distiller(SAME, SAME, num_classes=3), "teacher must be another network"),
     "shared parameters": (

@@ -59,11 +59,49 @@ def test_a_plain_transformer_gives_evenly_spaced_blocks(blocks: int, chosen: tup
     assert choose(PlainTransformer(blocks), (64, 64)).stages == tuple(f"blocks.{index}" for index in chosen)
 
 
+class Segmenter(nn.Module):
+    """A plain transformer whose head reads a view of the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit, self.head = PlainTransformer(4), nn.Conv2d(8, 3, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        grid = (images.shape[-2] // 8, images.shape[-1] // 8)
+        maps = self.vit(images)[:, 1:].transpose(1, 2).unflatten(2, grid)
+        return F.interpolate(self.head(maps), images.shape[-2:])
+
+
+class Wrapped(nn.Module):
+    """A network behind the normalisation that it expects."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images - 0.5) / 0.5)
+
+
+@pytest.mark.parametrize("wrappers", [0, 1, 2])
+def test_a_wrapper_around_a_network_changes_no_choice(wrappers: int) -> None:
+    for network, stages in (
+        (Segmenter(), [f"vit.blocks.{index}" for index in range(4)]),
+        (UNet(), ["down1", "down2", "deep"]),
+    ):
+        for _ in range(wrappers):
+            network = Wrapped(network)
+        chosen = choose(network, (64, 96), num_classes=3)
+        assert chosen.stages == tuple("network." * wrappers + stage for stage in stages)
+        # Without a head, the last block is the deepest map.
+    assert choose(Wrapped(PlainTransformer(4)), (64, 64)).deepest == "network.blocks.3"
+
+
 def test_the_logits_are_no_stage_of_the_encoder() -> None:
     """A classifier at the stride of the deepest stage, inside a network that is wrapped, as those of a user are."""
     stages = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.ReLU()) for a, b in ((3, 4), (4, 6), (6, 8))]
     network = nn.Sequential(OrderedDict(inner=nn.Sequential(*stages, nn.Conv2d(8, 2, 1))))
-    assert choose(network, (64, 64)).stages[-1] == "inner"
+    assert choose(network, (64, 64)).stages[-1] == "inner.3"
     choice = choose(network, (64, 64), num_classes=2)
     assert choice.stages == ("inner.0", "inner.1", "inner.2")
     assert (choice.deepest, choice.penultimate) == ("inner.2", "inner.2")

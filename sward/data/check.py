@@ -159,7 +159,7 @@ def count_labels(dataset: PairedFiles, *, skip_corrupt: bool = False) -> LabelCo
     if distributed.is_main():
         store.save({key: row for key, row in zip(keys, rows) if isinstance(row, list)})
     if wrong:
-        raise ValueError(wrong[0] + (f" (and {len(wrong) - 1} more masks)" if len(wrong) > 1 else ""))
+        raise ValueError(wrong[0] + (f" (and {len(wrong) - 1} more images or masks)" if len(wrong) > 1 else ""))
     kept = [row for row in rows if isinstance(row, list)]
     return LabelCounts(np.array(kept, np.int64).reshape(-1, dataset.info.num_classes + 1))
 

@@ -31,6 +31,10 @@ MOST_CLASSES = 32
 """With more values than this, a mask is a photo or has soft edges, not classes."""
 
 
+USUAL_MAXIMA = (255, 4095, 16383, 65535)
+"""Greatest values of whole numbers of 8, 12, 14 and 16 bits."""
+
+
 @dataclass
 class Survey:
     """What `survey` found in a folder."""
@@ -108,7 +112,7 @@ class Survey:
         if not self.has_splits:
             words += ["--split", "80/10/10"]
         if self.wide:
-            words += ["--dataset.image-range", exact_text(self.lowest), exact_text(self.highest)]
+            words += ["--dataset.image-range", *map(exact_text, _range_of(self.lowest, self.highest))]
         return shlex.join(words)
 
     @property
@@ -265,6 +269,13 @@ def _look(pair: Pair) -> _Look:
         return look
     except (OSError, ValueError) as error:
         return look._replace(problem=str(error))
+
+
+def _range_of(lowest: float, highest: float) -> tuple[float, float]:
+    """Return a range that holds these values: that of usual whole numbers, which further images share, or their own."""
+    if lowest == 0 and highest == int(highest):
+        highest = next((most for most in USUAL_MAXIMA if highest <= most), highest)
+    return lowest, highest
 
 
 def exact_text(number: float) -> str:

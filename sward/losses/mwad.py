@@ -107,6 +107,9 @@ class MWADLoss(nn.Module):
         implementation: str = "auto",
     ) -> None:
         super().__init__()
+        for name, channels in (("student_channels", student_channels), ("teacher_channels", teacher_channels)):
+            if isinstance(channels, int):
+                raise ValueError(f"{name} must be a list, one per stage, got {channels}")
         if len(student_channels) != len(teacher_channels) or not student_channels:
             raise ValueError(
                 "student_channels and teacher_channels must have the same number of stages, at least one, "
@@ -148,6 +151,7 @@ class MWADLoss(nn.Module):
             for channels in (self.teacher_channels if teacher_normalization == "standardize" else ())
         )
         self._padded_stages: set[int] = set()
+        self._warned_without_gradient = False
         if teacher_projections == "frozen":
             self._freeze_teacher_projections()
 
@@ -155,6 +159,10 @@ class MWADLoss(nn.Module):
         """Compare the maps of one batch; see the class for shapes."""
         self._check_features("student_features", student_features, self.student_channels)
         self._check_features("teacher_features", teacher_features, self.teacher_channels)
+        if self.teacher_projections == "frozen":
+            self._keep_frozen()
+        if self.training and not torch.compiler.is_compiling():
+            self._warn_without_gradient(student_features)
         stages = tuple(
             self._stage(index, student, teacher.detach())
             for index, (student, teacher) in enumerate(zip(student_features, teacher_features))
@@ -303,7 +311,29 @@ class MWADLoss(nn.Module):
                 nn.init.zeros_(projection.bias)
             projection.requires_grad_(False)
 
+    def _warn_without_gradient(self, features: Sequence[Tensor]) -> None:
+        if self._warned_without_gradient or not torch.is_grad_enabled() or any(each.requires_grad for each in features):
+            return
+        self._warned_without_gradient = True
+        warnings.warn(
+            "no map in student_features has a gradient, so the student learns nothing from MWAD; tap it without "
+            "detach=True and outside of torch.no_grad()",
+            stacklevel=3,
+        )
+
+    def _keep_frozen(self) -> None:
+        # Who thaws a whole trainer, as after a warm-up, does not mean these: learned, they collapse.
+        for projection in (*self.phi, *self.theta_teacher):
+            for parameter in projection.parameters():
+                if parameter.requires_grad:
+                    parameter.requires_grad_(False)
+
     def _check_features(self, name: str, features: Sequence[Tensor], channels: tuple[int, ...]) -> None:
+        if isinstance(features, Tensor) or not isinstance(features, Sequence):
+            raise ValueError(
+                f"{name} must be a list of maps, one per stage, got {type(features).__name__}; of what "
+                "FeatureTaps.collect() returns, take list(maps.values())"
+            )
         if len(features) != len(channels):
             raise ValueError(f"{name} must hold {len(channels)} maps, one per stage, got {len(features)}")
         for index, (feature, expected) in enumerate(zip(features, channels)):
@@ -315,6 +345,9 @@ class MWADLoss(nn.Module):
 
 
 def _one_per_stage(name: str, value: int | Sequence[int], stages: int) -> tuple[int, ...]:
+    given = (value,) if isinstance(value, int) else value
+    if not isinstance(given, (list, tuple)) or not all(isinstance(each, int) for each in given):
+        raise ValueError(f"{name} must be a whole number or a list of them, one per stage, got {value!r}")
     values = (value,) * stages if isinstance(value, int) else tuple(value)
     if len(values) != stages:
         raise ValueError(f"{name} must be one number or one per stage ({stages}), got {len(values)} numbers")

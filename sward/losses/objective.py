@@ -114,7 +114,8 @@ class SWARDLoss(nn.Module):
         >>> from sward.losses import MWADLoss, SegmentationCrossEntropy, SWARDLoss
         >>> loss = SWARDLoss(SegmentationCrossEntropy(), MWADLoss([16], [96], window_size=4, embed_dim=8))
         >>> logits, labels = torch.randn(2, 3, 32, 32, requires_grad=True), torch.randint(0, 3, (2, 32, 32))
-        >>> out = loss(logits, labels, [torch.randn(2, 16, 8, 8)], [torch.randn(2, 96, 8, 8)])
+        >>> student, teacher = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(2, 96, 8, 8)
+        >>> out = loss(logits, labels, [student], [teacher])
         >>> out.loss.backward()
         >>> bool(out.loss > out.task)
         True

@@ -179,7 +179,7 @@ def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> Train
     if not config.train_trunk:
         if not isinstance(network, Teacher):
             raise ValueError(
-                f"train_trunk must be True for model {config.model!r}, got False; it has no trunk to freeze"
+                f"train_trunk (--train-trunk) must be set for model {config.model!r}, which has no trunk to freeze"
             )
         brought = models.own_weights(config.model, train_set.info.num_classes) != "none"
         if config.trunk_checkpoint is None and config.model_weights in (None, "none") and not brought:

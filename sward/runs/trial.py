@@ -11,6 +11,7 @@ from sward import distributed
 from sward.config import DistillationConfig, TapConfig, TrainingConfig
 from sward.data import DatasetInfo
 from sward.losses import LOGITS, DistillationLoss
+from sward.tensor_layouts import are_probabilities
 from sward.training.step import TrainingStep
 from sward.training.teacher import FrozenTeacher
 
@@ -75,8 +76,10 @@ def try_step(
 
 
 def _check_channels(whose: str, logits: Tensor, info: DatasetInfo) -> None:
-    """Raise a ValueError unless there is one channel per class; one logit serves two classes."""
+    """Raise a ValueError unless there is one channel per class, of logits; one logit serves two classes."""
     count, classes = logits.shape[1], info.num_classes
     if count != classes and (count, classes) != (1, 2):
         one = " or 1" if classes == 2 else ""
         raise ValueError(f"logits of {whose} must have {classes}{one} channels, one per class, got {count}")
+    if are_probabilities(logits):
+        raise ValueError(f"{whose} must return logits, got probabilities; leave out its softmax, which the loss takes")

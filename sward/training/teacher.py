@@ -51,7 +51,9 @@ class FrozenTeacher:
         if self.network.training:
             self.network.eval()
         precision = contextlib.nullcontext() if self.precision is None else autocast(images.device, self.precision)
-        with torch.inference_mode(), precision:
+        # A compiler cannot trace inference mode.
+        no_gradient = torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode()
+        with no_gradient, precision:
             output = self.network(images, levels_only=True) if self._levels_suffice() else self.network(images)
             caught = self.taps.collect()
             if LOGITS in self.layers:

@@ -147,7 +147,7 @@ def test_what_needs_a_look_is_counted(tmp_path: Path, write: Write) -> None:
     size, damage = found.problems
     assert "got 63 x 48" in size
     assert "6.jpg: the file is damaged" in damage
-    assert "--dataset.image-range 0 4000" in found.command
+    assert "--dataset.image-range 0 4095" in found.command
     assert "--split" not in found.command
 
 

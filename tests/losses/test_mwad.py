@@ -107,6 +107,34 @@ def test_frozen_teacher_projections_are_semi_orthogonal_and_stay() -> None:
     assert student.grad is not None
 
 
+def test_frozen_teacher_projections_stay_so_where_everything_is_thawed() -> None:
+    """As after a warm-up with a frozen backbone, `distiller.requires_grad_(True)`."""
+    loss = MWADLoss([4], [5], window_size=4, embed_dim=8).requires_grad_(True)
+    optimizer = torch.optim.AdamW(loss.parameters(), lr=0.1)
+    before = [parameter.clone() for parameter in (*loss.phi.parameters(), *loss.theta_teacher.parameters())]
+    student = torch.randn(2, 4, 8, 8, requires_grad=True)
+    loss([student], [torch.randn(2, 5, 8, 8)]).loss.backward()
+    optimizer.step()
+    after = [*loss.phi.parameters(), *loss.theta_teacher.parameters()]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert loss.theta_student[0].weight.grad is not None
+
+
+def test_maps_of_the_student_without_gradient_are_warned_of_once() -> None:
+    loss = MWADLoss([4], [5], window_size=4, embed_dim=8)
+    student, teacher = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8, 8)
+    with pytest.warns(UserWarning, match="no map in student_features has a gradient, so the student learns nothing"):
+        loss([student], [teacher])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss([student], [teacher])
+        other = MWADLoss([4], [5], window_size=4, embed_dim=8)
+        other([student.requires_grad_()], [teacher])
+        other.eval()([student.detach()], [teacher])
+        with torch.no_grad():
+            other.train()([student.detach()], [teacher])
+
+
 def test_context_mean_divides_the_sum_by_the_width() -> None:
     summed = MWADLoss(
         [4], [5], window_size=4, embed_dim=8, shift="none", terms=(0.0, 0.0, 1.0), context_reduction="sum"
@@ -211,6 +239,7 @@ def test_a_stage_of_padding_is_warned_of_once() -> None:
     loss = MWADLoss([4, 4, 4], [5, 5, 5], window_size=[4, 8, 8], embed_dim=8)
     sizes = [(4, 4), (4, 8), (4, 4)]
     student, teacher = maps([4] * 3, sizes, torch.float32), maps([5] * 3, sizes, torch.float32)
+    student[0].requires_grad_()
     sentence = "75% of the tokens of MWAD's stage 2 are padding: its aligned grid is 4x4 and its windows 8x8"
     with pytest.warns(UserWarning, match=f"^{sentence}; use smaller windows there") as caught:
         loss(student, teacher)
@@ -339,6 +368,12 @@ def test_a_half_precision_teacher_compiles_without_a_graph_break() -> None:
             dict(student_channels=[4], teacher_channels=[4], window_size=[8, 8]),
             "window_size must be one number or one per",
         ),
+        (dict(student_channels=4, teacher_channels=[4]), "student_channels must be a list, one per stage, got 4"),
+        (
+            dict(student_channels=[4], teacher_channels=[4], window_size=4.0),
+            "window_size must be a whole number or a list of them, one per stage, got 4.0",
+        ),
+        (dict(student_channels=[4], teacher_channels=[4], window_size="8"), "must be a whole number .* got '8'"),
         (dict(student_channels=[4], teacher_channels=[4], window_size=0), "window_size must be at least 1, got 0"),
         (dict(student_channels=[4], teacher_channels=[4], teacher_projections="fixed"), "teacher_projections must be"),
         (
@@ -364,5 +399,9 @@ def test_wrong_features_are_refused_in_one_sentence() -> None:
     loss = MWADLoss([4], [5])
     with pytest.raises(ValueError, match=r"student_features\[0\] must be \[B, 4, H, W\].*got shape \(1, 3, 8, 8\)"):
         loss([torch.zeros(1, 3, 8, 8)], [torch.zeros(1, 5, 8, 8)])
+    with pytest.raises(
+        ValueError, match=r"student_features must be a list of maps.*got dict_values; .* list\(maps\.val"
+    ):
+        loss({"a": torch.zeros(1, 4, 8, 8)}.values(), [torch.zeros(1, 5, 8, 8)])
     with pytest.raises(ValueError, match="teacher_features must hold 1 maps, one per stage, got 2"):
         loss([torch.zeros(1, 4, 8, 8)], [torch.zeros(1, 5, 8, 8)] * 2)
