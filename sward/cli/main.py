@@ -134,11 +134,13 @@ def _demo(words: list[str]) -> None:
 
 @_command("train", "train a student, alone or with a teacher")
 def _train(words: list[str]) -> None:
+    from sward.cli.starting import warn_of_unread
     from sward.config import DistillationConfig
 
     config = _configuration("train", DistillationConfig, lambda preset: preset.student, words)
     if config is None:
         return
+    warn_of_unread(expand(words), config.distillation)
     from sward.runs import train_student
 
     _finish(train_student(config), config.metric)

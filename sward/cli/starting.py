@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -157,3 +159,13 @@ def _take_options(option: str, words: list[str], holder: Any, field: str = "opti
         pairs[key] = int(value) if value.removeprefix("-").isdigit() else value
     setattr(holder, field, pairs)
     return words[: start - 1] + words[end:]
+
+
+def warn_of_unread(words: Sequence[str], distillation: str) -> None:
+    """Warn of options of sward beside another method. A student alone takes the words of its distilled sibling."""
+    if distillation in ("sward", "none"):
+        return
+    names = [word.partition("=")[0] for word in words]
+    unread = [name for name in names if name.startswith("--sward.") or name == "--recipe"]
+    if unread:
+        warnings.warn(f"{', '.join(unread)} without effect: only 'sward' reads it, not {distillation!r}", stacklevel=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from sward import presets
 from sward.cli.main import main
 from sward.cli.own_data import expand
-from sward.cli.starting import apply_words, read_config, value_of, write_config
+from sward.cli.starting import apply_words, read_config, value_of, warn_of_unread, write_config
 from sward.config import DatasetConfig, DistillationConfig, SWARDConfig
 from sward.losses import PAPER
 
@@ -216,3 +217,17 @@ def test_layers_as_json_and_as_a_table(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_frozen_trunk_without_weights_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train-teacher", "demo", "--no-train-trunk", "--iterations", "1"]) == 2
     assert "trunk_checkpoint must name the weights of a frozen trunk" in capsys.readouterr().err
+
+
+def test_options_of_sward_beside_another_method_are_warned_of() -> None:
+    words = expand(["--student-layers", "encoder.3", "--sward.embed-dim=8", "--recipe", "paper", "--batch", "4"])
+    sentence = (
+        r"^--sward\.student-layers, --sward\.embed-dim, --recipe without effect: only 'sward' reads it, not 'cwd'$"
+    )
+    with pytest.warns(UserWarning, match=sentence):
+        warn_of_unread(words, "cwd")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for method in ("sward", "none"):
+            warn_of_unread(words, method)
+        warn_of_unread(["--batch", "4"], "cwd")
