@@ -1,6 +1,7 @@
 """A run distils the teacher that its configuration asks for, or none, and says what that teacher has learned from."""
 
 import json
+import os
 import shutil
 import signal
 import warnings
@@ -18,8 +19,9 @@ from sward.cli.starting import apply_words
 from sward.config import DatasetConfig, DistillationConfig, TeacherConfig, TeacherTrainingConfig
 from sward.runs import train_student, train_teacher
 from sward.runs.teachers import introduce_teacher, load_teacher
-from sward.training.interruption import Interruption, TrainingInterrupted
+from sward.training.interruption import TrainingInterrupted
 from sward.training.run_folder import KeptData, RunFolder
+from sward.training.state import TrainingState
 from tests.support.folder_data import write_pairs
 from tests.support.training_runs import small
 
@@ -138,14 +140,16 @@ def test_an_unfinished_teacher_is_named_with_its_steps(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, teacher = write_pairs(Path("theirs")).absolute(), Path("runs/own/teacher")
-    asked: list[int] = []
+    update = TrainingState.update
 
-    def stops_at_the_fourth_step(self: Interruption) -> signal.Signals | None:
-        asked.append(1)
-        return signal.SIGTERM if len(asked) == 4 else None
+    def stops_at_the_fourth_step(self: TrainingState, *arguments: Any, **options: Any) -> Any:
+        norm = update(self, *arguments, **options)
+        if self.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return norm
 
     with monkeypatch.context() as patch:
-        patch.setattr(Interruption, "agreed", stops_at_the_fourth_step)
+        patch.setattr(TrainingState, "update", stops_at_the_fourth_step)
         with pytest.raises(TrainingInterrupted):
             teach()
     assert warned_of(folder) == [
