@@ -20,7 +20,7 @@ def class_indices(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor
     ignored = classes == ignore_index
     outside = ((classes < 0) | (classes >= num_classes)) & ~ignored
     require_classes(classes, outside, num_classes, ignore_index)
-    return classes.masked_fill(ignored | outside, num_classes)
+    return classes.masked_fill(ignored | outside, num_classes).contiguous()
 
 
 def require_classes(labels: Tensor, outside: Tensor, num_classes: int, ignore_index: int) -> None:
@@ -35,6 +35,6 @@ def require_classes(labels: Tensor, outside: Tensor, num_classes: int, ignore_in
 class_indices_op = register(
     "class_indices(Tensor labels, int num_classes, int ignore_index) -> Tensor",
     class_indices,
-    lambda labels, num_classes, ignore_index: torch.empty_like(labels, dtype=torch.int64),
+    lambda labels, num_classes, ignore_index: labels.new_empty(labels.shape, dtype=torch.int64),
 )
 """`class_indices` as an operator, which `torch.compile` does not look into."""

@@ -7,11 +7,15 @@ which is what autograd, `torch.compile` and autocast see.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 _library = torch.library.Library("sward_kernels", "DEF")
 
@@ -37,6 +41,39 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Switch autocast off for `device`; free where it is off already."""
     enabled = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()
+
+
+def first_derivative_only(backward: Function) -> Function:
+    """Decorate `backward` of an `autograd.Function` whose result is not differentiable.
+
+    Raises a RuntimeError where a graph of it is asked for (`create_graph=True`). torch's `once_differentiable` does so
+    only where the graph of a second derivative leads through the incoming gradient; else the result is silently taken
+    for a constant. Autocast is off inside, as in the forward pass.
+    """
+    traced = once_differentiable(backward)  # which torch.compile knows
+
+    @functools.wraps(backward)
+    def run(context: Any, *upstream: Tensor | None) -> Any:
+        if torch.compiler.is_compiling():
+            return traced(context, *upstream)
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph must be False: this operation of sward_kernels is differentiable once; use "
+                "implementation='reference' for more"
+            )
+        device = next((each.device for each in upstream if each is not None), torch.device("cpu"))
+        with without_autocast(device):
+            return backward(context, *upstream)
+
+    return run  # type: ignore[return-value]
+
+
+def refuse_forward_mode(*tensors: Tensor) -> None:
+    """Raise a NotImplementedError for tensors with a tangent, which an operator would drop."""
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError("forward-mode derivatives need implementation='reference'")
 
 
 def constant_in_graphs(function: Function) -> Function:

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from sward_kernels.prototypes.passes import Passes, Statistics
-from sward_kernels.registration import without_autocast
+from sward_kernels.registration import first_derivative_only
 
 NORM_FLOOR = 1e-12
 """With `normalize=True`, a pixel whose features are no longer than this is a zero vector, with gradient 0."""
@@ -142,13 +141,12 @@ class _ClosedFormLoss(torch.autograd.Function):
         return loss, separation, compactness, prototypes, statistics.counts
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 9
         features, labels, slope, offset = ctx.saved_tensors
         if ctx.processes > 1:
             upstream = upstream.double() * ctx.processes
-        with without_autocast(features.device):  # backward may run under autocast, unlike forward
-            gradient = ctx.passes.gradient(features, labels, slope, offset, ctx.ignore_index, ctx.normalize, upstream)
+        gradient = ctx.passes.gradient(features, labels, slope, offset, ctx.ignore_index, ctx.normalize, upstream)
         return gradient, *(None,) * 8

@@ -110,7 +110,7 @@ def problem_of(features: Tensor, labels: Tensor, num_classes: int, normalize: bo
         aligned = all(number % 8 == 0 for number in (stride_image, stride_y, stride_x, channels))
     else:
         aligned = flat and all(number % 8 == 0 for number in (stride_image, stride_channel, height * width))
-    wide = needs_64_bits(features)
+    wide = needs_64_bits(features) or needs_64_bits(labels)
     family = family_of(features.device)
     return Problem(channels, num_classes, features.dtype, channels_last, flat, aligned, wide, normalize, family)
 

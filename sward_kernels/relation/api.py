@@ -8,11 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sward_kernels.arguments import require_positive, require_tensor
 from sward_kernels.fallback import cannot_load, require_known, warn_once
-from sward_kernels.registration import register, without_autocast
+from sward_kernels.registration import first_derivative_only, register, without_autocast
 from sward_kernels.relation import eager, native, reference
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "native", "triton")
@@ -43,7 +42,8 @@ def relational_kl(
             elsewhere; where triton or native cannot run, eager with a warning.
 
     Returns:
-        A scalar, fp32 (float64 for a float64 student), with gradient to `student`. 16-bit inputs are computed in fp32,
+        A scalar, fp32 (float64 for a float64 student), with gradient to `student`, differentiable once but for
+        `"reference"`. 16-bit inputs are computed in fp32,
         also under autocast: a temperature of 0.1 multiplies their rounding errors by ten.
 
     Raises:
@@ -147,7 +147,7 @@ class _GradientInForward(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream, None, None, None, None

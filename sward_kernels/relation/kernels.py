@@ -164,6 +164,8 @@ def backward_kernel(
             )  # fmt: skip
             key_log = tl.load(key_logs_s + key, mask=key < pixels, other=0.0)
             difference = tl.exp2(scores - row_log_s[:, None]) + tl.exp2(scores - key_log[None, :]) - probabilities
+            # A key past the end has the score 0: far above the others of a row, that is infinity, and times 0 is nan.
+            difference = tl.where((key < pixels)[None, :], difference, 0.0)
             u_key = load_vectors(student_keys, key, pixels, part * OUT, STUDENT_CHANNELS, OUT)
             total += product(difference.to(u_key.dtype), u_key, PRECISION, ACCUMULATE, INTERPRET)
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sward_kernels.fallback import warn_once
 from sward_kernels.gpu.launching import (
@@ -24,7 +23,7 @@ from sward_kernels.gpu.launching import (
     product_precision,
     require_gpu,
 )
-from sward_kernels.registration import register
+from sward_kernels.registration import first_derivative_only, register
 from sward_kernels.relation import eager
 from sward_kernels.relation.kernels import backward_kernel, forward_kernel
 from sward_kernels.relation.tile_table import RelationTiles, tiles_of
@@ -55,7 +54,7 @@ class _RelationalKL(torch.autograd.Function):
         return partials.sum() / (images * images * pixels)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         student_units, teacher_units, statistics = ctx.saved_tensors
         try:

@@ -15,8 +15,9 @@ LIBRARY = cpp.Library("relational_kl", Path(__file__).with_name("native.cpp"))
 MOST_PIXELS = 2048
 """Pixels per image up to which this runs: two maps of `P x P` exponentials exist at once, 32 MiB here."""
 
-LOWEST_TEMPERATURE = 0.025
-"""Below it, the exponential of a cosine of -1 against one of 1 would underflow in fp32."""
+LOWEST_TEMPERATURE = 0.03
+"""Below it, the exponential of a cosine of -1 against one of 1, times a small difference of scores, would underflow in
+fp32."""
 
 
 class _Arguments(ctypes.Structure):

@@ -57,8 +57,11 @@ def _run(
             grid = WindowGrid(qkv_student.shape[2], qkv_student.shape[3], window_size)
             rolled = (grid.roll(qkv_student, shift), grid.roll(qkv_teacher, shift))
             means, *rolled_gradients = _run(*rolled, window_size, [0, 0], None, terms, *wanted, compiled=compiled)
-            student, teacher = (grid.roll(rolled, -shift) if rolled.numel() else rolled for rolled in rolled_gradients)
-            return means, student, teacher
+            gradients = allocate_gradients(qkv_student, qkv_teacher, *wanted)
+            for gradient, each in zip(gradients, rolled_gradients):
+                if gradient.numel():
+                    gradient.copy_(grid.roll(each, -shift))
+            return means, *gradients
         if shift is not None:
             offsets = shift.tolist()
         gradients = allocate_gradients(qkv_student, qkv_teacher, *wanted)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from sward_kernels.registration import first_derivative_only, refuse_forward_mode
 from sward_kernels.windows import Shift
 
 Terms = tuple[float, float, float]
@@ -35,6 +35,7 @@ def windowed_distillation(
     terms: Terms,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`(loss, attention, value, context)` as the reference computes them; only the loss carries a gradient."""
+    refuse_forward_mode(qkv_student, qkv_teacher)
     recording = torch.is_grad_enabled()
     means, student_gradient, teacher_gradient = operator(
         qkv_student.detach(),
@@ -70,7 +71,7 @@ class _AttachGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         # A second backward through a retained graph must find the buffer unscaled.

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sward_kernels.fallback import warn_once
 from sward_kernels.gpu.launching import CallCache, PreparedLaunch, require_dtype, require_gpu
-from sward_kernels.registration import register
+from sward_kernels.registration import first_derivative_only, register
 from sward_kernels.windowed import eager, gradient_in_forward
 from sward_kernels.windowed.gradient_in_forward import Terms
 from sward_kernels.windowed.plan import (
@@ -44,7 +43,8 @@ def windowed_distillation(
             compile them.
     """
     _require_support(qkv_student, window_size)
-    offsets, shift_tensor = ((0, 0), shift) if isinstance(shift, Tensor) else ((shift[0], shift[1]), None)
+    # The kernels read two neighbouring numbers.
+    offsets, shift_tensor = ((0, 0), shift.contiguous()) if isinstance(shift, Tensor) else ((shift[0], shift[1]), None)
     arguments = (window_size, offsets, shift_tensor, terms)
     if torch.is_grad_enabled() and (qkv_student.requires_grad or qkv_teacher.requires_grad):
         loss, means = _WindowedDistillation.apply(qkv_student, qkv_teacher, *arguments, falls_back)
@@ -86,7 +86,7 @@ class _WindowedDistillation(torch.autograd.Function):
         return loss, means
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 7
@@ -290,6 +290,10 @@ def _prepare_backward(
 ) -> _Backward:
     problem = problem_of(qkv_student, qkv_teacher, window_size, terms)
     plans = backward_plans(problem, wants_student_gradient, wants_teacher_gradient)
+    for plan in plans:
+        needed, _ = _statistics_shape(plan, qkv_student, window_size, True)
+        # What it reads beyond would be another tensor's memory.
+        assert len(statistics) == needed, f"the backward pass reads {needed} statistics, got {len(statistics)}"
     stride = statistics.shape[-1]
     launches = [_prepared(plan, qkv_student, qkv_teacher, window_size, terms, stride) for plan in plans]
     return _Backward(launches, memory_format(qkv_student), memory_format(qkv_teacher))

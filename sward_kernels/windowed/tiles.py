@@ -30,6 +30,8 @@ VALUES = tl.constexpr(2)
 STUDENT = tl.constexpr(0)
 TEACHER = tl.constexpr(1)
 
+FLOAT16_MAX = tl.constexpr(65504.0)
+
 # Rows of `statistics`, which the forward pass saves for the backward pass. The first and the last stand for two rows:
 # add `STUDENT` or `TEACHER`.
 LOG_SUM_EXP = tl.constexpr(0)
@@ -263,7 +265,10 @@ def score_gradient(
     gradient = a * (da - mean)
     if STUDENT_ATTENTION:
         gradient += student_weight * (a - a_other)
-    return round_to(tl.where(real, gradient, 0.0), DTYPE, INTERPRET)
+    gradient = tl.where(real, gradient, 0.0)
+    if DTYPE == tl.float16:  # before the division by n, a gradient that fits may not
+        gradient = tl.minimum(tl.maximum(gradient, -FLOAT16_MAX), FLOAT16_MAX)
+    return round_to(gradient, DTYPE, INTERPRET)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from sward_kernels.gpu.language import LN_2, LOG2_E, MASKED, image_pointer, product, round_to
 from sward_kernels.windowed.tiles import (
+    FLOAT16_MAX,
     KEYS,
     QUERIES,
     TEACHER,
@@ -26,8 +27,6 @@ from sward_kernels.windowed.tiles import (
     window_tokens,
     windows_of,
 )
-
-FLOAT16_MAX = tl.constexpr(65504.0)
 
 RUNTIME_INTEGERS = [
     "shift_y", "shift_x", "height", "width", "groups_total", "groups_per_program",
@@ -271,7 +270,10 @@ def backward_kernel(
                 student_weight=attention_weight, DTYPE=dtype, STUDENT_ATTENTION=ATTENTION and OWN_SIDE != TEACHER,
                 INTERPRET=INTERPRET,
             )  # fmt: skip
-            dh = round_to(product(ds, x, PRECISION, ACCUMULATE, INTERPRET), dtype, INTERPRET)
+            dh = product(ds, x, PRECISION, ACCUMULATE, INTERPRET)
+            if dtype == tl.float16:
+                dh = tl.minimum(tl.maximum(dh, -FLOAT16_MAX), FLOAT16_MAX)
+            dh = round_to(dh, dtype, INTERPRET)
             dx += product(tl.trans(ds), h, PRECISION, ACCUMULATE, INTERPRET)
             dx += product(dh, tl.trans(g), PRECISION, ACCUMULATE, INTERPRET)
             dg += product(tl.trans(x), dh, PRECISION, ACCUMULATE, INTERPRET)

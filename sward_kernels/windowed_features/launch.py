@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sward_kernels.fallback import warn_once
 from sward_kernels.gpu.launching import CallCache, PreparedLaunch, require_dtype, require_gpu
-from sward_kernels.registration import register
+from sward_kernels.registration import first_derivative_only, register
 from sward_kernels.windowed.gradient_in_forward import Terms, precision
 from sward_kernels.windowed.launch import allocate_gradient, known_arguments, memory_format
 from sward_kernels.windowed_features import api
@@ -33,7 +32,8 @@ def windowed_feature_distillation(
     _require_support(tensors, window_size)
     features_student, features_teacher, weight_student, weight_teacher = tensors
     tensors = (features_student, features_teacher, weight_student.contiguous(), weight_teacher.contiguous())
-    offsets, shift_tensor = ((0, 0), shift) if isinstance(shift, Tensor) else ((shift[0], shift[1]), None)
+    # The kernels read two neighbouring numbers.
+    offsets, shift_tensor = ((0, 0), shift.contiguous()) if isinstance(shift, Tensor) else ((shift[0], shift[1]), None)
     arguments = (window_size, offsets, shift_tensor, terms)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         loss, means = _WindowedFeatureDistillation.apply(*tensors, *arguments, falls_back)
@@ -79,7 +79,7 @@ class _WindowedFeatureDistillation(torch.autograd.Function):
         return loss, means
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 9

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sward_kernels import cpp
-from sward_kernels.registration import register
+from sward_kernels.registration import refuse_forward_mode, register
 from sward_kernels.windowed.gradient_in_forward import Terms, attach_gradient
 from sward_kernels.windowed.native import LARGEST_FAST_WINDOW, Grid, Map
 from sward_kernels.windowed.reference import COSINE_EPSILON
@@ -71,6 +71,7 @@ def windowed_feature_distillation(
     terms: Terms,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`(loss, attention, value, context)` as the reference computes them; only the loss carries a gradient."""
+    refuse_forward_mode(features_student, features_teacher, weight_student, weight_teacher)
     dim = weight_student.shape[0] // 3
     tensors = (
         features_student.float(),
