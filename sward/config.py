@@ -457,6 +457,14 @@ class DistillationConfig(TrainingConfig):
             )
         if self.teacher.cache is not None and self.dataset.views is None:
             raise ValueError(NEEDS_VIEWS.format("teacher.cache"))
+        if self.distillation == "sward" and self.teacher.normalization not in (
+            "none",
+            self.sward.teacher_normalization,
+        ):
+            raise ValueError(
+                f"teacher.normalization must be 'none' for sward, which has sward.teacher_normalization, got "
+                f"{self.teacher.normalization!r}"
+            )
 
     def _check_recipe(self) -> None:
         """Raise a ValueError if `sward` is set as another recipe than the named one, which never reached it."""

@@ -251,12 +251,13 @@ def _outputs(network: nn.Module, size: tuple[int, int]) -> tuple[dict[str, Tenso
     outputs: dict[str, Tensor] = {}
     makers: dict[int, str] = {}
     alive: list[tuple[str, Tensor, int | None]] = []
-    classifier_inputs: list[tuple[int, int]] = []
+    classifier_inputs: list[tuple[str | None, int]] = []
 
     def before(module: nn.Module, arguments: Any) -> None:
         if isinstance(module, (nn.Conv2d, nn.Linear)) and arguments and isinstance(arguments[0], Tensor):
             width = module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
-            classifier_inputs.append((id(arguments[0]), width))
+            # Looked up now: a temporary is freed, and a later output may get its id.
+            classifier_inputs.append((makers.get(id(arguments[0])), width))
 
     def after(name: str) -> Any:
         def keep(module: nn.Module, arguments: Any, output: Any) -> None:
@@ -290,7 +291,7 @@ def _outputs(network: nn.Module, size: tuple[int, int]) -> tuple[dict[str, Tenso
     for name, output, version in alive:
         if version_of(output) != version:
             outputs.pop(name, None)  # The layer behind it works in place: taps refuse such a map.
-    fed = [makers.get(source) for source, width in classifier_inputs if width == classes]
+    fed = [source for source, width in classifier_inputs if width == classes]
     return outputs, fed[-1] if fed else None
 
 

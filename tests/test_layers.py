@@ -109,6 +109,24 @@ def test_the_logits_are_no_stage_of_the_encoder() -> None:
     assert choose(alone, (64, 64), num_classes=2).stages == ("0",)
 
 
+class Resizing(nn.Module):
+    """Ends in a module behind the classifier, whose input is a temporary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 6, 3, 1, 1)
+        self.classifier, self.resize = nn.Conv2d(6, 3, 1), nn.Upsample(scale_factor=2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.resize(self.classifier(F.relu(self.up(F.relu(self.down(images))))))
+
+
+def test_a_module_behind_the_classifier_is_not_what_enters_it() -> None:
+    for _ in range(5):
+        choice = choose(Resizing(), (64, 96), num_classes=3)
+        assert choice.penultimate not in ("resize", "classifier")
+
+
 def test_the_survey_reads_shapes_off() -> None:
     rows = {layer.name: layer for layer in survey(UNet(), (64, 96))}
     assert list(rows) == ["down1", "down2", "down3", "deep.0", "deep.1", "deep", "up", "classifier"]

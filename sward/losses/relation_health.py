@@ -64,6 +64,7 @@ def _inside_windows(qkv: Tensor, window_size: int) -> tuple[Tensor, Tensor]:
     count = real.sum(dim=1)
     pairs = (count * (count - 1)).sum().clamp(min=1)
 
-    attention = (queries @ keys.mT / math.sqrt(keys.shape[-1])).softmax(dim=-1)
-    entropy = torch.special.entr(attention).sum(dim=-1).where(real, 0.0).sum() / real.sum()
-    return others / pairs, entropy / math.log(max(grid.tokens, 2))
+    scores = queries @ keys.mT / math.sqrt(keys.shape[-1])
+    attention = scores.masked_fill(~real[:, None], -torch.inf).softmax(dim=-1)
+    entropy = torch.special.entr(attention).sum(dim=-1) / count.clamp(min=2).log()[:, None]
+    return others / pairs, entropy.where(real, 0.0).sum() / real.sum()

@@ -136,7 +136,10 @@ class TaskLoss(nn.Module):
 
 
 def median_frequency_weights(shares: Sequence[float]) -> list[float]:
-    """Return the median of the shares over the share of each class (Eigen and Fergus, ICCV 2015), 0 where it is 0.
+    """Return the median of the shares over the share of each class, 0 where it is 0.
+
+    As Eigen and Fergus (ICCV 2015) have it, but with shares of all pixels, and not of those of the images that hold the
+    class.
 
     Raises:
         ValueError: if every share is 0.

@@ -75,6 +75,8 @@ def complexity(
     Raises:
         ValueError: for an unknown name or an image size that is not a multiple of 32.
     """
+    if ":" in name:
+        raise ValueError(f"name must be a registered network ('sward list models'), got {name!r}")
     description = describe(name)
     num_classes = description.num_classes if num_classes is None else num_classes
     model = build(name, num_classes, **(options or {})).eval()

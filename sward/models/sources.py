@@ -280,7 +280,11 @@ def _transformers(place: str, num_classes: int, options: Mapping[str, Any], imag
         if not _has_weights(folder):
             return Segmenter(kind.from_config(config))
         with _quiet("transformers"):
-            segmenter = Segmenter(kind.from_pretrained(folder, ignore_mismatched_sizes=True, **local))
+            loaded, found = kind.from_pretrained(
+                folder, ignore_mismatched_sizes=True, output_loading_info=True, **local
+            )
+        _check_complete(folder, loaded, found)
+        segmenter = Segmenter(loaded)
         _expect_those_of(folder, segmenter)
         return segmenter
     stages = list(getattr(config, "stage_names", []))[1:]
@@ -293,12 +297,49 @@ def _transformers(place: str, num_classes: int, options: Mapping[str, Any], imag
         raise ValueError(f"transformers:{place} must be a backbone or segment, got {type(config).__name__}")
     kind = kinds[type(config)]
     with _quiet("transformers"):
-        backbone = kind.from_pretrained(folder, **local) if _has_weights(folder) else kind(config)
+        if _has_weights(folder):
+            backbone, found = kind.from_pretrained(folder, output_loading_info=True, **local)
+            _check_complete(folder, backbone, found)
+        else:
+            backbone = kind(config)
     trunk = BackboneTrunk(backbone)
     teacher = Teacher(trunk, MultiLevelHead(trunk.channels, num_classes, width=min(128, trunk.channels[-1])))
     if _has_weights(folder):
         _expect_those_of(folder, teacher)
     return teacher
+
+
+_HEADLESS: set[str] = set()
+"""Folders that were found to hold an encoder alone."""
+
+
+def _check_complete(folder: str, network: Any, found: Mapping[str, Any]) -> None:
+    """Refuse a folder without the weights of the encoder, and say so where it has none of the head.
+
+    `found` is what `from_pretrained` says of its loading, which it only logs. Norms of a backbone's outputs are not in
+    files of the whole network, and begin as identities.
+    """
+    replaced = {key[0] if isinstance(key, tuple) else key for key in found["mismatched_keys"]}
+    missing = [
+        key for key in found["missing_keys"] if key not in replaced and not key.startswith("hidden_states_norms")
+    ]
+    prefix = f"{network.base_model_prefix}."
+    whole = hasattr(network, network.base_model_prefix)
+    encoder = [key for key in missing if key.startswith(prefix) or not whole]
+    if encoder:
+        raise ValueError(
+            f"{folder} must hold the weights of the whole encoder of {type(network).__name__}, got a file without "
+            f"{len(encoder)} of them, such as {encoder[0]}; its names may have another prefix"
+        )
+    if missing:
+        _HEADLESS.add(folder)
+        warnings.warn(
+            f"{folder} holds no weights of the head of {type(network).__name__}: {len(missing)}, such as {missing[0]}, "
+            "start at random",
+            stacklevel=5,
+        )
+    else:
+        _HEADLESS.discard(folder)
 
 
 def _expect_those_of(folder: str, network: Renormalising) -> None:
@@ -354,14 +395,17 @@ def _is_segmentation(config: Any) -> bool:
 def own_weights(name: str, num_classes: int) -> Literal["none", "trunk", "all"]:
     """Return which weights the network `name` brings along: those of a `transformers:` folder, with or without a head.
 
-    A classifier for another number of classes is replaced by a random one, so it does not count.
+    A classifier for another number of classes is replaced by a random one, so it does not count. That a folder has no
+    weights of a head is known once the network was built.
     """
     source, _, place = name.partition(":")
     if source != "transformers" or not _has_weights(_folder(place)):
         return "none"
     transformers: Any = _library("transformers", "transformers")
-    config = transformers.AutoConfig.from_pretrained(_folder(place), local_files_only=True)
-    return "all" if _is_segmentation(config) and config.num_labels == num_classes else "trunk"
+    folder = _folder(place)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    whole = _is_segmentation(config) and config.num_labels == num_classes and folder not in _HEADLESS
+    return "all" if whole else "trunk"
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -87,7 +88,9 @@ def check_choices(options: Options, runs: Sequence[Run]) -> None:
         if dataset.name != "folder":
             _target(data.describe(dataset.name), options.target)
         if options.what == "attention" and options.pixel is not None:
-            check_pixel(options.pixel, dataset.image_size)
+            size = data.evaluation_size(dataset.name, dataset.image_size)
+            if size is not None:  # else each image has its own, which the figure checks
+                check_pixel(options.pixel, size)
 
 
 def _runs(sets: list[str], *methods: str) -> list[Run]:
@@ -271,7 +274,13 @@ def _figure3(study: Study, sets: list[str]) -> Iterator[Path]:
     for preset in sets:
         for test in own_tests(preset) if study.options.scale == "small" else own_tests(preset)[:1]:
             networks = _columns(study, preset, test, "none", "freekd", "sward")
-            dataset = _shown(networks, test)
+            try:
+                dataset = _shown(networks, test)
+            except data.DatasetNotFoundError as error:
+                if not test.optional:
+                    raise
+                warnings.warn(f"no figure of {test.title}: {error}", stacklevel=2)
+                continue
             chosen = [(study.options.image + row * (len(dataset) // ROWS)) % len(dataset) for row in range(ROWS)]
             name = f"figure3-{dataset.info.name}{'' if test.dataset is None else '-unseen'}"
             yield draw_predictions(networks, test, chosen, _path(study, name))

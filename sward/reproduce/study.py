@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from sward.config_json import differences, to_json
 from sward.data import DatasetNotFoundError
 from sward.data.files import PairedFiles
 from sward.evaluation import Evaluation
+from sward.losses.masks import teacher_fingerprint
 from sward.reporting.card import write_card
 from sward.reproduce.experiments import TEACHER, EvaluationSet, Frames, Run, Table, teacher_of
 from sward.reproduce.options import Options
@@ -32,7 +33,8 @@ from sward.runs import (
     train_student,
     train_teacher,
 )
-from sward.runs.load import build_datasets, build_split, choose_device
+from sward.runs.load import build_datasets, build_split, choose_device, load_run
+from sward.training import checkpoints
 from sward.training.observation import forget_peak_memory, peak_memory
 from sward.training.progress import Progress
 from sward.training.run_folder import RunFolder, read_json
@@ -72,6 +74,7 @@ class Study:
     def __init__(self, options: Options) -> None:
         options.check()
         self.options = options
+        self._read: dict[tuple[Path, int], str | None] = {}
 
     def folder(self, run: Run, seed: int) -> RunFolder:
         """Return the folder of the run."""
@@ -145,7 +148,8 @@ class Study:
         """Return the state of the run.
 
         Raises:
-            ValueError: if its folder holds a run with another configuration; the message names the difference.
+            ValueError: if its folder holds a run with another configuration, or of another teacher than there is now;
+                the message names the difference.
         """
         folder = self.folder(run, seed)
         if not folder.last.exists():
@@ -156,7 +160,30 @@ class Study:
                 f"{folder.path} holds a run with another configuration: {different[0]}; "
                 "choose another --output, or remove that folder to train it again"
             )
+        self._check_teacher(run, folder)
         return "finished" if (folder.path / "cost.json").exists() else "started"
+
+    def _check_teacher(self, run: Run, folder: RunFolder) -> None:
+        """Raise a ValueError if the student in a folder was taught by another teacher than that of the study."""
+        teacher = self.folder(teacher_of(run.preset), 0)
+        if run.distillation == "none" or run.name == TEACHER or not teacher.best.exists():
+            return
+        then = self._once(folder.last, lambda: checkpoints.load(folder.last).get("identity", {}).get("teacher"))
+        if then is None:
+            return
+        now = self._once(teacher.best, lambda: teacher_fingerprint(load_run(teacher.path, "best")[2])[:16])
+        if then != now:
+            raise ValueError(
+                f"{folder.path} holds a student of another teacher than that in {teacher.path}; choose another "
+                "--output, or remove the student's folder to train it again"
+            )
+
+    def _once(self, file: Path, read: Callable[[], str | None]) -> str | None:
+        """Return what was read from a file before, unless it has changed: a table asks for a run many times."""
+        key = (file, file.stat().st_mtime_ns)
+        if key not in self._read:
+            self._read[key] = read()
+        return self._read[key]
 
     def seeds(self, run: Run) -> range:
         """Return the seeds of a run: one for a teacher or a trial, `--seeds` for a student."""

@@ -55,7 +55,7 @@ def fill(
             comparisons.add(len(columns))
             columns.append(Column(f"{test.title} {test.metrics[0][0]} - {other} (95 %)"))
         if test.paper is not None:
-            columns += [Column(f"{header} ({test.paper})") for header, _ in test.metrics]
+            columns += [Column(f"{test.title} {header} ({test.paper})") for header, _ in test.metrics]
     if table.costs:
         columns += [Column("s/step", 3), Column("peak memory (MB)", 0)]
     if table.collapse:
@@ -233,8 +233,9 @@ def _standing_notes(table: Table, *, with_costs: bool, paired: bool) -> list[str
         notes.append("Test images of the run's own data set: the weights with the best validation score.")
     if table.costs:
         notes.append(
-            "s/step: training loop including data loading and the teacher's forward pass, without validation. Peak "
-            "memory: torch's allocator on a GPU, resident size of the process including Python and torch on a CPU."
+            "s/step: training loop including data loading and the teacher's forward pass, without validation. Where "
+            "features are kept, the first method of a seed computes those that the others read. Peak memory: torch's "
+            "allocator on a GPU, resident size of the process including Python and torch on a CPU."
         )
     if table.collapse:
         notes.append(

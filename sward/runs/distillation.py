@@ -13,6 +13,7 @@ from sward import distributed, layers, methods
 from sward.config import DistillationConfig
 from sward.data import DatasetInfo
 from sward.losses import DistillationLoss
+from sward.losses.masks import teacher_fingerprint
 from sward.runs.load import load_run
 from sward.runs.teachers import load_teacher, restore_statistics
 from sward.training import checkpoints
@@ -40,7 +41,7 @@ def load_distillation(path: Path) -> LoadedDistillation | None:
 
     Raises:
         FileNotFoundError: if the run, its last checkpoint or its teacher does not exist.
-        ValueError: if its files are damaged.
+        ValueError: if its files are damaged, or its teacher has other weights than when it was trained.
     """
     config, info, student = load_run(path, "last")
     if not isinstance(config, DistillationConfig) or config.distillation == "none":
@@ -50,7 +51,11 @@ def load_distillation(path: Path) -> LoadedDistillation | None:
     network = teacher.network.eval()
     pair = distillation_pair(config, student, teacher.name, network, info)
     loss = methods.build(config.distillation, pair)
-    loss.load_state_dict(checkpoints.load(RunFolder(path).last)["distillation"])
+    state = checkpoints.load(RunFolder(path).last)
+    taught_by = state.get("identity", {}).get("teacher")
+    if taught_by not in (None, teacher_fingerprint(network)[:16]):
+        raise ValueError(f"the teacher of the run in {path} must be the one that taught it, got other weights")
+    loss.load_state_dict(state["distillation"])
     return LoadedDistillation(config, info, student, network, loss.eval())
 
 

@@ -231,3 +231,14 @@ def test_options_of_sward_beside_another_method_are_warned_of() -> None:
         for method in ("sward", "none"):
             warn_of_unread(words, method)
         warn_of_unread(["--batch", "4"], "cwd")
+
+
+def test_a_normalisation_of_the_teacher_that_sward_would_not_read_is_refused() -> None:
+    config = presets.get("demo").student
+    config.teacher.normalization = "standardize"
+    config.check()  # as the recommended recipe has it
+    config.use_recipe("paper")
+    with pytest.raises(
+        ValueError, match="teacher.normalization must be 'none' for sward, which has sward.teacher_norm"
+    ):
+        config.check()

@@ -49,9 +49,12 @@ def test_attention_entropy_runs_from_one_key_to_all_keys() -> None:
     assert sharp.attention_entropy.item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_padding_is_no_token() -> None:
-    values = torch.ones(1, 3, 5, 5)
-    health = relation_health(stacked(torch.zeros(1, 3, 5, 5), values, values), 4)
+@pytest.mark.parametrize(("size", "window"), [(5, 4), (4, 8), (12, 8)])
+def test_padding_is_no_token(size: int, window: int) -> None:
+    values = torch.ones(1, 3, size, size)
+    health = relation_health(stacked(values, values, values), window)
+    # Of equal keys; the zeros of padding are no keys.
+    assert health.attention_entropy.item() == pytest.approx(1.0 if size != 5 else 24 / 25)
     assert health.value_cosine.item() == pytest.approx(1.0)
     assert health.value_rank.item() == pytest.approx(1.0, abs=1e-3)
 

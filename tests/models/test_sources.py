@@ -145,6 +145,33 @@ def test_weights_of_transformers_folders(
     assert models.own_weights("timm:convnext_atto", 2) == models.own_weights("unext", 2) == "none"
 
 
+def test_folders_without_the_weights_of_the_whole_network(tmp_path: Path) -> None:
+    """transformers fills what is missing with random numbers and says so in its log only."""
+    transformers = pytest.importorskip("transformers")
+    safetensors = pytest.importorskip("safetensors.torch")
+    tiny = dict(hidden_sizes=[8, 16, 24, 32], depths=[1] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=16)
+    config = transformers.SegformerConfig(**tiny, num_labels=2)
+    transformers.SegformerModel(config).save_pretrained(tmp_path / "encoder")
+    name = f"transformers:{tmp_path / 'encoder'}"
+    with pytest.warns(UserWarning, match="holds no weights of the head of SegformerForSemanticSegmentation: "):
+        models.build(name, 2)
+    assert models.own_weights(name, 2) == "trunk"
+    swin = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4
+    )
+    for kind, network in (
+        ("whole", transformers.SegformerForSemanticSegmentation(config)),
+        ("swin", transformers.SwinModel(swin)),
+    ):
+        network.save_pretrained(tmp_path / kind)
+        models.build(f"transformers:{tmp_path / kind}", 2)
+        file = tmp_path / kind / "model.safetensors"
+        prefixed = {f"module.{key}": value for key, value in safetensors.load_file(file).items()}
+        safetensors.save_file(prefixed, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"must hold the weights of the whole encoder .* another prefix"):
+            models.build(f"transformers:{tmp_path / kind}", 2)
+
+
 _FOLDERS = {("segformer", 3): "all", ("segformer", 5): "trunk", ("dinov2", 2): "trunk", ("bare", 3): "none"}
 
 

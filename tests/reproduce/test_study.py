@@ -20,7 +20,7 @@ from sward.reproduce.experiments import sward as sward_variant
 from sward.reproduce.options import Options
 from sward.reproduce.study import Study
 from sward.reproduce.tables import Costs
-from sward.runs import train
+from sward.runs import load_distillation, train
 from sward.training import checkpoints
 
 COMMAND = ["reproduce", "methods", "--preset", "demo", "--output", "out"]
@@ -101,6 +101,24 @@ def test_another_configuration_in_the_folder_is_refused_before_any_work(
         "choose another --output, or remove that folder to train it again" in capsys.readouterr().err
     )
     assert trained == ["teacher", "none-seed0", "sward-seed0"]
+
+
+def test_a_student_of_another_teacher_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its configuration is the same, and a table would set it beside students of the new teacher."""
+    assert main(QUICK) == 0
+    student = Path("out/demo/sward-seed0")
+    assert load_distillation(student) is not None
+    path = Path("out/demo/teacher/checkpoints/best.pt")
+    state = checkpoints.load(path)
+    name = next(key for key, value in state["model"].items() if value.is_floating_point())
+    state["model"][name] += 1
+    checkpoints.save(path, state)
+    capsys.readouterr()
+    assert main(QUICK) == 2
+    message = capsys.readouterr().err
+    assert f"{student} holds a student of another teacher than that in out/demo/teacher; choose another" in message
+    with pytest.raises(ValueError, match=f"the teacher of the run in {student} must be the one that taught it"):
+        load_distillation(student)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
