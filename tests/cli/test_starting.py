@@ -239,6 +239,6 @@ def test_a_normalisation_of_the_teacher_that_sward_would_not_read_is_refused() -
     config.check()  # as the recommended recipe has it
     config.use_recipe("paper")
     with pytest.raises(
-        ValueError, match="teacher.normalization must be 'none' for sward, which has sward.teacher_norm"
+        ValueError, match=r"teacher\.normalization must be 'none' for sward, which has sward\.teacher_norm"
     ):
         config.check()
