@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from sward.alignment import resize_labels, resize_to_common
@@ -20,6 +19,7 @@ from sward.losses.protocol import LOGITS, DistillationOutput
 from sward_kernels import relational_kl
 from sward_kernels.arguments import are_weights, require_count, require_positive, shown
 from sward_kernels.labels import class_indices
+from sward_kernels.registration import first_derivative_only
 from sward_kernels.relation.api import check_implementation
 
 # Scores of one network at a time in the memory terms, of which there are up to four copies: few enough for a CPU core's
@@ -318,7 +318,7 @@ class _MemoryRelation(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(context: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = context.saved_tensors
         return None if gradient is None else upstream * gradient, None, None, None, None, None
