@@ -19,7 +19,7 @@ from sward.features import FeatureTaps, unknown_layer, unwrapped
 from sward.layers import LayerChoice
 from sward.losses import LOGITS, DistillationInputs, SegmentationCrossEntropy
 from sward.losses.recipes import RECIPES, RecipeName
-from sward.tensor_layouts import are_probabilities, logits_of
+from sward.tensor_layouts import logits_of, refuse_probabilities
 from sward.training.teacher import FrozenTeacher
 
 PROBE_SIZES = ((256, 256), (224, 224), (512, 512), (128, 128))
@@ -316,8 +316,7 @@ def _check_classes(student: nn.Module, size: tuple[int, int], num_classes: int) 
     student = unwrapped(student)
     with torch.no_grad(), layers.evaluating(student):
         logits = logits_of(student(next(student.parameters()).new_zeros(1, 3, *size)), "student")
-    if are_probabilities(logits):
-        raise ValueError("student must return logits, got probabilities; leave out its softmax, which the loss takes")
+    refuse_probabilities(logits, "student")
     found = logits.shape[1]
     classes = max(found, 2)
     if num_classes != classes:

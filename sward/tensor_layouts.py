@@ -208,13 +208,14 @@ def describe(value: Any) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def are_probabilities(logits: Tensor) -> bool:
-    """Return whether `[B, K, h, w]` with K > 1 holds probabilities, of which a loss must not take the softmax again."""
-    if logits.shape[1] < 2:
-        return False
+def refuse_probabilities(logits: Tensor, network: str) -> None:
+    """Raise a ValueError if `[B, K, h, w]` with K > 1 holds probabilities; `network` names theirs in the message."""
     numbers = logits.detach().float()
-    sums = numbers.sum(dim=1)
-    return bool((numbers >= 0).all() and ((sums - 1).abs() < 1e-2).all())
+    near_one = (numbers.sum(dim=1) - 1).abs() < 1e-2
+    if logits.shape[1] > 1 and bool((numbers >= 0).all() and near_one.all()):
+        raise ValueError(
+            f"{network} must return logits, got probabilities; leave out its softmax, which the loss takes"
+        )
 
 
 def logits_of(output: Any, network: str) -> Tensor:

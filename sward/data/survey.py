@@ -252,11 +252,9 @@ def _look(pair: Pair) -> _Look:
             elif header.wide_colour:
                 look = look._replace(wide="16-bit colour", highest=WIDE_COLOUR_RANGE[1])
         check_end(pair.image, header)
-        mask_header = read_header(pair.mask)
         mask = open_image(pair.mask)
-        upright = mask_header is not None and not mask_header.turned
         look = look._replace(
-            turned_alone=header.turned and keeps_size and upright,
+            turned_alone=header.turned and keeps_size and not _is_turned(pair.mask),
             mode=mask.mode,
             lossy=bool(lossy_compression(mask)),
             values=dict(_mask_values(mask, pair.mask)),
@@ -269,6 +267,11 @@ def _look(pair: Pair) -> _Look:
         return look
     except (OSError, ValueError) as error:
         return look._replace(problem=str(error))
+
+
+def _is_turned(path: Path) -> bool:
+    header = read_header(path)
+    return header is not None and header.turned
 
 
 def _range_of(lowest: float, highest: float) -> tuple[float, float]:

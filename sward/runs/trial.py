@@ -11,7 +11,7 @@ from sward import distributed
 from sward.config import DistillationConfig, TapConfig, TrainingConfig
 from sward.data import DatasetInfo
 from sward.losses import LOGITS, DistillationLoss
-from sward.tensor_layouts import are_probabilities
+from sward.tensor_layouts import refuse_probabilities
 from sward.training.step import TrainingStep
 from sward.training.teacher import FrozenTeacher
 
@@ -81,5 +81,4 @@ def _check_channels(whose: str, logits: Tensor, info: DatasetInfo) -> None:
     if count != classes and (count, classes) != (1, 2):
         one = " or 1" if classes == 2 else ""
         raise ValueError(f"logits of {whose} must have {classes}{one} channels, one per class, got {count}")
-    if are_probabilities(logits):
-        raise ValueError(f"{whose} must return logits, got probabilities; leave out its softmax, which the loss takes")
+    refuse_probabilities(logits, whose)

@@ -43,15 +43,18 @@ def windowed_distillation(
             compile them.
     """
     _require_support(qkv_student, window_size)
-    # The kernels read two neighbouring numbers.
-    offsets, shift_tensor = ((0, 0), shift.contiguous()) if isinstance(shift, Tensor) else ((shift[0], shift[1]), None)
-    arguments = (window_size, offsets, shift_tensor, terms)
+    arguments = (window_size, *shift_arguments(shift), terms)
     if torch.is_grad_enabled() and (qkv_student.requires_grad or qkv_teacher.requires_grad):
         loss, means = _WindowedDistillation.apply(qkv_student, qkv_teacher, *arguments, falls_back)
     else:
         loss, means, _ = _forward_operator(qkv_student.detach(), qkv_teacher.detach(), *arguments, False)
     _, attention, value, context = means.unbind()
     return loss, attention, value, context
+
+
+def shift_arguments(shift: Shift) -> tuple[tuple[int, int], Tensor | None]:
+    """Offsets for a shift of integers, and the tensor for one on the device; kernels read two neighbouring numbers."""
+    return ((0, 0), shift.contiguous()) if isinstance(shift, Tensor) else ((shift[0], shift[1]), None)
 
 
 def _require_support(qkv: Tensor, window_size: int) -> None:

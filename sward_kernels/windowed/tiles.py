@@ -265,8 +265,13 @@ def score_gradient(
     gradient = a * (da - mean)
     if STUDENT_ATTENTION:
         gradient += student_weight * (a - a_other)
-    gradient = tl.where(real, gradient, 0.0)
-    if DTYPE == tl.float16:  # before the division by n, a gradient that fits may not
+    return round_gradient(tl.where(real, gradient, 0.0), DTYPE, INTERPRET)
+
+
+@triton.jit
+def round_gradient(gradient, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """`round_to` for a gradient that is not yet divided by n: of those that fit fp16 then, some do not yet."""
+    if DTYPE == tl.float16:
         gradient = tl.minimum(tl.maximum(gradient, -FLOAT16_MAX), FLOAT16_MAX)
     return round_to(gradient, DTYPE, INTERPRET)
 

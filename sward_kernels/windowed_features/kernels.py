@@ -10,7 +10,6 @@ import triton.language as tl
 
 from sward_kernels.gpu.language import LN_2, LOG2_E, MASKED, image_pointer, product, round_to
 from sward_kernels.windowed.tiles import (
-    FLOAT16_MAX,
     KEYS,
     QUERIES,
     TEACHER,
@@ -21,6 +20,7 @@ from sward_kernels.windowed.tiles import (
     load_tile,
     offsets_of,
     pixel_offsets,
+    round_gradient,
     score_gradient,
     store_partials,
     store_tile,
@@ -259,9 +259,7 @@ def backward_kernel(
                 dz = round_to(tl.where(real[:, None], dz * (2.0 * context_weight), 0.0), dtype, INTERPRET)
                 da += product(dz, tl.trans(v), PRECISION, ACCUMULATE, INTERPRET)
                 dv += product(tl.trans(a_rounded), dz, PRECISION, ACCUMULATE, INTERPRET)
-            if dtype == tl.float16:  # the gradient of a cosine grows as the vector shrinks
-                dv = tl.minimum(tl.maximum(dv, -FLOAT16_MAX), FLOAT16_MAX)
-            dv = round_to(dv, dtype, INTERPRET)
+            dv = round_gradient(dv, dtype, INTERPRET)  # that of a cosine also grows as the vector shrinks
             dx += product(dv, w, PRECISION, ACCUMULATE, INTERPRET)
             dw += product(tl.trans(dv), x, PRECISION, ACCUMULATE, INTERPRET)
         if ATTENTION or CONTEXT:
@@ -270,10 +268,7 @@ def backward_kernel(
                 student_weight=attention_weight, DTYPE=dtype, STUDENT_ATTENTION=ATTENTION and OWN_SIDE != TEACHER,
                 INTERPRET=INTERPRET,
             )  # fmt: skip
-            dh = product(ds, x, PRECISION, ACCUMULATE, INTERPRET)
-            if dtype == tl.float16:
-                dh = tl.minimum(tl.maximum(dh, -FLOAT16_MAX), FLOAT16_MAX)
-            dh = round_to(dh, dtype, INTERPRET)
+            dh = round_gradient(product(ds, x, PRECISION, ACCUMULATE, INTERPRET), dtype, INTERPRET)
             dx += product(tl.trans(ds), h, PRECISION, ACCUMULATE, INTERPRET)
             dx += product(dh, tl.trans(g), PRECISION, ACCUMULATE, INTERPRET)
             dg += product(tl.trans(x), dh, PRECISION, ACCUMULATE, INTERPRET)

@@ -12,7 +12,7 @@ from sward_kernels.fallback import warn_once
 from sward_kernels.gpu.launching import CallCache, PreparedLaunch, require_dtype, require_gpu
 from sward_kernels.registration import first_derivative_only, register
 from sward_kernels.windowed.gradient_in_forward import Terms, precision
-from sward_kernels.windowed.launch import allocate_gradient, known_arguments, memory_format
+from sward_kernels.windowed.launch import allocate_gradient, known_arguments, memory_format, shift_arguments
 from sward_kernels.windowed_features import api
 from sward_kernels.windowed_features.plan import Plan, Problem, other_side, plan_of, problem_of
 from sward_kernels.windows import Shift, WindowGrid
@@ -32,9 +32,7 @@ def windowed_feature_distillation(
     _require_support(tensors, window_size)
     features_student, features_teacher, weight_student, weight_teacher = tensors
     tensors = (features_student, features_teacher, weight_student.contiguous(), weight_teacher.contiguous())
-    # The kernels read two neighbouring numbers.
-    offsets, shift_tensor = ((0, 0), shift.contiguous()) if isinstance(shift, Tensor) else ((shift[0], shift[1]), None)
-    arguments = (window_size, offsets, shift_tensor, terms)
+    arguments = (window_size, *shift_arguments(shift), terms)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         loss, means = _WindowedFeatureDistillation.apply(*tensors, *arguments, falls_back)
     else:
