@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -196,6 +195,9 @@ class Distiller(nn.Module):
         """
         if labels is None and self.method == "cirkd":
             raise ValueError("labels must be given for method 'cirkd', got None")
+        _check_images("images", images)
+        if teacher_images is not None:
+            _check_images("teacher_images", teacher_images)
         if labels is not None:
             _check_aspect(images, labels)
         seen = self._teacher(images if teacher_images is None else teacher_images)
@@ -256,13 +258,6 @@ def _check_networks(student: nn.Module, teacher: nn.Module) -> None:
         )
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError("student must have parameters that require gradients, got none; the student comes first")
-    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in (student, teacher)]
-    if sizes[1] < sizes[0]:
-        warnings.warn(
-            f"the teacher has fewer parameters than the student, {sizes[1]:,} and {sizes[0]:,}; the student comes "
-            "first",
-            stacklevel=3,
-        )
 
 
 def _check_layers(side: str, names: Sequence[str] | None, network: nn.Module, other: nn.Module) -> None:
@@ -278,10 +273,17 @@ def _check_layers(side: str, names: Sequence[str] | None, network: nn.Module, ot
             raise ValueError(f"{side}_{unknown_layer(name, network)}{swapped}")
 
 
+def _check_images(name: str, images: Tensor) -> None:
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"{name} must be [B, 3, H, W], got {'x'.join(map(str, images.shape))}")
+    if not images.is_floating_point():
+        raise ValueError(f"{name} must be floating-point numbers, as the networks were trained on, got {images.dtype}")
+
+
 def _check_aspect(images: Tensor, labels: Tensor) -> None:
     """Raise a ValueError if labels cannot be those of the images in another size, because they are transposed, say."""
-    if images.dim() != 4 or labels.dim() != 3:
-        return  # The networks and the losses say what they want.
+    if labels.dim() != 3:
+        return  # The losses say what they want.
     (height, width), (tall, wide) = images.shape[-2:], labels.shape[-2:]
     # Sides that were rounded to pixels differ by less than one.
     if abs(tall * width - wide * height) > height + width:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,10 +91,18 @@ class DistillationPair:
 def build(name: str, pair: DistillationPair) -> DistillationLoss:
     """Build the distillation loss `name` for a pair of networks; torch's global generator initialises its weights.
 
+    Warns where the teacher is smaller than the student: the two may be exchanged.
+
     Raises:
         ValueError: if there is no such method, with a list of near matches, or its teacher maps cannot be standardised.
     """
     check_name(name)
+    sizes = [sum(each.numel() for each in network.parameters()) for network in (pair.student, pair.teacher)]
+    if sizes[1] < sizes[0]:
+        warnings.warn(
+            f"the teacher has fewer parameters than the student, {sizes[1]:,} and {sizes[0]:,}; are they exchanged?",
+            stacklevel=3,
+        )
     loss = METHODS[name](pair)
     if name == "sward" or not pair.standardize_teacher:
         return loss

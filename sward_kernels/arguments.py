@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -17,9 +18,7 @@ def are_weights(values: Any, count: int) -> bool:
     """Whether an argument is a list or tuple of `count` finite numbers of at least 0."""
     if not isinstance(values, (tuple, list)) or len(values) != count:
         return False
-    return not any(isinstance(weight, (str, Tensor)) or weight is None for weight in values) and all(
-        0 <= weight < float("inf") for weight in values
-    )
+    return all(isinstance(weight, Real) and 0 <= float(weight) < float("inf") for weight in values)
 
 
 def require_weight(name: str, value: Any) -> None:

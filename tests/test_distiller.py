@@ -309,6 +309,17 @@ WRONG: dict[str, tuple[Any, str]] = {
         "student must return logits, got probabilities; leave out its softmax",
     ),
     "one number as weights": (lambda: distiller(weights=2.0), "weights must be 2 finite numbers of .* got 2.0"),
+    "complex weights": (lambda: distiller(weights=(1j, 0)), r"weights must be 2 finite numbers of .* got \(1j, 0\)"),
+    "images of bytes": (
+        lambda: distiller()(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)),
+        r"images must be floating-point numbers, as the networks were trained on, got torch.uint8",
+    ),
+    "channels last": (lambda: distiller()(torch.randn(2, 64, 64, 3)), r"images must be \[B, 3, H, W\], got 2x64x64x3"),
+    "one image": (lambda: distiller()(torch.randn(3, 64, 64)), r"images must be \[B, 3, H, W\], got 3x64x64"),
+    "teacher images of bytes": (
+        lambda: distiller()(torch.randn(2, 3, 64, 64), teacher_images=torch.zeros(2, 3, 64, 64).byte()),
+        r"teacher_images must be floating-point",
+    ),
     "same network": (lambda: Distiller(SAME, SAME, num_classes=3), "teacher must be another network"),
     "shared parameters": (
         lambda: Distiller(SAME, nn.Sequential(SAME), num_classes=3),
@@ -335,7 +346,10 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda: distiller()(batch()[0], torch.zeros(2, 1, 64, 64, dtype=torch.long)),
         r"labels must be \[B, H, W\]",
     ),
-    "one channel of image": (lambda: distiller()(torch.randn(2, 1, 64, 64)), "channels"),
+    "one channel of image": (
+        lambda: distiller()(torch.randn(2, 1, 64, 64)),
+        r"images must be \[B, 3, H, W\], got 2x1x64x64",
+    ),
 }
 
 

@@ -137,10 +137,11 @@ def _train(words: list[str]) -> None:
     from sward.cli.starting import warn_of_unread
     from sward.config import DistillationConfig
 
+    words = expand(words)
     config = _configuration("train", DistillationConfig, lambda preset: preset.student, words)
     if config is None:
         return
-    warn_of_unread(expand(words), config.distillation)
+    warn_of_unread(words, config.distillation)
     from sward.runs import train_student
 
     _finish(train_student(config), config.metric)
@@ -150,7 +151,7 @@ def _train(words: list[str]) -> None:
 def _train_teacher(words: list[str]) -> None:
     from sward.config import TeacherTrainingConfig
 
-    config = _configuration("train-teacher", TeacherTrainingConfig, lambda preset: preset.teacher, words)
+    config = _configuration("train-teacher", TeacherTrainingConfig, lambda preset: preset.teacher, expand(words))
     if config is None:
         return
     from sward.runs import train_teacher
@@ -177,7 +178,7 @@ def _configuration(command: str, kind: Any, of_preset: Callable[[Any], Any], wor
 
         print(short_help(command))
         return None
-    name, rest = _preset(command, expand(words))
+    name, rest = _preset(command, words)
     default = read_config(kind, Path(name)) if _is_file(name) else of_preset(presets.get(name))
     return _parse(kind, f"{command} {name}", apply_words(default, rest), default)
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from sward.models.inputs import IMAGENET, RENORMALISATION, Renormalising
-from sward.models.sources import Segmenter, TimmTrunk
+from sward.models.segmenter import Segmenter
+from sward.models.sources import TimmTrunk
 from sward.models.teachers import HIERA_SPECS, Teacher
 
 _TRUNK_PREFIXES = ("image_encoder.trunk.", "trunk.", "backbone.", "encoder.", "")

@@ -6,23 +6,21 @@ import ast
 import difflib
 import importlib
 import inspect
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sward.alignment import resize
+from sward.models import transformers_folder
 from sward.models.heads import MultiLevelHead
-from sward.models.inputs import IMAGENET, Renormalising, Statistics
+from sward.models.inputs import IMAGENET, Statistics
+from sward.models.libraries import library, quiet
+from sward.models.segmenter import Segmenter
 from sward.models.teachers import Teacher
-from sward.tensor_layouts import logits_of
 
 FORMS = (
     "smp:Unet",
@@ -32,26 +30,6 @@ FORMS = (
     "package.module:function",
 )
 """The forms of names besides the registered ones, by example."""
-
-
-class Segmenter(Renormalising):
-    """Any segmentation network as the trainer wants it: images to logits at the resolution of the images.
-
-    The images have ImageNet's statistics; the network gets those that its weights expect, see `Renormalising`.
-
-    Args:
-        network: returns logits of any size: a tensor, a tuple whose first item they are, or a dictionary that holds
-            them under `out` or `logits`. It stays reachable as `network`, which is the prefix of its layers.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return resize(
-            logits_of(self.network(self.renormalised(images)), "network"), (images.shape[-2], images.shape[-1])
-        )
 
 
 class TimmTrunk(nn.Module):
@@ -86,23 +64,6 @@ class TimmTrunk(nn.Module):
         return network.forward_intermediates(images, indices=self.indices, output_fmt="NCHW", intermediates_only=True)
 
 
-class BackboneTrunk(nn.Module):
-    """A backbone of the transformers library that returns four maps.
-
-    Args:
-        network: a backbone of the transformers library with four output stages.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        channels: Any = network.channels
-        self.channels: tuple[int, ...] = tuple(channels)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return list(self.network(images).feature_maps)
-
-
 def build(name: str, num_classes: int, options: Mapping[str, Any], *, imagenet: bool = False) -> nn.Module:
     """Build the network `SOURCE:NAME`.
 
@@ -134,7 +95,7 @@ def _with_imagenet(name: str, num_classes: int, options: Mapping[str, Any]) -> n
     build(name, num_classes, options)  # So that any error below concerns the weights.
     try:
         # The hub's client announces every retry.
-        with _quiet("huggingface_hub"):
+        with quiet("huggingface_hub"):
             return _BUILDERS[source](rest, num_classes, options, True)
     except Exception as error:
         # Hubs, mirrors and caches raise errors of every kind.
@@ -220,7 +181,7 @@ def _typed(name: str, key: str, value: Any, parameter: inspect.Parameter | None)
 
 
 def _smp(architecture: str, num_classes: int, options: Mapping[str, Any], imagenet: bool) -> nn.Module:
-    smp: Any = _library("smp", "segmentation_models_pytorch", "segmentation-models-pytorch")
+    smp: Any = library("smp", "segmentation_models_pytorch", "segmentation-models-pytorch")
     known = [each.__name__ for each in _subclasses(smp.base.SegmentationModel)]
     if architecture not in known:
         raise ValueError(_unknown("smp", architecture, known))
@@ -236,7 +197,7 @@ def _smp(architecture: str, num_classes: int, options: Mapping[str, Any], imagen
 
 
 def _torchvision(architecture: str, num_classes: int, options: Mapping[str, Any], imagenet: bool) -> nn.Module:
-    _library("torchvision", "torchvision")
+    library("torchvision", "torchvision")
     from torchvision import models
 
     known = models.list_models(module=models.segmentation)
@@ -248,7 +209,7 @@ def _torchvision(architecture: str, num_classes: int, options: Mapping[str, Any]
 
 
 def _timm(architecture: str, num_classes: int, options: Mapping[str, Any], imagenet: bool) -> Teacher:
-    timm: Any = _library("timm", "timm")
+    timm: Any = library("timm", "timm")
     if not timm.is_model(architecture):
         raise ValueError(_unknown("timm", architecture, timm.list_models()))
     given = typed_options(f"timm:{architecture}", timm.create_model, options)
@@ -269,129 +230,6 @@ def _timm(architecture: str, num_classes: int, options: Mapping[str, Any], image
     return teacher
 
 
-def _transformers(place: str, num_classes: int, options: Mapping[str, Any], imagenet: bool) -> nn.Module:
-    transformers: Any = _library("transformers", "transformers")
-    folder = _folder(place)
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **options)
-    local: dict[str, Any] = {"config": config, "local_files_only": True}
-    if _is_segmentation(config):
-        config.num_labels = num_classes
-        kind = transformers.AutoModelForSemanticSegmentation
-        if not _has_weights(folder):
-            return Segmenter(kind.from_config(config))
-        with _quiet("transformers"):
-            loaded, found = kind.from_pretrained(
-                folder, ignore_mismatched_sizes=True, output_loading_info=True, **local
-            )
-        _check_complete(folder, loaded, found)
-        segmenter = Segmenter(loaded)
-        _expect_those_of(folder, segmenter)
-        return segmenter
-    stages = list(getattr(config, "stage_names", []))[1:]
-    if len(stages) < 4:
-        raise ValueError(f"transformers:{place} must have at least four stages, got {len(stages)}")
-    config.out_features = [stages[round(len(stages) * quarter / 4) - 1] for quarter in (1, 2, 3, 4)]
-    # Not AutoBackbone: its from_pretrained asks the hub about local folders too.
-    kinds = transformers.models.auto.modeling_auto.MODEL_FOR_BACKBONE_MAPPING
-    if type(config) not in kinds:
-        raise ValueError(f"transformers:{place} must be a backbone or segment, got {type(config).__name__}")
-    kind = kinds[type(config)]
-    with _quiet("transformers"):
-        if _has_weights(folder):
-            backbone, found = kind.from_pretrained(folder, output_loading_info=True, **local)
-            _check_complete(folder, backbone, found)
-        else:
-            backbone = kind(config)
-    trunk = BackboneTrunk(backbone)
-    teacher = Teacher(trunk, MultiLevelHead(trunk.channels, num_classes, width=min(128, trunk.channels[-1])))
-    if _has_weights(folder):
-        _expect_those_of(folder, teacher)
-    return teacher
-
-
-_HEADLESS: set[str] = set()
-"""Folders that were found to hold an encoder alone."""
-
-
-def _check_complete(folder: str, network: Any, found: Mapping[str, Any]) -> None:
-    """Refuse a folder without the weights of the encoder, and say so where it has none of the head.
-
-    `found` is what `from_pretrained` says of its loading, which it only logs. Norms of a backbone's outputs are not in
-    files of the whole network, and begin as identities.
-    """
-    replaced = {key[0] if isinstance(key, tuple) else key for key in found["mismatched_keys"]}
-    missing = [
-        key for key in found["missing_keys"] if key not in replaced and not key.startswith("hidden_states_norms")
-    ]
-    prefix = f"{network.base_model_prefix}."
-    whole = hasattr(network, network.base_model_prefix)
-    encoder = [key for key in missing if key.startswith(prefix) or not whole]
-    if encoder:
-        raise ValueError(
-            f"{folder} must hold the weights of the whole encoder of {type(network).__name__}, got a file without "
-            f"{len(encoder)} of them, such as {encoder[0]}; its names may have another prefix"
-        )
-    if missing:
-        _HEADLESS.add(folder)
-        warnings.warn(
-            f"{folder} holds no weights of the head of {type(network).__name__}: {len(missing)}, such as {missing[0]}, "
-            "start at random",
-            stacklevel=5,
-        )
-    else:
-        _HEADLESS.discard(folder)
-
-
-def _expect_those_of(folder: str, network: Renormalising) -> None:
-    """Let a network expect the statistics of the image processor in the folder of its weights, if there is one."""
-    transformers: Any = _library("transformers", "transformers")
-    if not any((Path(folder) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        return
-    try:
-        with _quiet("transformers"):
-            # Missing entries mean what the processor's class says.
-            processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        network.expect(_statistics(processor))
-    except Exception as error:  # each kind of processor raises errors of its own
-        reason = " ".join(str(error).split())
-        warnings.warn(
-            f"the image processor in {folder} cannot be read, so the network sees ImageNet's statistics: {reason}",
-            stacklevel=4,
-        )
-        return
-    if getattr(processor, "do_flip_channel_order", None):
-        warnings.warn(
-            f"the image processor in {folder} asks for channels in the order blue, green, red; the network sees them "
-            "as red, green, blue",
-            stacklevel=4,
-        )
-
-
-def _statistics(processor: Any) -> Statistics:
-    factor = 255 * (processor.rescale_factor if getattr(processor, "do_rescale", True) else 1)
-    stated = (processor.image_mean, processor.image_std) if getattr(processor, "do_normalize", None) else (0.0, 1.0)
-    mean, std = ((each,) * 3 if isinstance(each, int | float) else each for each in stated)
-    return Statistics(tuple(each / factor for each in mean), tuple(each / factor for each in std))
-
-
-def _folder(place: str) -> str:
-    path = Path(place)
-    folder = path.parent if path.is_file() else path
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"there is no config.json in {folder.absolute()}; name a local folder or its config")
-    return str(folder.absolute())
-
-
-def _has_weights(folder: str) -> bool:
-    return any(any(Path(folder).glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin"))
-
-
-def _is_segmentation(config: Any) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING
-
-    return type(config) in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING
-
-
 def own_weights(name: str, num_classes: int) -> Literal["none", "trunk", "all"]:
     """Return which weights the network `name` brings along: those of a `transformers:` folder, with or without a head.
 
@@ -399,25 +237,7 @@ def own_weights(name: str, num_classes: int) -> Literal["none", "trunk", "all"]:
     weights of a head is known once the network was built.
     """
     source, _, place = name.partition(":")
-    if source != "transformers" or not _has_weights(_folder(place)):
-        return "none"
-    transformers: Any = _library("transformers", "transformers")
-    folder = _folder(place)
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    whole = _is_segmentation(config) and config.num_labels == num_classes and folder not in _HEADLESS
-    return "all" if whole else "trunk"
-
-
-@contextmanager
-def _quiet(library: str) -> Iterator[None]:
-    """Keep the reports and warnings of a library's loader out of the output."""
-    logger = logging.getLogger(library)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    return transformers_folder.own_weights(place, num_classes) if source == "transformers" else "none"
 
 
 def _function(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
@@ -462,16 +282,6 @@ def _call(name: str, function: Callable[..., Any], fixed: dict[str, Any], option
         raise ValueError(f"model {name!r} must accept its options, got {given}: {error}") from error
 
 
-def _library(source: str, module: str, package: str | None = None) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"models '{source}:...' need the package {package or module}; install it with 'pip install "
-            f"{package or module}'"
-        ) from error
-
-
 def _unknown(source: str, name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)[:6]
     return f"unknown model '{source}:{name}'; did you mean {' or '.join(f'{source}:{each}' for each in near)}?"
@@ -486,5 +296,5 @@ _BUILDERS: dict[str, Callable[[str, int, Mapping[str, Any], bool], nn.Module]] =
     "smp": _smp,
     "torchvision": _torchvision,
     "timm": _timm,
-    "transformers": _transformers,
+    "transformers": transformers_folder.build,
 }

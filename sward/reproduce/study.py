@@ -22,7 +22,6 @@ from sward.config_json import differences, to_json
 from sward.data import DatasetNotFoundError
 from sward.data.files import PairedFiles
 from sward.evaluation import Evaluation
-from sward.losses.masks import teacher_fingerprint
 from sward.reporting.card import write_card
 from sward.reproduce.experiments import TEACHER, EvaluationSet, Frames, Run, Table, teacher_of
 from sward.reproduce.options import Options
@@ -171,7 +170,7 @@ class Study:
         then = self._once(folder.last, lambda: checkpoints.load(folder.last).get("identity", {}).get("teacher"))
         if then is None:
             return
-        now = self._once(teacher.best, lambda: teacher_fingerprint(load_run(teacher.path, "best")[2])[:16])
+        now = self._once(teacher.best, lambda: checkpoints.checksum(load_run(teacher.path, "best")[2]))
         if then != now:
             raise ValueError(
                 f"{folder.path} holds a student of another teacher than that in {teacher.path}; choose another "

@@ -13,7 +13,6 @@ from sward import distributed, layers, methods
 from sward.config import DistillationConfig
 from sward.data import DatasetInfo
 from sward.losses import DistillationLoss
-from sward.losses.masks import teacher_fingerprint
 from sward.runs.load import load_run
 from sward.runs.teachers import load_teacher, restore_statistics
 from sward.training import checkpoints
@@ -53,7 +52,7 @@ def load_distillation(path: Path) -> LoadedDistillation | None:
     loss = methods.build(config.distillation, pair)
     state = checkpoints.load(RunFolder(path).last)
     taught_by = state.get("identity", {}).get("teacher")
-    if taught_by not in (None, teacher_fingerprint(network)[:16]):
+    if taught_by not in (None, checkpoints.checksum(network)):
         raise ValueError(f"the teacher of the run in {path} must be the one that taught it, got other weights")
     loss.load_state_dict(state["distillation"])
     return LoadedDistillation(config, info, student, network, loss.eval())

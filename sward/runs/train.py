@@ -26,7 +26,6 @@ from sward.data.frames import digest
 from sward.data.masks import parse_values
 from sward.data.unlabelled import UnlabelledImages
 from sward.losses import LOGITS, DistillationLoss, SegmentationCrossEntropy, learn_masks, save_masks
-from sward.losses.masks import teacher_fingerprint
 from sward.losses.task import TaskLoss, median_frequency_weights
 from sward.models.inputs import Renormalising
 from sward.models.registry import origin
@@ -43,6 +42,7 @@ from sward.runs.teachers import (
     teacher_run,
 )
 from sward.runs.trial import try_step
+from sward.training import checkpoints
 from sward.training.batches import batches, unlabelled_per_step
 from sward.training.host_memory import keep_freed_memory
 from sward.training.loop import TrainingResult, first_state, fit
@@ -91,7 +91,7 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
         if loaded.run is not None:
             introduce_teacher(loaded.run, config, train_set)
         restore_statistics(loaded.network, RunFolder(config.output or student_run(config)))
-        weights["teacher"] = teacher_fingerprint(loaded.network)[:16]
+        weights["teacher"] = checkpoints.checksum(loaded.network)
         if isinstance(loaded.network, Renormalising) and loaded.network.renormalisation is not None:
             weights[TEACHER_STATISTICS] = str(loaded.network.expected())
         network = _placed(loaded.network, config, device)
@@ -191,7 +191,7 @@ def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> Train
     weights: dict[str, str] = {}
     if config.trunk_checkpoint is not None or not config.train_trunk:
         # The configuration names a file, which another one may have replaced or share its name with.
-        weights["trunk"] = teacher_fingerprint(network.get_submodule("trunk"))[:16]
+        weights["trunk"] = checkpoints.checksum(network.get_submodule("trunk"))
     network = _placed(network, config, device)
     try_step(network, task.to(device), None, None, config, train_set.info)
     run = RunFolder(config.output or teacher_run(config.preset))
@@ -279,7 +279,7 @@ def _fit(
         if isinstance(config, TeacherTrainingConfig) and not config.train_trunk:
             assert isinstance(network, Teacher)
             # Not before: the checkpoint of an earlier version may hold another trunk than the file that is named now.
-            state.identity["trunk"] = teacher_fingerprint(network.trunk)[:16]
+            state.identity["trunk"] = checkpoints.checksum(network.trunk)
             if config.cache is not None:
                 name = origin(config.model, config.model_options)
                 network.trunk_cache = TrunkCache(network.trunk, config.cache, name)

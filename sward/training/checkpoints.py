@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sward import atomic
+from sward.losses.masks import teacher_fingerprint
 
 
 def save(path: Path, state: dict[str, Any], *, keep: Path | None = None) -> None:
@@ -25,6 +27,11 @@ def save(path: Path, state: dict[str, Any], *, keep: Path | None = None) -> None
     buffer = io.BytesIO()
     torch.save(state, buffer)
     atomic.write(path, buffer.getbuffer(), keep=keep)
+
+
+def checksum(network: nn.Module) -> str:
+    """Return the 16 hexadecimal digits by which the checkpoint of a run names its teacher or trunk."""
+    return teacher_fingerprint(network)[:16]
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -67,7 +67,11 @@ class Library:
 
 def compiler() -> list[str]:
     """The compiler and the arguments that `$CXX` gives it."""
-    return shlex.split(os.environ.get("CXX") or "c++")
+    given = os.environ.get("CXX", "")
+    try:
+        return shlex.split(given) or ["c++"]
+    except ValueError:  # an open quote; no program has this name
+        return [given]
 
 
 def cache_folder() -> Path:

@@ -74,11 +74,11 @@ def in_precision_of(
 
 def scaled(slope: Tensor, offset: Tensor, upstream: Tensor | None, features: Tensor) -> tuple[Tensor, Tensor]:
     """The tables times the upstream gradient, in the precision of the features' gradient."""
-    if upstream is None:
-        return slope, offset
     precision = torch.promote_types(features.dtype, torch.float32)
-    scale = upstream.double()
-    return (slope * scale).to(precision), (offset * scale).to(precision)
+    if upstream is not None:
+        scale = upstream.double()
+        slope, offset = slope * scale, offset * scale
+    return slope.to(precision), offset.to(precision)
 
 
 def merge_over_processes(local: Statistics, process_group: ProcessGroup) -> Statistics:

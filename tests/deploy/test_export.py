@@ -16,7 +16,7 @@ from sward.deploy.metadata import Metadata
 from sward.deploy.network import DeployedNetwork
 from sward.deploy.predictor import Predictor
 from sward.models.inputs import Statistics
-from sward.models.sources import Segmenter
+from sward.models.segmenter import Segmenter
 
 CLASSES = ("background", "disc", "ring")
 SIZES = [(batch, *size) for size in ((100, 130), (129, 129), (33, 500)) for batch in (1, 3)]

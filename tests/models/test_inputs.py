@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sward import models
 from sward.data import IMAGENET_MEAN, IMAGENET_STD, normalise
 from sward.models.inputs import IMAGENET, Renormalising, Statistics
-from sward.models.sources import Segmenter
+from sward.models.segmenter import Segmenter
 from sward.training.teacher_cache import TrunkCache
 from tests.support.transformers_folder import write_segformer
 

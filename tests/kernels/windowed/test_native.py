@@ -312,6 +312,15 @@ def test_a_compiler_with_arguments(nothing_compiled: Path, monkeypatch: pytest.M
     assert fresh().why_not() is None
 
 
+def test_a_compiler_of_blanks_or_with_an_open_quote(nothing_compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "  ")
+    assert cpp.compiler() == ["c++"]
+    monkeypatch.setenv("CXX", "'c++ -pipe")
+    reason = fresh().why_not()
+    assert reason is not None
+    assert reason.startswith('found no C++ compiler "\'c++ -pipe" (set CXX')
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names parts of x86-64")
 @pytest.mark.parametrize(("without", "width"), [("-mno-avx512f", 8), ("-mno-avx512f -mno-avx", 4)])
 def test_narrower_vectors_give_the_same_within_the_budget(
