@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from sward import presets
+from sward.config import Precision
 from sward.reproduce.experiments import Scale
 
 What = Literal[
@@ -63,6 +64,8 @@ class Options:
     """Steps of every run, including teacher and masks, for a quick trial."""
     epochs: int | None = None
     """Epochs of the students' runs; does not change the teacher's."""
+    precision: Precision | None = None
+    """Precision of the students' runs, as of sward train; fp32 by default. Does not change the teacher's."""
     untrained_trunk: bool = False
     """Start the teacher from random weights instead of its pretrained trunk, for a quick trial."""
     image: int = 0

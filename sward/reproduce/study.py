@@ -108,6 +108,8 @@ class Study:
             config.iterations, config.epochs = None, self.options.epochs
         if run.twice:
             config.iterations, config.epochs = (each and 2 * each for each in (config.iterations, config.epochs))
+        if self.options.precision is not None:
+            config.precision = self.options.precision
         config.distillation = run.distillation
         teacher = teacher_of(run.preset)
         config.teacher.run = self.folder(teacher, 0).path

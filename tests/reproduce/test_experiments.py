@@ -190,6 +190,14 @@ def test_peers_choose_from_the_same_factors_as_sward() -> None:
         assert configs == [configs[0]] * 4
 
 
+def test_a_precision_is_that_of_the_students_alone() -> None:
+    study = Study(Options("methods", precision="bf16"))
+    runs = [row.runs[0] for row in methods("camvid-small").rows]
+    found = {run.name: study.config(run, 0).precision for run in runs}
+    assert found.pop("teacher") == "fp32"
+    assert set(found.values()) == {"bf16"}
+
+
 def test_twice_the_length_changes_the_epochs_alone() -> None:
     study = Study(Options("length"))
     once, twice = (study.config(row.runs[0], 0) for row in length("colondb-small").rows[:2])
