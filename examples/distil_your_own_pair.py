@@ -67,6 +67,7 @@ def images_of(options: argparse.Namespace) -> dict[str, SegmentationDataset]:
     }
     train = data.build("folder", "train", train=True, **folder)
     test = data.build("folder", "test", train=False, **folder)
+    # Put images of your own without labels in place of "unlabelled".
     return {"labelled": train, "teacher": train, "unlabelled": train, "test": test}
 
 

@@ -61,7 +61,7 @@ class DatasetConfig:
     name: str = "scenes"
     """Name of the data set, as in `sward.data.build`."""
     root: Path | None = None
-    """Folder that holds the data set; None looks in `$SWARD_DATA`, then in `./data`."""
+    """Folder that holds the data set; None looks in `$SWARD_DATA`, then in `./data` (short: `--data`)."""
     image_size: tuple[int, int] = (128, 128)
     """Height and width in pixels of the training images."""
     split_by: str | None = None
@@ -78,11 +78,12 @@ class DatasetConfig:
     ignore_values: tuple[str, ...] = ()
     """For a `folder` with `mask_values`, the values of pixels to ignore (short: `--ignore-values`)."""
     images: str | None = None
-    """For a `folder`, the pattern of its image folder, such as `frames/{split}`; None finds the usual layouts."""
+    """For a `folder`, the pattern of its image folder, such as `frames/{split}`; None finds the usual layouts (short:
+    `--images`)."""
     masks: str | None = None
     """For a `folder`, the pattern of its masks, such as `masks/{split}/{name}_mask.png` (short: `--masks`)."""
     split_seed: int = 0
-    """The seed of a `folder`'s split that is drawn, and of the frames of `labelled_share`."""
+    """The seed of a `folder`'s split that is drawn, and of the frames of `labelled_share` (short: `--split-seed`)."""
     labelled_share: float = 1.0
     """Share of the training masks to use, drawn by hash of the frames' names (short: `--labelled-share`). A student
     with a teacher takes the other frames as unlabelled images; other runs leave them out."""
@@ -123,6 +124,11 @@ class DatasetConfig:
         _check_number("dataset.num_classes", self.num_classes, 2)
         _check_number("dataset.workers", self.workers, 0)
         _check_number("dataset.views", self.views, 1)
+        if self.name == "scenes" and self.root is not None:
+            raise ValueError(
+                f"dataset.root must be None for scenes, which are generated, got {str(self.root)!r}; name another data "
+                "set, or the preset 'own' for a folder of yours"
+            )
         if self.name != "folder":
             given = dict(vars(self))
             if self.labelled_share < 1:

@@ -1,4 +1,8 @@
-"""accelerate: prepare the distiller as any model; it moves the teacher to the device too."""
+"""accelerate: prepare the distiller as any model; it moves the teacher to the device too.
+
+For several processes, build the `Distiller` after an `Accelerator`, with `process_group=torch.distributed.group.WORLD`,
+so that losses take their means over the images of all.
+"""
 
 from collections.abc import Iterable
 

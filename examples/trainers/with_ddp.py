@@ -32,7 +32,9 @@ def network(width: int) -> nn.Sequential:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    distiller = Distiller(network(4), network(8), num_classes=3, image_size=(64, 64), window_size=(4,))
+    distiller = Distiller(
+        network(4), network(8), num_classes=3, image_size=(64, 64), window_size=(4,), process_group=dist.group.WORLD
+    )
     torch.manual_seed(dist.get_rank())
     train(distiller, [(torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))) for _ in range(2)])
     print(f"process {dist.get_rank()}: {sum(p.double().sum().item() for p in distiller.student.parameters()):.10f}")

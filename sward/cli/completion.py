@@ -103,6 +103,7 @@ def _names() -> dict[str, Sequence[str]]:
         "--distillation": ("none", *methods.METHODS),
         "--dataset.name": data.names(),
         "--preset": presets.names(),
+        "--dataset": data.names(),
     }
 
 

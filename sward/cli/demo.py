@@ -39,6 +39,8 @@ UNLABELLED_SERIES = 1000
 SPLIT = "test"
 """The split that is scored. The settings were chosen on scenes of other seeds."""
 GRID_ROWS = 6
+LOG = "log.txt"
+"""File in a run's folder with what the run printed; runs of other commands have none."""
 
 INTRODUCTION = (
     f"A transformer learns from generated scenes without end; a small network from {LABELLED} of them, alone and with\n"
@@ -105,7 +107,7 @@ def run(
         say: called with one line whenever a run is finished.
 
     Raises:
-        ValueError: if `seeds`, `iterations` or `processes` is below 1.
+        ValueError: if `seeds`, `iterations` or `processes` is below 1, or `output` holds runs of other commands.
         ModuleNotFoundError: if a package for ONNX is not installed.
     """
     for name, value in (("seeds", seeds), ("iterations", iterations), ("processes", processes)):
@@ -113,6 +115,9 @@ def run(
             raise ValueError(f"{name} must be at least 1, got {value}")
     require_onnx()
     teacher, alone, distilled = _configurations(output, seeds, iterations)
+    folders = [config.output for config in (*distilled, *alone, teacher) if config.output is not None]
+    for folder in folders:
+        _check_own(RunFolder(folder))
     _write_unlabelled(output / "unlabelled", teacher.dataset.image_size)
     with _executor(processes) as executor:
         first = executor.submit(_train, teacher)
@@ -135,7 +140,6 @@ def run(
         output / "sward-seed0", output / "student.onnx", checkpoint="last", split=SPLIT, overwrite=True
     )
     write_export_card(exported)
-    folders = [config.output for config in (*distilled, *alone, teacher) if config.output is not None]
     return DemoResult(
         rows=[_row(kind, config, results[kind]) for kind, config in shown.items()],
         images=images,
@@ -173,6 +177,12 @@ def _configurations(
     return teacher, alone, distilled
 
 
+def _check_own(folder: RunFolder) -> None:
+    """Raise a ValueError if a folder holds a run of another command."""
+    if folder.last.exists() and not (folder.path / LOG).exists():
+        raise ValueError(f"output must be a folder of its own, got the run in {folder.path}; choose another --output")
+
+
 def _write_unlabelled(folder: Path, size: tuple[int, int]) -> None:
     make_folder(folder)
     for index in range(UNLABELLED):
@@ -204,7 +214,7 @@ def _executor(processes: int) -> Iterator[Executor]:
 
 
 def _train(config: TeacherTrainingConfig | DistillationConfig) -> _Finished:
-    """Train with one thread and score the last weights; what the run prints goes to `log.txt` in its folder."""
+    """Train with one thread and score the last weights; what the run prints goes to `LOG` in its folder."""
     assert config.output is not None
     folder = RunFolder(config.output)
     folder.forget_checkpoints()
@@ -213,7 +223,7 @@ def _train(config: TeacherTrainingConfig | DistillationConfig) -> _Finished:
     torch.set_num_threads(1)
     try:
         with (
-            (folder.path / "log.txt").open("w", encoding="utf-8") as log,
+            (folder.path / LOG).open("w", encoding="utf-8") as log,
             contextlib.redirect_stdout(log),
             contextlib.redirect_stderr(log),
         ):

@@ -25,17 +25,20 @@ OPTIONAL = {
     "sklearn": "t-SNE",
     "ptflops": "the paper's FLOP column",
     "webdataset": "unlabelled images from tar files",
+    "onnx": "export to ONNX",
+    "onnxscript": "export to ONNX",
+    "onnxruntime": "the check of an ONNX file, and predictions with it",
 }
 
 
 def describe_machine() -> str:
     """Describe versions, devices, the default implementation of each kernel operation, and missing packages."""
     facts = environment()
-    lines = [f"python {facts['python']} on {facts['platform']}, {facts['threads']} threads"]
+    lines = [f"python {facts['python']} on {facts['platform']}, threads: {facts['threads']}"]
     lines += [f"{name:<30}{version or 'not installed'}" for name, version in facts["packages"].items()]
     lines += [f"GPU {index}: {name}" for index, name in enumerate(facts["gpus"])] or ["no GPU visible to torch"]
     lines.append("")
-    lines += [f"sward_kernels on {device}: {reason}" for device, reason in _implementations()]
+    lines += [f"{operation}: {reason}" for operation, reason in _implementations()]
     lines.append(_compilation())
     missing = [f"  {name}: {use}" for name, use in OPTIONAL.items() if importlib.util.find_spec(name) is None]
     if missing:

@@ -9,19 +9,21 @@ _SHARED = {
     "--model NAME": "the network, see below",
     "--model-options KEY=VALUE ...": "options of its builder",
     "--model-weights FILE|imagenet|none": "its initial weights, see below",
-    "--dataset.name NAME": "the data set, see below",
-    "--dataset.root FOLDER": "where it lies",
+    "--data FOLDER": "your images and masks, for the preset own",
+    "--classes A,B,... --mask-values 0,255": "names of its classes and their values in its masks",
+    "--split 80/10/10": "shares of train, val and test, if it has none",
+    "--dataset.name NAME": "or a data set by name, see below,",
+    "--dataset.root FOLDER": "which lies here",
     "--dataset.image-size H W": "pixels of the training images",
-    "--dataset.num-classes K": "classes of a `folder`",
     "--dataset.workers N": "loader processes",
     "--batch N": "images per step, over all processes",
     "--iterations N | --epochs N": "length; one clears the other",
+    "--metric mean_iou|mean_dice|dice": "validation score that chooses the best weights",
     "--optimizer.lr X": "initial learning rate",
     "--precision fp32|bf16|fp16": "of the forward pass",
     "--compile": "use torch.compile",
     "--seed N": "seed of everything",
-    "--output FOLDER": "run folder",
-    "--resume": "resume the run in it",
+    "--output FOLDER [--resume]": "run folder; resume the run in it",
     "--device NAME": "such as cpu or cuda",
 }
 _STUDENT = {
@@ -29,12 +31,11 @@ _STUDENT = {
     "--recipe recommended|paper": "settings of sward",
     "--teacher.run FOLDER": "run of train-teacher",
     "--teacher.name NAME": "or a teacher by name,",
-    "--teacher.weights FILE": "with these weights,",
-    "--teacher.untrained": "or with random ones",
+    "--teacher.weights FILE | .untrained": "with these weights, or with random ones",
     "--student-layers LAYER ...": "of sward; see 'sward layers MODEL'",
     "--teacher-layers LAYER ...": "one per student layer",
-    "--teacher.taps.prefix-tokens N": "read its layers so; also .format and .select,",
-    "--student-taps.format NAME": "if their shapes leave a doubt",
+    "--teacher.taps.format nchw|nhwc|tokens": "order of its maps, where not found; also --student-taps",
+    "--unlabelled FOLDER ...": "images without masks, to distil on too",
 }
 _TEACHER = {
     "--trunk-checkpoint FILE": "weights of the trunk alone, see below",
@@ -53,7 +54,7 @@ def short_help(command: str) -> str:
     """Return the help of `sward COMMAND --help`."""
     options = {**_SHARED, **(_STUDENT if command == "train" else _TEACHER)}
     lines = [f"usage: sward {command} PRESET|CONFIG.yaml [options]", ""]
-    lines += [f"  {option:<38}{text}" for option, text in options.items()]
+    lines += [f"  {option:<40}{text}" for option, text in options.items()]
     listed = {
         "presets": presets.names(),
         "models": [*models.names("student" if command == "train" else "teacher"), *FORMS],

@@ -1,8 +1,8 @@
 """The command line: `sward COMMAND ...`, the same as `python -m sward COMMAND ...`.
 
 User errors print one line and exit with status 2. Failed runs (a full disk, a loss that is not finite) print one line
-and exit with status 1. Ctrl-C and SIGTERM save a checkpoint and exit with status 130 and 143. To see the traceback of
-an error, run `python -X dev -m sward COMMAND ...`.
+and exit with status 1. Ctrl-C and SIGTERM end a command with status 130 and 143; `train` and `train-teacher` save a
+checkpoint first. To see the traceback of an error, run `python -X dev -m sward COMMAND ...`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
+try:
+    import tyro
+except ModuleNotFoundError:
+    sys.exit("sward: the command line needs the package tyro; install it with pip install 'sward[models]'")
 
 from sward.cli import printing
 from sward.cli.options import Complexity, DataPack, Demo, Doctor, Evaluate, Export, Predict, Report
@@ -89,10 +92,12 @@ def _overview() -> str:
     from sward import presets
 
     commands = "\n".join(f"  {name:<15}{line}" for name, (_, line) in COMMANDS.items())
-    listed = "\n".join(f"  {name:<20}{presets.get(name).description}" for name in presets.names())
+    width = max(map(len, presets.names())) + 2
+    listed = "\n".join(f"  {name:<{width}}{presets.get(name).description}" for name in presets.names())
     return (
         "usage: sward COMMAND ...\n\nDistil a transformer into a small segmentation network.\n\n"
-        f"commands (sward COMMAND --help for the options):\n{commands}\n\npresets:\n{listed}"
+        f"commands (sward COMMAND --help for the options):\n{commands}\n\npresets:\n{listed}\n\n"
+        "sward --version prints the version."
     )
 
 

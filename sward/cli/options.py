@@ -31,13 +31,14 @@ class Evaluate:
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
     split: str = "val"
-    """Split of the data set."""
+    """Split of the data set, or all for every image."""
     dataset: str | None = None
     """Another data set with the same classes; that of the run by default."""
     root: Path | None = None
     """Folder that holds the data set; that of the run by default."""
     split_by: str | None = None
-    """How polyp data is split: sequence, ratio or a list file; as in the run by default."""
+    """How the data is split: sequence, ratio or parity (ColonDB) for polyps, shares such as 80/10/10 for a folder, or a
+    list file; as in the run by default."""
     checkpoint: Literal["best", "last"] = "best"
     """Which weights to use."""
     batch: int = 8

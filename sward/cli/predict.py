@@ -67,7 +67,7 @@ def predict_images(
     folder = output or (source if source.is_dir() else source.parent) / "predictions"
     images, others = find_images(paths, leave_out=folder)
     if others:
-        print(f"{others} files that are not images were left out", file=sys.stderr)
+        print(f"left out, as they are not images: {others}", file=sys.stderr)
     targets = [folder / name for name in output_names(images)]
     _check_free(images, [_files(name, predictor, probabilities) for name in targets], overwrite)
     make_folder(folder)

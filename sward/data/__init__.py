@@ -280,6 +280,9 @@ def build_for_packing(
     if name != "folder" and folder_options is not None:
         folder.refuse_options(vars(folder_options), name)
     if name == unlabelled.INFO.name:
+        for option, value in (("split_by", split_by), ("num_classes", num_classes)):
+            if value is not None:
+                raise ValueError(f"{option} must be None for unlabelled images, got {value!r}")
         images = unlabelled.UnlabelledFolder(where)
         images.image_range = _checked(image_range)
         return [images]

@@ -89,7 +89,7 @@ class ImageFolder(PairedFiles):
         image_size: `(height, width)`.
         info: from `describe`.
         split_by: for a folder without splits: shares of train, val and test such as `"80/10/10"`, or the path of a
-            list; see `sward.data.lists`. A list holds before the column `split` of a table.
+            list; see `sward.data.lists`. A list takes precedence over the column `split` of a table.
         train: use the training transform instead of the evaluation transform.
         seed: seed of the augmentation.
         options: what the folder does not say about itself.

@@ -75,10 +75,12 @@ def pack(
         advance: called after each frame, for a progress bar.
 
     Raises:
-        ValueError: a file cannot be read (with `"stop"`), the sizes of image and mask differ, a label is wrong, the
-            folder is not writable or holds files that are not a pack's, the disk is too small, or another process is
-            packing to the same folder.
+        ValueError: `workers` is below 1, a file cannot be read (with `"stop"`), the sizes of image and mask differ, a
+            label is wrong, the folder is not writable or holds files that are not a pack's, the disk is too small, or
+            another process is packing to the same folder.
     """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
     first = datasets[0]
     folder = output or first.folder / FOLDER
     work = {pair.image: (dataset, pair) for dataset in datasets for pair in dataset.pairs}

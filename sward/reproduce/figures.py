@@ -208,7 +208,7 @@ def draw_attention(
         path: path of the PNG.
         name: the class of the image and of the query, as in `activation_row`.
         start: the first image from here on that shows enough of the class.
-        pixel: row and column of the query at the student's input size; by default in the midst of the class.
+        pixel: row and column of the query at the student's input size; by default in the middle of the class.
         root: folder of the data sets.
 
     Returns:

@@ -42,11 +42,11 @@ class Options:
     """
 
     what: Annotated[What, tyro.conf.Positional]
-    """Table or figure of the paper, or methods (all of them), questions (open in the paper), peers
-    (weights chosen on validation), length (twice the epochs), unlabelled (images without
-    masks), masks (how many), attention (windows)."""
+    """Table or figure of the paper, or methods (all of them), questions (choices that the paper leaves open), peers
+    (each at the weight that validates best), length (twice the epochs), unlabelled (with images without masks), masks
+    (with fewer masks), attention (picture of window attention)."""
     scale: Scale = "paper"
-    """paper: exactly as in section 4.1; small: CVC-ClinicDB and CamVid at a size for two CPU cores."""
+    """paper: exactly as in section 4.1; small: CVC-ClinicDB, CVC-ColonDB and CamVid at a size for two CPU cores."""
     seeds: int = 1
     """Number of runs per student, with seeds 0 to N-1. There is one teacher, with seed 0."""
     data: Path | None = None
@@ -69,13 +69,13 @@ class Options:
     untrained_trunk: bool = False
     """Start the teacher from random weights instead of its pretrained trunk, for a quick trial."""
     image: int = 0
-    """For figures of single images: index of the first image in the scored split; figure1 and attention take the first
-    from there on that shows enough of the class."""
+    """For figures of single images: index of the first image in the scored split, counted from its start again at its
+    end; figure1 and attention take the first from there on that shows enough of the class."""
     target: str | None = None
-    """For figure1 and attention: the class whose activation maps are shown, or on which the query lies; car or polyp by
-    default."""
+    """For figure1 and attention: the class whose activation maps are shown, or on which the query lies; by default car
+    or polyp, else the second class."""
     pixel: tuple[int, int] | None = None
-    """For attention: row and column of the query pixel at the network's input size; by default in the midst of the
+    """For attention: row and column of the query pixel at the network's input size; by default in the middle of the
     class."""
     device: str | None = None
     """Device to run on; the GPU if there is one."""
@@ -95,6 +95,15 @@ class Options:
                 )
         if self.iterations is not None and self.epochs is not None:
             raise ValueError(f"only one of iterations and epochs may be set, got {self.iterations} and {self.epochs}")
+        for name, given, readers in (
+            ("pixel", self.pixel is not None, ("attention",)),
+            ("target", self.target is not None, ("figure1", "attention")),
+            ("image", self.image != 0, ("figure1", "figure3", "attention")),
+        ):
+            if given and self.what not in readers:
+                raise ValueError(f"{name} must be left out for {self.what}; only {', '.join(readers)} read it")
+        if self.image < 0:
+            raise ValueError(f"image must be at least 0, got {self.image}")
         for name in ("seeds", "iterations", "epochs"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -91,7 +91,7 @@ class Study:
         config = preset.teacher if run.name == TEACHER else preset.student
         config.seed = 0 if run.name == TEACHER else seed
         config.output = self.folder(run, seed).path
-        config.dataset.root = self.options.data
+        config.dataset.root = None if config.dataset.name == "scenes" else self.options.data
         config.device = self.options.device
         if self.options.iterations is not None:
             config.iterations, config.epochs = self.options.iterations, None
@@ -137,7 +137,7 @@ class Study:
         teacher = teacher_of(run.preset)
         config = presets.get(teacher.preset).masks
         config.method = method
-        config.dataset.root = self.options.data
+        config.dataset.root = None if config.dataset.name == "scenes" else self.options.data
         config.teacher.run = self.folder(teacher, 0).path
         if self.options.iterations is not None:
             config.steps = self.options.iterations
@@ -365,6 +365,7 @@ class Study:
                     "choose another --output, or remove that file to learn them again"
                 )
             return
+        path.unlink(missing_ok=True)  # Of a call that was interrupted before it wrote the record.
         train_masks(config)
         record.write_text(to_json(config) + "\n", encoding="utf-8")
 

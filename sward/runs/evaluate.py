@@ -170,7 +170,9 @@ def _same_folder(one: Path | None, other: Path | None) -> bool:
 
 
 def _short(value: str) -> str:
-    """Return a file name for a word or a path; paths of one name differ by a checksum."""
+    """Return a file name for a word, shares or a path; paths of one name differ by a checksum."""
+    if lists.is_ratio(value):
+        return value.replace("/", "-")
     path = Path(value)
     if path.name == value and not path.suffix and value != "..":
         return value

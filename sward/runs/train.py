@@ -47,7 +47,7 @@ from sward.training.batches import batches, unlabelled_per_step
 from sward.training.host_memory import keep_freed_memory
 from sward.training.loop import TrainingResult, first_state, fit
 from sward.training.progress import Progress
-from sward.training.run_folder import KeptData, RunFolder, make_folder, require_tensorboard
+from sward.training.run_folder import KeptData, RunFolder, check_cache_folder, make_folder, require_tensorboard
 from sward.training.state import seed_generators
 from sward.training.step import TrainingStep
 from sward.training.teacher import FrozenTeacher
@@ -122,6 +122,8 @@ def _train_student(config: DistillationConfig, device: torch.device) -> Training
         if distributed.is_main():
             count = f"{len(images.unlabelled)}, " if isinstance(images.unlabelled, UnlabelledImages) else ""
             print(f"unlabelled images: {count}{extra} per step beside {config.batch} labelled ones")
+    if config.teacher.cache is not None:
+        check_cache_folder(config.teacher.cache, "teacher.cache")
     try_step(student, task.to(device), loss, frozen, config, info, unlabelled=extra)
     if loaded is not None and frozen is not None:
         if config.compile:
@@ -192,6 +194,8 @@ def _train_teacher(config: TeacherTrainingConfig, device: torch.device) -> Train
     if config.trunk_checkpoint is not None or not config.train_trunk:
         # The configuration names a file, which another one may have replaced or share its name with.
         weights["trunk"] = checkpoints.checksum(network.get_submodule("trunk"))
+    if config.cache is not None:
+        check_cache_folder(config.cache, "cache")
     network = _placed(network, config, device)
     try_step(network, task.to(device), None, None, config, train_set.info)
     run = RunFolder(config.output or teacher_run(config.preset))
@@ -307,6 +311,11 @@ def train_masks(config: MaskTrainingConfig) -> Path:
             f"train-masks must run in one process, got {distributed.launched_processes()}; start it without torchrun"
         )
     config.check()
+    path = config.output or masks_path(config.preset, config.method)
+    if path.is_dir():
+        raise ValueError(f"output must be a file, got the folder {path}; choose {path / f'{config.method}.pt'}, say")
+    if path.exists():
+        raise ValueError(f"output must be a new file, got {path}, which exists; choose another --output or delete it")
     device = choose_device(config.device)
     steps = config.steps or (10_000 if config.method == "maskd" else 2_000)
     if config.teacher.image_size is not None:
@@ -331,7 +340,6 @@ def train_masks(config: MaskTrainingConfig) -> Path:
     if tap == LOGITS:
         check_teacher_logits(config.teacher, dataset.info, "method", config.method)
     stream = batches(dataset, config.batch, seed=config.seed, workers=config.dataset.workers)
-    path = config.output or masks_path(config.preset, config.method)
     make_folder(path.parent)
     with Progress(f"{config.method} masks", steps) as progress:
 

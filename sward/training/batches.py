@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from sward import data, distributed
-from sward.config import TrainingConfig
+from sward.config import TrainingConfig, check_batch
 from sward.data import Batch, SegmentationDataset
 from sward.data.shards import ImageShards
 from sward.data.unlabelled import UnlabelledImages
@@ -65,8 +65,9 @@ def batches(
 
     Raises:
         CorruptFileError: if an image cannot be read.
-        ValueError: if the number of processes does not divide `batch`.
+        ValueError: if the number of processes does not divide `batch`, or there are fewer images than that.
     """
+    check_batch(batch, len(dataset))
     distributed.share_of(batch)
     sampler = EpochSampler(len(dataset), batch, seed, part=distributed.rank(), parts=distributed.world_size())
     loader = DataLoader(

@@ -289,6 +289,13 @@ def make_folder(path: Path) -> None:
         raise ValueError(f"cannot write to {path} ({error.strerror}); choose another --output") from error
 
 
+def check_cache_folder(path: Path, option: str) -> None:
+    """Raise a ValueError if the folder of a cache cannot be made or written; makes nothing yet."""
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{option} must be a folder that can be written, got {path}; {there} cannot")
+
+
 def require_tensorboard() -> None:
     """Raise a ModuleNotFoundError that names the package if TensorBoard's files cannot be written."""
     try:

@@ -111,6 +111,16 @@ def test_no_seeds_steps_or_processes_are_refused_before_any_work(
     assert not (tmp_path / "demo").exists()
 
 
+def test_a_run_of_another_command_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = tmp_path / "sward-seed0" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "last.pt").write_bytes(b"weights")
+    assert main(["demo", "--seeds", "1", "--output", str(tmp_path)]) == 2
+    assert f"got the run in {tmp_path / 'sward-seed0'}; choose another --output" in capsys.readouterr().err
+    assert (checkpoints / "last.pt").read_bytes() == b"weights"
+    assert [path.name for path in tmp_path.iterdir()] == ["sward-seed0"]
+
+
 def _configuration(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run / "config.json").read_text())
     return found

@@ -38,8 +38,8 @@ CPU = (
 
 def implementations(report: str) -> dict[str, str]:
     """What of `sward_kernels` runs where -> what the report says about it."""
-    lines = [line.removeprefix("sward_kernels on ") for line in report.splitlines() if line.startswith("sward_kernels")]
-    return dict(line.split(": ", 1) for line in lines if ": " in line)
+    paragraph = report.split("\n\n")[1].partition("C++ compiled by")[0]
+    return dict(line.split(": ", 1) for line in paragraph.splitlines())
 
 
 def set_gpus(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -75,7 +75,7 @@ def test_the_command_prints_versions_and_threads(capsys: pytest.CaptureFixture[s
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"python {sys.version.split()[0]} on ")
-    assert lines[0].endswith(f", {torch.get_num_threads()} threads")
+    assert lines[0].endswith(f", threads: {torch.get_num_threads()}")
     versions = dict(line.split(maxsplit=1) for line in lines[1:8])
     assert versions["torch"] == metadata.version("torch")
     assert versions["numpy"] == metadata.version("numpy")

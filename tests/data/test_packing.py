@@ -249,6 +249,8 @@ def test_command_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["pack", "scenes"], "scenes are generated"),
         (["pack", "cityscape"], "did you mean cityscapes"),
         (["pack", "camvid", "--root", "{root}/images/train"], "CamVid not found"),
+        (["pack", "unlabelled", "--root", "{root}", "--num-classes", "3"], "num_classes must be None for unlabelled"),
+        (["pack", "folder", "--root", "{root}", "--num-classes", "3", "--workers", "-3"], "workers must be at least 1"),
         (["list"], "unknown command 'data list'; did you mean 'data pack' or 'data check'?"),
         (
             ["pack", "folder", "--root", "{root}", "--num-classes", "3", "--output", "{root}/images/train/0.png"],

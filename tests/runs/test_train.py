@@ -92,10 +92,18 @@ def test_mistakes_are_found_before_any_work(tmp_path: Path) -> None:
             dict(model=f"{__name__}:seven_channels", distillation="none"),
             f"logits of model '{__name__}:seven_channels' must have 5 channels, one per class, got 7",
         ),
+        (
+            dict(dataset=DatasetConfig(root=tmp_path)),
+            "dataset.root must be None for scenes, which are generated, got '",
+        ),
         (dict(device="tpu9"), "device must be a torch device such as 'cpu' or 'cuda', got 'tpu9'"),
     ):
         with pytest.raises(ValueError, match=message):
             train_student(small(tmp_path / "run", **changes))
+    (tmp_path / "file").touch()
+    cache = TeacherConfig(name="hiera_demo", untrained=True, cache=tmp_path / "file")
+    with pytest.raises(ValueError, match=r"teacher\.cache must be a folder that can be written, got .*file"):
+        train_student(small(tmp_path / "run", teacher=cache, dataset=DatasetConfig(image_size=(32, 32), views=1)))
     with pytest.raises(FileNotFoundError, match="train it with 'sward train-teacher demo'"):
         train_student(small(tmp_path / "run", teacher=TeacherConfig(name="hiera_demo", run=tmp_path / "nowhere")))
     assert not (tmp_path / "run" / "checkpoints").exists()

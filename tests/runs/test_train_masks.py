@@ -47,6 +47,15 @@ def test_settings_that_cannot_work_or_do_nothing_are_refused_by_name(
     assert not output.parent.exists()
 
 
+@pytest.mark.parametrize(("name", "message"), [("", "a file, got the folder"), ("masks.pt", "a new file, got")])
+def test_nothing_is_replaced(name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "masks.pt").write_bytes(b"learned before")
+    words = ["--teacher.untrained", "--steps", "1", "--output", str(tmp_path / name)]
+    assert main(["train-masks", "demo", *words]) == 2
+    assert f"output must be {message} {tmp_path / name}" in capsys.readouterr().err
+    assert (tmp_path / "masks.pt").read_bytes() == b"learned before"
+
+
 class _Block(nn.Module):
     """A layer whose 16 channels equal its grid, and come where `order` puts them."""
 
