@@ -73,7 +73,7 @@ def _cases(words: dict[str, Sequence[str]]) -> str:
 
 def _kinds() -> dict[str, Any]:
     from sward.cli.layers import Layers
-    from sward.cli.options import Demo, Evaluate, Export, Predict, Report
+    from sward.cli.options import DataPack, Demo, Evaluate, Export, Predict, Report
     from sward.config import DistillationConfig, MaskTrainingConfig, TeacherTrainingConfig
     from sward.reproduce.options import Options
 
@@ -88,6 +88,7 @@ def _kinds() -> dict[str, Any]:
         "reproduce": Options,
         "layers": Layers,
         "demo": Demo,
+        "data": DataPack,  # which has the options of data check too
     }
 
 

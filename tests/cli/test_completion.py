@@ -33,6 +33,8 @@ def completing() -> str:
         ("train demo --model mbv", {"mbv3s_deeplabv3plus"}),
         ("train demo --dataset.name cvc", {"cvc_clinicdb", "cvc_colondb"}),
         ("evaluate --checkpoint ", {"best", "last"}),
+        ("evaluate --dataset cvc", {"cvc_clinicdb", "cvc_colondb"}),
+        ("data pack --mask-v", {"--mask-values"}),
         ("list me", {"methods"}),
         ("layers une", {"unext"}),
     ],
