@@ -27,6 +27,7 @@ TENTH: Scores = ("clinicdb-small-10", "cvc_clinicdb, test split of sequence", "b
 TENTH_OTHER_HALF: Scores = ("clinicdb-small-10", "cvc_colondb, test split of parity", "last")
 QUARTER: Scores = ("clinicdb-small-25", "cvc_clinicdb, test split of sequence", "best")
 QUARTER_OTHER_HALF: Scores = ("clinicdb-small-25", "cvc_colondb, test split of parity", "last")
+CAMVID: Scores = ("camvid-small", "camvid, val split", "last")
 OTHER_HALF: Scores = ("clinicdb-small", "cvc_colondb, test split of parity", "last")
 
 SUMMARY = "# Results"
@@ -37,6 +38,7 @@ UNLABELLED = "### Images without masks"
 FEW = "### Few masks"
 FEW_OWN = "The same runs on ClinicDB's own test sequences, best weights:"
 PEERS = "### Peers and ingredients"
+STREETS = "## Street scenes: CamVid"
 
 
 @cache
@@ -47,11 +49,11 @@ def study() -> list[dict[str, str]]:
 
 @cache
 def dice(scores: Scores, method: str, processor: str = "Intel Xeon") -> dict[int, float]:
-    """Return seed -> Dice in percent, in order; that of a teacher trained on another processor if it has no other."""
+    """Return seed -> Dice (CamVid: mIoU) in percent, in order; that of a teacher trained on another processor if it has no other."""
     rows = [row for row in study() if (row["preset"], row["test"], row["weights"], row["method"]) == (*scores, method)]
     here = [row for row in rows if row["processor"] == processor]
     chosen = here or rows if method == "teacher" else here
-    found = {int(row["seed"]): 100 * float(row["dice"]) for row in chosen}
+    found = {int(row["seed"]): 100 * float(row["dice"] or row["mean_iou"]) for row in chosen}
     assert len(found) == len(chosen), f"two rows of one seed of {method}"
     return dict(sorted(found.items()))
 
@@ -230,6 +232,26 @@ def test_scores_of_peers_and_ingredients(label: str, method: str) -> None:
     if method == "sward-features-none":
         text = " ".join((ROOT / "docs/results.md").read_text().split())
         assert f"without standardising, SWARD gains {gain(COLONDB, method, 'none').removeprefix('+')}." in text
+
+
+@pytest.mark.parametrize(
+    ("label", "method"),
+    [
+        ("alone, 60 epochs (5,460 steps)", "none"),
+        ("+ SWARD, 60 epochs", "sward"),
+        ("alone, 120 epochs", "none-twice"),
+    ],
+)
+def test_scores_of_street_scenes(label: str, method: str) -> None:
+    values = [f"{score:.1f}" for score in dice(CAMVID, method).values()]
+    found = cells("docs/results.md", STREETS, label)
+    assert found[:3] == [*values, *[""] * (3 - len(values))]
+    assert found[3] == (mean(CAMVID, method) if len(values) == 3 else "")
+    assert found[4] == (gain(CAMVID, "sward", "none") if method == "sward" and len(values) == 3 else "")
+    assert (
+        f"has {dice(('camvid-small', 'camvid, val split', 'best'), 'teacher')[0]:.1f} %"
+        in ((ROOT / "docs/results.md").read_text().partition(STREETS)[2])
+    )
 
 
 def test_maskd_and_cwd_beside_the_student_alone() -> None:
