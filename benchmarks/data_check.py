@@ -48,18 +48,21 @@ def timed(title: str, work: Callable[[], object]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1000)
-    count = parser.parse_args().images
+    options = parser.parse_args()
+    # Both splits need one.
+    if options.images < 2:
+        parser.error(f"--images must be at least 2, got {options.images}")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "photos"
         root.mkdir()
         os.environ["XDG_CACHE_HOME"] = folder
-        write_photos(root, count)
-        options = data.FolderOptions(("background", "polyp"), ("0", "255"))
+        write_photos(root, options.images)
+        folder_options = data.FolderOptions(("background", "polyp"), ("0", "255"))
         splits = {
-            split: data.build("folder", split, train=False, root=root, split_by="80/20", folder_options=options)
+            split: data.build("folder", split, train=False, root=root, split_by="80/20", folder_options=folder_options)
             for split in ("train", "val")
         }
-        print(f"{count} photos of {WIDTH} x {HEIGHT}, {os.cpu_count()} cores")
+        print(f"{options.images} photos of {WIDTH} x {HEIGHT}, {os.cpu_count()} cores")
         timed("sward data check", lambda: survey(root))
         timed("before step 1", lambda: check_splits(splits))
         timed("before step 1, again", lambda: check_splits(splits))

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness import require_positive
 from sward import models
 from sward.deploy import int8
 from sward.deploy.export import write_network
@@ -244,7 +245,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--run", type=Path, help="run or exported file for --photo; by default UNeXt, untrained")
     parser.add_argument("--image", type=Path, help="image for --photo, resized to it; by default noise")
     parser.add_argument("--seams", action="store_true", help="compare tiles with the whole image; needs its memory")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    known = [*models.names("student"), *models.names("teacher")]
+    for name in arguments.models:
+        if name not in known:
+            parser.error(f"--models must be of {', '.join(known)}; got {name!r}")
+    require_positive(parser, arguments, "sizes", "threads", "rounds", "photo", "tile")
+    return arguments
 
 
 if __name__ == "__main__":

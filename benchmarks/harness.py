@@ -13,6 +13,8 @@ rest and `Session` prints and saves it. Five rules hold for every number that co
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import csv
 import datetime
 import gc
@@ -237,6 +239,27 @@ def measure(
     return rows
 
 
+def require_positive(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
+    """End with a usage error unless each of these options, or every number of it, is None or more than 0."""
+    for name in names:
+        given = getattr(options, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not value > 0:
+                parser.error(f"--{name.replace('_', '-')} must be more than 0, got {value}")
+
+
+def device_of(parser: argparse.ArgumentParser, name: str) -> torch.device:
+    """Return the device that `--device` names; end with a usage error if this machine has none."""
+    device = None
+    with contextlib.suppress(RuntimeError):
+        device = torch.device(name)
+    if device is None or device.type not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        parser.error(f"--device {name} needs a GPU that this machine does not have")
+    return device
+
+
 def _versions() -> dict[str, str]:
     try:
         import triton
@@ -322,7 +345,10 @@ class Session:
         return 0 if all(row.gate_is_green for row in self.measurements) else 1
 
     def write_csv(self, path: Path) -> None:
-        """Write every measurement of this session, one row each, with device, versions and time of writing."""
+        """Write every measurement of this session, one row each, with device, versions and time of writing.
+
+        The file keeps its rows of other cases.
+        """
         context = {
             "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "benchmark": self.benchmark,
@@ -334,10 +360,15 @@ class Session:
             *("case", "mode", "provider", "p20_ms", "p50_ms", "p80_ms", "peak_extra_bytes", "ideal_bytes"),
             *("error", "tolerance", "gate"),
         ]
+        measured, kept = {row.case for row in self.measurements}, []
+        if path.exists():
+            with path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if row["case"] not in measured]
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
+            writer.writerows(kept)
             for row in self.measurements:
                 writer.writerow(
                     {

@@ -8,9 +8,9 @@
 Runs on the GPU when there is one, else on two CPU threads; there the Triton kernels are not timed, and what they need
 of each GPU target is printed instead. On a CPU a floor stands beside each stage: the products at the rate of this
 machine's matrix product, the exponentials at that of `torch.exp` in cache, both maps and gradients at that of a copy.
-Writes a CSV file to `benchmarks/results/`, and after a sweep a picture of time
-and memory. Peak memory is what a call needs beyond its inputs, its results (the two gradients) included. The ideal
-reads both maps and writes both gradients once.
+Writes a CSV file to `benchmarks/results/`, unless `--quick`, and after a sweep a picture of time and memory. Peak
+memory is what a call needs beyond its inputs, its results (the two gradients) included. The ideal reads both maps and
+writes both gradients once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from harness import Case, Measurement, Provider, Session
+from harness import Case, Measurement, Provider, Session, require_positive
 from sward_kernels import windowed_distillation
 
 RESULTS = Path(__file__).parent / "results"
@@ -242,10 +242,11 @@ def main() -> int:
     size.add_argument(
         "--sweep", nargs="*", choices=SWEEPS, metavar="WHAT", help=f"sweep {', '.join(SWEEPS)} (default: all of them)"
     )
-    size.add_argument("--quick", action="store_true", help="one small stage")
+    size.add_argument("--quick", action="store_true", help="one small stage; writes no file")
     parser.add_argument("--seconds", type=float, default=20.0, help="timing budget of one stage (default: 20)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV file")
     arguments = parser.parse_args()
+    require_positive(parser, arguments, "seconds")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -258,7 +259,8 @@ def main() -> int:
         stages = SWEEPS[name].stages.values() if name else QUICK if arguments.quick else DEFAULT
         for stage in stages:
             compare(session, stage, arguments.seconds)
-        session.write_csv(table_of(arguments.results, device, name))
+        if not arguments.quick:
+            session.write_csv(table_of(arguments.results, device, name))
         exit_code = max(exit_code, session.exit_code)
     if sweeps:
         plot_sweeps(arguments.results, device, arguments.results / f"mwad_throughput_{device.type}.png")

@@ -3,7 +3,8 @@
     python benchmarks/pdr_throughput.py             # the shapes of three networks
     python benchmarks/pdr_throughput.py --sweep     # over classes and over pixels as well, with a figure
 
-Runs on the GPU when there is one. Writes a CSV file (and a PNG after a sweep) to `benchmarks/results/`.
+Runs on the GPU when there is one. Writes a CSV file (and a PNG after a sweep) to `benchmarks/results/`; without a
+sweep the file keeps the rows of the last one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import Case, Measurement, Provider, Session
+from harness import Case, Measurement, Provider, Session, device_of, require_positive
 from sward_kernels import prototype_discrimination
 
 MARGIN = 1.3
@@ -178,9 +179,11 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--seconds", type=float, default=15.0, help="time budget per shape after warm-up")
     options = parser.parse_args()
+    require_positive(parser, options, "seconds")
+    device = device_of(parser, options.device)
 
     dtype = getattr(torch, options.dtype)
-    session = Session("pdr_throughput", torch.device(options.device))
+    session = Session("pdr_throughput", device)
     session.print_banner()
     for shape in NETWORKS:
         compare(session, shape, dtype, options.seconds)

@@ -54,7 +54,7 @@ def main() -> int:
         if device.type == "cuda":
             providers.append(Provider("triton", step(student, teacher, "triton")))
         session.run(case, providers, rounds=5, max_seconds=20.0)
-    session.write_csv(Path(__file__).parent / "results" / "relational_kl.csv")
+    session.write_csv(Path(__file__).parent / "results" / f"relational_kl_{device.type}.csv")
     return session.exit_code
 
 

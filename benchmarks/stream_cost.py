@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from harness import require_positive
 from sward import models, presets
 from sward.models.flops import gemm_flops
 from sward.models.teachers import Teacher
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=16, help="processor cores per GPU")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="read from storage per second and GPU")
     chosen = parser.parse_args()
+    require_positive(parser, chosen, "images", "teraflops", "kilobytes", "decode_ms", "cores", "gigabytes")
     images = chosen.images
     print(f"Assumed: {images:.3g} images, one pass; {chosen.teraflops:g} TFLOP/s sustained per GPU in bf16;")
     print(

@@ -121,6 +121,8 @@ def main(words: Sequence[str] | None = None) -> None:
     for name in options.runs:
         if name not in known:
             parser.error(f"--runs must be of {', '.join(sorted(known))}; got {name!r}")
+    if min(options.seeds) < 0:
+        parser.error(f"--seeds must be at least 0, got {min(options.seeds)}")
     study = Study(
         Options(
             "methods",

@@ -9,7 +9,7 @@ distillation loss is timed alone, forward and backward, from the student's maps;
 Teacher features are computed once, as they are with `--teacher.cache`; the teacher's own time stands beside, and that
 of reading them from the cache. `step` is everything a training step does with such features, data excluded, and
 `memory` the most it has alive at once beyond weights, optimiser and batch. Runs on the GPU when there is one. Rows go
-to `benchmarks/results/training_step_*.csv`, in place of earlier rows of the same shapes and method.
+to `benchmarks/results/training_step_*.csv`, in place of earlier rows of the same device, threads, shapes and method.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from harness import Session, peak_extra_bytes
+from harness import Session, device_of, peak_extra_bytes, require_positive
 from sward import data, methods, models, presets
 from sward.config import DistillationConfig
 from sward.losses import LOGITS, DistillationInputs, DistillationLoss, SegmentationCrossEntropy, SWARDDistillation
 from sward.runs.distillation import distillation_pair
-from sward.training import FrozenTeacher, TrainingStep
+from sward.training import FrozenTeacher, TrainingStep, first_state
 from sward.training.teacher_cache import TeacherCache
 
 RESULTS = Path(__file__).parent / "results"
@@ -125,7 +125,7 @@ def measure(shape: Shape, method: str, device: torch.device, rounds: int) -> dic
     teacher = FrozenTeacher(network, loss.teacher_taps)
     task = SegmentationCrossEntropy(info.ignore_index)
     step = TrainingStep(student, task, loss).train()
-    optimizer = torch.optim.AdamW(step.parameters(), lr=1e-4)
+    optimizer = first_state(step, config, images=shape.batch).optimizer
 
     images = torch.randn(shape.batch, 3, *shape.image_size, device=device)
     # Regions of 32 pixels, as labels have regions.
@@ -167,6 +167,7 @@ def measure(shape: Shape, method: str, device: torch.device, rounds: int) -> dic
     whole_step()
     row["optimizer"] = 1e3 * clock(optimizer.step)
     row["step"] = 1e3 * clock(whole_step)
+    optimizer.zero_grad(set_to_none=True)  # freed during the step, gradients of the one before would hide others
     row["memory"] = peak_extra_bytes(whole_step, device) / 2**20
     return row
 
@@ -184,12 +185,16 @@ def show(shape: Shape, method: str, row: dict[str, float | str]) -> None:
 
 
 def write(path: Path, context: dict[str, str], rows: dict[tuple[str, ...], dict[str, str]]) -> None:
-    """Merge rows, one per part, into the file; replace earlier rows of the same key."""
+    """Merge rows, one per part, into the file; replace earlier rows of the same key and device, which names threads."""
     key = ("preset", "image_size", "batch", "distillation")
     kept = []
     if path.exists():
         with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if tuple(row[name] for name in key) not in rows]
+            kept = [
+                row
+                for row in csv.DictReader(file)
+                if row["device"] != context["device"] or tuple(row[name] for name in key) not in rows
+            ]
     for place, parts in rows.items():
         kept += [{**context, **dict(zip(key, place)), "part": part, "value": value} for part, value in parts.items()]
     path.parent.mkdir(exist_ok=True)
@@ -209,13 +214,19 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
+    require_positive(parser, options, "image_size", "batch", "rounds")
+    if options.preset is None and (options.image_size or options.batch):
+        parser.error("--image-size and --batch need --preset")
+    if any(side % 32 for side in options.image_size or ()):
+        parser.error(f"--image-size must be multiples of 32, got {' '.join(map(str, options.image_size))}")
+    device = device_of(parser, options.device)
 
     shapes: tuple[Shape, ...] = SHAPES
     if options.preset:
         student = presets.get(options.preset).student
         height, width = options.image_size or student.dataset.image_size
         shapes = (Shape(options.preset, (height, width), options.batch or student.batch),)
-    session = Session("training_step", torch.device(options.device))
+    session = Session("training_step", device)
     print(f"{session.benchmark} on {session.device_name} (torch {torch.__version__}), fp32, {options.rounds} rounds")
     if "SWARD_DATA" not in os.environ:
         print("set SWARD_DATA to the folder of the data sets to see what loading a batch costs")

@@ -43,7 +43,11 @@ class Target:
     multiprocessors: int
     """Multiprocessors (AMD: compute units) of the device."""
     clock: float
-    """Cycles per second of a multiprocessor, from the data sheet."""
+    """Cycles per second of a multiprocessor, from the data sheet.
+
+    The report turns the least time of device memory into cycles with it, and nothing else. The H100's is the boost
+    clock of the PCIe card; that of SXM is 1.98e9.
+    """
 
 
 TARGETS = {

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from gpu_parts.operation import maps_of, results_of
-from gpu_parts.rows import DTYPES, REPOSITORY, Row, Suite
+from gpu_parts.rows import DTYPES, REPOSITORY, Row, Stage, Suite
 
 METRICS = (
     "gpu__time_duration.sum",
@@ -26,20 +26,13 @@ def count(suite: Suite) -> None:
     """Counters of Nsight Compute where `ncu` is installed and allowed; else the kernels' times from the profiler."""
     stage = suite.sizes.stages[0]
     for dtype in ("bf16", "fp32"):
-        maps = maps_of(stage, DTYPES[dtype], "channels_last", suite.device)
-        if suite.has(case=str(stage), provider="profiler", dtype=dtype):
-            continue
-        results_of(stage, maps, "triton")
-        activities = [torch.profiler.ProfilerActivity.CPU if suite.rehearsal else torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
-            results_of(stage, maps, "triton")
-        kernels = [
-            f"{event.key[:40]} {event.device_time_total:.0f} us"
-            for event in profile.key_averages()
-            if event.device_time_total > 0
-        ]
-        note = "; ".join(kernels) or "no kernel on a device"
-        suite.add(case=str(stage), provider="profiler", dtype=dtype, layout="channels_last", note=note)
+        suite.attempt(
+            lambda dtype=dtype: _profile(suite, stage, dtype),  # type: ignore[misc]
+            case=str(stage),
+            provider="profiler",
+            dtype=dtype,
+            layout="channels_last",
+        )
     if suite.rehearsal or not shutil.which("ncu"):
         suite.attempt(lambda: {"note": "skipped: ncu is not installed"}, case="Nsight Compute")
         return
@@ -60,3 +53,17 @@ def count(suite: Suite) -> None:
         return {"note": "see ncu.csv" if status.returncode == 0 else "not permitted or failed; see ncu.csv"}
 
     suite.attempt(run, case="Nsight Compute")
+
+
+def _profile(suite: Suite, stage: Stage, dtype: str) -> Row:
+    maps = maps_of(stage, DTYPES[dtype], "channels_last", suite.device)
+    results_of(stage, maps, "triton")
+    activities = [torch.profiler.ProfilerActivity.CPU if suite.rehearsal else torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        results_of(stage, maps, "triton")
+    kernels = [
+        f"{event.key[:40]} {event.device_time_total:.0f} us"
+        for event in profile.key_averages()
+        if event.device_time_total > 0
+    ]
+    return {"note": "; ".join(kernels) or "no kernel on a device"}

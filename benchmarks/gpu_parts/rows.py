@@ -86,14 +86,17 @@ LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format
 
 
 class Suite:
-    """The rows of one part, which are on disk as soon as they exist; those that failed before are tried again."""
+    """The rows of one part, which are on disk as soon as they exist.
 
-    def __init__(self, part: str, folder: Path, rehearsal: bool) -> None:
+    Rows that failed before are dropped and so tried again, unless `keep_failed`.
+    """
+
+    def __init__(self, part: str, folder: Path, rehearsal: bool, keep_failed: bool = False) -> None:
         self.part, self.folder, self.rehearsal = part, folder, rehearsal
         self.sizes = TINY if rehearsal else PAPER
         self.device = torch.device("cpu" if rehearsal else "cuda")
         self._path = folder / f"{part}.jsonl"
-        rows = [row for row in read_rows(self._path) if not has_failed(row)]
+        rows = [row for row in read_rows(self._path) if keep_failed or not has_failed(row)]
         self._path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self._known = {_place(row) for row in rows}
 
@@ -109,7 +112,11 @@ class Suite:
         print("  ".join(f"{value}" for value in row.values()), flush=True)
 
     def attempt(self, run: Callable[[], Row], **place: str) -> None:
-        """Add the row that `run` measures at a place, unless it is there; an error becomes the row's note."""
+        """Add the row that `run` measures at a place, unless it is there; an error becomes the row's note.
+
+        An error that the device keeps, as an illegal memory access, is raised after that: every later call of this
+        process would fail, so the part must end and start anew.
+        """
         if self.has(**place):
             return
         try:
@@ -117,7 +124,11 @@ class Suite:
         except Exception as error:
             if self.rehearsal:
                 raise
-            row = {"note": f"FAILED: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            self.add(**place, note=f"FAILED: {type(error).__name__}: {first_line[:200]}")
+            if not _device_answers():
+                raise
+            return
         self.add(**place, **row)
 
     def milliseconds(self, run: Callable[[], object]) -> float:
@@ -126,6 +137,14 @@ class Suite:
             run()
             return 1e3 * (time.perf_counter() - began)
         return device_milliseconds(run, self.device, self.sizes.rounds)
+
+
+def _device_answers() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def read_rows(path: Path) -> list[Row]:
