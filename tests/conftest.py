@@ -19,9 +19,14 @@ if not torch.cuda.is_available():
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sward-tests-")
 
 import pytest
+from hypothesis import settings
 
 from tests.support.drawn_figures import drawn_figures  # noqa: F401  (a fixture, found by name)
 from tests.support.poison import poison_empty_tensors  # noqa: F401  (a fixture, found by name)
+
+# The same examples in every run, so that a failure belongs to a change; what they take depends on the machine's load.
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")
 
 
 def pytest_unconfigure() -> None:

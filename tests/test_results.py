@@ -49,7 +49,10 @@ def study() -> list[dict[str, str]]:
 
 @cache
 def dice(scores: Scores, method: str, processor: str = "Intel Xeon") -> dict[int, float]:
-    """Return seed -> Dice (CamVid: mIoU) in percent, in order; that of a teacher trained on another processor if it has no other."""
+    """Return seed -> Dice (CamVid: mIoU) in percent, in order.
+
+    That of a teacher trained on another processor, if it has no other.
+    """
     rows = [row for row in study() if (row["preset"], row["test"], row["weights"], row["method"]) == (*scores, method)]
     here = [row for row in rows if row["processor"] == processor]
     chosen = here or rows if method == "teacher" else here

@@ -266,18 +266,14 @@ def _smoothed(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def street_training(
-    crop: tuple[int, int],
-    output: tuple[int, int] | None = None,
-    *,
-    resize_first: bool = False,
-    scales: tuple[float, float] = (0.5, 2.0),
+    crop: tuple[int, int], output: tuple[int, int] | None = None, *, resize_first: bool = False
 ) -> TrainingTransform:
-    """Random scale, crop and horizontal flip. `resize_first`: scales are relative to an image resized to `crop`."""
+    """Random scale of 0.5 to 2, crop and horizontal flip. `resize_first`: relative to an image resized to `crop`."""
     v2 = _torchvision().transforms.v2
     return TrainingTransform(
-        [ScaleCrop(crop, scales, relative=resize_first, output=output), v2.RandomHorizontalFlip()],
+        [ScaleCrop(crop, (0.5, 2.0), relative=resize_first, output=output), v2.RandomHorizontalFlip()],
         # Loader processes that are spawned need something that can be pickled.
-        resized=partial(street_training, crop, resize_first=resize_first, scales=scales),
+        resized=partial(street_training, crop, resize_first=resize_first),
     )
 
 

@@ -1,4 +1,4 @@
-"""Exported files against the network in PyTorch, at sizes that fit no stride."""
+"""What exported files hold, what they take and return, and which networks cannot be exported."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import sward
-from sward import models
 from sward.data import IMAGENET_MEAN, normalise
 from sward.deploy.export import write_network
 from sward.deploy.metadata import Metadata
@@ -17,38 +16,7 @@ from sward.deploy.network import DeployedNetwork
 from sward.deploy.predictor import Predictor
 from sward.models.inputs import Statistics
 from sward.models.segmenter import Segmenter
-
-CLASSES = ("background", "disc", "ring")
-SIZES = [(batch, *size) for size in ((100, 130), (129, 129), (33, 500)) for batch in (1, 3)]
-
-
-def metadata(model: str = "unext", **changes: Any) -> Metadata:
-    palette = ((0, 0, 0), (255, 0, 0), (0, 255, 0))
-    return Metadata(model, "scenes", CLASSES, palette, (64, 64), **changes)
-
-
-def randomised(name: str) -> nn.Module:
-    """A network whose batch norms and logits are far from their initial values."""
-    network = models.build(name, len(CLASSES))
-    generator = torch.Generator().manual_seed(1)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.uniform_(-0.3, 0.3, generator=generator)
-            module.running_var.uniform_(0.5, 2, generator=generator)
-    return network.eval()
-
-
-def photos(batch: int, height: int, width: int) -> Tensor:
-    generator = torch.Generator().manual_seed(height)
-    return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
-
-
-@torch.no_grad()
-def padded_by_hand(network: nn.Module, images: Tensor) -> Tensor:
-    """The contract, written out: normalise, repeat the edges up to a multiple of 32, run, crop."""
-    height, width = images.shape[-2:]
-    padding = (0, -width % 32, 0, -height % 32)
-    return network(nn.functional.pad(normalise(images), padding, mode="replicate"))[..., :height, :width]
+from tests.support.exported import CLASSES, metadata, padded_by_hand, photos
 
 
 def test_networks_that_are_not_registered_are_written_too(tmp_path: Path) -> None:
@@ -57,30 +25,6 @@ def test_networks_that_are_not_registered_are_written_too(tmp_path: Path) -> Non
     images = photos(2, 40, 50)
     found = sward.load(tmp_path / "student.pt2").forward(images)
     torch.testing.assert_close(found, padded_by_hand(network, images), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("name", models.names("student"))
-def test_onnx_file_equals_the_network_at_any_size(name: str, tmp_path: Path) -> None:
-    network = randomised(name)
-    write_network(network, metadata(name), tmp_path / "student.onnx")
-    predictor = sward.load(tmp_path / "student.onnx")
-    for shape in SIZES:
-        images = photos(*shape)
-        expected = padded_by_hand(network, images)
-        assert expected.std() > 1e-3
-        torch.testing.assert_close(predictor.forward(images), expected, atol=1e-4, rtol=0)
-        # What `sward predict` runs on a run.
-        torch.testing.assert_close(DeployedNetwork(network)(images), expected, atol=1e-5, rtol=0)
-
-
-def test_program_equals_the_network_at_any_size(tmp_path: Path) -> None:
-    network = randomised("unext")
-    write_network(network, metadata(), tmp_path / "student.pt2")
-    predictor = sward.load(tmp_path / "student.pt2")
-    assert predictor.metadata == metadata()
-    for shape in SIZES:
-        images = photos(*shape)
-        torch.testing.assert_close(predictor.forward(images), padded_by_hand(network, images), atol=1e-4, rtol=0)
 
 
 def test_a_teacher_needs_a_fixed_size(tmp_path: Path) -> None:
@@ -139,18 +83,6 @@ def test_what_torch_cannot_export_is_said_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
-def test_hiera_with_a_fixed_size(suffix: str, tmp_path: Path) -> None:
-    network = randomised("hiera_demo")
-    path = tmp_path / f"teacher{suffix}"
-    write_network(network, metadata("hiera_demo", fixed_size=(100, 130)), path)
-    predictor = sward.load(path)
-    images = photos(3, 100, 130)
-    torch.testing.assert_close(predictor.forward(images), padded_by_hand(network, images), atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="images must be 100 x 130 pixels, got 64 x 64"):
-        predictor.forward(photos(1, 64, 64))
-
-
 class Pixelwise(nn.Module):
     """A network without context: exports in a moment, and its logits are known by hand."""
 
@@ -162,8 +94,14 @@ class Pixelwise(nn.Module):
         return self.classifier(images)
 
 
-@pytest.mark.parametrize("output", ["logits", "probabilities", "argmax"])
-@pytest.mark.parametrize("input", ["uint8", "float", "normalised"])
+@pytest.mark.parametrize(
+    ("input", "output"),
+    # Neither depends on the other: every input once, and every output once.
+    [
+        *((input, "logits") for input in ("uint8", "float", "normalised")),
+        *(("uint8", output) for output in ("probabilities", "argmax")),
+    ],
+)
 def test_inputs_and_outputs(input: Any, output: Any, tmp_path: Path) -> None:
     import onnxruntime
 

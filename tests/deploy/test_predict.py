@@ -12,7 +12,7 @@ import sward
 from sward import data
 from sward.cli.main import main
 from sward.data import normalise
-from sward.deploy.predictor import as_pixels, load
+from sward.deploy.predictor import as_pixels, labels_at, load
 from tests.support.deployable import Pixelwise, make_run, register
 
 
@@ -56,6 +56,13 @@ def test_without_tiles_the_image_is_resized_for_the_network(network: Pixelwise) 
         logits = network(normalise(resized)[None])
     expected = torch.nn.functional.interpolate(logits, (70, 90), mode="bilinear", align_corners=False)[0].argmax(0)
     assert (pixels_of("out/photo-mask.png") == expected.numpy()).all()
+
+
+def test_classes_are_resized_to_the_pixel_whose_centre_is_nearest() -> None:
+    classes = torch.arange(9, dtype=torch.uint8).view(1, 3, 3)
+    # Of three pixels in a row, the centres of two lie in the first and in the last.
+    assert labels_at(classes, (2, 2)).tolist() == [[[0, 2], [6, 8]]]
+    assert labels_at(classes[:, :2, :2], (3, 3)).tolist() == [[[0, 1, 1], [3, 4, 4], [3, 4, 4]]]
 
 
 def test_masks_as_labels_and_probabilities_as_png(network: Pixelwise) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sward_kernels.windows import WindowGrid, split_windows
@@ -25,7 +25,6 @@ def grids(draw: st.DrawFn) -> tuple[WindowGrid, tuple[int, int]]:
     return WindowGrid(height, width, side), shift
 
 
-@settings(deadline=None)
 @given(case=grids())
 def test_partition_reads_the_pixels_the_equations_name(case: tuple[WindowGrid, tuple[int, int]]) -> None:
     grid, shift = case
@@ -42,7 +41,6 @@ def test_partition_reads_the_pixels_the_equations_name(case: tuple[WindowGrid, t
     assert int(grid.real_tokens().sum()) == grid.height * grid.width
 
 
-@settings(deadline=None)
 @given(case=grids(), dtype=st.sampled_from([torch.int32, torch.int64]))
 def test_a_shift_on_the_device_rolls_as_ints_do(case: tuple[WindowGrid, tuple[int, int]], dtype: torch.dtype) -> None:
     grid, shift = case
@@ -52,7 +50,6 @@ def test_a_shift_on_the_device_rolls_as_ints_do(case: tuple[WindowGrid, tuple[in
     assert torch.equal(grid.roll(rolled, -torch.tensor(shift, dtype=dtype)), maps)
 
 
-@settings(deadline=None)
 @given(case=grids(), data=st.data())
 def test_runs_cover_each_pixel_once_and_agree_with_the_roll(
     case: tuple[WindowGrid, tuple[int, int]], data: st.DataObject

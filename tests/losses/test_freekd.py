@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_transform_of_a_block_with_four_corners() -> None:
     assert bands.details[0].flatten().tolist() == [-2.5, -1.5, 0.5]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(height=st.integers(1, 19), width=st.integers(1, 19), levels=st.integers(1, 4), seed=st.integers(0, 999))
 def test_transform_keeps_energy_and_can_be_undone(height: int, width: int, levels: int, seed: int) -> None:
     torch.manual_seed(seed)
@@ -147,6 +148,22 @@ def test_position_weight_has_mean_one_and_prefers_a_channel_that_others_follow()
     ratio = [(method(features(m, teacher)).loss / plain(features(m, teacher)).loss).item() for m in changed]
     assert ratio[0] > 1.5 > ratio[2] > 0.5 > ratio[1]
     assert sum(ratio) == pytest.approx(3.0, rel=1e-3)
+
+
+def test_position_weight_by_hand() -> None:
+    grid = torch.arange(8)
+    board = (1.0 - 2.0 * ((grid[:, None] + grid) % 2)).double()
+    # A board times x has the product 64 x^2 / sqrt(64) with itself, and 0 with an empty channel. So the softmaxes are
+    # (3/4, 1/4) and (1/2, 1/2) for the teacher, (1/2, 1/2) and (1/8, 7/8) for the student.
+    student, teacher = torch.zeros(2, 1, 2, 8, 8, dtype=torch.float64)
+    first, second = math.sqrt(math.log(3) / 8), math.sqrt(math.log(7) / 8)
+    teacher[0, 0], student[0, 1] = first * board, second * board
+    # Their columns' sums: 5/4 and 3/4 times 5/8 and 11/8 is 25/32 and 33/32, with the mean 29/32.
+    weights = (25 / 29, 33 / 29)
+    # A board of 1 costs 1/3, see above; the mean is over two channels.
+    expected = (weights[0] * first + weights[1] * second) / 3 / 2
+    method = unprojected(FreeKDLoss(prompts(2), 2, **TAPS, position_weight=True))
+    assert method(features(student, teacher)).loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("bands", ["high", "all"])

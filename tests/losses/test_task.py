@@ -1,5 +1,6 @@
 """Task losses against torch, torchvision and sums by hand; ignored pixels never matter."""
 
+import math
 from typing import get_args
 
 import pytest
@@ -55,6 +56,15 @@ def test_focal_is_that_of_torchvision(batch: tuple[torch.Tensor, torch.Tensor]) 
     valid = labels != 255
     expected = sigmoid_focal_loss(logits[:, 0][valid], labels[valid].double(), alpha=-1, gamma=2, reduction="mean")
     torch.testing.assert_close(TaskLoss("focal")(logits, labels), expected)
+
+
+def test_focal_with_class_weights_by_hand() -> None:
+    # Probabilities of the labelled classes: 1/2 of class 0, 3/4 of class 1; the third pixel is ignored.
+    logits = torch.tensor([[0.0, 0.0, 5.0], [0.0, math.log(3), 1.0]]).view(1, 2, 1, 3)
+    labels = torch.tensor([0, 1, 255]).view(1, 1, 3)
+    total = 0.5 * (1 / 2) ** 2 * math.log(2) + 2.0 * (1 / 4) ** 2 * math.log(4 / 3)
+    loss = TaskLoss("focal", class_weights=(0.5, 2.0))(logits, labels)
+    assert loss.item() == pytest.approx(total / (0.5 + 2.0))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -162,6 +162,12 @@ def test_a_difference_that_may_be_chance_is_called_that(family: Path) -> None:
     lines = first_lines(*sorted(family.glob("kd-*")))
     assert lines[0] == "The student keeps 55.0 % of the teacher's Dice."
     assert lines[2].startswith("What the teacher adds may be chance, as the interval holds 0: +2.0 [-6.6, 10.6]")
+    # Differences -6, 0 and 0: the mean is below 0 and the interval is not, by half a width of 4.303 * 3.46 / sqrt(3).
+    for seed, dice in enumerate((0.34, 0.44, 0.42)):
+        score_on_test(family / f"sward-seed{seed}", dice)
+    assert first_lines(*sorted(family.glob("sward-*")))[2].startswith(
+        "What the teacher adds may be chance, as the interval holds 0: -2.0 [-10.6, 6.6]"
+    )
     score_on_test(family / "sward-seed0", 0.20)
     score_on_test(family / "sward-seed1", 0.24)
     score_on_test(family / "sward-seed2", 0.22)

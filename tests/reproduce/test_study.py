@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import math
+import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,6 +26,7 @@ from sward.reproduce.study import Study
 from sward.reproduce.tables import Costs
 from sward.runs import load_distillation, train
 from sward.training import checkpoints
+from tests.support.training_runs import use_few_images
 
 COMMAND = ["reproduce", "methods", "--preset", "demo", "--output", "out"]
 QUICK = [*COMMAND, "--iterations", "2", "--only", "none", "sward"]
@@ -33,9 +38,13 @@ pytestmark = pytest.mark.usefixtures("few_images")
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    # Counting FLOPs at 512 pixels takes longer than these runs do; test_tables.py holds the count to the paper's.
+    count_no_costs(monkeypatch)
+
+
+def count_no_costs(patch: pytest.MonkeyPatch) -> None:
+    """Counting FLOPs at 512 pixels takes longer than these runs do; test_tables.py holds the count to the paper's."""
     counted = {"unext": Costs(1.0, 2.0), "hiera_demo": Costs(3.0, None)}
-    monkeypatch.setattr(sward.reproduce, "model_costs", lambda table: counted)
+    patch.setattr(sward.reproduce, "model_costs", lambda table: counted)
 
 
 def table_rows(path: Path) -> dict[str, dict[str, str]]:
@@ -46,6 +55,10 @@ def table_rows(path: Path) -> dict[str, dict[str, str]]:
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the run folders that training was started in."""
+    return started_runs(monkeypatch)
+
+
+def started_runs(patch: pytest.MonkeyPatch) -> list[str]:
     started: list[str] = []
     fit = train.fit
 
@@ -53,18 +66,43 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         started.append(arguments[4].path.name)  # type: ignore[attr-defined]
         return fit(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(train, "fit", spy)
+    patch.setattr(train, "fit", spy)
     return started
 
 
-def test_runs_are_trained_once_and_the_table_holds_their_scores(
-    trained: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(QUICK) == 0
-    assert trained == ["teacher", "none-seed0", "sward-seed0"]
-    printed = capsys.readouterr().out
-    assert "| + SWARD | 1 |" in printed
-    assert "| + FreeKD | 0 | - | - | - | - | - | - |" in printed
+class FirstCall(NamedTuple):
+    """What the first call of `QUICK` did."""
+
+    folder: Path
+    """Where it was called."""
+    trained: list[str]
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def first_call(tmp_path_factory: pytest.TempPathFactory) -> FirstCall:
+    """Call `QUICK` once for all tests that go on from there; they work on copies."""
+    folder = tmp_path_factory.mktemp("first-call")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.chdir(folder)
+        use_few_images(patch)
+        count_no_costs(patch)
+        trained = started_runs(patch)
+        assert main(QUICK) == 0
+    return FirstCall(folder, trained, printed.getvalue())
+
+
+@pytest.fixture
+def first_call_here(first_call: FirstCall, in_an_empty_folder: None) -> FirstCall:
+    """Leave the output of that call in this test's folder."""
+    shutil.copytree(first_call.folder / "out", "out")
+    return first_call
+
+
+def test_runs_are_trained_once_and_the_table_holds_their_scores(first_call_here: FirstCall, trained: list[str]) -> None:
+    assert first_call_here.trained == ["teacher", "none-seed0", "sward-seed0"]
+    assert "| + SWARD | 1 |" in first_call_here.printed
+    assert "| + FreeKD | 0 | - | - | - | - | - | - |" in first_call_here.printed
 
     rows = table_rows(Path("out/methods-demo.csv"))
     scores = json.loads(Path("out/demo/sward-seed0/evaluation-scenes-val-last.json").read_text())
@@ -75,7 +113,7 @@ def test_runs_are_trained_once_and_the_table_holds_their_scores(
     assert float(rows["+ SWARD"]["s/step mean"]) == pytest.approx(cost["seconds"] / 2)
 
     assert main(QUICK) == 0
-    assert trained == ["teacher", "none-seed0", "sward-seed0"]
+    assert trained == []
 
     # Scores of other weights, as `sward evaluate` leaves them when it is called before the end of a run.
     file = Path("out/demo/sward-seed0/evaluation-scenes-val-last.json")
@@ -85,27 +123,26 @@ def test_runs_are_trained_once_and_the_table_holds_their_scores(
     assert float(table_rows(Path("out/methods-demo.csv"))["+ SWARD"]["scenes mIoU mean"]) < 90
 
     assert main([*QUICK[:-1], "--seeds", "2"]) == 0
-    assert trained[3:] == ["none-seed1"]
+    assert trained == ["none-seed1"]
     rows = table_rows(Path("out/methods-demo.csv"))
     assert (rows["student alone"]["scenes mIoU n"], rows["+ SWARD"]["scenes mIoU n"]) == ("2", "1")
 
 
+@pytest.mark.usefixtures("first_call_here")
 def test_another_configuration_in_the_folder_is_refused_before_any_work(
     trained: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(QUICK) == 0
-    capsys.readouterr()
     assert main([*COMMAND, "--iterations", "3"]) == 2
     assert (
         "sward reproduce: out/demo/teacher holds a run with another configuration: iterations is 2, not 3; "
         "choose another --output, or remove that folder to train it again" in capsys.readouterr().err
     )
-    assert trained == ["teacher", "none-seed0", "sward-seed0"]
+    assert trained == []
 
 
+@pytest.mark.usefixtures("first_call_here")
 def test_a_student_of_another_teacher_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """Its configuration is the same, and a table would set it beside students of the new teacher."""
-    assert main(QUICK) == 0
     student = Path("out/demo/sward-seed0")
     assert load_distillation(student) is not None
     path = Path("out/demo/teacher/checkpoints/best.pt")
@@ -113,7 +150,6 @@ def test_a_student_of_another_teacher_is_refused(capsys: pytest.CaptureFixture[s
     name = next(key for key, value in state["model"].items() if value.is_floating_point())
     state["model"][name] += 1
     checkpoints.save(path, state)
-    capsys.readouterr()
     assert main(QUICK) == 2
     message = capsys.readouterr().err
     assert f"{student} holds a student of another teacher than that in out/demo/teacher; choose another" in message

@@ -20,9 +20,6 @@ def for_each(strategy: SearchStrategy[Any], count: int, check: Callable[[Any], N
 
     @settings(
         max_examples=count,
-        derandomize=True,
-        database=None,
-        deadline=None,
         phases=[Phase.generate],  # A run of seconds per example is too much to search for a smaller one.
         suppress_health_check=list(HealthCheck),
         print_blob=False,

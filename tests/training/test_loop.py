@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from sward import data
 from sward.config import DistillationConfig, OptimizerConfig
-from sward.losses import SegmentationCrossEntropy
+from sward.losses import MWADLoss, SegmentationCrossEntropy
 from sward.training.loop import estimate_batch_norm, first_state, fit, learning_rate
 from sward.training.run_folder import RunFolder
-from sward.training.state import _generator_states, _set_generator_states
+from sward.training.state import TrainingState, _generator_states, _set_generator_states
 from sward.training.step import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("few_images")
@@ -62,6 +62,28 @@ def test_the_random_state_of_the_models_own_gpu_is_kept(device: str, monkeypatch
     states = _generator_states(None, torch.device(device))
     _set_generator_states(None, states, torch.device(device))
     assert asked == ([] if device == "cpu" else 2 * [torch.device(device)])
+
+
+def test_a_loss_with_a_generator_of_its_own_draws_the_same_shifts_after_a_restart(tmp_path: Path) -> None:
+    def state_of(seed: int) -> tuple[TrainingState, MWADLoss]:
+        generator = torch.Generator().manual_seed(seed)
+        model, loss = nn.Linear(1, 1), MWADLoss([3], [5], window_size=8, embed_dim=8, generator=generator)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        return TrainingState(model, loss, optimizer, lambda step: 1.0, scaler), loss
+
+    def shifts(loss: MWADLoss) -> list[list[int]]:
+        return [torch.as_tensor(loss._draw_shift(8, torch.device("cpu"))).tolist() for _ in range(5)]
+
+    run = RunFolder(tmp_path)
+    run.last.parent.mkdir()
+    (saved, loss), (restored, another) = state_of(1), state_of(2)
+    shifts(loss)  # not saved at its first number
+    with run.locked():
+        saved.save(run)
+        expected = shifts(loss)
+        restored.restore(run)
+    assert shifts(another) == expected != shifts(state_of(2)[1])
 
 
 def test_schedules_by_hand() -> None:

@@ -13,6 +13,7 @@ from sward.config import OptimizerConfig, Precision, TeacherConfig
 from sward.losses import MWADLoss, PDRLoss, SegmentationCrossEntropy, SWARDDistillation
 from sward.runs import train_student
 from sward.training import FrozenTeacher, TrainingStep
+from sward.training.state import TrainingState
 from tests.support.peers import PEERS, batch
 from tests.support.training_runs import checkpoint, records, small
 
@@ -148,6 +149,19 @@ def test_the_gradient_is_clipped_to_its_norm_and_the_norm_before_is_logged(tmp_p
     assert norms[None] == pytest.approx(norms[1e-3])
     with pytest.raises(ValueError, match=r"optimizer\.clip_norm must be above 0, got 0"):
         small(tmp_path, optimizer=OptimizerConfig(clip_norm=0)).check()
+
+
+def test_a_gradient_scaled_for_half_precision_is_clipped_by_its_own_norm() -> None:
+    model = nn.Linear(4, 1, bias=False)
+    before = model.weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    state = TrainingState(model, None, optimizer, lambda step: 1.0, scaler, clip_norm=0.5)
+    # The gradient is (1, 1, 1, 1), of norm 2.
+    norm = state.update(model(torch.ones(1, 4)).sum())
+    assert norm is not None
+    assert norm.item() == pytest.approx(2.0)
+    torch.testing.assert_close(model.weight.detach(), before - 0.25)
 
 
 def test_the_task_loss_of_half_precision_logits_is_computed_in_float32() -> None:

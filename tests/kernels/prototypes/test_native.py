@@ -74,7 +74,7 @@ def test_normalised_channels_and_classes(channels: int, num_classes: int) -> Non
     check(features, labels, num_classes, normalize=True)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     sizes=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 9), st.integers(1, 90)),
     num_classes=st.integers(1, 9),

@@ -48,9 +48,14 @@ def assert_equals_reference(features: Tensor, labels: Tensor, num_classes: int, 
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(
-    ("num_classes", "channels"), [(1, 8), (2, 24), (19, 96), (19, 576), (150, 256), (256, 24), (2, 2048)]
+    ("num_classes", "channels", "normalize"),
+    [
+        (*sizes, normalize)
+        for sizes in ((1, 8), (2, 24), (19, 96), (19, 576), (150, 256), (256, 24), (2, 2048))
+        for normalize in (False, True)
+        if (*sizes, normalize) != (256, 24, True)  # takes longest, and 150 classes show the same
+    ],
 )
 def test_sizes(num_classes: int, channels: int, normalize: bool) -> None:
     features, labels = case(1, channels, 9, 8, num_classes)
@@ -76,7 +81,7 @@ def test_layouts(layout: str, normalize: bool) -> None:
     layout=st.sampled_from(["nchw", "channels_last", "sliced"]),
     seed=st.integers(0, 999),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8)
 def test_equals_loops_over_classes(
     sizes: tuple[int, int, int, int],
     num_classes: int,
@@ -198,6 +203,7 @@ def test_gradcheck() -> None:
         assert torch.autograd.gradcheck(
             lambda x, n=normalize: prototype_discrimination(x, labels, 3, normalize=n, implementation="triton").loss,
             (features,),
+            fast_mode=True,
         )
 
 
@@ -205,10 +211,9 @@ def test_gradcheck() -> None:
 def test_repeats_bit_for_bit(normalize: bool) -> None:
     features, labels = case(2, 16, 12, 12, 19, dtype=torch.float32)
     first, first_gradient = run("triton", features, labels, 19, normalize=normalize)
-    for _ in range(3):
-        result, gradient = run("triton", features, labels, 19, normalize=normalize)
-        assert all(torch.equal(*pair) for pair in zip(result, first))
-        assert torch.equal(gradient, first_gradient)
+    result, gradient = run("triton", features, labels, 19, normalize=normalize)
+    assert all(torch.equal(*pair) for pair in zip(result, first))
+    assert torch.equal(gradient, first_gradient)
 
 
 def test_64_bit_offsets_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def test_two_classes_by_hand(implementation: str) -> None:
     ignore_index=st.sampled_from([255, 0, -1]),
     seed=st.integers(0, 999),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_equals_loops_over_classes(
     implementation: str,
     normalize: bool,

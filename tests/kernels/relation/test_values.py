@@ -62,7 +62,7 @@ def test_gradcheck(implementation: str) -> None:
     assert torch.autograd.gradcheck(lambda s: relational_kl(s, teacher, implementation=implementation), (student,))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     images=st.integers(1, 4),
     pixels=st.integers(1, 40),

@@ -99,7 +99,7 @@ def test_a_side_without_gradient_gets_none_and_changes_nothing(side: str) -> Non
     assert all(value.grad is None for name, value in maps.items() if name != side)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
     side = data.draw(st.integers(1, 6), "window_size")

@@ -200,7 +200,6 @@ def test_float16_gradients_survive_a_loss_scale_and_many_pixels() -> None:
 
 @settings(
     max_examples=8,
-    deadline=None,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

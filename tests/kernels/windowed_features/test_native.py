@@ -71,7 +71,7 @@ def test_the_papers_width(channels: tuple[int, int]) -> None:
     check(sides_like((2, 24, 20), dim=64, channels=channels, dtype=torch.float32), 8, (3, 5), implementation="auto")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
     side = data.draw(st.integers(1, 9), "window_size")

@@ -234,7 +234,6 @@ def test_float16_gradients_survive_a_loss_scale_and_short_vectors() -> None:
 
 @settings(
     max_examples=8,
-    deadline=None,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
