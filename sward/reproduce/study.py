@@ -91,7 +91,7 @@ class Study:
         config = preset.teacher if run.name == TEACHER else preset.student
         config.seed = 0 if run.name == TEACHER else seed
         config.output = self.folder(run, seed).path
-        config.dataset.root = None if config.dataset.name == "scenes" else self.options.data
+        config.dataset.root = self._root_of(config.dataset.name)
         config.device = self.options.device
         if self.options.iterations is not None:
             config.iterations, config.epochs = self.options.iterations, None
@@ -123,6 +123,10 @@ class Study:
             config.teacher.cache = self._features(run)
         return config
 
+    def _root_of(self, dataset: str) -> Path | None:
+        """Return the folder of the data sets for a configuration; generated scenes have none."""
+        return None if dataset == "scenes" else self.options.data
+
     def masks_file(self, run: Run) -> Path:
         """Return the file of MasKD's tokens or FreeKD's prompts on the teacher of `run`."""
         return self.folder(teacher_of(run.preset), 0).path.with_name(f"{run.distillation}.pt")
@@ -137,7 +141,7 @@ class Study:
         teacher = teacher_of(run.preset)
         config = presets.get(teacher.preset).masks
         config.method = method
-        config.dataset.root = None if config.dataset.name == "scenes" else self.options.data
+        config.dataset.root = self._root_of(config.dataset.name)
         config.teacher.run = self.folder(teacher, 0).path
         if self.options.iterations is not None:
             config.steps = self.options.iterations
