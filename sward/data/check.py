@@ -23,7 +23,16 @@ from numpy.typing import NDArray
 from sward import atomic, distributed
 from sward.data.files import PairedFiles
 from sward.data.folder import ImageFolder
-from sward.data.images import CorruptFileError, Header, check_depth, check_end, open_image, read_header, read_image
+from sward.data.images import (
+    CorruptFileError,
+    Header,
+    check_depth,
+    check_end,
+    may_lie_otherwise,
+    open_image,
+    read_header,
+    read_image,
+)
 from sward.data.sample import Pair, SegmentationDataset
 
 
@@ -33,6 +42,8 @@ class LabelCounts:
 
     pixels: NDArray[np.int64]
     """Pixels per mask and class, `[N, K + 1]`; the last column counts ignored pixels."""
+    turned_alone: tuple[str, ...] = ()
+    """Names of images that an EXIF orientation turns, of the same size, while their masks have none."""
 
     @property
     def shares(self) -> list[float]:
@@ -63,7 +74,8 @@ def check_splits(
 ) -> dict[str, LabelCounts]:
     """Check every frame of the splits of a data set that have files; every process of a group must call this.
 
-    Warns of masks that are all background, and of images with the same bytes in two splits.
+    Warns of masks that are all background, of masks that may be upside down, and of images with the same bytes in two
+    splits.
 
     Args:
         splits: name of the split -> data set. `"train"` must hold every class.
@@ -128,8 +140,9 @@ def check_classes(datasets: Sequence[PairedFiles], *, skip_corrupt: bool = False
     Raises:
         ValueError: as `check_splits` does.
     """
-    counted = [count_labels(dataset, skip_corrupt=skip_corrupt).pixels for dataset in datasets]
-    _judge_training(datasets[0], LabelCounts(np.concatenate(counted)))
+    counted = [count_labels(dataset, skip_corrupt=skip_corrupt) for dataset in datasets]
+    turned = tuple(name for each in counted for name in each.turned_alone)
+    _judge_training(datasets[0], LabelCounts(np.concatenate([each.pixels for each in counted]), turned))
 
 
 def count_labels(dataset: PairedFiles, *, skip_corrupt: bool = False) -> LabelCounts:
@@ -152,16 +165,18 @@ def count_labels(dataset: PairedFiles, *, skip_corrupt: bool = False) -> LabelCo
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
         results = list(executor.map(count, mine, own_keys))
-    shared = distributed.gather((results, own_keys))
-    rows = [row for part, _ in shared for row in part]
-    keys = [key for _, part in shared for key in part]
+    shared = distributed.gather((results, own_keys, [pair.name for pair in mine]))
+    rows = [row for part, _, _ in shared for row in part]
+    keys = [key for _, part, _ in shared for key in part]
+    names = [name for _, _, part in shared for name in part]
     wrong = [row for row in rows if isinstance(row, str)]
     if distributed.is_main():
         store.save({key: row for key, row in zip(keys, rows) if isinstance(row, list)})
     if wrong:
         raise ValueError(wrong[0] + (f" (and {len(wrong) - 1} more images or masks)" if len(wrong) > 1 else ""))
-    kept = [row for row in rows if isinstance(row, list)]
-    return LabelCounts(np.array(kept, np.int64).reshape(-1, dataset.info.num_classes + 1))
+    kept = [(name, row) for name, row in zip(names, rows) if isinstance(row, list)]
+    table = np.array([row for _, row in kept], np.int64).reshape(-1, dataset.info.num_classes + 2)
+    return LabelCounts(table[:, :-1], tuple(name for name, row in kept if row[-1]))
 
 
 def _count(dataset: PairedFiles, pair: Pair) -> list[int]:
@@ -176,10 +191,15 @@ def _count(dataset: PairedFiles, pair: Pair) -> list[int]:
         check_end(pair.image, header)
     dataset.check_size(pair, (labels.shape[0], labels.shape[1]), header.size)
     counts = np.bincount(labels.ravel(), minlength=256)
-    return [*counts[: dataset.info.num_classes].tolist(), int(counts[dataset.info.ignore_index])]
+    return [
+        *counts[: dataset.info.num_classes].tolist(),
+        int(counts[dataset.info.ignore_index]),
+        int(may_lie_otherwise(header, pair.mask)),
+    ]
 
 
 def _judge_training(dataset: PairedFiles, found: LabelCounts) -> None:
+    _warn_of_turned("train", found)
     absent, masks, empty = _absent(dataset, found), len(found.pixels), found.only_background
     if absent and masks:
         message = f"class {absent[0]!r} must be in at least one training mask, got none in {masks} masks"
@@ -191,12 +211,22 @@ def _judge_training(dataset: PairedFiles, found: LabelCounts) -> None:
         warnings.warn(f"{empty} of {masks} training masks are all {dataset.info.classes[0]}", stacklevel=4)
 
 
+def _warn_of_turned(split: str, found: LabelCounts) -> None:
+    if found.turned_alone:
+        warnings.warn(
+            f"{len(found.turned_alone)} images of {split} are turned by an EXIF orientation and their masks are not, "
+            f"such as {found.turned_alone[0]}; in a viewer, image and mask must lie alike",
+            stacklevel=5,
+        )
+
+
 def judge_evaluation(split: str, dataset: PairedFiles, found: LabelCounts) -> None:
-    """Warn if masks of a split that is scored lack a class in a way that makes its scores misleading.
+    """Warn if masks of a split that is scored may be upside down, or lack a class so that its scores mislead.
 
     Raises:
         ValueError: no pixel has a class.
     """
+    _warn_of_turned(split, found)
     absent, classes = _absent(dataset, found), dataset.info.classes
     if not absent or not len(found.pixels):
         return
@@ -247,7 +277,7 @@ class _Store:
 
     def __init__(self, dataset: PairedFiles) -> None:
         # The number changes with what is checked.
-        what = f"6 {dataset.folder.resolve()} {dataset.info.name} {dataset.info.num_classes} {dataset.decoding}"
+        what = f"7 {dataset.folder.resolve()} {dataset.info.name} {dataset.info.num_classes} {dataset.decoding}"
         what += "" if dataset.image_range is None else f" range {dataset.image_range}"
         what += "" if dataset.packed is None else " packed"  # whose files are not looked at to their end
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

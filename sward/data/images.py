@@ -259,6 +259,8 @@ class Header(NamedTuple):
     """Pillow's name of the file format."""
     wide_colour: bool = False
     """Whether it is a colour image of 16 bits per channel, of which Pillow's mode says nothing."""
+    keeps_size: bool = True
+    """Whether the upright image has the height and width of the stored one."""
 
     @property
     def is_wide(self) -> bool:
@@ -277,8 +279,9 @@ class Header(NamedTuple):
         if orientation in (5, 6, 7, 8):
             # Of TIFF files Pillow has done so already if a tag says so, not if XMP does; the tags hold the stored size.
             size = (exif[_STORED_WIDTH], exif[_STORED_HEIGHT]) if image.format == "TIFF" else size[::-1]
+        keeps_size = orientation not in (5, 6, 7, 8) or size[0] == size[1]
         # Viewers and Pillow ignore other values than 1 to 8.
-        return cls(size, image.mode, orientation in range(2, 9), image.format or "", wide_colour)
+        return cls(size, image.mode, orientation in range(2, 9), image.format or "", wide_colour, keeps_size)
 
 
 def read_header(path: Path) -> Header | None:
@@ -290,6 +293,14 @@ def read_header(path: Path) -> Header | None:
             return Header.of(image)
     except (*_DAMAGE, Image.DecompressionBombError):
         return None
+
+
+def may_lie_otherwise(image: Header, mask: Path) -> bool:
+    """Whether an EXIF orientation turns an image but not its mask, and no size shows it."""
+    if not (image.turned and image.keeps_size):
+        return False
+    header = read_header(mask)
+    return header is not None and not header.turned
 
 
 def check_end(path: Path, header: Header) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sward.data.files import shortened
-from sward.data.images import WIDE_COLOUR_RANGE, Header, check_end, lossy_compression, open_image, read_header
+from sward.data.images import WIDE_COLOUR_RANGE, Header, check_end, lossy_compression, may_lie_otherwise, open_image
 from sward.data.layouts import find_layout, table_pairs
 from sward.data.masks import TOLERANCE, UNCLEAR_SHARE, colours, indices
 from sward.data.sample import IGNORE_INDEX, Pair
@@ -245,7 +245,6 @@ def _look(pair: Pair) -> _Look:
         with Image.open(pair.image) as image:
             header = Header.of(image)
             look = look._replace(size=header.size, turned=header.turned)
-            keeps_size = header.size == (image.height, image.width)
             if header.is_wide:
                 pixels = np.asarray(image)
                 look = look._replace(wide=header.mode, lowest=float(pixels.min()), highest=float(pixels.max()))
@@ -254,7 +253,7 @@ def _look(pair: Pair) -> _Look:
         check_end(pair.image, header)
         mask = open_image(pair.mask)
         look = look._replace(
-            turned_alone=header.turned and keeps_size and not _is_turned(pair.mask),
+            turned_alone=may_lie_otherwise(header, pair.mask),
             mode=mask.mode,
             lossy=bool(lossy_compression(mask)),
             values=dict(_mask_values(mask, pair.mask)),
@@ -267,11 +266,6 @@ def _look(pair: Pair) -> _Look:
         return look
     except (OSError, ValueError) as error:
         return look._replace(problem=str(error))
-
-
-def _is_turned(path: Path) -> bool:
-    header = read_header(path)
-    return header is not None and header.turned
 
 
 def _range_of(lowest: float, highest: float) -> tuple[float, float]:

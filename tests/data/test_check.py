@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sward import data
 from sward.cli.main import main
@@ -206,3 +207,25 @@ def test_images_of_more_bits_are_found_before_step_1(polyps: Path, write: Write)
 def test_a_cache_that_cannot_be_written_is_no_error(polyps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(polyps / "masks/train/0.png"))
     assert len(check.count_labels(build(polyps)).pixels) == 4
+
+
+def test_a_mask_that_may_be_upside_down_is_warned_of_in_training_and_evaluation(polyps: Path) -> None:
+    # Half a turn, which keeps the size.
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for split, name in (("train", "1"), ("val", "0")):
+        path = polyps / f"images/{split}/{name}.png"
+        Image.open(path).save(path, exif=exif)
+    message = "1 images of {} are turned by an EXIF orientation and their masks are not, such as {}; in a viewer"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_splits({"train": build(polyps), "val": build(polyps, "val")})
+    said = [str(warning.message) for warning in caught]
+    assert sum(text.startswith(message.format("train", "1")) for text in said) == 1
+    assert sum(text.startswith(message.format("val", "0")) for text in said) == 1
+    for split, name in (("train", "1"), ("val", "0")):
+        path = polyps / f"masks/{split}/{name}.png"
+        Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path, exif=exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_splits({"train": build(polyps), "val": build(polyps, "val")})

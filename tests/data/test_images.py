@@ -64,7 +64,8 @@ def test_exif_orientation_is_applied(tmp_path: Path, suffix: str, format: str, o
     image = read_image(path)
     height, width = (16, 32) if orientation < 5 else (32, 16)
     assert image.shape == (3, height, width)
-    assert read_header(path) == Header((height, width), "RGB", turned=orientation != 1, format=format)
+    expected = Header((height, width), "RGB", turned=orientation != 1, format=format, keeps_size=orientation < 5)
+    assert read_header(path) == expected
     opened = Header.of(open_image(path))
     assert (opened.size, opened.turned) == ((height, width), False)
     block = image[0] > 127
@@ -99,7 +100,7 @@ def test_uncompressed_tiff_of_any_mode_is_turned(tmp_path: Path, mode: str, orie
 def test_an_orientation_in_xmp_counts_and_one_that_is_none_does_not(tmp_path: Path) -> None:
     picture = Image.fromarray(CORNER)
     picture.save(tmp_path / "a.tif", tiffinfo={700: b'<x:xmpmeta tiff:Orientation="6"/>'})
-    assert read_header(tmp_path / "a.tif") == Header((6, 4), "RGB", turned=True, format="TIFF")
+    assert read_header(tmp_path / "a.tif") == Header((6, 4), "RGB", turned=True, format="TIFF", keeps_size=False)
     assert read_image(tmp_path / "a.tif").shape == (3, 6, 4)
     exif = Image.Exif()
     exif[0x0112] = 0
@@ -120,6 +121,8 @@ def test_upright_masks_pass_the_check_beside_turned_images(tmp_path: Path, suffi
     assert isinstance(dataset, PairedFiles)
     counted = count_labels(dataset)
     assert counted.pixels[:, 1].tolist() == [4 * 32] * 4 + [4 * 16] * 4
+    # Of the others, the sizes say that image and mask lie alike.
+    assert counted.turned_alone == ("2", "3", "4")
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
