@@ -101,7 +101,7 @@ class Options:
             ("image", self.image != 0, ("figure1", "figure3", "attention")),
         ):
             if given and self.what not in readers:
-                raise ValueError(f"{name} must be left out for {self.what}; only {', '.join(readers)} read it")
+                raise ValueError(f"{name} must be left out for {self.what}; it belongs to {', '.join(readers)}")
         if self.image < 0:
             raise ValueError(f"image must be at least 0, got {self.image}")
         for name in ("seeds", "iterations", "epochs"):
