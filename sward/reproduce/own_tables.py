@@ -7,6 +7,7 @@ import dataclasses
 from sward import presets
 from sward.losses.recipes import PAPER, ContextReduction, TeacherNormalization, TeacherProjections
 from sward.methods import METHOD_TITLES, METHODS
+from sward.models.inputs import SIZE_MULTIPLE
 from sward.reproduce.experiments import (
     OVERLAP,
     PDR_WEIGHT,
@@ -124,7 +125,7 @@ def questions(preset: str) -> Table:
         f"PDR on features {pdr}": sward(
             preset, f"pdr-{pdr.replace(' ', '-')}", weights=weights, normalize=not base.normalize
         ),
-        **{f"teacher at {factor:g} times the size": _teacher_size(preset, factor) for factor in (0.5, 2)},
+        **{f"teacher sees {_pixels(run)}": run for run in (_teacher_size(preset, factor) for factor in (0.5, 2))},
         **{f"window {side} x {side}": sward(preset, f"window-{side}", window_size=(side,)) for side in windows},
         # At 128 pixels the deepest map has 4 x 4 positions, so most of a larger window is padding.
         "window 8 x 8, deepest stage 4 x 4": sward(preset, "window-8-8-8-4", window_size=(8, 8, 8, 4)),
@@ -192,5 +193,11 @@ _UNSEEN_HALF = (
 
 def _teacher_size(preset: str, factor: float) -> Run:
     """Return the run whose teacher sees larger or smaller images, that is, has more or fewer tokens per image."""
-    height, width = (int(factor * side) for side in presets.get(preset).student.teacher_image_size)
+    sides = presets.get(preset).student.teacher_image_size
+    height, width = (SIZE_MULTIPLE * max(1, round(factor * side / SIZE_MULTIPLE)) for side in sides)
     return Run(preset, f"sward-teacher-{height}", "sward", {"teacher.image_size": (height, width)})
+
+
+def _pixels(run: Run) -> str:
+    height, width = run.overrides["teacher.image_size"]
+    return f"{height} x {width} pixels"
