@@ -139,6 +139,21 @@ def test_pooled_dice() -> None:
     assert f"the gains are {', '.join(gains[:-1])} and {gains[-1]}, from the first row to the last" in page()
 
 
+def test_iou() -> None:
+    def found(scores: Scores, method: str = "sward", base: str = "none") -> str:
+        return gain(scores, method, base, metric="iou")
+
+    assert f"IoU: {found(CLINICDB)} and {found(CLINICDB_TO_COLONDB)}." in page()
+    assert f"by 7.8 to 11.6 points; IoU by {found(SEQUENCE_TO_COLONDB).removeprefix('+')}." in page()
+    assert f"IoU {found(OTHER_HALF, 'sward-unlabelled', 'sward')} over labelled images only" in page()
+    for label, method in (("alone", "none"), ("+ SWARD (recommended recipe)", "sward")):
+        mean_iou = fmean(dice(COLONDB, method, metric="iou").values())
+        assert cells("docs/results.md", FIRST, label)[4] == f"{mean_iou:.1f}"
+    points, _, interval = found(COLONDB).partition(" ")
+    assert cells("docs/results.md", FIRST, "difference")[4] == points
+    assert cells("docs/results.md", FIRST, "95 % interval, paired t over seeds")[4] == interval
+
+
 def test_intervals_corrected_for_their_number() -> None:
     def adjusted(others: int) -> list[float]:
         """p-values of the five gains by Holm's method; the others, which show nothing, come last."""
