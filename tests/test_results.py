@@ -300,6 +300,7 @@ def test_a_tenth_of_the_masks_beside_all_of_them() -> None:
         (PEERS, "+ SWARD", "sward"),
         (PEERS, "+ MasKD", "maskd"),
         (PEERS, "+ CWD", "cwd"),
+        (PEERS, "+ CWD, factor 10", "cwd-times-10"),
         (PEERS, "+ CIRKD", "cirkd"),
         (PEERS, "+ FreeKD", "freekd"),
         (PEERS, "+ KD", "kd"),
