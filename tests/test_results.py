@@ -372,6 +372,7 @@ def test_what_is_said_of_street_scenes() -> None:
 def test_maskd_and_cwd_beside_the_student_alone() -> None:
     maskd, cwd = (gain(COLONDB, method, "none").removeprefix("+") for method in ("maskd", "cwd"))
     assert f"MasKD gains {maskd.replace(' ', ' points ', 1)} over the student alone, CWD {cwd};" in page()
+    assert f"CWD has a mean of {mean(COLONDB, 'cwd-times-10')}, SWARD {mean(COLONDB, 'sward')}." in page()
 
 
 FACTORS = "### The factor of each method's loss"
