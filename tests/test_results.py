@@ -308,6 +308,7 @@ def test_a_tenth_of_the_masks_beside_all_of_them() -> None:
         (PARTS, "+ SWARD, windows of 4 pixels on the deepest map, which has 4x4", "sward-window-8-8-8-4"),
         (PARTS, "+ SWARD, teacher features as they are", "sward-features-none"),
         (PARTS, "+ SWARD, with PDR", "sward-pdr"),
+        (PARTS, "+ SWARD, teacher at 128x128, 9x9 tokens (recipe: 224x224, 16x16)", "sward-teacher-128"),
         (PARTS, "+ SWARD, learned teacher projections", "sward-projections-learned"),
         (PARTS, "+ SWARD, context summed over channels", "sward-context-sum"),
         (LENGTH, "alone, 60 epochs", "none"),
@@ -341,6 +342,7 @@ def test_what_is_said_of_parts_and_lengths() -> None:
     [
         ("alone, 60 epochs (5,460 steps)", "none"),
         ("+ SWARD, 60 epochs", "sward"),
+        ("+ CWD, 60 epochs", "cwd"),
         ("alone, 120 epochs", "none-twice"),
     ],
 )
