@@ -333,6 +333,7 @@ def test_what_is_said_of_parts_and_lengths() -> None:
         in page()
     )
     alone, twice, sward = (dice(COLONDB, method) for method in ("none", "none-twice", "sward"))
+    assert f"costs {sward[0] - dice(COLONDB, 'sward-context-sum')[0]:.1f} points in the one seed tried" in page()
     assert f"with seed 0, twice the epochs give it {twice[0] - alone[0]:.1f} points" in page()
     assert f"in half the epochs is another {sward[0] - twice[0]:.1f} above that" in page()
 
