@@ -89,8 +89,8 @@ def print_check(options: DataCheck) -> None:
         print(f"turned:      {found.turned} images have an EXIF orientation, which is applied, as that of a mask is")
     if found.turned_alone:
         print(
-            f"turned:      {found.turned_alone} of them have a mask without one; in a viewer, image and mask must lie "
-            "alike"
+            f"turned:      {found.turned_alone} of them have a mask without one; check in an image viewer that both "
+            "are the same way up"
         )
     if found.wide:
         span = f"up to {exact_text(found.highest)}" + (f", down to {exact_text(found.lowest)}" if found.lowest else "")

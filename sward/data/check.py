@@ -91,6 +91,7 @@ def check_splits(
         if isinstance(dataset, PairedFiles):
             found[name] = count_labels(dataset, skip_corrupt=skip_corrupt and name == "train")
             if name == "train":
+                _warn_of_turned(name, found[name].turned_alone)
                 _judge_training(dataset, found[name])
             else:
                 judge_evaluation(name, dataset, found[name])
@@ -141,8 +142,8 @@ def check_classes(datasets: Sequence[PairedFiles], *, skip_corrupt: bool = False
         ValueError: as `check_splits` does.
     """
     counted = [count_labels(dataset, skip_corrupt=skip_corrupt) for dataset in datasets]
-    turned = tuple(name for each in counted for name in each.turned_alone)
-    _judge_training(datasets[0], LabelCounts(np.concatenate([each.pixels for each in counted]), turned))
+    _warn_of_turned("the data set", [name for each in counted for name in each.turned_alone])
+    _judge_training(datasets[0], LabelCounts(np.concatenate([each.pixels for each in counted])))
 
 
 def count_labels(dataset: PairedFiles, *, skip_corrupt: bool = False) -> LabelCounts:
@@ -199,7 +200,6 @@ def _count(dataset: PairedFiles, pair: Pair) -> list[int]:
 
 
 def _judge_training(dataset: PairedFiles, found: LabelCounts) -> None:
-    _warn_of_turned("train", found)
     absent, masks, empty = _absent(dataset, found), len(found.pixels), found.only_background
     if absent and masks:
         message = f"class {absent[0]!r} must be in at least one training mask, got none in {masks} masks"
@@ -211,12 +211,12 @@ def _judge_training(dataset: PairedFiles, found: LabelCounts) -> None:
         warnings.warn(f"{empty} of {masks} training masks are all {dataset.info.classes[0]}", stacklevel=4)
 
 
-def _warn_of_turned(split: str, found: LabelCounts) -> None:
-    if found.turned_alone:
+def _warn_of_turned(split: str, names: Sequence[str]) -> None:
+    if names:
         warnings.warn(
-            f"{len(found.turned_alone)} images of {split} are turned by an EXIF orientation and their masks are not, "
-            f"such as {found.turned_alone[0]}; in a viewer, image and mask must lie alike",
-            stacklevel=5,
+            f"{len(names)} images of {split} have an EXIF orientation and their masks have none, such as {names[0]}; "
+            "check in an image viewer that both are the same way up",
+            stacklevel=4,
         )
 
 
@@ -226,7 +226,7 @@ def judge_evaluation(split: str, dataset: PairedFiles, found: LabelCounts) -> No
     Raises:
         ValueError: no pixel has a class.
     """
-    _warn_of_turned(split, found)
+    _warn_of_turned(split, found.turned_alone)
     absent, classes = _absent(dataset, found), dataset.info.classes
     if not absent or not len(found.pixels):
         return

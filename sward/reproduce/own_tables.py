@@ -194,7 +194,7 @@ _UNSEEN_HALF = (
 def _teacher_size(preset: str, factor: float) -> Run:
     """Return the run whose teacher sees larger or smaller images, that is, has more or fewer tokens per image."""
     sides = presets.get(preset).student.teacher_image_size
-    height, width = (SIZE_MULTIPLE * max(1, round(factor * side / SIZE_MULTIPLE)) for side in sides)
+    height, width = (SIZE_MULTIPLE * round(factor * side / SIZE_MULTIPLE) for side in sides)
     return Run(preset, f"sward-teacher-{height}", "sward", {"teacher.image_size": (height, width)})
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from sward import data
 from sward.cli.main import main
 from sward.data import check
-from sward.data.check import check_splits, count_labels, find_copies
+from sward.data.check import check_classes, check_splits, count_labels, find_copies
 from sward.data.files import PairedFiles
 from tests.support.folder_data import damage
 from tests.support.polyp_folder import Write
@@ -216,13 +216,15 @@ def test_a_mask_that_may_be_upside_down_is_warned_of_in_training_and_evaluation(
     for split, name in (("train", "1"), ("val", "0")):
         path = polyps / f"images/{split}/{name}.png"
         Image.open(path).save(path, exif=exif)
-    message = "1 images of {} are turned by an EXIF orientation and their masks are not, such as {}; in a viewer"
+    message = "1 images of {} have an EXIF orientation and their masks have none, such as {}; check in an image viewer"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         check_splits({"train": build(polyps), "val": build(polyps, "val")})
     said = [str(warning.message) for warning in caught]
     assert sum(text.startswith(message.format("train", "1")) for text in said) == 1
     assert sum(text.startswith(message.format("val", "0")) for text in said) == 1
+    with pytest.warns(UserWarning, match="2 images of the data set have an EXIF orientation .*, such as 1;"):
+        check_classes([build(polyps), build(polyps, "val")])
     for split, name in (("train", "1"), ("val", "0")):
         path = polyps / f"masks/{split}/{name}.png"
         Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path, exif=exif)

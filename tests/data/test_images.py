@@ -13,7 +13,7 @@ from sward import data
 from sward.data import CorruptFileError, read_image
 from sward.data.check import count_labels
 from sward.data.files import PairedFiles, list_images, pair_by_name
-from sward.data.images import Header, check_depth, open_image, read_header, read_opened
+from sward.data.images import Header, check_depth, may_lie_otherwise, open_image, read_header, read_opened
 
 CORNER = np.zeros((4, 6, 3), np.uint8)
 CORNER[0, 0] = 255
@@ -121,8 +121,21 @@ def test_upright_masks_pass_the_check_beside_turned_images(tmp_path: Path, suffi
     assert isinstance(dataset, PairedFiles)
     counted = count_labels(dataset)
     assert counted.pixels[:, 1].tolist() == [4 * 32] * 4 + [4 * 16] * 4
-    # Of the others, the sizes say that image and mask lie alike.
+    # Of the others, the sizes say that image and mask are the same way up.
     assert counted.turned_alone == ("2", "3", "4")
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_of_a_square_image_no_size_says_which_way_up_its_mask_is(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    square = Image.fromarray(np.zeros((16, 16), np.uint8))
+    square.save(tmp_path / "a.png", exif=exif)
+    square.save(tmp_path / "upright.png")
+    header = read_header(tmp_path / "a.png")
+    assert header is not None
+    assert may_lie_otherwise(header, tmp_path / "upright.png")
+    assert not may_lie_otherwise(header, tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])

@@ -198,7 +198,7 @@ def test_a_mask_that_may_be_upside_down_is_pointed_out(
     # The size of the third mask says that it is upright.
     assert (found.turned, found.turned_alone) == (3, 1)
     main(["data", "check", str(tmp_path)])
-    assert "1 of them have a mask without one; in a viewer, image and mask must lie alike" in capsys.readouterr().out
+    assert "1 of them have a mask without one; check in an image viewer that both" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
