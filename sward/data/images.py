@@ -275,11 +275,11 @@ class Header(NamedTuple):
         exif = image.getexif()
         orientation = exif.get(_ORIENTATION, 1)
         size = image.height, image.width
-        # These four exchange height and width.
-        if orientation in (5, 6, 7, 8):
+        exchanged = orientation in (5, 6, 7, 8)
+        if exchanged:
             # Of TIFF files Pillow has done so already if a tag says so, not if XMP does; the tags hold the stored size.
             size = (exif[_STORED_WIDTH], exif[_STORED_HEIGHT]) if image.format == "TIFF" else size[::-1]
-        keeps_size = orientation not in (5, 6, 7, 8) or size[0] == size[1]
+        keeps_size = not exchanged or size[0] == size[1]
         # Viewers and Pillow ignore other values than 1 to 8.
         return cls(size, image.mode, orientation in range(2, 9), image.format or "", wide_colour, keeps_size)
 
