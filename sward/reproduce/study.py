@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from sward.data import DatasetNotFoundError
 from sward.data.files import PairedFiles
 from sward.evaluation import Evaluation
 from sward.reporting.card import write_card
+from sward.reproduce.comparable import Comparable
 from sward.reproduce.experiments import TEACHER, EvaluationSet, Frames, Run, Table, teacher_of
 from sward.reproduce.options import Options
 from sward.runs import (
@@ -32,8 +33,7 @@ from sward.runs import (
     train_student,
     train_teacher,
 )
-from sward.runs.load import build_datasets, build_split, choose_device, load_run
-from sward.training import checkpoints
+from sward.runs.load import build_datasets, build_split, choose_device
 from sward.training.observation import forget_peak_memory, peak_memory
 from sward.training.progress import Progress
 from sward.training.run_folder import RunFolder, read_json
@@ -73,7 +73,7 @@ class Study:
     def __init__(self, options: Options) -> None:
         options.check()
         self.options = options
-        self._read: dict[tuple[Path, int], str | None] = {}
+        self._comparable = Comparable()
 
     def folder(self, run: Run, seed: int) -> RunFolder:
         """Return the folder of the run."""
@@ -153,8 +153,8 @@ class Study:
         """Return the state of the run.
 
         Raises:
-            ValueError: if its folder holds a run with another configuration, or of another teacher than there is now;
-                the message names the difference.
+            ValueError: if its folder holds a run with another configuration, of another teacher than there is now, or
+                on other data than the first run of its preset; the message names the difference.
         """
         folder = self.folder(run, seed)
         if not folder.last.exists():
@@ -165,30 +165,10 @@ class Study:
                 f"{folder.path} holds a run with another configuration: {different[0]}; "
                 "choose another --output, or remove that folder to train it again"
             )
-        self._check_teacher(run, folder)
+        if run.distillation != "none" and run.name != TEACHER:
+            self._comparable.check_teacher(folder, self.folder(teacher_of(run.preset), 0))
+        self._comparable.check_data(run.preset, folder)
         return "finished" if (folder.path / "cost.json").exists() else "started"
-
-    def _check_teacher(self, run: Run, folder: RunFolder) -> None:
-        """Raise a ValueError if the student in a folder was taught by another teacher than that of the study."""
-        teacher = self.folder(teacher_of(run.preset), 0)
-        if run.distillation == "none" or run.name == TEACHER or not teacher.best.exists():
-            return
-        then = self._once(folder.last, lambda: checkpoints.load(folder.last).get("identity", {}).get("teacher"))
-        if then is None:
-            return
-        now = self._once(teacher.best, lambda: checkpoints.checksum(load_run(teacher.path, "best")[2]))
-        if then != now:
-            raise ValueError(
-                f"{folder.path} holds a student of another teacher than that in {teacher.path}; choose another "
-                "--output, or remove the student's folder to train it again"
-            )
-
-    def _once(self, file: Path, read: Callable[[], str | None]) -> str | None:
-        """Return what was read from a file before, unless it has changed: a table asks for a run many times."""
-        key = (file, file.stat().st_mtime_ns)
-        if key not in self._read:
-            self._read[key] = read()
-        return self._read[key]
 
     def seeds(self, run: Run) -> range:
         """Return the seeds of a run: one for a teacher or a trial, `--seeds` for a student."""
@@ -221,13 +201,15 @@ class Study:
             tests: the splits on which they are scored.
 
         Raises:
-            ValueError, FileNotFoundError: if a folder holds another run, or data or a pretrained trunk is missing.
+            ValueError, FileNotFoundError: if a folder holds another run, `--data` other data than the runs there are
+                were trained on, or data or a pretrained trunk is missing.
         """
         choose_device(self.options.device)
         runs, tests = list(runs), list(tests)
         for run in runs:
             for seed in self.seeds(run):
                 self.state(run, seed)
+        to_come = {run.preset for run, seed in self.schedule(runs) if self.state(run, seed) != "finished"}
         seen: set[str] = set()
         notes = []
         for run, seed in self.schedule(runs):
@@ -239,10 +221,12 @@ class Study:
                     f"there is no pretrained trunk at {trunk}; get it as docs/reproduce.md describes, name its folder "
                     "with --checkpoints, or try the commands with --untrained-trunk"
                 )
-            if config.dataset.name not in seen:
-                seen.add(config.dataset.name)
-                train_set, _ = build_datasets(config)
+            if run.preset not in seen:
+                seen.add(run.preset)
+                train_set, validation_set = build_datasets(config)
                 config.steps(len(train_set))
+                if run.preset in to_come:
+                    self._comparable.check_data_to_come(run.preset, train_set, validation_set)
                 for test in tests:
                     if test.dataset is None:
                         continue

@@ -11,8 +11,10 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sward.reproduce
 from sward import presets
@@ -26,6 +28,7 @@ from sward.reproduce.study import Study
 from sward.reproduce.tables import Costs
 from sward.runs import load_distillation, train
 from sward.training import checkpoints
+from sward.training.run_folder import RunFolder
 from tests.support.training_runs import use_few_images
 
 COMMAND = ["reproduce", "methods", "--preset", "demo", "--output", "out"]
@@ -43,7 +46,7 @@ def in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def count_no_costs(patch: pytest.MonkeyPatch) -> None:
     """Counting FLOPs at 512 pixels takes longer than these runs do; test_tables.py holds the count to the paper's."""
-    counted = {"unext": Costs(1.0, 2.0), "hiera_demo": Costs(3.0, None)}
+    counted = {"unext": Costs(1.0, 2.0), "hiera_demo": Costs(3.0, None), "vit_small_dinov2": Costs(3.0, None)}
     patch.setattr(sward.reproduce, "model_costs", lambda table: counted)
 
 
@@ -155,6 +158,42 @@ def test_a_student_of_another_teacher_is_refused(capsys: pytest.CaptureFixture[s
     assert f"{student} holds a student of another teacher than that in out/demo/teacher; choose another" in message
     with pytest.raises(ValueError, match=f"the teacher of the run in {student} must be the one that taught it"):
         load_distillation(student)
+
+
+def test_runs_on_other_data_are_refused(trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No configuration holds the folder of the data, and no table may compare runs on two sets of frames."""
+    root = tmp_path / "cvc_colondb"
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    half = np.repeat(np.array([[0, 255]], np.uint8), 4, axis=1).repeat(6, axis=0)
+    for number in range(1, 381):
+        Image.new("RGB", (8, 6), (number % 256, number // 256, 0)).save(root / f"images/{number}.png")
+        Image.fromarray(half).save(root / f"masks/{number}.png")
+    words = ["reproduce", "methods", "--preset", "colondb-small", "--data", str(tmp_path), "--output", "out"]
+    words += ["--only", "none", "--iterations", "1"]
+    assert main(words) == 0
+    frame = sorted(RunFolder(Path("out/colondb-small/none-seed0")).read_frames()["train"])[0]
+    mask = root / f"masks/{frame}.png"
+    original = mask.read_bytes()
+    Image.fromarray(255 - half).save(mask)
+    assert main(words) == 0  # Nothing is left to train.
+    assert main([*words, "--seeds", "2"]) == 2
+    said = capsys.readouterr().err
+    different = f"in train, the mask of frame {frame!r} has changed"
+    assert f"the data set now holds other images or masks than out/colondb-small/none-seed0: {different}" in said
+    assert trained == ["none-seed0"]
+
+    mask.write_bytes(original)
+    assert main([*words, "--seeds", "2"]) == 0
+    kept = Path("out/colondb-small/none-seed1/frames.json")
+    sums = json.loads(kept.read_text())
+    del sums["val"][sorted(sums["val"])[0]]
+    kept.write_text(json.dumps(sums))
+    assert main([*words, "--seeds", "2"]) == 2
+    assert (
+        "out/colondb-small/none-seed1 was trained on other images or masks than out/colondb-small/none-seed0: in val, "
+        "frame" in capsys.readouterr().err
+    )
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
