@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from sward.config import TrainingConfig
 from sward.data.frames import difference, frame_sums
 from sward.data.sample import SegmentationDataset
 from sward.runs.load import load_run
@@ -13,12 +14,26 @@ from sward.training import checkpoints
 from sward.training.run_folder import RunFolder
 
 
+class _Known(NamedTuple):
+    """The frames of a split on which a run was trained."""
+
+    path: Path
+    """Folder of the run."""
+    share: float
+    """Share of the masks that it had."""
+    sums: Mapping[str, str]
+    """See `sward.data.frames`."""
+
+
 class Comparable:
-    """Refuses runs that were taught by another teacher or trained on other data, which no configuration shows."""
+    """Refuses runs that were taught by another teacher or trained on other data, which no configuration shows.
+
+    Runs share their data if they name the same data set and split, also where they are of different presets.
+    """
 
     def __init__(self) -> None:
         self._read: dict[tuple[Path, int], Any] = {}
-        self._data: dict[str, tuple[Path, Mapping[str, Mapping[str, str]]]] = {}
+        self._known: dict[tuple[str | None, ...], _Known] = {}
 
     def check_teacher(self, student: RunFolder, teacher: RunFolder) -> None:
         """Raise a ValueError if a distilled student was taught by another teacher than that of the study."""
@@ -34,18 +49,21 @@ class Comparable:
                 "--output, or remove the student's folder to train it again"
             )
 
-    def check_data(self, preset: str, folder: RunFolder) -> None:
-        """Raise a ValueError if a run was trained on other files than the first one of its preset."""
-        if folder.frames.exists():
-            frames = self._once(folder.frames, folder.read_frames)
-            first, known = self._data.setdefault(preset, (folder.path, frames))
-            _compare(f"{folder.path} was trained on", frames, first, known)
+    def check_data(self, config: TrainingConfig, folder: RunFolder) -> None:
+        """Raise a ValueError if a run was trained on other files than the first one with its data set and split."""
+        frames = self._once(folder.frames, folder.read_frames) if folder.frames.exists() else {}
+        for split, sums in frames.items():
+            if sums:  # A data set without files, such as a pack, has no checksums.
+                known = self._known.setdefault(_key(config, split), _Known(folder.path, _share(config), sums))
+                _compare(f"{folder.path} was trained on", config, split, sums, known)
 
-    def check_data_to_come(self, preset: str, train: SegmentationDataset, validation: SegmentationDataset) -> None:
-        """Raise a ValueError if the next runs of a preset would train on other files than those there are did."""
-        if preset in self._data:
-            frames = {"train": frame_sums(train), "val": frame_sums(validation)}
-            _compare("the data set now holds", frames, *self._data[preset])
+    def check_data_to_come(self, config: TrainingConfig, splits: Mapping[str, SegmentationDataset]) -> None:
+        """Raise a ValueError if the next runs would train on other files than those that there are did."""
+        for split, dataset in splits.items():
+            known = self._known.get(_key(config, split))
+            sums = {} if known is None else frame_sums(dataset)
+            if known is not None and sums:
+                _compare("the data set now holds", config, split, sums, known)
 
     def _once(self, file: Path, read: Callable[[], Any]) -> Any:
         """Return what was read from a file before, unless it has changed: a table asks for a run many times."""
@@ -55,15 +73,23 @@ class Comparable:
         return self._read[key]
 
 
-def _compare(
-    subject: str, frames: Mapping[str, Mapping[str, str]], first: Path, known: Mapping[str, Mapping[str, str]]
-) -> None:
-    for split in ("train", "val"):
-        now, before = frames.get(split), known.get(split)
-        # A data set without files, such as a pack, has no checksums.
-        different = difference(before, now) if now and before else None
-        if different:
-            raise ValueError(
-                f"{subject} other images or masks than {first}: in {split}, {different}; choose another --output, or "
-                "the --data of that run"
-            )
+def _key(config: TrainingConfig, split: str) -> tuple[str | None, ...]:
+    of_preset = (config.preset,) if split == "unlabelled" else ()
+    return (config.dataset.name, config.dataset.split_by, split, *of_preset)
+
+
+def _share(config: TrainingConfig) -> float:
+    return config.dataset.labelled_share
+
+
+def _compare(subject: str, config: TrainingConfig, split: str, sums: Mapping[str, str], known: _Known) -> None:
+    before: Mapping[str, str] = known.sums
+    if split == "train" and _share(config) != known.share:
+        both = sums.keys() & before.keys()
+        sums, before = ({name: each[name] for name in both} for each in (sums, before))
+    different = difference(before, sums)
+    if different:
+        raise ValueError(
+            f"{subject} other images or masks than {known.path}: in {split}, {different}; choose another --output, or "
+            "the --data of that run"
+        )

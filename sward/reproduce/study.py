@@ -29,6 +29,7 @@ from sward.reproduce.options import Options
 from sward.runs import (
     evaluate_run,
     evaluation_file,
+    frames_of,
     train_masks,
     train_student,
     train_teacher,
@@ -74,6 +75,7 @@ class Study:
         options.check()
         self.options = options
         self._comparable = Comparable()
+        self._frames: dict[tuple[str, EvaluationSet], str | None] = {}
 
     def folder(self, run: Run, seed: int) -> RunFolder:
         """Return the folder of the run."""
@@ -154,12 +156,13 @@ class Study:
 
         Raises:
             ValueError: if its folder holds a run with another configuration, of another teacher than there is now, or
-                on other data than the first run of its preset; the message names the difference.
+                on other data than the first run there is; the message names the difference.
         """
         folder = self.folder(run, seed)
         if not folder.last.exists():
             return "new"
-        different = differences(folder.read()[0], self.config(run, seed))
+        config = self.config(run, seed)
+        different = differences(folder.read()[0], config)
         if different:
             raise ValueError(
                 f"{folder.path} holds a run with another configuration: {different[0]}; "
@@ -167,7 +170,7 @@ class Study:
             )
         if run.distillation != "none" and run.name != TEACHER:
             self._comparable.check_teacher(folder, self.folder(teacher_of(run.preset), 0))
-        self._comparable.check_data(run.preset, folder)
+        self._comparable.check_data(config, folder)
         return "finished" if (folder.path / "cost.json").exists() else "started"
 
     def seeds(self, run: Run) -> range:
@@ -226,7 +229,7 @@ class Study:
                 train_set, validation_set = build_datasets(config)
                 config.steps(len(train_set))
                 if run.preset in to_come:
-                    self._comparable.check_data_to_come(run.preset, train_set, validation_set)
+                    self._comparable.check_data_to_come(config, {"train": train_set, "val": validation_set})
                 for test in tests:
                     if test.dataset is None:
                         continue
@@ -311,7 +314,11 @@ class Study:
         # Earlier versions wrote the scores of all weights to the file of the best ones.
         for file in (file_of(checkpoint=checkpoint), file_of()):
             stored = read_json(dict, file) if file.exists() else {}
-            if stored.get("checkpoint") == checkpoint and folder.holds_scores(stored):
+            if (
+                stored.get("checkpoint") == checkpoint
+                and folder.holds_scores(stored)
+                and self._holds_frames(run, seed, test, stored)
+            ):
                 return Evaluation.from_dict(stored)
         try:
             return evaluate_run(
@@ -327,6 +334,26 @@ class Study:
             if not test.optional:
                 raise
             return None
+
+    def _holds_frames(self, run: Run, seed: int, test: EvaluationSet, stored: dict[str, Any]) -> bool:
+        """Return whether stored scores are those of the test images that there are now.
+
+        Scores whose images are gone, or that an earlier version stored without their checksum, are taken for them.
+        """
+        key = (run.preset, test)
+        if key not in self._frames:
+            try:
+                self._frames[key] = frames_of(
+                    self.folder(run, seed).path,
+                    split=test.split,
+                    dataset=test.dataset,
+                    split_by=test.split_by,
+                    root=self.options.data,
+                )
+            except (FileNotFoundError, ValueError):
+                self._frames[key] = None
+        now, scored = self._frames[key], stored.get("frames")
+        return now is None or scored is None or now == scored
 
     def _unlabelled_images(self, frames: Frames) -> list[Path]:
         found = data.build(

@@ -74,31 +74,8 @@ def evaluate_run(
         tile=tile,
         overlap=overlap,
     )
-    own = config.dataset
-    if (dataset or own.name, split_by) == (own.name, own.split_by) and _same_folder(root or own.root, own.root):
-        # The split that the run has kept, which the same words may not give any more.
-        split_by = None
-    config = config_for_images(path, config, root)
+    config, images = _images(path, config, split, dataset, root, split_by)
     settings = config.dataset
-    if dataset is not None and dataset != settings.name:
-        if dataset == "folder":
-            raise ValueError(
-                "dataset must be one that defines its classes, got 'folder'; only a run that was trained on a folder "
-                "says how to read one"
-            )
-        settings.root = root or _own_root(settings, dataset)
-        settings.name, settings.split_by, settings.packed = dataset, None, "auto"
-    settings.split_by = split_by or settings.split_by
-    try:
-        images = build_split(config, split, train=False)
-    except ValueError as error:
-        elsewhere = not _same_folder(root or own.root, own.root)
-        if not (elsewhere and split in lists.SPLITS and settings.split_by == str(RunFolder(path).split)):
-            raise
-        # The frames of the run's own split are not those of this folder.
-        raise ValueError(
-            f"{error}; to score every frame of another folder, take --split {folder.EVERY_FRAME}"
-        ) from error
     if images.info.classes != info.classes:
         raise ValueError(
             f"dataset must have the classes of the run, {list(info.classes)}, "
@@ -119,6 +96,21 @@ def evaluate_run(
         text = json.dumps({**identity, **result.to_dict_with_images()}, indent=2, allow_nan=False)
         atomic.write(file, f"{text}\n".encode())
     return result
+
+
+def frames_of(
+    path: Path, *, split: str = "val", dataset: str | None = None, root: Path | None = None, split_by: str | None = None
+) -> str | None:
+    """Return the checksum of the images and masks that `evaluate_run` with the same arguments would score now.
+
+    None for images that are not in files. It is `frames` in the scores that `evaluate_run` writes.
+
+    Raises:
+        ValueError, FileNotFoundError: if the run or data set does not exist.
+    """
+    _, images = _images(path, RunFolder(path).read()[0], split, dataset, root, split_by)
+    sums = frame_sums(images)
+    return digest(sums) if sums else None
 
 
 def evaluation_file(
@@ -155,6 +147,37 @@ def evaluation_file(
     if tile is not None:
         name += f"-tile-{tile[0]}x{tile[1]}" + ("" if overlap is None else f"-overlap-{overlap}")
     return path / f"{name}.json"
+
+
+def _images(
+    path: Path, config: TrainingConfig, split: str, dataset: str | None, root: Path | None, split_by: str | None
+) -> tuple[TrainingConfig, SegmentationDataset]:
+    """Return the configuration of a run with the data set that it is scored on, and the images; see `evaluate_run`."""
+    own = config.dataset
+    if (dataset or own.name, split_by) == (own.name, own.split_by) and _same_folder(root or own.root, own.root):
+        # The split that the run has kept, which the same words may not give any more.
+        split_by = None
+    config = config_for_images(path, config, root)
+    settings = config.dataset
+    if dataset is not None and dataset != settings.name:
+        if dataset == "folder":
+            raise ValueError(
+                "dataset must be one that defines its classes, got 'folder'; only a run that was trained on a folder "
+                "says how to read one"
+            )
+        settings.root = root or _own_root(settings, dataset)
+        settings.name, settings.split_by, settings.packed = dataset, None, "auto"
+    settings.split_by = split_by or settings.split_by
+    try:
+        return config, build_split(config, split, train=False)
+    except ValueError as error:
+        elsewhere = not _same_folder(root or own.root, own.root)
+        if not (elsewhere and split in lists.SPLITS and settings.split_by == str(RunFolder(path).split)):
+            raise
+        # The frames of the run's own split are not those of this folder.
+        raise ValueError(
+            f"{error}; to score every frame of another folder, take --split {folder.EVERY_FRAME}"
+        ) from error
 
 
 def _own_root(own: DatasetConfig, dataset: str) -> Path | None:

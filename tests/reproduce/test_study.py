@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import sward.reproduce
-from sward import presets
+from sward import data, presets
 from sward.cli.main import main
 from sward.config import DistillationConfig
 from sward.config_json import differences
@@ -184,7 +184,14 @@ def test_runs_on_other_data_are_refused(trained: list[str], tmp_path: Path, caps
     assert trained == ["none-seed0"]
 
     mask.write_bytes(original)
+    scores = Path("out/colondb-small/none-seed0/evaluation-cvc_colondb-test.json")
+    before = json.loads(scores.read_text())
+    frame = data.build("cvc_colondb", "test", train=False, root=tmp_path, split_by="ratio").pairs[0].name  # type: ignore[attr-defined]
+    Image.fromarray(255 - half).save(root / f"masks/{frame}.png")
     assert main([*words, "--seeds", "2"]) == 0
+    assert trained == ["none-seed0", "none-seed1"]
+    after = json.loads(scores.read_text())
+    assert (after["frames"] == before["frames"], after["dice"] == before["dice"]) == (False, False)
     kept = Path("out/colondb-small/none-seed1/frames.json")
     sums = json.loads(kept.read_text())
     del sums["val"][sorted(sums["val"])[0]]
