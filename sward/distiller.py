@@ -16,7 +16,8 @@ from sward.alignment import resize
 from sward.config import MASK_METHODS, SWARDConfig, TapConfig
 from sward.features import FeatureTaps, unknown_layer, unwrapped
 from sward.layers import LayerChoice
-from sward.losses import LOGITS, DistillationInputs, SegmentationCrossEntropy
+from sward.losses import LOGITS, DistillationInputs, DistillationLoss, SegmentationCrossEntropy
+from sward.losses.objective import zero_loss
 from sward.losses.recipes import RECIPES, RecipeName
 from sward.tensor_layouts import logits_of, refuse_probabilities
 from sward.training.teacher import FrozenTeacher
@@ -70,7 +71,8 @@ class Distiller(nn.Module):
         num_classes: K; a one-logit task has 2.
         method: a name in `sward.methods.METHODS`.
         student_layers: layers for MWAD, shallow to deep; for the methods that compare the deepest maps, the last one
-            replaces it, and for those that compare the classifier's input (`"cirkd"`, `"freekd"`), a single one does.
+            replaces it, and for those that compare the classifier's input (`"cirkd"`, `"freekd"`), a single one does;
+            methods that compare logits only take none.
             None chooses, see `sward.layers.choose`; where only one side is None, as many as the other side names.
         teacher_layers: the same for the teacher, one per student layer.
         student_taps: how the student's layers arrange their output, such as `TapConfig(select=0)`, where that cannot be
@@ -164,6 +166,9 @@ class Distiller(nn.Module):
         self.teacher_layers = teacher_choice.stages
         """Layers of the teacher that MWAD compares."""
         self._ignore_index = ignore_index
+        _check_read(method, student_layers, teacher_layers, self.distillation)
+        if LOGITS in self.distillation.teacher_taps:
+            _check_teacher_logits(teacher, teacher_size, num_classes)
         self._teacher = FrozenTeacher(teacher, self.distillation.teacher_taps, precision=None, taps=teacher_taps)
         layers_of_student = [tap for tap in self.distillation.student_taps if tap != LOGITS]
         self._taps = FeatureTaps(student, layers_of_student, **pair.student_taps.arguments()).open()
@@ -207,7 +212,8 @@ class Distiller(nn.Module):
         classes = self._no_labels(logits) if labels is None else labels
         output = self.distillation(DistillationInputs({**self._taps.collect(), LOGITS: logits}, seen, classes))
         if labels is None:
-            return DistillerOutput(output.loss, logits, output.terms)
+            # `DistributedDataParallel` raises an error for parameters outside the graph, such as those of the head.
+            return DistillerOutput(output.loss + zero_loss([logits]), logits, output.terms)
         task = self.task(logits, labels)
         return DistillerOutput(task + output.loss, logits, {"task": task.detach().float(), **output.terms})
 
@@ -242,6 +248,26 @@ def _check_options(method: str, recipe: RecipeName, masks: str | Path | None, se
         raise ValueError(f"recipe must be 'recommended' for method {method!r}, which has none, got {recipe!r}")
     if masks is not None and method not in MASK_METHODS:
         raise ValueError(f"masks must be None for method {method!r}, got {str(masks)!r}")
+
+
+def _check_read(
+    method: str,
+    student_layers: Sequence[str] | None,
+    teacher_layers: Sequence[str] | None,
+    loss: DistillationLoss,
+) -> None:
+    """Raise a ValueError for layers in place of which the method compares others."""
+    for side, names, taps in (
+        ("student", student_layers, loss.student_taps),
+        ("teacher", teacher_layers, loss.teacher_taps),
+    ):
+        if names is not None and names[-1] not in taps:
+            wanted, why = (
+                ("None", "logits only") if tuple(taps) == (LOGITS,) else ("a single one", "one pair of layers")
+            )
+            raise ValueError(
+                f"{side}_layers must be {wanted} for method {method!r}, which compares {why}, got {list(names)}"
+            )
 
 
 def _check_networks(student: nn.Module, teacher: nn.Module) -> None:
@@ -314,12 +340,22 @@ def _layers_of(
     raise ValueError(f"{side}: {problem.removesuffix('.')}; pass image_size=(height, width) that both networks accept")
 
 
+def _count_logits(network: nn.Module, side: str, size: tuple[int, int]) -> int:
+    network = unwrapped(network)
+    with torch.no_grad(), layers.evaluating(network), torch.compiler.set_stance("force_eager"):
+        logits = logits_of(network(next(network.parameters()).new_zeros(1, 3, *size)), side)
+    refuse_probabilities(logits, side)
+    return logits.shape[1]
+
+
+def _check_teacher_logits(teacher: nn.Module, size: tuple[int, int], num_classes: int) -> None:
+    found = _count_logits(teacher, "teacher", size)
+    if max(found, 2) != num_classes:
+        raise ValueError(f"teacher must return {num_classes} logits, one per class as num_classes says, got {found}")
+
+
 def _check_classes(student: nn.Module, size: tuple[int, int], num_classes: int) -> None:
-    student = unwrapped(student)
-    with torch.no_grad(), layers.evaluating(student):
-        logits = logits_of(student(next(student.parameters()).new_zeros(1, 3, *size)), "student")
-    refuse_probabilities(logits, "student")
-    found = logits.shape[1]
+    found = _count_logits(student, "student", size)
     classes = max(found, 2)
     if num_classes != classes:
         channels = "the channels of the student's logits" if found > 1 else "as the student has one logit"

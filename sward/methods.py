@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +170,7 @@ def _cwd(pair: DistillationPair) -> CWDLoss:
 
 def _attention_transfer(pair: DistillationPair) -> AttentionTransferLoss:
     student, teacher = _deepest(pair)
+    _channels(pair, student, teacher)  # It needs none, but a layer without a map is refused here.
     return AttentionTransferLoss(student_tap=student, teacher_tap=teacher)
 
 
@@ -180,6 +181,7 @@ def _fitnet(pair: DistillationPair) -> FitNetLoss:
 
 def _pairwise(pair: DistillationPair) -> PairwiseLoss:
     student, teacher = _deepest(pair)
+    _channels(pair, student, teacher)  # As above.
     return PairwiseLoss(student_tap=student, teacher_tap=teacher)
 
 
@@ -197,17 +199,25 @@ def _cirkd(pair: DistillationPair) -> CIRKDLoss:
 
 
 def _maskd(pair: DistillationPair) -> MasKDLoss:
-    masks = load_masks(pair.masks(), pair.teacher, LOGITS)
-    assert isinstance(masks, ReceptiveTokens)
-    return MasKDLoss(masks)
+    return MasKDLoss(_masks(pair, ReceptiveTokens, LOGITS))
 
 
 def _freekd(pair: DistillationPair) -> FreeKDLoss:
     student, teacher = _penultimate(pair)
-    prompts = load_masks(pair.masks(), pair.teacher, teacher)
-    assert isinstance(prompts, FrequencyPrompts)
+    prompts = _masks(pair, FrequencyPrompts, teacher)
     channels, _ = _channels(pair, student, teacher)
     return FreeKDLoss.preset("released", prompts, channels, student_tap=student, teacher_tap=teacher)
+
+
+Masks = TypeVar("Masks", ReceptiveTokens, FrequencyPrompts)
+
+
+def _masks(pair: DistillationPair, kind: type[Masks], tap: str) -> Masks:
+    path = pair.masks()
+    masks = load_masks(path, pair.teacher, tap)
+    if not isinstance(masks, kind):
+        raise ValueError(f"masks must be a file with {kind.__name__} at {tap!r}, got {type(masks).__name__} in {path}")
+    return masks
 
 
 def new_masks(

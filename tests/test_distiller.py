@@ -42,6 +42,15 @@ class Net(nn.Module):
         return logits if self.wrap is None else self.wrap(logits)
 
 
+class InPlace(Net):
+    """Its activations overwrite the batch norms' output."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        for stage in self.encoder:
+            stage[2].inplace = True
+
+
 def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))
 
@@ -126,6 +135,8 @@ def test_without_labels_it_distils_only() -> None:
     assert "task" not in output.terms
     assert output.logits.shape == (2, 3, 4, 4)
     output.backward()
+    # As `DistributedDataParallel` needs it.
+    assert made.student.head.weight.grad.abs().sum() == 0
     with pytest.raises(ValueError, match="labels must be given for method 'cirkd'"):
         distiller(method="cirkd")(images)
 
@@ -308,6 +319,26 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda: Distiller(Net(4, wrap=lambda x: x.softmax(1)), Net(8), num_classes=3, image_size=(64, 64)),
         "student must return logits, got probabilities; leave out its softmax",
     ),
+    "a teacher's probabilities": (
+        lambda: Distiller(Net(4), Net(8, wrap=lambda x: x.softmax(1)), num_classes=3, method="cirkd"),
+        "teacher must return logits, got probabilities; leave out its softmax",
+    ),
+    "teacher of other classes": (
+        lambda: Distiller(Net(4), Net(8, 5), num_classes=3, method="kd"),
+        "teacher must return 3 logits, one per class as num_classes says, got 5",
+    ),
+    "layers of a method on logits": (
+        lambda: distiller(method="cwd", student_layers=["encoder.2"]),
+        r"student_layers must be None for method 'cwd', which compares logits only, got \['encoder.2'\]",
+    ),
+    "layers of a method on one": (
+        lambda: distiller(method="cirkd", teacher_layers=["encoder.1", "encoder.2"]),
+        r"teacher_layers must be a single one for method 'cirkd', which compares one pair of layers, got \['encoder.1',",
+    ),
+    "teacher's layer that is overwritten": (
+        lambda: Distiller(Net(4), InPlace(8), num_classes=3, method="at", teacher_layers=["encoder.2.1"]),
+        r"overwritten in place; tap the layer that overwrites it, probably 'encoder.2.2'",
+    ),
     "one number as weights": (lambda: distiller(weights=2.0), "weights must be 2 finite numbers of .* got 2.0"),
     "complex weights": (lambda: distiller(weights=(1j, 0)), r"weights must be 2 finite numbers of .* got \(1j, 0\)"),
     "images of bytes": (
@@ -364,3 +395,13 @@ def test_wrong_uses_end_in_one_sentence(case: str) -> None:
 def test_swapped_networks_are_noticed() -> None:
     with pytest.warns(UserWarning, match="the teacher has fewer parameters than the student"):
         Distiller(Net(8), Net(4), num_classes=3, image_size=(64, 64))
+
+
+@pytest.mark.parametrize(("method", "other", "tap"), [("maskd", "freekd", "logits"), ("freekd", "maskd", "encoder.3")])
+def test_masks_of_the_other_kind_are_refused(method: str, other: str, tap: str, tmp_path: Any) -> None:
+    student, teacher, path = Net(4), Net(8), tmp_path / "masks.pt"
+    masks = FrequencyPrompts.preset("released", 3) if other == "freekd" else ReceptiveTokens(32)
+    save_masks(path, masks, teacher, tap)
+    wanted = "ReceptiveTokens" if method == "maskd" else "FrequencyPrompts"
+    with pytest.raises(ValueError, match=f"masks must be a file with {wanted} at '{tap}', got {type(masks).__name__}"):
+        Distiller(student, teacher, num_classes=3, method=method, masks=path, image_size=(64, 64))

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from sward import atomic
-from sward.features import evaluating
+from sward.features import evaluating, unwrapped
 from sward.losses.freekd import FrequencyPrompts
 from sward.losses.maskd import ReceptiveTokens
 from sward.losses.pairs import class_logits
@@ -70,6 +70,7 @@ def mask_learning_loss(
         ValueError: if the teacher has no such layer, it returns no maps, or they and `masks` differ in channels.
     """
     diversity: list[Tensor] = []
+    teacher = unwrapped(teacher)
 
     def masked(features: Any) -> Tensor:
         if not isinstance(features, Tensor) or features.dim() != 4:
@@ -91,7 +92,9 @@ def mask_learning_loss(
             raise ValueError(f"the teacher {type(teacher).__name__} has no layer {tap!r}")
         handle = layer.register_forward_hook(lambda module, arguments, output: masked(output))
         try:
-            logits = teacher(images)
+            # Compiled code would not call the hook.
+            with torch.compiler.set_stance("force_eager"):
+                logits = teacher(images)
         finally:
             handle.remove()
     task = task_loss(logits, labels)
@@ -211,9 +214,12 @@ def load_masks(path: str | Path, teacher: nn.Module, tap: str) -> TeacherMasks:
 
 
 def teacher_fingerprint(teacher: nn.Module) -> str:
-    """Return the SHA-256 of a network's parameters and buffers: names, dtypes, shapes and bytes, sorted by name."""
+    """Return the SHA-256 of a network's parameters and buffers: names, dtypes, shapes and bytes, sorted by name.
+
+    Wrappers of `torch.compile` and `DistributedDataParallel` do not count.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(teacher.state_dict().items()):
+    for name, tensor in sorted(unwrapped(teacher).state_dict().items()):
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -166,7 +166,7 @@ class SWARDLoss(nn.Module):
                 f"pdr must have as many classes as the logits {tuple(logits.shape)}, {_num_classes(logits)}, "
                 f"got PDRLoss(num_classes={self.pdr.num_classes})"
             )
-        task = self.task(logits, labels) if alpha and labels is not None else _zero([logits])
+        task = self.task(logits, labels) if alpha and labels is not None else zero_loss([logits])
         relational = _mwad_and_pdr(
             self.mwad,
             self.pdr,
@@ -255,7 +255,7 @@ def _mwad_and_pdr(
             "context": relations.context,
         }
     else:
-        loss = loss + _zero([*mwad.parameters(), *student_features])
+        loss = loss + zero_loss([*mwad.parameters(), *student_features])
     _require_pdr(pdr, gamma)
     if gamma and pdr is not None and labels is not None:
         prototypes = pdr(pdr_features, labels)
@@ -266,7 +266,7 @@ def _mwad_and_pdr(
             "compactness": prototypes.compactness,
         }
     else:
-        loss = loss + _zero([pdr_features])
+        loss = loss + zero_loss([pdr_features])
     return DistillationOutput(loss, terms, {name: factor * terms[name] for name, factor in factors.items()})
 
 
@@ -282,7 +282,7 @@ def _require_pdr(pdr: PDRLoss | None, gamma: float) -> None:
         raise ValueError(f"pdr must be a PDRLoss where its weight gamma is not 0, got None with gamma={gamma}")
 
 
-def _zero(tensors: Iterable[Tensor]) -> Tensor:
+def zero_loss(tensors: Iterable[Tensor]) -> Tensor:
     """The number 0 with gradient 0 to each of the tensors.
 
     It stands for a part of weight 0: `DistributedDataParallel` raises an error for parameters outside the graph.

@@ -1,8 +1,8 @@
 """`sward reproduce`: each table and figure of the paper from one command.
 
 `options` holds the command-line options, `paper_tables` and `own_tables` define the rows and runs of each table, which
-`experiments` describes, `study` trains them, `tables` writes the tables, `plan` estimates the cost, and `figures` draws
-the figures.
+`experiments` describes, `study` trains them, `comparable` refuses runs that no table may compare, `tables` fills the
+tables and `rendering` writes them, `plan` says what will run with the cost from `estimates`, and `figures` draws.
 """
 
 from __future__ import annotations

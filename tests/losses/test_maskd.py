@@ -199,6 +199,16 @@ def test_learning_changes_the_masks_and_nothing_else(tap: str, channels: int, he
     assert not teacher[2]._forward_hooks
 
 
+def test_masks_of_a_compiled_teacher_are_those_of_the_plain_one(tmp_path: Path) -> None:
+    teacher, (images, labels), task = teacher_network().eval(), batches(1)[0], SegmentationCrossEntropy()
+    compiled = torch.compile(teacher, backend="eager")
+    masks = ReceptiveTokens(6, tokens=3)
+    losses = [mask_learning_loss(masks, each, "2", images, labels, task).loss for each in (teacher, compiled)]
+    torch.testing.assert_close(*losses)
+    save_masks(tmp_path / "masks.pt", masks, compiled, "2")
+    load_masks(tmp_path / "masks.pt", teacher, "2")
+
+
 def test_learning_loss_is_the_task_loss_of_the_masked_teacher_plus_the_overlap() -> None:
     teacher, masks = teacher_network().eval().requires_grad_(False), tokens(6, 3).float()
     (images, labels), task = batches(1)[0], SegmentationCrossEntropy()
