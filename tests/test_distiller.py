@@ -333,7 +333,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "layers of a method on one": (
         lambda: distiller(method="cirkd", teacher_layers=["encoder.1", "encoder.2"]),
-        r"teacher_layers must be a single one for method 'cirkd', which compares one pair of layers, got \['encoder.1',",
+        r"teacher_layers must be a single one for method 'cirkd', which compares one pair of layers, got \['enc",
     ),
     "teacher's layer that is overwritten": (
         lambda: Distiller(Net(4), InPlace(8), num_classes=3, method="at", teacher_layers=["encoder.2.1"]),
