@@ -199,8 +199,8 @@ class TeacherConfig:
     taps: TapConfig = field(default_factory=TapConfig)
     """How its layers arrange their output."""
     normalization: TeacherNormalization = "none"
-    """Standardise the feature maps that other methods than sward read, except freekd, whose prompts are learned on them as
-    they are; see `sward.teacher_normalization` for sward."""
+    """Standardise the feature maps that methods other than sward read; see `sward.teacher_normalization` for it. freekd
+    has none: its prompts are learned on the maps as they are."""
 
 
 @dataclass

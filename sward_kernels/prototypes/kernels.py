@@ -42,8 +42,6 @@ def add_scattered(
     """
     if INTERPRET or ACCUMULATE == tl.float64:
         sums = add_product(sums, one_hot.to(ACCUMULATE), values.to(ACCUMULATE), CHANNELS_FIRST)
-    elif values.dtype.primitive_bitwidth <= 16:  # exact as they are
-        sums = add_product(sums, one_hot.to(values.dtype), values, CHANNELS_FIRST)
     else:
         selector = one_hot.to(tl.bfloat16)
         high, middle, low = bfloat16_parts(values)

@@ -54,8 +54,8 @@ def prototype_discrimination(
 
 
 def unit_vectors(pixels: Tensor) -> Tensor:
-    """Rows of `[N, C]` scaled to length 1; a row no longer than `NORM_FLOOR` becomes 0, with gradient 0."""
-    norm = torch.linalg.vector_norm(pixels, dim=1, keepdim=True)
+    """Vectors `[..., C]` scaled to length 1; one no longer than `NORM_FLOOR` becomes 0, with gradient 0."""
+    norm = torch.linalg.vector_norm(pixels, dim=-1, keepdim=True)
     short = norm <= NORM_FLOOR
     return (pixels / norm.masked_fill(short, 1)).masked_fill(short, 0)
 

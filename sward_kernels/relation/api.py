@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sward_kernels.arguments import require_positive, require_tensor
 from sward_kernels.fallback import cannot_load, require_known, warn_once
+from sward_kernels.prototypes.reference import unit_vectors
 from sward_kernels.registration import first_derivative_only, register, without_autocast
 from sward_kernels.relation import eager, native, reference
 
@@ -31,7 +31,7 @@ def relational_kl(
     mini-batch pixel-to-pixel distillation, as in version 1 of the official code.
 
     Args:
-        student: `[B, P, C_s]`, floating, any strides. Its vectors need not be normalised.
+        student: `[B, P, C_s]`, floating, any strides. Its vectors need not be normalised; a zero vector has gradient 0.
         teacher: `[B, P, C_t]`, floating, same device; `C_t` may differ from `C_s`. Its vectors need not be normalised
             either. No gradient reaches it.
         temperature: divides every cosine similarity; positive. Default 0.1.
@@ -55,8 +55,8 @@ def relational_kl(
     _check(student, teacher, temperature)
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     with without_autocast(student.device):
-        student_units = F.normalize(student.to(dtype), dim=-1)
-        teacher_units = F.normalize(teacher.detach().to(dtype), dim=-1)
+        student_units = unit_vectors(student.to(dtype))
+        teacher_units = unit_vectors(teacher.detach().to(dtype))
         if implementation == "auto":
             implementation = _preferred(student_units, temperature)
             if implementation != "eager":

@@ -188,6 +188,7 @@ void standardize_pixels(const Standardize& given, int64_t image, int64_t y, cons
     }
 }
 
+// (feature - mean) * scale of one plane, without a resize: one number that is not finite stays one.
 void copy_plane(const Standardize& given, int64_t image, int64_t channel) {
     const Features &from = given.features, &to = given.result;
     const float mean = given.means[channel], scale = given.scales[channel];
@@ -199,6 +200,18 @@ void copy_plane(const Standardize& given, int64_t image, int64_t channel) {
             for (int64_t x = 0; x < to.width; ++x) target[x] = (source[x] - mean) * scale;
         else
             for (int64_t x = 0; x < to.width; ++x) target[x * to.column] = (source[x * from.column] - mean) * scale;
+    }
+}
+
+// The same for one row of maps whose channels are neighbours.
+void copy_pixels(const Standardize& given, int64_t image, int64_t y) {
+    const Features &from = given.features, &to = given.result;
+    for (int64_t x = 0; x < to.width; ++x) {
+        const float* source = from.data + image * from.image + y * from.row + x * from.column;
+        float* target = to.data + image * to.image + y * to.row + x * to.column;
+#pragma GCC ivdep
+        for (int64_t channel = 0; channel < to.channels; ++channel)
+            target[channel] = (source[channel] - given.means[channel]) * given.scales[channel];
     }
 }
 
@@ -235,6 +248,12 @@ extern "C" void standardize(const Standardize* arguments, int threads) {
     const Features &from = given.features, &to = given.result;
     const bool resizes = from.height != to.height || from.width != to.width;
     if (from.channel == 1 && to.channel == 1 && from.channels > 1) {
+        if (!resizes) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+            for (int64_t line = 0; line < to.batch * to.height; ++line)
+                copy_pixels(given, line / to.height, line % to.height);
+            return;
+        }
         const Samples rows(from.height, to.height), columns(from.width, to.width);
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t line = 0; line < to.batch * to.height; ++line)

@@ -17,6 +17,7 @@ from sward_kernels.windowed.tiles import (
     STUDENT,
     TEACHER,
     VALUES,
+    as_operand,
     cosine,
     cosine_gradient,
     cosine_sums,
@@ -24,6 +25,7 @@ from sward_kernels.windowed.tiles import (
     load_tile,
     offsets_of,
     pixel_offsets,
+    rescaled,
     score_gradient,
     scores_tile,
     statistic,
@@ -216,9 +218,9 @@ def side_gradient(
             a_rounded = round_to(a, dtype, INTERPRET)
             dz = product(a_rounded, v, PRECISION, ACCUMULATE, INTERPRET)
             dz -= product(round_to(a_other, dtype, INTERPRET), v_other, PRECISION, ACCUMULATE, INTERPRET)
-            dz = round_to(tl.where(real[:, None], dz * (2.0 * context_weight), 0.0), dtype, INTERPRET)
-            da += product(dz, tl.trans(v), PRECISION, ACCUMULATE, INTERPRET)
-            dv = product(tl.trans(a_rounded), dz, PRECISION, ACCUMULATE, INTERPRET)
+            dz, factor = as_operand(tl.where(real[:, None], dz * (2.0 * context_weight), 0.0), dtype, INTERPRET)
+            da += rescaled(product(dz, tl.trans(v), PRECISION, ACCUMULATE, INTERPRET), factor, dtype)
+            dv = rescaled(product(tl.trans(a_rounded), dz, PRECISION, ACCUMULATE, INTERPRET), factor, dtype)
         if VALUE:
             dv += value_weight * (along[:, None] * v.to(ACCUMULATE) - across[:, None] * v_other.to(ACCUMULATE))
         store_tile(
@@ -230,11 +232,12 @@ def side_gradient(
         mean = tl.sum(a * da, 1)
         if dtype.primitive_bitwidth <= 16:
             mean = mean / tl.sum(a, 1)
-        ds = score_gradient(
+        ds, factor = score_gradient(
             a=a, a_other=a_other, da=da, mean=mean[:, None], real=real[:, None],
             student_weight=attention_weight, DTYPE=dtype, STUDENT_ATTENTION=ATTENTION and OWN_SIDE == STUDENT,
             INTERPRET=INTERPRET,
         )  # fmt: skip
+        scale = rescaled(scale, factor, dtype)
     scale = scale / DIM**0.5
     for first in range(0, DIM, BLOCK_DIM):
         dq = tl.zeros([BLOCK, BLOCK_DIM], ACCUMULATE)

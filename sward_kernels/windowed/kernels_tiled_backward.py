@@ -18,11 +18,13 @@ from sward_kernels.windowed.tiles import (
     QUERIES,
     TEACHER,
     VALUES,
+    as_operand,
     cosine_gradient,
     gradient_offsets,
     load_tile,
     offsets_of,
     pixel_offsets,
+    rescaled,
     score_gradient,
     scores_of_keys,
     scores_tile,
@@ -65,7 +67,7 @@ def context_gradient(
     OTHER_CHANNELS_LAST: tl.constexpr, OTHER_ALIGNED: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """dZ of one side for a tile of queries, `2 w (Z_own - Z_other)`, from all keys of the window."""
+    """`as_operand` of dZ of one side for a tile of queries, `2 w (Z_own - Z_other)`, from all keys of the window."""
     own_stride_channel = own_strides[0]
     other_stride_channel = other_strides[0]
     dz = tl.zeros([BLOCK_ROWS, PADDED_DIM], ACCUMULATE)
@@ -100,7 +102,7 @@ def context_gradient(
         )  # fmt: skip
         a = round_to(tl.exp2(log_a - lse_other[:, None]), v.dtype, INTERPRET)
         dz -= product(a, v, PRECISION, ACCUMULATE, INTERPRET)
-    return round_to(tl.where(real[:, None], dz * (2.0 * context_weight), 0.0), own.dtype.element_ty, INTERPRET)
+    return as_operand(tl.where(real[:, None], dz * (2.0 * context_weight), 0.0), own.dtype.element_ty, INTERPRET)
 
 
 @triton.jit
@@ -145,7 +147,7 @@ def key_gradients(
             lse_row = statistic(statistics, (1 - side) + LOG_SUM_EXP, statistic_stride, token)
             lse_other = tl.load(lse_row, mask=inside, other=0.0)
             if CONTEXT:
-                dz = context_gradient(
+                dz, dz_factor = context_gradient(
                     own=own, other=other, own_strides=own_strides, other_strides=other_strides,
                     rows_own=rows_own, rows_other=rows_other, real=real, slot=slot, lse=lse, lse_other=lse_other,
                     window=window, height=height, width=width, shift_y=shift_y, shift_x=shift_x,
@@ -179,11 +181,12 @@ def key_gradients(
                     image=own, pixels=keys_own, real=key_real, stride_channel=own_stride_channel, part=VALUES,
                     first=0, DIM=DIM, BLOCK=PADDED_DIM, CHANNELS_LAST=OWN_CHANNELS_LAST,
                 )  # fmt: skip
-                da += product(v, tl.trans(dz), PRECISION, ACCUMULATE, INTERPRET)
-                dv += product(round_to(tl.exp2(log_a), dtype, INTERPRET), dz, PRECISION, ACCUMULATE, INTERPRET)
+                da += rescaled(product(v, tl.trans(dz), PRECISION, ACCUMULATE, INTERPRET), dz_factor, dtype)
+                a = round_to(tl.exp2(log_a), dtype, INTERPRET)
+                dv += rescaled(product(a, dz, PRECISION, ACCUMULATE, INTERPRET), dz_factor, dtype)
             mean_row = statistic(statistics, side + CONTEXT_MEAN, statistic_stride, token)
             mean = tl.load(mean_row, mask=inside, other=0.0)
-            ds = score_gradient(
+            ds, factor = score_gradient(
                 a=tl.exp2(log_a), a_other=tl.exp2(log_other), da=da, mean=mean[None, :], real=real[None, :],
                 student_weight=student_weight, DTYPE=dtype, STUDENT_ATTENTION=ATTENTION, INTERPRET=INTERPRET,
             )  # fmt: skip
@@ -191,7 +194,7 @@ def key_gradients(
                 image=own, pixels=rows_own, real=real, stride_channel=own_stride_channel, part=QUERIES,
                 first=0, DIM=DIM, BLOCK=PADDED_DIM, CHANNELS_LAST=OWN_CHANNELS_LAST,
             )  # fmt: skip
-            dk += product(ds, q, PRECISION, ACCUMULATE, INTERPRET)
+            dk += rescaled(product(ds, q, PRECISION, ACCUMULATE, INTERPRET), factor, dtype)
     outputs = gradient_offsets(key_y, key_x, width, DIM, OWN_CHANNELS_LAST, WIDE)
     dk = dk * (scale / DIM**0.5)
     store_tile(
@@ -253,7 +256,7 @@ def query_gradients(
         mean_row = statistic(statistics, side + CONTEXT_MEAN, statistic_stride, token)
         mean = tl.load(mean_row, mask=inside, other=0.0)
         if CONTEXT:
-            dz = context_gradient(
+            dz, dz_factor = context_gradient(
                 own=own, other=other, own_strides=own_strides, other_strides=other_strides,
                 rows_own=rows_own, rows_other=rows_other, real=real, slot=slot, lse=lse, lse_other=lse_other,
                 window=window, height=height, width=width, shift_y=shift_y, shift_x=shift_x,
@@ -295,8 +298,8 @@ def query_gradients(
                     image=own, pixels=keys_own, real=key_real, stride_channel=own_stride_channel, part=VALUES,
                     first=0, DIM=DIM, BLOCK=PADDED_DIM, CHANNELS_LAST=OWN_CHANNELS_LAST,
                 )  # fmt: skip
-                da += product(dz, tl.trans(v), PRECISION, ACCUMULATE, INTERPRET)
-            ds = score_gradient(
+                da += rescaled(product(dz, tl.trans(v), PRECISION, ACCUMULATE, INTERPRET), dz_factor, dtype)
+            ds, factor = score_gradient(
                 a=tl.exp2(log_a), a_other=tl.exp2(log_other), da=da, mean=mean[:, None], real=real[:, None],
                 student_weight=student_weight, DTYPE=dtype, STUDENT_ATTENTION=ATTENTION, INTERPRET=INTERPRET,
             )  # fmt: skip
@@ -304,7 +307,7 @@ def query_gradients(
                 image=own, pixels=keys_own, real=key_real, stride_channel=own_stride_channel, part=KEYS,
                 first=0, DIM=DIM, BLOCK=PADDED_DIM, CHANNELS_LAST=OWN_CHANNELS_LAST,
             )  # fmt: skip
-            dq += product(ds, k, PRECISION, ACCUMULATE, INTERPRET)
+            dq += rescaled(product(ds, k, PRECISION, ACCUMULATE, INTERPRET), factor, dtype)
     outputs = gradient_offsets(row_y, row_x, width, DIM, OWN_CHANNELS_LAST, WIDE)
     dq = dq * (scale / DIM**0.5)
     store_tile(

@@ -16,10 +16,12 @@ from sward_kernels.windowed.tiles import (
     STUDENT,
     TEACHER,
     VALUES,
+    as_operand,
     cosine,
     load_tile,
     offsets_of,
     pixel_offsets,
+    rescaled,
     scores_tile,
     statistic,
     store_partials,
@@ -146,8 +148,11 @@ def forward_tiled_kernel(
             # Backward rebuilds dZ from the rounded log-sum-exps, so these means must use them too.
             difference = z_s * tl.exp2((max_s - lse_s) + log_sum_s)[:, None]
             difference -= z_t * tl.exp2((max_t - lse_t) + log_sum_t)[:, None]
-            mean_t -= (2.0 * context_weight) * tl.sum(difference * z_t, 1)
-            mean_s += (2.0 * context_weight) * tl.sum(difference * z_s, 1)
+            # And dZ rounded as there.
+            dz, factor = as_operand((2.0 * context_weight) * difference, student.dtype.element_ty, INTERPRET)
+            dz = rescaled(dz.to(ACCUMULATE), factor, student.dtype.element_ty)
+            mean_t -= tl.sum(dz * z_t, 1)
+            mean_s += tl.sum(dz * z_s, 1)
         if SAVE:
             statistics += image.to(tl.int64) * windows * TOKENS
             tl.store(statistic(statistics, LOG_SUM_EXP + STUDENT, statistic_stride, token), lse_s, mask=inside)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sward_kernels.fallback import warn_once
 from sward_kernels.gpu.launching import CallCache, PreparedLaunch, require_dtype, require_gpu
-from sward_kernels.registration import first_derivative_only, register
+from sward_kernels.registration import first_derivative_only, refuse_forward_mode, register
 from sward_kernels.windowed import eager, gradient_in_forward
 from sward_kernels.windowed.gradient_in_forward import Terms
 from sward_kernels.windowed.plan import (
@@ -42,6 +42,7 @@ def windowed_distillation(
         NotImplementedError: for a device, dtype or size that the kernels do not support, and where Triton cannot
             compile them.
     """
+    refuse_forward_mode(qkv_student, qkv_teacher)
     _require_support(qkv_student, window_size)
     arguments = (window_size, *shift_arguments(shift), terms)
     if torch.is_grad_enabled() and (qkv_student.requires_grad or qkv_teacher.requires_grad):
@@ -218,6 +219,11 @@ def _forward(
 def _prepare_forward(qkv_student: Tensor, qkv_teacher: Tensor, window_size: int, terms: Terms, save: bool) -> _Forward:
     plan = plan_of(problem_of(qkv_student, qkv_teacher, window_size, terms), "forward", SAVE=save)
     statistics = _statistics_shape(plan, qkv_student, window_size, save)
+    if statistics[0] * statistics[1] >= 2**31:  # their offsets have 32 bits
+        raise NotImplementedError(
+            f"implementation='triton' takes up to {(2**31 - 1) // statistics[0]} tokens, padding included, got "
+            f"{statistics[1]}; split the batch"
+        )
     launch = _prepared(plan, qkv_student, qkv_teacher, window_size, terms, statistics[1])
     dtype = gradient_in_forward.precision(qkv_student)
     pixels = qkv_student.shape[0] * qkv_student.shape[2] * qkv_student.shape[3]

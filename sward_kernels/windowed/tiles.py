@@ -30,7 +30,10 @@ VALUES = tl.constexpr(2)
 STUDENT = tl.constexpr(0)
 TEACHER = tl.constexpr(1)
 
-FLOAT16_MAX = tl.constexpr(65504.0)
+FLOAT32_EXPONENT = tl.constexpr(0x7F800000)
+"""Bits of a positive float32 number that are kept of the largest power of two in it."""
+SMALLEST = tl.constexpr(2.0**-100)
+"""Tiles whose numbers are smaller still are scaled as if this was their largest."""
 
 # Rows of `statistics`, which the forward pass saves for the backward pass. The first and the last stand for two rows:
 # add `STUDENT` or `TEACHER`.
@@ -256,7 +259,9 @@ def score_gradient(
     a, a_other, da, mean, real, student_weight, DTYPE: tl.constexpr,
     STUDENT_ATTENTION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """dS of one side without the upstream gradient and 1/n, from A, `da = d loss / dA` and its mean under A per row.
+    """`as_operand` of dS of one side without the upstream gradient and 1/n.
+
+    It is made of A, `da = d loss / dA` and the mean of `da` under A per row.
 
     The student's dA of the KL is a ratio that can overflow, so its part of dS has a closed form of its own:
     `STUDENT_ATTENTION` adds it, times `student_weight`. `mean` and `real` hold one number per row and are shaped to
@@ -265,15 +270,33 @@ def score_gradient(
     gradient = a * (da - mean)
     if STUDENT_ATTENTION:
         gradient += student_weight * (a - a_other)
-    return round_gradient(tl.where(real, gradient, 0.0), DTYPE, INTERPRET)
+    return as_operand(tl.where(real, gradient, 0.0), DTYPE, INTERPRET)
 
 
 @triton.jit
-def round_gradient(gradient, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
-    """`round_to` for a gradient that is not yet divided by n: of those that fit fp16 then, some do not yet."""
+def as_operand(gradient, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """A gradient rounded to the dtype of a product's operand, and the factor for `rescaled` of the product.
+
+    Not yet multiplied by the upstream gradient nor divided by n, it may overflow float16 or vanish in it. A tile is
+    therefore divided by a power of two, so that its largest number lies between 2^14 and 2^15. One that is not finite
+    stays so.
+    """
+    factor = 1.0
     if DTYPE == tl.float16:
-        gradient = tl.minimum(tl.maximum(gradient, -FLOAT16_MAX), FLOAT16_MAX)
-    return round_to(gradient, DTYPE, INTERPRET)
+        largest = tl.maximum(tl.max(tl.max(tl.abs(gradient), 1), 0), SMALLEST)
+        power_of_two = largest.to(tl.int32, bitcast=True) & FLOAT32_EXPONENT
+        factor = power_of_two.to(tl.float32, bitcast=True) * 2.0**-14
+        gradient = gradient * (1.0 / factor)
+    return round_to(gradient, DTYPE, INTERPRET), factor
+
+
+@triton.jit
+def rescaled(product, factor, DTYPE: tl.constexpr):
+    """A product of an operand of `as_operand`, or a number that multiplies it, times its factor."""
+    if DTYPE == tl.float16:
+        return product * factor
+    else:
+        return product
 
 
 @triton.jit

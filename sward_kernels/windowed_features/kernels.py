@@ -14,13 +14,14 @@ from sward_kernels.windowed.tiles import (
     QUERIES,
     TEACHER,
     VALUES,
+    as_operand,
     cosine,
     cosine_gradient,
     cosine_sums,
     load_tile,
     offsets_of,
     pixel_offsets,
-    round_gradient,
+    rescaled,
     score_gradient,
     store_partials,
     store_tile,
@@ -256,22 +257,23 @@ def backward_kernel(
                     round_to(a_other, dtype, INTERPRET), round_to(v_other, dtype, INTERPRET),
                     PRECISION, ACCUMULATE, INTERPRET,
                 )  # fmt: skip
-                dz = round_to(tl.where(real[:, None], dz * (2.0 * context_weight), 0.0), dtype, INTERPRET)
-                da += product(dz, tl.trans(v), PRECISION, ACCUMULATE, INTERPRET)
-                dv += product(tl.trans(a_rounded), dz, PRECISION, ACCUMULATE, INTERPRET)
-            dv = round_gradient(dv, dtype, INTERPRET)  # that of a cosine also grows as the vector shrinks
-            dx += product(dv, w, PRECISION, ACCUMULATE, INTERPRET)
-            dw += product(tl.trans(dv), x, PRECISION, ACCUMULATE, INTERPRET)
+                dz, factor = as_operand(tl.where(real[:, None], dz * (2.0 * context_weight), 0.0), dtype, INTERPRET)
+                da += rescaled(product(dz, tl.trans(v), PRECISION, ACCUMULATE, INTERPRET), factor, dtype)
+                dv += rescaled(product(tl.trans(a_rounded), dz, PRECISION, ACCUMULATE, INTERPRET), factor, dtype)
+            dv, factor = as_operand(dv, dtype, INTERPRET)
+            dx += rescaled(product(dv, w, PRECISION, ACCUMULATE, INTERPRET), factor, dtype)
+            dw += rescaled(product(tl.trans(dv), x, PRECISION, ACCUMULATE, INTERPRET), factor, dtype)
         if ATTENTION or CONTEXT:
-            ds = score_gradient(
+            ds, factor = score_gradient(
                 a=a, a_other=a_other, da=da, mean=tl.sum(a * da, 1)[:, None], real=real[:, None],
                 student_weight=attention_weight, DTYPE=dtype, STUDENT_ATTENTION=ATTENTION and OWN_SIDE != TEACHER,
                 INTERPRET=INTERPRET,
             )  # fmt: skip
-            dh = round_gradient(product(ds, x, PRECISION, ACCUMULATE, INTERPRET), dtype, INTERPRET)
-            dx += product(tl.trans(ds), h, PRECISION, ACCUMULATE, INTERPRET)
-            dx += product(dh, tl.trans(g), PRECISION, ACCUMULATE, INTERPRET)
-            dg += product(tl.trans(x), dh, PRECISION, ACCUMULATE, INTERPRET)
+            dh = rescaled(product(ds, x, PRECISION, ACCUMULATE, INTERPRET), factor, dtype)
+            dx += rescaled(product(tl.trans(ds), h, PRECISION, ACCUMULATE, INTERPRET), factor, dtype)
+            dh, factor = as_operand(dh, dtype, INTERPRET)
+            dx += rescaled(product(dh, tl.trans(g), PRECISION, ACCUMULATE, INTERPRET), factor, dtype)
+            dg += rescaled(product(tl.trans(x), dh, PRECISION, ACCUMULATE, INTERPRET), factor, dtype)
         if OWN_CHANNELS_LAST:
             outputs = pixel_offsets(y, x_position, (1, width * OWN_CHANNELS, OWN_CHANNELS), False, WIDE)
         else:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sward_kernels.fallback import warn_once
 from sward_kernels.gpu.launching import CallCache, PreparedLaunch, require_dtype, require_gpu
-from sward_kernels.registration import first_derivative_only, register
+from sward_kernels.registration import first_derivative_only, refuse_forward_mode, register
 from sward_kernels.windowed.gradient_in_forward import Terms, precision
 from sward_kernels.windowed.launch import allocate_gradient, known_arguments, memory_format, shift_arguments
 from sward_kernels.windowed_features import api
@@ -29,6 +29,7 @@ def windowed_feature_distillation(
         NotImplementedError: for a device, dtype or size that the kernels do not support, and where Triton cannot
             compile them.
     """
+    refuse_forward_mode(*tensors)
     _require_support(tensors, window_size)
     features_student, features_teacher, weight_student, weight_teacher = tensors
     tensors = (features_student, features_teacher, weight_student.contiguous(), weight_teacher.contiguous())

@@ -38,6 +38,12 @@ def prototypes_of(maps: Tensor, implementation: str) -> Tensor:
     return prototype_discrimination(maps, labels, 3, implementation=implementation).loss
 
 
+def features(maps: Tensor, implementation: str) -> Tensor:
+    torch.manual_seed(1)
+    other, weights = torch.randn(2, 12, 8, 8), torch.randn(2, 24, 12)
+    return windowed_feature_distillation(maps, other, *weights, 4, implementation=implementation).loss
+
+
 OPERATIONS: list[Callable[[Tensor, str], Tensor]] = [relation, windows, prototypes_of]
 
 
@@ -61,13 +67,17 @@ def test_a_second_derivative_is_refused_and_not_wrong(
     torch.testing.assert_close(torch.autograd.grad(loss(implementation), weight)[0], gradient.detach())
 
 
-@pytest.mark.parametrize("implementation", ["eager", "native"])
-def test_forward_mode_is_refused_and_not_zero(implementation: str) -> None:
-    maps, tangent = torch.randn(2, 12, 8, 8), torch.randn(2, 12, 8, 8)
-    _, expected = torch.func.jvp(lambda each: windows(each, "reference"), (maps,), (tangent,))
-    assert expected != 0
+@pytest.mark.parametrize("operation", [windows, features])
+@pytest.mark.parametrize("implementation", ["eager", "native", "triton"])
+def test_forward_mode_is_refused_and_not_zero(operation: Callable[[Tensor, str], Tensor], implementation: str) -> None:
+    if implementation == "triton":
+        pytest.importorskip("triton")
+    maps, tangent = torch.randn(2, 12, 8, 8).to(DEVICE), torch.randn(2, 12, 8, 8).to(DEVICE)
+    if DEVICE == "cpu":
+        _, expected = torch.func.jvp(lambda each: operation(each, "reference"), (maps,), (tangent,))
+        assert expected != 0
     with pytest.raises(NotImplementedError, match="forward-mode derivatives need implementation='reference'"):
-        torch.func.jvp(lambda each: windows(each, implementation), (maps,), (tangent,))
+        torch.func.jvp(lambda each: operation(each, implementation), (maps,), (tangent,))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -154,16 +164,55 @@ def test_gradients_of_weights_are_those_without_autocast() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_gradients_of_a_spike_stay_in_fp16(seed: int) -> None:
+def test_gradients_of_a_spike_fit_fp16(seed: int) -> None:
     """Before the division by the number of pixels, the gradient of a score of the context term exceeds 65504."""
     pytest.importorskip("triton")
     torch.manual_seed(seed)
     student, teacher = torch.randn(1, 16, 4, 4), torch.randn(1, 16, 4, 4)
     teacher[:, 3, 0, 0] = 60
     tensors = [student, teacher, torch.randn(96, 16) / 4, torch.randn(96, 16) / 4]
+    assert_gradients_of_features(tensors, (1.0, 1.0, 1.0), 2e-2)
+
+
+@pytest.mark.parametrize("weight", [1e-6, 1.0, 1e4])
+def test_fp16_gradients_do_not_depend_on_the_scale_of_the_terms(weight: float) -> None:
+    """In float16 the gradients of the scores would vanish or overflow, and no loss scale could bring them back."""
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    maps, weights = torch.randn(2, 1, 16, 8, 8), torch.randn(2, 48, 16) / 4
+    assert_gradients_of_features([*maps, *weights], (weight,) * 3, 1e-3)
+    for window_size in (4, 9):  # of one tile and of several
+        leaves = [each.to(DEVICE, torch.float16).requires_grad_() for each in torch.randn(2, 1, 24, 9, 9)]
+        exact = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
+        loss = windowed_distillation(*leaves, window_size, terms=(weight,) * 3, implementation="triton").loss
+        reference = windowed_distillation(*exact, window_size, terms=(weight,) * 3, implementation="reference").loss
+        assert_close_gradients(loss, leaves, reference, exact, weight, 1e-3)
+
+
+def assert_gradients_of_features(tensors: list[Tensor], terms: tuple[float, float, float], bound: float) -> None:
     leaves = [each.to(DEVICE, torch.float16).requires_grad_() for each in tensors]
-    windowed_feature_distillation(*leaves, 4, implementation="triton").loss.backward()
-    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
+    exact = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
+    loss = windowed_feature_distillation(*leaves, 4, terms=terms, implementation="triton").loss
+    reference = windowed_feature_distillation(*exact, 4, terms=terms, implementation="reference").loss
+    assert_close_gradients(loss, leaves, reference, exact, terms[0], bound)
+
+
+def assert_close_gradients(
+    loss: Tensor, leaves: list[Tensor], reference: Tensor, exact: list[Tensor], weight: float, bound: float
+) -> None:
+    """The upstream gradient undoes the weight, so that the gradients that are stored fit fp16."""
+    found = torch.autograd.grad(loss / weight, leaves)
+    expected = torch.autograd.grad(reference / weight, exact)
+    for mine, right in zip(found, expected, strict=True):
+        assert (mine.cpu().double() - right).norm() < bound * right.norm()
+
+
+def test_more_statistics_than_32_bits_address_are_refused() -> None:
+    pytest.importorskip("triton")
+    # Twelve numbers in memory; every image of one pixel is padded to a window of 1024 tokens.
+    maps = torch.zeros(1, 12, 1, 1, device=DEVICE).expand(2**20, 12, 1, 1).requires_grad_()
+    with pytest.raises(NotImplementedError, match="takes up to 429496729 tokens, padding included, got 1073741824"):
+        windowed_distillation(maps, maps.detach(), 32, implementation="triton")
 
 
 def test_classes_of_permuted_labels_have_the_strides_that_compilers_expect() -> None:

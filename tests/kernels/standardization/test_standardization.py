@@ -81,6 +81,21 @@ def test_a_standardised_map_is_as_exact_as_plain_pytorch(size: tuple[int, int], 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_a_resize_one_infinity_stays_one(layout: str) -> None:
+    features = maps(layout, 1, 6, 5, 5)
+    features[0, 2, 1, 1] = torch.inf
+    standardized = standardize(features, torch.zeros(6), torch.ones(6), (5, 5))
+    assert standardized.isfinite().logical_not().sum() == 1
+
+
+def test_a_tangent_is_kept() -> None:
+    features, tangent = torch.randn(2, 1, 3, 4, 4)
+    mean, scale = torch.ones(3), torch.full((3,), 2.0)
+    _, found = torch.func.jvp(lambda each: standardize(each, mean, scale, (4, 4)), (features,), (tangent,))
+    torch.testing.assert_close(found, 2 * tangent)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_results_do_not_depend_on_the_number_of_threads(layout: str) -> None:
     features = maps(layout, 3, 19, 13, 10)
     results = []
