@@ -191,6 +191,11 @@ def sort_folder(folder: Path) -> tuple[dict[str, Path], list[Path], list[Path]]:
             continue
         if path.suffix.lower() in SUFFIXES:
             check_file(path)
+            if not is_text(path.name):
+                raise ValueError(
+                    f"names in {folder} must be UTF-8, got {os.fsencode(path.name)!r}; rename the file, which an "
+                    "archive of another encoding may have brought"
+                )
             name = composed(path.stem)
             if name in found:
                 raise ValueError(
@@ -202,6 +207,15 @@ def sort_folder(folder: Path) -> tuple[dict[str, Path], list[Path], list[Path]]:
         elif path.suffix.lower() in UNREADABLE:
             unread.append(path)
     return found, unread, folders
+
+
+def is_text(name: str) -> bool:
+    """Return whether the name of a file can be written into lists and messages."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def may_hold_a_picture(path: Path) -> bool:

@@ -197,7 +197,7 @@ def _assigned(
 
 
 def splits(root: Path, options: FolderOptions | None = None) -> list[str]:
-    """Return the existing splits; `all` for a folder or table without splits.
+    """Return the existing splits that have masks; `all` for a folder or table without splits.
 
     Raises:
         DatasetNotFoundError: there are none.
@@ -206,7 +206,19 @@ def splits(root: Path, options: FolderOptions | None = None) -> list[str]:
         return [EVERY_FRAME]
     options = options or FolderOptions()
     layout = find_layout(root, options.images, options.masks)
-    return layout.splits() if layout.has_splits else [EVERY_FRAME]
+    return layout.labelled_splits() if layout.has_splits else [EVERY_FRAME]
+
+
+def has_splits(root: Path, options: FolderOptions | None = None) -> bool:
+    """Return whether a folder or table itself says which frame belongs to which split.
+
+    Raises:
+        DatasetNotFoundError, ValueError: it cannot be read.
+    """
+    options = options or FolderOptions()
+    if root.is_file():
+        return any(table_pairs(root, options.images, options.masks)[1].values())
+    return find_layout(root, options.images, options.masks).has_splits
 
 
 def describe(num_classes: int | None, options: FolderOptions | None = None) -> DatasetInfo:

@@ -50,7 +50,7 @@ _LOSSY_IN_TIFF = {"jpeg": "JPEG", "tiff_jpeg": "JPEG", "webp": "WebP"}
 """Pillow's names of the compressions in TIFF files that change pixel values."""
 
 # Errors that Pillow raises, depending on the format and on the kind of damage.
-_DAMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error)
+DAMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error)
 _ORIENTATION = 0x0112
 _STORED_WIDTH, _STORED_HEIGHT = 0x0100, 0x0101
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
@@ -86,9 +86,10 @@ def open_image(path: Path, content: bytes | None = None) -> Image:
             pages = getattr(image, "n_frames", 1)
             # A phone appends a preview or a depth map to a photo and calls the file MPO; its first page is the photo.
             several = pages > 1 and image.format != "MPO"
-            wide, lossy, rescaled = False, "", ""
+            bits, wide, lossy, rescaled = 1, False, "", ""
             if not several:
                 # Before decoding, which closes the file and forgets what it was.
+                bits = _bits_of_black_and_white(image)
                 wide, lossy, rescaled = _is_wide_colour(image), _find_lossy_compression(image), _find_rescaling(image)
                 _load(image)
                 ImageOps.exif_transpose(image, in_place=True)
@@ -98,12 +99,26 @@ def open_image(path: Path, content: bytes | None = None) -> Image:
         raise ValueError(
             f"image {path} must have at most {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; {error}"
         ) from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise CorruptFileError(f"cannot read {path}: the file is damaged or not an image ({error})") from error
     if several:
         raise ValueError(f"image {path} must have one page, got {pages}; save the pages as separate files")
+    if bits > 1:
+        raise ValueError(f"{path} must not be a BMP of two colours in {bits} bits, which is misread; save it as PNG")
     image.info["wide"], image.info["lossy"], image.info["rescaled"] = wide, lossy, rescaled
     return image
+
+
+def _bits_of_black_and_white(image: Image) -> int:
+    """Return the bits per pixel of a BMP with two colours: of more than 1, Pillow takes each byte for eight pixels."""
+    file = getattr(image, "fp", None)
+    if image.format != "BMP" or image.mode != "1" or file is None:
+        return 1
+    place = file.tell()
+    file.seek(28)
+    (bits,) = struct.unpack("<H", file.read(2))
+    file.seek(place)
+    return int(bits)
 
 
 def _load(image: Image) -> None:
@@ -291,7 +306,7 @@ def read_header(path: Path) -> Header | None:
     try:
         with Image.open(path) as image:
             return Header.of(image)
-    except (*_DAMAGE, Image.DecompressionBombError):
+    except (*DAMAGE, Image.DecompressionBombError):
         return None
 
 
@@ -306,7 +321,7 @@ def may_lie_otherwise(image: Header, mask: Path) -> bool:
 def check_end(path: Path, header: Header) -> None:
     """Raise a CorruptFileError if a file ends before its image does, as after a download that broke off.
 
-    A JPEG or PNG file with the mark of its end is taken as whole, which costs no decoding; other files are decoded.
+    A JPEG or PNG file with the mark of its end is taken as whole; other files are decoded.
     """
     mark = _END_MARKS.get(header.format)
     if mark is not None:

@@ -7,6 +7,7 @@ for train, val or test and `{name}` for the name of the image, with sub-folders.
 |---|---|
 | `images/{split}` | `masks/{split}/{name}` |
 | `{split}/images` | `{split}/masks/{name}` |
+| `{split}` | `{split}/{name}_mask` |
 | `images` | `masks/{name}` |
 | `.` | `{name}_mask` |
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,8 +74,21 @@ class Layout:
         possible = [value for name in names if (value := _value_of(name, parts[first], "{split}"))]
         # The placeholder may stand in further parts too, as in `{split}/{split}_images`.
         folders = stored(self.folder / self.images.replace("{split}", value) for value in possible)
-        found = [value for value, folder in zip(possible, folders) if folder.is_dir()]
+        found = [
+            value
+            for value, folder in zip(possible, folders)
+            # A folder of another name that holds no image, such as that of a pack, is no split.
+            if folder.is_dir() and (value in SPLIT_OF or list_tree(folder, warn=False))
+        ]
         return sorted({SPLIT_OF.get(value, value) for value in found})
+
+    def labelled_splits(self) -> list[str]:
+        """Return the splits as `splits` does, without those that have no folder of masks, and warn of these."""
+        found = self.splits()
+        bare = [split for split in found if split not in ("train", "val") and not self._places(split)[1].is_dir()]
+        if bare:
+            warnings.warn(f"{self.folder} has no folder of masks for {', '.join(bare)}, left out", stacklevel=2)
+        return [split for split in found if split not in bare]
 
     def pairs(self, split: str | None = None) -> list[Pair]:
         """Return the frames of a split, or of the whole folder where it has no splits.
@@ -109,7 +123,20 @@ class Layout:
         warn_of_unused_masks(mask_folder, unused)
         if split == "train":
             self._warn_of_no_split()
+        if split is None:
+            self._warn_of_folders_like_splits(images)
         return found
+
+    def _warn_of_folders_like_splits(self, names: Iterable[str]) -> None:
+        """Warn of frames in folders called as splits are, which this layout does not tell apart."""
+        folders = {folder for name in names for folder in name.split("/")[:-1] if folder.lower() in SPLIT_OF}
+        if folders:
+            warnings.warn(
+                f"all images in {self.folder} are taken as one set, though some lie in folders called "
+                f"{shortened(sorted(folders))}; name splits with --images and --masks, such as "
+                "--images 'images/{split}' --masks 'masks/{split}/{name}'",
+                stacklevel=2,
+            )
 
     def _warn_of_no_split(self) -> None:
         """Warn once of images and masks that lie beside the folders of the splits."""
@@ -242,6 +269,10 @@ def _usual(root: Path) -> Iterator[Layout]:
                 yield Layout(root, f"{images}/{{split}}", f"{masks}/{{split}}/{{name}}")
             if (root / split / images).is_dir() and (root / split / masks).is_dir():
                 yield Layout(root, f"{{split}}/{images}", f"{{split}}/{masks}/{{name}}")
+    for split in SPLITS["train"]:
+        if (root / split).is_dir():
+            for suffix in SUFFIXES_OF_MASKS[1:]:
+                yield Layout(root, "{split}", f"{{split}}/{{name}}{suffix}")
     for images, masks in named:
         if (root / images).is_dir() and (root / masks).is_dir():
             yield Layout(root, images, f"{masks}/{{name}}")
@@ -303,6 +334,9 @@ def table_pairs(table: Path, images: str | None = None, masks: str | None = None
             )
     pairs, assigned = [], {}
     rows = read_table(table, ("image", "mask"), title="the table of frames")
+    for number, row in enumerate(rows, start=1):
+        if not (row["image"] and row["mask"]):
+            raise ValueError(f"{table} must name an image and a mask in every row, got none in {number}")
     image_files, mask_files = (stored(table.parent / row[column] for row in rows) for column in ("image", "mask"))
     for row, image, mask in zip(rows, image_files, mask_files):
         pair = Pair(composed(Path(row["image"]).with_suffix("").as_posix()), image, mask)

@@ -239,7 +239,7 @@ def find_pack(
     if where == "none":
         return None
     folder = source / FOLDER if where == "auto" else Path(where)
-    if not (folder / INDEX).is_file():
+    if not holds_pack(folder):
         if where == "auto":
             return None
         raise FileNotFoundError(
@@ -265,6 +265,11 @@ def find_pack(
         warnings.warn(f"the pack in {folder} is unfinished, decoding images instead; {again}", stacklevel=2)
         return None
     return PackedFrames(folder, index, source, pairs)
+
+
+def holds_pack(folder: Path) -> bool:
+    """Return whether there is a pack in a folder."""
+    return (folder / INDEX).is_file()
 
 
 def again_hint(index: Index, source: Path, folder: Path) -> str:

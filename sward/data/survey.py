@@ -7,7 +7,7 @@ import math
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sward.data.files import shortened
-from sward.data.images import WIDE_COLOUR_RANGE, Header, check_end, lossy_compression, may_lie_otherwise, open_image
+from sward.data.images import (
+    DAMAGE,
+    WIDE_COLOUR_RANGE,
+    Header,
+    check_end,
+    lossy_compression,
+    may_lie_otherwise,
+    open_image,
+)
 from sward.data.layouts import find_layout, table_pairs
 from sward.data.masks import TOLERANCE, UNCLEAR_SHARE, colours, indices
 from sward.data.sample import IGNORE_INDEX, Pair
@@ -185,7 +193,7 @@ def survey(root: Path, *, images: str | None = None, masks: str | None = None) -
     pairs = [(split, pair) for split, listed in frames.items() for pair in listed]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
         looks = list(executor.map(lambda each: _look(each[1]), pairs))
-    looks = _with_equal_whites(looks, found)
+    looks = _with_colours_everywhere([pair for _, pair in pairs], _with_equal_whites(looks, found))
     first: dict[str, tuple[str, str]] = {}
     for (split, pair), look in zip(pairs, looks):
         found.sizes[look.size] += 1
@@ -216,7 +224,7 @@ def _frames(root: Path, images: str | None, masks: str | None) -> tuple[Mapping[
         found = Survey(root, "the columns image and mask", bool(assigned))
     else:
         layout = find_layout(root, images, masks)
-        frames = {split: layout.pairs(split) for split in layout.splits()} or {"all": layout.pairs()}
+        frames = {split: layout.pairs(split) for split in layout.labelled_splits()} or {"all": layout.pairs()}
         found = Survey(root, f"images {layout.images}, masks {layout.masks}", layout.has_splits, images, masks)
     found.frames = {split: len(listed) for split, listed in frames.items()}
     return frames, found
@@ -237,6 +245,18 @@ def _with_equal_whites(looks: list[_Look], found: Survey) -> list[_Look]:
     ]
 
 
+def _with_colours_everywhere(pairs: Sequence[Pair], looks: list[_Look]) -> list[_Look]:
+    """Count colours in grey masks too where others hold colours, as a coloured mask without an object is grey."""
+    if not any(value.startswith("#") for look in looks for value in look.values):
+        return looks
+    return [
+        look
+        if not look.values or any(value.startswith("#") for value in look.values)
+        else look._replace(values=_counted(colours(open_image(pair.mask), pair.mask), "#{:06x}"))
+        for pair, look in zip(pairs, looks)
+    ]
+
+
 def _look(pair: Pair) -> _Look:
     from PIL import Image
 
@@ -248,6 +268,8 @@ def _look(pair: Pair) -> _Look:
             if header.is_wide:
                 pixels = np.asarray(image)
                 look = look._replace(wide=header.mode, lowest=float(pixels.min()), highest=float(pixels.max()))
+                if not (math.isfinite(look.lowest) and math.isfinite(look.highest)):
+                    return look._replace(lowest=0.0, highest=0.0, problem=f"{pair.image} must hold finite numbers only")
             elif header.wide_colour:
                 look = look._replace(wide="16-bit colour", highest=WIDE_COLOUR_RANGE[1])
         check_end(pair.image, header)
@@ -256,7 +278,7 @@ def _look(pair: Pair) -> _Look:
             turned_alone=may_lie_otherwise(header, pair.mask),
             mode=mask.mode,
             lossy=bool(lossy_compression(mask)),
-            values=dict(_mask_values(mask, pair.mask)),
+            values=_mask_values(mask, pair.mask),
         )
         if (mask.height, mask.width) != header.size:
             return look._replace(
@@ -264,8 +286,9 @@ def _look(pair: Pair) -> _Look:
                 f"pixels, got {mask.width} x {mask.height}"
             )
         return look
-    except (OSError, ValueError) as error:
-        return look._replace(problem=str(error))
+    except (*DAMAGE, Image.DecompressionBombError) as error:
+        named = str(pair.image) in str(error) or str(pair.mask) in str(error)
+        return look._replace(problem=str(error) if named else f"cannot read {pair.image}: {error}")
 
 
 def _range_of(lowest: float, highest: float) -> tuple[float, float]:
@@ -281,14 +304,16 @@ def exact_text(number: float) -> str:
     return str(int(number)) if whole else repr(number)
 
 
-def _mask_values(mask: Image, path: Path) -> Iterator[tuple[str, int]]:
+def _mask_values(mask: Image, path: Path) -> dict[str, int]:
     try:
-        numbers, pattern = indices(mask, path, lossy=True), "{}"
+        return _counted(indices(mask, path, lossy=True), "{}")
     except ValueError:
-        numbers, pattern = colours(mask, path), "#{:06x}"
+        return _counted(colours(mask, path), "#{:06x}")
+
+
+def _counted(numbers: NDArray[np.integer], pattern: str) -> dict[str, int]:
     values, counts = count_values(numbers)
-    for value, count in zip(values.tolist(), counts.tolist()):
-        yield pattern.format(int(value)), count
+    return {pattern.format(int(value)): count for value, count in zip(values.tolist(), counts.tolist())}
 
 
 def count_values(values: NDArray[np.integer]) -> tuple[NDArray[np.integer], NDArray[np.int64]]:

@@ -81,7 +81,7 @@ class Metadata:
             info.palette,
             evaluation_size(config.dataset.name, config.dataset.image_size),
             config.dataset.image_range,
-            source=str(weights.resolve()),
+            source=str(weights.absolute()),
         )
 
     def info(self) -> DatasetInfo:

@@ -202,8 +202,10 @@ def find_run(path: Path, checkpoint: Checkpoint = "best") -> tuple[Path, Path]:
         return path, run.best if checkpoint == "best" else run.last
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
-    folder = path.resolve().parent.parent
-    if not (folder / "config.json").exists():
+    # A checkpoint may be a link, as git-annex and DVC make them, or have one elsewhere.
+    folders = [each.parent.parent for each in (path.absolute(), path.resolve())]
+    folder = next((each for each in folders if (each / "config.json").exists()), None)
+    if folder is None:
         raise ValueError(f"checkpoint must lie in RUN/checkpoints, beside the run's config.json, got {path}")
     return folder, path
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sward import atomic
 from sward.config import TrainingConfig
 from sward.data import DatasetInfo, denormalise
+from sward.data.images import CorruptFileError
 from sward.data.transforms import resize_image
 from sward.deploy import export, int8
 from sward.deploy.metadata import Metadata
@@ -313,7 +314,13 @@ def evaluation_images(config: TrainingConfig, split: str, count: int | None) -> 
 
     def samples() -> Iterator[tuple[Tensor, Tensor]]:
         for index in range(length):
-            sample = dataset[index]
+            try:
+                sample = dataset[index]
+            except CorruptFileError:
+                # Training has passed over it too; scores are taken on every image.
+                if config.on_corrupt == "stop" or split != "train":
+                    raise
+                continue
             yield denormalise(sample.image), sample.labels
 
     return LabelledImages(samples, length)

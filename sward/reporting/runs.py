@@ -83,7 +83,32 @@ def read_runs(paths: Sequence[Path]) -> list[ReportedRun]:
         ValueError: if two paths are the same folder, or a file is damaged.
         FileNotFoundError: if a folder is not a run folder.
     """
-    return [_read(path, title) for path, title in zip(paths, _titles(paths), strict=True)]
+    runs = [_read(path, title) for path, title in zip(paths, _titles(paths), strict=True)]
+    _leave_out_scores_of_other_images(runs)
+    return runs
+
+
+def _leave_out_scores_of_other_images(runs: Sequence[ReportedRun]) -> None:
+    """Keep scores of one data set and split only where they are on the images of the newest of them, and warn."""
+    newest: dict[tuple[str, str | None], tuple[float, str | None, ReportedRun]] = {}
+    for name, stored, run in _stored_scores(runs):
+        written = (run.folder.path / f"evaluation-{name}.json").stat().st_mtime
+        place = (name, stored.get("root"))
+        if stored.get("frames") is not None and (place not in newest or written > newest[place][0]):
+            newest[place] = (written, stored["frames"], run)
+    for name, stored, run in _stored_scores(runs):
+        _, frames, other = newest.get((name, stored.get("root")), (0.0, None, run))
+        if stored.get("frames") not in (None, frames):
+            warnings.warn(
+                f"the scores {name} of {run.title} are left out: they are on other images or masks than those of "
+                f"{other.title}, which are newer; score it again with 'sward evaluate'",
+                stacklevel=3,
+            )
+            del run.evaluations[name]
+
+
+def _stored_scores(runs: Sequence[ReportedRun]) -> list[tuple[str, dict[str, Any], ReportedRun]]:
+    return [(name, stored, run) for run in runs for name, stored in run.evaluations.items() if name != VALIDATION]
 
 
 def _read(path: Path, title: str) -> ReportedRun:

@@ -17,6 +17,7 @@ from sward.data.frames import digest, frame_sums, known_images
 from sward.deploy.network import DeployedNetwork
 from sward.deploy.tiles import TiledNetwork, check_tile
 from sward.evaluation import Evaluation, evaluate
+from sward.models.inputs import SIZE_MULTIPLE
 from sward.runs.load import build_split, choose_device, config_for_images, load_run, steps_of, warn_if_unfinished
 from sward.training import checkpoints
 from sward.training.progress import Progress
@@ -90,6 +91,8 @@ def evaluate_run(
         tiled = TiledNetwork(DeployedNetwork(network, input="normalised"), tile, overlap)
         network, images.transform, batch = tiled, EvaluationTransform(), 1
         identity |= {"tile": tile, "overlap": tiled.overlap}
+    elif any(side % SIZE_MULTIPLE for side in images[0].image.shape[-2:]):
+        network = DeployedNetwork(network, input="normalised")  # Pads as `sward predict` and exported files do.
     with Progress(f"evaluate on {settings.name}, {split}", -(-len(images) // batch)) as progress:
         result = evaluate(network.to(target), images, batch=batch, device=target, advance=progress.advance)
     if stores:

@@ -13,6 +13,7 @@ from torch import nn
 from sward import data, distributed, models
 from sward.config import DistillationConfig, MaskTrainingConfig, TrainingConfig
 from sward.data import DatasetInfo, SegmentationDataset, folder
+from sward.data.packed import holds_pack
 from sward.models.inputs import Renormalising
 from sward.training import checkpoints
 from sward.training.run_folder import RunFolder
@@ -63,9 +64,11 @@ def config_for_images(path: Path, config: TrainingConfig, root: Path | None = No
     split_by = str(split) if split.exists() else config.dataset.split_by
     where = root or config.dataset.root
     if where is not None and where != config.dataset.root and config.dataset.name == "folder":
-        own_splits = folder.splits(where, config.dataset.folder_options) != [folder.EVERY_FRAME]
-        split_by = None if own_splits else split_by
-    dataset = dataclasses.replace(config.dataset, root=where, split_by=split_by)
+        split_by = None if folder.has_splits(where, config.dataset.folder_options) else split_by
+    packed = config.dataset.packed
+    if packed not in ("auto", "none") and (where != config.dataset.root or not holds_pack(Path(packed))):
+        packed = "auto"  # The pack was of another folder or is gone, and frames are the same with and without one.
+    dataset = dataclasses.replace(config.dataset, root=where, split_by=split_by, packed=packed)
     return dataclasses.replace(config, dataset=dataset)
 
 

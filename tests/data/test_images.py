@@ -292,3 +292,15 @@ def test_names_are_compared_in_composed_unicode_and_near_ones_are_named(tmp_path
     with pytest.warns(UserWarning, match=r"masks without an image in .*: x1_mask$"):
         pairs = pair_by_name(tmp_path / "images", tmp_path / "masks")
     assert [pair.name for pair in pairs] == ["caf\u00e9"]
+
+
+def test_an_8_bit_bmp_of_two_colours_is_refused(tmp_path: Path) -> None:
+    """Pillow reads its bytes as eight pixels each."""
+    pixels = bytes([1, 0, 1, 1] * 4)
+    header = struct.pack("<2sIHHI", b"BM", 62 + 16, 0, 0, 62)
+    header += struct.pack("<IiiHHIIiiII", 40, 4, 4, 1, 8, 0, 16, 0, 0, 2, 2) + bytes([0, 0, 0, 0, 255, 255, 255, 0])
+    (tmp_path / "mask.bmp").write_bytes(header + pixels)
+    with pytest.raises(ValueError, match="must not be a BMP of two colours in 8 bits, which is misread; save"):
+        open_image(tmp_path / "mask.bmp")
+    Image.fromarray(np.eye(4, dtype=bool)).save(tmp_path / "fine.bmp")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "fine.bmp")), np.eye(4, dtype=bool))

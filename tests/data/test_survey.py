@@ -323,3 +323,32 @@ def test_runs_are_counted_like_pixels() -> None:
     values = np.random.default_rng(0).integers(0, 4, (30, 40)).repeat(3, 1)
     for counted, expected in zip(count_values(values), np.unique(values, return_counts=True)):
         assert counted.tolist() == expected.tolist()
+
+
+def test_files_that_cannot_be_read_are_listed(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_frames(tmp_path, write, DISC, count=4)
+    Image.fromarray(np.full((48, 64), np.inf, np.float32)).save(tmp_path / "images/0.tif")
+    (tmp_path / "images/0.png").unlink()
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 60), np.uint8).reshape(48, 1280, 3)
+    write(tmp_path / "images/1.png", noise)
+    whole = (tmp_path / "images/1.png").read_bytes()
+    second = whole.index(b"IDAT", whole.index(b"IDAT") + 1)
+    (tmp_path / "images/1.png").write_bytes(whole[:second] + bytes([1, 2, 3, 4]) + whole[second + 4 :])
+    Image.new("RGB", (1280, 480)).save(tmp_path / "images/2.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1280 * 48)
+    assert main(["data", "check", str(tmp_path)]) != 0
+    said = "".join(capsys.readouterr())
+    assert f"{tmp_path}/images/0.tif must hold finite numbers only" in said
+    assert f"{tmp_path}/images/1.png" in said
+    assert f"{tmp_path}/images/2.png" in said
+
+
+def test_a_coloured_mask_without_an_object_is_black(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_frames(tmp_path, write, np.stack([200 * DISC, 0 * DISC, 0 * DISC], -1))
+    write(tmp_path / "masks/1.png", np.zeros((48, 64, 3), np.uint8))
+    assert main(["data", "check", str(tmp_path)]) == 0
+    assert "--classes background,foreground --mask-values '#000000,#c80000'" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -140,6 +141,17 @@ def test_scores_of_earlier_weights_do_not_count(tmp_path: Path, monkeypatch: pyt
     with pytest.warns(UserWarning, match="evaluation-scenes-val.json is left out: the run was trained on since"):
         (run,) = read_runs([tmp_path / "run"])
     assert "scenes-val" not in run.evaluations
+
+
+def test_scores_of_other_images_are_not_averaged(tmp_path: Path) -> None:
+    paths = [student(tmp_path / f"sward-seed{seed}", seed, 0.6 + seed / 10) for seed in range(2)]
+    for path, frames, second in zip(paths, ("new", "old"), (2, 1)):
+        file = path / "evaluation-two-test.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "root": "/data", "frames": frames}))
+        os.utime(file, (second, second))
+    with pytest.warns(UserWarning, match="two-test of sward-seed1 are left out: they are on other images or masks"):
+        runs = read_runs(paths)
+    assert [list(run.evaluations) for run in runs] == [["two-test"], []]
 
 
 @pytest.mark.usefixtures("few_images")
