@@ -189,6 +189,17 @@ def test_fp16_gradients_do_not_depend_on_the_scale_of_the_terms(weight: float) -
         assert_close_gradients(loss, leaves, reference, exact, weight, 1e-3)
 
 
+def test_peaked_attention_of_larger_windows_keeps_its_context_gradient_in_fp16() -> None:
+    """Forward takes the mean of dA from a dZ that is rounded as backward's; else they would not cancel."""
+    pytest.importorskip("triton")
+    torch.manual_seed(1)
+    leaves = [(40 * each).to(DEVICE, torch.float16).requires_grad_() for each in torch.randn(2, 1, 48, 9, 9)]
+    exact = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
+    loss = windowed_distillation(*leaves, 9, terms=(0.0, 0.0, 1.0), implementation="triton").loss
+    reference = windowed_distillation(*exact, 9, terms=(0.0, 0.0, 1.0), implementation="reference").loss
+    assert_close_gradients(loss, leaves, reference, exact, 1.0, 2e-2)
+
+
 def assert_gradients_of_features(tensors: list[Tensor], terms: tuple[float, float, float], bound: float) -> None:
     leaves = [each.to(DEVICE, torch.float16).requires_grad_() for each in tensors]
     exact = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
