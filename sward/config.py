@@ -199,8 +199,8 @@ class TeacherConfig:
     taps: TapConfig = field(default_factory=TapConfig)
     """How its layers arrange their output."""
     normalization: TeacherNormalization = "none"
-    """Standardise the feature maps that methods other than sward read; see `sward.teacher_normalization` for it. freekd
-    has none: its prompts are learned on the maps as they are."""
+    """Standardise the feature maps that methods other than sward read; see `sward.teacher_normalization` for sward.
+    freekd has none: its prompts are learned on the maps as they are."""
 
 
 @dataclass

@@ -115,9 +115,10 @@ def _bits_of_black_and_white(image: Image) -> int:
     if image.format != "BMP" or image.mode != "1" or file is None:
         return 1
     place = file.tell()
-    file.seek(28)
-    (bits,) = struct.unpack("<H", file.read(2))
+    file.seek(14)
+    header = file.read(16)
     file.seek(place)
+    (bits,) = struct.unpack_from("<H", header, 10 if header[0] == 12 else 14)  # 12 bytes is the header of OS/2
     return int(bits)
 
 

@@ -78,17 +78,22 @@ class Layout:
             value
             for value, folder in zip(possible, folders)
             # A folder of another name that holds no image, such as that of a pack, is no split.
-            if folder.is_dir() and (value in SPLIT_OF or list_tree(folder, warn=False))
+            if folder.is_dir() and (value in SPLIT_OF or _holds_an_image(folder))
         ]
         return sorted({SPLIT_OF.get(value, value) for value in found})
 
     def labelled_splits(self) -> list[str]:
-        """Return the splits as `splits` does, without those that have no folder of masks, and warn of these."""
+        """Return the splits as `splits` does, but other ones than train and val only with masks; warn of the rest."""
         found = self.splits()
-        bare = [split for split in found if split not in ("train", "val") and not self._places(split)[1].is_dir()]
+        bare = [split for split in found if split not in ("train", "val") and not self._has_masks(split)]
         if bare:
-            warnings.warn(f"{self.folder} has no folder of masks for {', '.join(bare)}, left out", stacklevel=2)
+            warnings.warn(f"{self.folder} has no masks for {', '.join(bare)}, left out", stacklevel=2)
         return [split for split in found if split not in bare]
+
+    def _has_masks(self, split: str) -> bool:
+        _, mask_folder, pattern = self._places(split)
+        masks = list_tree(mask_folder, warn=False) if mask_folder.is_dir() else {}
+        return any(pattern.replace("{name}", name) in masks for name in self.images_of(split))
 
     def pairs(self, split: str | None = None) -> list[Pair]:
         """Return the frames of a split, or of the whole folder where it has no splits.
@@ -123,20 +128,7 @@ class Layout:
         warn_of_unused_masks(mask_folder, unused)
         if split == "train":
             self._warn_of_no_split()
-        if split is None:
-            self._warn_of_folders_like_splits(images)
         return found
-
-    def _warn_of_folders_like_splits(self, names: Iterable[str]) -> None:
-        """Warn of frames in folders called as splits are, which this layout does not tell apart."""
-        folders = {folder for name in names for folder in name.split("/")[:-1] if folder.lower() in SPLIT_OF}
-        if folders:
-            warnings.warn(
-                f"all images in {self.folder} are taken as one set, though some lie in folders called "
-                f"{shortened(sorted(folders))}; name splits with --images and --masks, such as "
-                "--images 'images/{split}' --masks 'masks/{split}/{name}'",
-                stacklevel=2,
-            )
 
     def _warn_of_no_split(self) -> None:
         """Warn once of images and masks that lie beside the folders of the splits."""
@@ -252,6 +244,8 @@ def find_layout(root: Path, images: str | None = None, masks: str | None = None)
             images_there = list_tree(image_folder, warn=False)
             masks_there = images_there if mask_folder == image_folder else list_tree(mask_folder, warn=False)
             if any(pattern.replace("{name}", name) in masks_there for name in images_there):
+                if train is None:
+                    _warn_of_folders_like_splits(root, images_there)
                 return candidate
     # No mask fits: the first layout says which one is missing.
     first = next(_usual(root), None)
@@ -270,7 +264,7 @@ def _usual(root: Path) -> Iterator[Layout]:
             if (root / split / images).is_dir() and (root / split / masks).is_dir():
                 yield Layout(root, f"{{split}}/{images}", f"{{split}}/{masks}/{{name}}")
     for split in SPLITS["train"]:
-        if (root / split).is_dir():
+        if (root / split).is_dir() and any((root / val).is_dir() for val in SPLITS["val"]):
             for suffix in SUFFIXES_OF_MASKS[1:]:
                 yield Layout(root, "{split}", f"{{split}}/{{name}}{suffix}")
     for images, masks in named:
@@ -278,6 +272,22 @@ def _usual(root: Path) -> Iterator[Layout]:
             yield Layout(root, images, f"{masks}/{{name}}")
     for suffix in SUFFIXES_OF_MASKS[1:]:
         yield Layout(root, ".", f"{{name}}{suffix}")
+
+
+def _warn_of_folders_like_splits(root: Path, names: Iterable[str]) -> None:
+    """Warn of frames in folders called as splits are, where the layout does not tell them apart."""
+    folders = {folder for name in names for folder in name.split("/")[:-1] if folder.lower() in SPLIT_OF}
+    if folders:
+        warnings.warn(
+            f"all images in {root} are taken as one set, though some lie in folders called "
+            f"{shortened(sorted(folders))}; to keep splits apart, call them train, val and test as in images/train, "
+            "masks/train, or name the folders with --images and --masks",
+            stacklevel=3,
+        )
+
+
+def _holds_an_image(folder: Path) -> bool:
+    return any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))
 
 
 def list_tree(folder: Path, *, warn: bool = True) -> dict[str, Path]:

@@ -7,7 +7,7 @@ import math
 import os
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,8 +192,9 @@ def survey(root: Path, *, images: str | None = None, masks: str | None = None) -
     frames, found = _frames(root, images, masks)
     pairs = [(split, pair) for split, listed in frames.items() for pair in listed]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
-        looks = list(executor.map(lambda each: _look(each[1]), pairs))
-    looks = _with_colours_everywhere([pair for _, pair in pairs], _with_equal_whites(looks, found))
+        looks = _with_equal_whites(list(executor.map(lambda each: _look(each[1]), pairs)), found)
+        if any(value.startswith("#") for look in looks for value in look.values):
+            looks = list(executor.map(lambda each, look: _with_colours(each[1], look), pairs, looks))
     first: dict[str, tuple[str, str]] = {}
     for (split, pair), look in zip(pairs, looks):
         found.sizes[look.size] += 1
@@ -245,16 +246,14 @@ def _with_equal_whites(looks: list[_Look], found: Survey) -> list[_Look]:
     ]
 
 
-def _with_colours_everywhere(pairs: Sequence[Pair], looks: list[_Look]) -> list[_Look]:
-    """Count colours in grey masks too where others hold colours, as a coloured mask without an object is grey."""
-    if not any(value.startswith("#") for look in looks for value in look.values):
-        return looks
-    return [
-        look
-        if not look.values or any(value.startswith("#") for value in look.values)
-        else look._replace(values=_counted(colours(open_image(pair.mask), pair.mask), "#{:06x}"))
-        for pair, look in zip(pairs, looks)
-    ]
+def _with_colours(pair: Pair, look: _Look) -> _Look:
+    """Count colours in a grey mask: among coloured masks, it is one without an object."""
+    if not look.values or any(value.startswith("#") for value in look.values):
+        return look
+    try:
+        return look._replace(values=_counted(colours(open_image(pair.mask), pair.mask), "#{:06x}"))
+    except ValueError as error:
+        return look._replace(values={}, problem=look.problem or str(error))
 
 
 def _look(pair: Pair) -> _Look:

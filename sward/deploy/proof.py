@@ -185,7 +185,8 @@ def export_run(
     config = config_for_images(folder, config, root)
     # Before the export, which takes longer: a data set that is not there is found out at once.
     images = None if check == 0 else evaluation_images(config, split, check)
-    examples = evaluation_images(config, "train", calibrate) if precision == "int8" else None
+    skips = config.on_corrupt == "skip"
+    examples = evaluation_images(config, "train", calibrate, skip_corrupt=skips) if precision == "int8" else None
     make_folder(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as staging:
         written = Path(staging) / path.name
@@ -302,8 +303,12 @@ class LabelledImages:
     """Number of images."""
 
 
-def evaluation_images(config: TrainingConfig, split: str, count: int | None) -> LabelledImages:
+def evaluation_images(
+    config: TrainingConfig, split: str, count: int | None, *, skip_corrupt: bool = False
+) -> LabelledImages:
     """Return the first `count` images of a split, prepared as for evaluation.
+
+    `skip_corrupt` takes the next images in place of damaged ones, as a training may have done; scores need every image.
 
     Raises:
         FileNotFoundError: if the data set does not exist.
@@ -313,14 +318,17 @@ def evaluation_images(config: TrainingConfig, split: str, count: int | None) -> 
     length = len(dataset) if count is None else min(count, len(dataset))
 
     def samples() -> Iterator[tuple[Tensor, Tensor]]:
-        for index in range(length):
+        taken = 0
+        for index in range(len(dataset)):
+            if taken == length:
+                return
             try:
                 sample = dataset[index]
             except CorruptFileError:
-                # Training has passed over it too; scores are taken on every image.
-                if config.on_corrupt == "stop" or split != "train":
+                if not skip_corrupt:
                     raise
                 continue
+            taken += 1
             yield denormalise(sample.image), sample.labels
 
     return LabelledImages(samples, length)

@@ -89,15 +89,15 @@ def read_runs(paths: Sequence[Path]) -> list[ReportedRun]:
 
 
 def _leave_out_scores_of_other_images(runs: Sequence[ReportedRun]) -> None:
-    """Keep scores of one data set and split only where they are on the images of the newest of them, and warn."""
-    newest: dict[tuple[str, str | None], tuple[float, str | None, ReportedRun]] = {}
+    """Keep scores of one folder and split only where they are on the images of the newest of them, and warn."""
+    newest: dict[tuple[str | None, ...], tuple[float, str | None, ReportedRun]] = {}
     for name, stored, run in _stored_scores(runs):
         written = (run.folder.path / f"evaluation-{name}.json").stat().st_mtime
-        place = (name, stored.get("root"))
+        place = (name, stored.get("root"), _split(run))
         if stored.get("frames") is not None and (place not in newest or written > newest[place][0]):
             newest[place] = (written, stored["frames"], run)
     for name, stored, run in _stored_scores(runs):
-        _, frames, other = newest.get((name, stored.get("root")), (0.0, None, run))
+        _, frames, other = newest.get((name, stored.get("root"), _split(run)), (0.0, None, run))
         if stored.get("frames") not in (None, frames):
             warnings.warn(
                 f"the scores {name} of {run.title} are left out: they are on other images or masks than those of "
@@ -204,6 +204,11 @@ def same_but_seed(path: Path) -> list[ReportedRun]:
                 runs.append(_read(each, each.name))
         except (OSError, ValueError):
             continue  # Another program's folder, or a run of another version.
+    for other in runs[1:]:
+        for name, stored in list(other.evaluations.items()):
+            frames = own.evaluations.get(name, {}).get("frames")
+            if None not in (frames, stored.get("frames")) and stored["frames"] != frames:
+                del other.evaluations[name]  # They are on other test images.
     return sorted(runs, key=_seed)
 
 

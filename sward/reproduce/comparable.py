@@ -19,8 +19,6 @@ class _Known(NamedTuple):
 
     path: Path
     """Folder of the run."""
-    share: float
-    """Share of the masks that it had."""
     sums: Mapping[str, str]
     """See `sward.data.frames`."""
 
@@ -33,7 +31,7 @@ class Comparable:
 
     def __init__(self) -> None:
         self._read: dict[tuple[Path, int], Any] = {}
-        self._known: dict[tuple[str | None, ...], _Known] = {}
+        self._known: dict[tuple[str | None, ...], dict[float, _Known]] = {}
 
     def check_teacher(self, student: RunFolder, teacher: RunFolder) -> None:
         """Raise a ValueError if a distilled student was taught by another teacher than that of the study."""
@@ -54,16 +52,16 @@ class Comparable:
         frames = self._once(folder.frames, folder.read_frames) if folder.frames.exists() else {}
         for split, sums in frames.items():
             if sums:  # A data set without files, such as a pack, has no checksums.
-                known = self._known.setdefault(_key(config, split), _Known(folder.path, _share(config), sums))
+                known = self._known.setdefault(_key(config, split), {})
                 _compare(f"{folder.path} was trained on", config, split, sums, known)
+                known.setdefault(config.dataset.labelled_share, _Known(folder.path, sums))
 
     def check_data_to_come(self, config: TrainingConfig, splits: Mapping[str, SegmentationDataset]) -> None:
         """Raise a ValueError if the next runs would train on other files than those that there are did."""
         for split, dataset in splits.items():
-            known = self._known.get(_key(config, split))
-            sums = {} if known is None else frame_sums(dataset)
-            if known is not None and sums:
-                _compare("the data set now holds", config, split, sums, known)
+            known = self._known.get(_key(config, split), {})
+            if known:
+                _compare("the data set now holds", config, split, frame_sums(dataset), known)
 
     def _once(self, file: Path, read: Callable[[], Any]) -> Any:
         """Return what was read from a file before, unless it has changed: a table asks for a run many times."""
@@ -78,18 +76,18 @@ def _key(config: TrainingConfig, split: str) -> tuple[str | None, ...]:
     return (config.dataset.name, config.dataset.split_by, split, *of_preset)
 
 
-def _share(config: TrainingConfig) -> float:
-    return config.dataset.labelled_share
-
-
-def _compare(subject: str, config: TrainingConfig, split: str, sums: Mapping[str, str], known: _Known) -> None:
-    before: Mapping[str, str] = known.sums
-    if split == "train" and _share(config) != known.share:
-        both = sums.keys() & before.keys()
-        sums, before = ({name: each[name] for name in both} for each in (sums, before))
-    different = difference(before, sums)
-    if different:
-        raise ValueError(
-            f"{subject} other images or masks than {known.path}: in {split}, {different}; choose another --output, or "
-            "the --data of that run"
-        )
+def _compare(
+    subject: str, config: TrainingConfig, split: str, sums: Mapping[str, str], known: Mapping[float, _Known]
+) -> None:
+    """Compare with the first run of each share of masks; those of another have only some training frames in common."""
+    for share, first in known.items():
+        now, before = sums, first.sums
+        if split == "train" and share != config.dataset.labelled_share:
+            both = sums.keys() & before.keys()
+            now, before = ({name: each[name] for name in both} for each in (sums, before))
+        different = difference(before, now) if sums else None
+        if different:
+            raise ValueError(
+                f"{subject} other images or masks than {first.path}: in {split}, {different}; choose another --output, "
+                "or the --data of that run"
+            )

@@ -350,7 +350,7 @@ class Study:
                     split_by=test.split_by,
                     root=self.options.data,
                 )
-            except (FileNotFoundError, ValueError):
+            except FileNotFoundError:
                 self._frames[key] = None
         now, scored = self._frames[key], stored.get("frames")
         return now is None or scored is None or now == scored

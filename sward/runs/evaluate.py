@@ -18,7 +18,15 @@ from sward.deploy.network import DeployedNetwork
 from sward.deploy.tiles import TiledNetwork, check_tile
 from sward.evaluation import Evaluation, evaluate
 from sward.models.inputs import SIZE_MULTIPLE
-from sward.runs.load import build_split, choose_device, config_for_images, load_run, steps_of, warn_if_unfinished
+from sward.runs.load import (
+    build_split,
+    choose_device,
+    config_for_images,
+    load_run,
+    same_folder,
+    steps_of,
+    warn_if_unfinished,
+)
 from sward.training import checkpoints
 from sward.training.progress import Progress
 from sward.training.run_folder import RunFolder, make_folder
@@ -145,7 +153,7 @@ def evaluation_file(
         name += f"-{checkpoint}"
     if split_by is not None and (split_by != own.split_by or dataset not in (None, own.name)):
         name += f"-by-{_short(split_by)}"
-    if root is not None and not _same_folder(root, own_root):
+    if root is not None and not same_folder(root, own_root):
         name += f"-in-{_short(str(root.resolve()))}"
     if tile is not None:
         name += f"-tile-{tile[0]}x{tile[1]}" + ("" if overlap is None else f"-overlap-{overlap}")
@@ -157,7 +165,7 @@ def _images(
 ) -> tuple[TrainingConfig, SegmentationDataset]:
     """Return the configuration of a run with the data set that it is scored on, and the images; see `evaluate_run`."""
     own = config.dataset
-    if (dataset or own.name, split_by) == (own.name, own.split_by) and _same_folder(root or own.root, own.root):
+    if (dataset or own.name, split_by) == (own.name, own.split_by) and same_folder(root or own.root, own.root):
         # The split that the run has kept, which the same words may not give any more.
         split_by = None
     config = config_for_images(path, config, root)
@@ -174,7 +182,7 @@ def _images(
     try:
         return config, build_split(config, split, train=False)
     except ValueError as error:
-        elsewhere = not _same_folder(root or own.root, own.root)
+        elsewhere = not same_folder(root or own.root, own.root)
         if not (elsewhere and split in lists.SPLITS and settings.split_by == str(RunFolder(path).split)):
             raise
         # The frames of the run's own split are not those of this folder.
@@ -189,10 +197,6 @@ def _own_root(own: DatasetConfig, dataset: str) -> Path | None:
     The folder of one data set may have the layout of another, so that must have a folder of its own name.
     """
     return own.root if own.root is None or dataset == own.name or data.holds(own.root, dataset) else None
-
-
-def _same_folder(one: Path | None, other: Path | None) -> bool:
-    return one == other or (one is not None and other is not None and one.resolve() == other.resolve())
 
 
 def _short(value: str) -> str:

@@ -63,13 +63,19 @@ def config_for_images(path: Path, config: TrainingConfig, root: Path | None = No
     split = RunFolder(path).split
     split_by = str(split) if split.exists() else config.dataset.split_by
     where = root or config.dataset.root
-    if where is not None and where != config.dataset.root and config.dataset.name == "folder":
+    elsewhere = not same_folder(where, config.dataset.root)
+    if where is not None and elsewhere and config.dataset.name == "folder":
         split_by = None if folder.has_splits(where, config.dataset.folder_options) else split_by
     packed = config.dataset.packed
-    if packed not in ("auto", "none") and (where != config.dataset.root or not holds_pack(Path(packed))):
+    if packed not in ("auto", "none") and (elsewhere or not holds_pack(Path(packed))):
         packed = "auto"  # The pack was of another folder or is gone, and frames are the same with and without one.
     dataset = dataclasses.replace(config.dataset, root=where, split_by=split_by, packed=packed)
     return dataclasses.replace(config, dataset=dataset)
+
+
+def same_folder(one: Path | None, other: Path | None) -> bool:
+    """Return whether two paths lead to one folder; None stands for no path."""
+    return one == other or (one is not None and other is not None and one.resolve() == other.resolve())
 
 
 def build_network(config: TrainingConfig, num_classes: int) -> nn.Module:

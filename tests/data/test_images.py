@@ -304,3 +304,8 @@ def test_an_8_bit_bmp_of_two_colours_is_refused(tmp_path: Path) -> None:
         open_image(tmp_path / "mask.bmp")
     Image.fromarray(np.eye(4, dtype=bool)).save(tmp_path / "fine.bmp")
     assert np.array_equal(np.asarray(open_image(tmp_path / "fine.bmp")), np.eye(4, dtype=bool))
+    # One bit per pixel in the older header of 12 bytes, rows padded to 4 bytes, the lowest first.
+    header = struct.pack("<2sIHHI", b"BM", 32 + 16, 0, 0, 32) + struct.pack("<IHHHH", 12, 4, 4, 1, 1)
+    rows = b"".join(bytes([16 << row, 0, 0, 0]) for row in range(4))
+    (tmp_path / "old.bmp").write_bytes(header + bytes([0, 0, 0, 255, 255, 255]) + rows)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "old.bmp")), np.eye(4, dtype=bool))

@@ -32,16 +32,29 @@ def test_splits_of_images_beside_their_masks_are_kept_apart(tmp_path: Path, writ
     assert (layout.images, layout.masks) == ("{split}", "{split}/{name}_mask")
     assert layout.splits() == ["test", "train", "val"]
     assert [pair.name for pair in layout.pairs("val")] == ["a", "b"]
+    write(tmp_path / "previews/x.png", np.zeros((8, 8, 3), np.uint8))
+    for name in ("a", "b"):
+        (tmp_path / f"test/{name}_mask.png").unlink()
+    with pytest.warns(UserWarning, match="has no masks for previews, test, left out"):
+        assert layout.labelled_splits() == ["train", "val"]
+
+
+def test_a_folder_called_train_alone_is_no_split(tmp_path: Path, write: Write) -> None:
+    frames(write, tmp_path, "train", suffix="_mask")
+    with pytest.warns(UserWarning, match="folders called train; to keep splits apart"):
+        layout = find_layout(tmp_path)
+    assert [pair.name for pair in layout.pairs()] == ["train/a", "train/b"]
 
 
 def test_folders_called_as_splits_that_are_read_as_one_set_are_named(tmp_path: Path, write: Write) -> None:
     frames(write, tmp_path, "Train", "Val")
-    with pytest.warns(UserWarning, match="taken as one set, though some lie in folders called Train, Val; name splits"):
-        assert len(find_layout(tmp_path).pairs()) == 4
+    with pytest.warns(UserWarning, match="taken as one set, though some lie in folders called Train, Val; to keep"):
+        find_layout(tmp_path)
     frames(write, tmp_path / "patients", "Anna", "Ben")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(find_layout(tmp_path / "patients").pairs()) == 4
+        assert len(find_layout(tmp_path, "images", "masks/{name}").pairs()) == 4
 
 
 @pytest.mark.parametrize("command", [["check"], ["pack", "folder", "--num-classes", "3", "--root"]])
@@ -52,7 +65,7 @@ def test_a_split_without_masks_is_left_out_with_a_warning(
     frames(write, tmp_path, "train", "val")
     write(tmp_path / "images/test/1.png", np.zeros((8, 8, 3), np.uint8))
     for _ in range(2):
-        with pytest.warns(UserWarning, match="has no folder of masks for test, left out"):
+        with pytest.warns(UserWarning, match="has no masks for test, left out"):
             assert main(["data", *command, str(tmp_path)]) == 0, capsys.readouterr().err
 
 

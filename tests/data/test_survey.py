@@ -352,3 +352,6 @@ def test_a_coloured_mask_without_an_object_is_black(
     write(tmp_path / "masks/1.png", np.zeros((48, 64, 3), np.uint8))
     assert main(["data", "check", str(tmp_path)]) == 0
     assert "--classes background,foreground --mask-values '#000000,#c80000'" in capsys.readouterr().out
+    Image.fromarray(np.full((48, 64), 300, np.uint16)).save(tmp_path / "masks/2.png")
+    assert main(["data", "check", str(tmp_path)]) == 2
+    assert f"mask {tmp_path}/masks/2.png must have colours" in "".join(capsys.readouterr())

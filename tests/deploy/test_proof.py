@@ -269,9 +269,9 @@ def fragile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     checkpoints.save(tmp_path / "run" / "checkpoints" / "best.pt", {"model": network.state_dict(), "step": 4})
     read = proof.evaluation_images
 
-    def as_predicted(*arguments: Any) -> LabelledImages:
+    def as_predicted(*arguments: Any, **options: Any) -> LabelledImages:
         """The images with the labels that the network predicts: its scores are 100 %."""
-        found = read(*arguments)
+        found = read(*arguments, **options)
 
         @torch.no_grad()
         def samples() -> Iterator[tuple[Tensor, Tensor]]:

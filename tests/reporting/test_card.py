@@ -152,6 +152,20 @@ def test_scores_of_other_images_are_not_averaged(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="two-test of sward-seed1 are left out: they are on other images or masks"):
         runs = read_runs(paths)
     assert [list(run.evaluations) for run in runs] == [["two-test"], []]
+    # A card counts those on the images of its own run.
+    for path, dice in zip(paths, (60, 70)):
+        assert f"- Dice per image %: {dice}.00\n" in sections(write_card(path))["Scores"]
+
+
+def test_scores_on_two_splits_of_one_data_set_are_kept(tmp_path: Path) -> None:
+    paths = [student(tmp_path / f"sward-seed{seed}", seed, 0.6) for seed in range(2)]
+    for path, split_by in zip(paths, ("sequence", "ratio")):
+        config = DistillationConfig(seed=0)
+        config.dataset.split_by = split_by
+        RunFolder(path).start(config, INFO)
+        file = path / "evaluation-two-test.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "root": "/data", "frames": split_by}))
+    assert all("two-test" in run.evaluations for run in read_runs(paths))
 
 
 @pytest.mark.usefixtures("few_images")

@@ -53,6 +53,15 @@ def test_presets_with_fewer_masks_share_the_frames_that_they_have(tmp_path: Path
         check(comparable, tmp_path / "renamed", {**few, "val": {"5": "d p"}}, "clinicdb-small-25")
 
 
+def test_all_frames_count_though_the_first_run_has_few_masks(tmp_path: Path) -> None:
+    comparable = Comparable()
+    whole = {name: FRAMES[name] for name in ("train", "val")}
+    check(comparable, tmp_path / "few", {**whole, "train": {"2": "b n"}}, "clinicdb-small-10")
+    check(comparable, tmp_path / "all", whole)
+    with pytest.raises(ValueError, match=r"in train, frame '9' is new"):
+        check(comparable, tmp_path / "more", {**whole, "train": {**FRAMES["train"], "9": "x y"}})
+
+
 def test_other_data_sets_and_splits_are_their_own(tmp_path: Path) -> None:
     comparable = Comparable()
     check(comparable, tmp_path / "sequences", FRAMES)

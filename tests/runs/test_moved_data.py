@@ -23,7 +23,24 @@ def test_a_table_with_splits_is_scored_by_its_own(tmp_path: Path) -> None:
     train_student(on_folder(tmp_path / "data/a.csv", tmp_path / "run"))
     with pytest.warns(UserWarning, match="were trained on"):
         assert evaluate_run(tmp_path / "run", split="test", root=tmp_path / "data/b.csv").images == 4
-    assert evaluate_run(tmp_path / "run", split="test").images == 1
+    for root in (None, tmp_path / "data/../data/a.csv"):
+        assert evaluate_run(tmp_path / "run", split="test", root=root).images == 1
+
+
+def test_another_spelling_of_the_runs_own_table_keeps_the_runs_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pairs(tmp_path / "data", train=6)
+    rows = [f"images/train/train{n}.png,masks/train/train{n}.png,{'val' if n > 3 else 'train'}" for n in range(6)]
+    (tmp_path / "data/a.csv").write_text("\n".join(["image,mask,split", *rows]))
+    split = ["train", "train", "train", "val", "test", "test"]
+    listed = [f"images/train/train{n},{each}" for n, each in enumerate(split)]
+    (tmp_path / "list.csv").write_text("\n".join(["frame_id,split", *listed]))
+    monkeypatch.chdir(tmp_path)
+    config = on_folder(Path("data/a.csv"), tmp_path / "run")
+    config.dataset.split_by = "list.csv"
+    train_student(config)
+    assert evaluate_run(tmp_path / "run", split="test", root=tmp_path / "data/a.csv").images == 2
 
 
 def test_a_pack_is_not_needed_where_it_is_not(tmp_path: Path) -> None:
@@ -72,8 +89,7 @@ def test_examples_for_int8_pass_over_images_that_training_passed_over(tmp_path: 
     write_pairs(tmp_path / "data")
     config = on_folder(tmp_path / "data", tmp_path / "run")
     damage(tmp_path / "data/images/train/train1.png")
-    config.on_corrupt = "skip"
-    assert len(list(evaluation_images(config, "train", 4).samples())) == 3
-    config.on_corrupt = "stop"
+    assert len(list(evaluation_images(config, "train", 2, skip_corrupt=True).samples())) == 2
+    assert len(list(evaluation_images(config, "train", 4, skip_corrupt=True).samples())) == 3
     with pytest.raises(ValueError, match=r"train1\.png: the file is damaged"):
         list(evaluation_images(config, "train", 4).samples())
