@@ -39,7 +39,7 @@ UNLABELLED = "## Images without masks"
 FEW = "## Few masks"
 FEW_OWN = "The same runs on ClinicDB's own test sequences, best weights:"
 PEERS = "## Is it better than other methods?"
-CWD_ELSEWHERE = "### On another hospital"
+PEERS_ELSEWHERE = "### On another hospital"
 PARTS = "## Which parts matter?"
 LENGTH = "## Does it save training time?"
 STREETS = "## Street scenes: CamVid"
@@ -192,6 +192,11 @@ def test_the_table_of_readme() -> None:
     assert f"with the best ones the gain is {gain(SEQUENCE_TO_COLONDB_BEST, 'sward', 'none')}" in text
     maskd, cwd = (gain(COLONDB, method, "none").removeprefix("+") for method in ("maskd", "cwd"))
     assert f"MasKD gains {maskd} over the student alone and CWD {cwd};" in text
+    there = {method: gain(SEQUENCE_TO_COLONDB, "sward", f"{method}-second-teacher") for method in ("cwd", "maskd")}
+    above, _, interval = there["cwd"].partition(" ")
+    assert f"SWARD is {above[1:]} points {interval} above CWD, and" in text
+    assert f"not shown to be above MasKD, {there['maskd']} (4 seeds)" in text
+    assert f"those of MasKD {gain(SEQUENCE, 'maskd-second-teacher', 'none')}" in text
     points, _, interval = gain(OTHER_HALF, "sward-unlabelled", "sward").partition(" ")
     assert f"another {points.removeprefix('+')} points {interval} on its other frames" in text
     points, _, interval = gain(TENTH_OTHER_HALF, "sward", "none").partition(" ")
@@ -431,13 +436,40 @@ def test_what_terms_and_shifts_show() -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "scores"),
+    ("place", "scores"),
+    [("CVC-ColonDB, unseen, last weights: ", SEQUENCE_TO_COLONDB), ("CVC-ClinicDB, best weights: ", SEQUENCE)],
+)
+@pytest.mark.parametrize(
+    ("label", "method"),
     [
-        ("CVC-ColonDB, unseen, last weights: + CWD", SEQUENCE_TO_COLONDB),
-        ("CVC-ClinicDB, best weights: + CWD", SEQUENCE),
+        ("+ CWD", "cwd"),
+        ("+ CWD, second teacher", "cwd-second-teacher"),
+        ("+ MasKD, second teacher", "maskd-second-teacher"),
     ],
 )
-def test_scores_of_cwd_by_sequence(label: str, scores: Scores) -> None:
-    values = [f"{score:.1f}" for score in dice(scores, "cwd").values()]
-    differences = [gain(scores, "cwd", "none"), gain(scores, "sward", "cwd")]
-    assert cells("docs/results.md", CWD_ELSEWHERE, label)[:6] == [*values, mean(scores, "cwd"), *differences]
+def test_scores_of_peers_by_sequence(place: str, scores: Scores, label: str, method: str) -> None:
+    found = dice(scores, method)
+    values = [f"{found[seed]:.1f}" if seed in found else "" for seed in range(4)]
+    differences = [gain(scores, method, "none"), gain(scores, "sward", method)]
+    assert cells("docs/results.md", PEERS_ELSEWHERE, place + label) == [*values, mean(scores, method), *differences]
+
+
+def test_what_is_said_of_peers_by_sequence() -> None:
+    cwd, maskd = "cwd-second-teacher", "maskd-second-teacher"
+    points, _, interval = gain(SEQUENCE_TO_COLONDB, "sward", cwd).partition(" ")
+    assert f"SWARD is above CWD by {points[1:]} points {interval}, with every seed" in page()
+    sward, other = dice(SEQUENCE_TO_COLONDB, "sward"), dice(SEQUENCE_TO_COLONDB, maskd)
+    by = [sward[seed] - other[seed] for seed in range(4)]
+    assert f"by {min(by):.1f} to {max(by):.1f} points" in page()
+    assert f"is not shown: {gain(SEQUENCE_TO_COLONDB, 'sward', maskd)}" in page()
+    points, _, interval = gain(SEQUENCE, maskd, "none").partition(" ")
+    assert f"it gains {points[1:]} points {interval} over the student alone" in page()
+    assert f"SWARD - MasKD is {gain(SEQUENCE, 'sward', maskd)}" in page()
+    own, elsewhere = (
+        max(abs(dice(scores, "cwd")[seed] - dice(scores, cwd)[seed]) for seed in range(3))
+        for scores in (SEQUENCE, SEQUENCE_TO_COLONDB)
+    )
+    assert f"by up to {own:.1f} points on the own hospital, and by {elsewhere:.1f} at most on the other" in page()
+    first, second = (dice(scores, "teacher-second")[0] for scores in (SEQUENCE, SEQUENCE_TO_COLONDB_BEST))
+    assert f"({first:.1f} % on ClinicDB and {second:.1f} % on ColonDB" in page()
+    assert f"(last weights, first teacher) SWARD - CWD is {gain(OTHER_HALF, 'sward', 'cwd')}" in page()
