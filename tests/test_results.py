@@ -472,4 +472,5 @@ def test_what_is_said_of_peers_by_sequence() -> None:
     assert f"by up to {own:.1f} points on the own hospital, and by {elsewhere:.1f} at most on the other" in page()
     first, second = (dice(scores, "teacher-second")[0] for scores in (SEQUENCE, SEQUENCE_TO_COLONDB_BEST))
     assert f"({first:.1f} % on ClinicDB and {second:.1f} % on ColonDB" in page()
-    assert f"(last weights, first teacher) SWARD - CWD is {gain(OTHER_HALF, 'sward', 'cwd')}" in page()
+    odd = [gain(OTHER_HALF, "sward", method) for method in (cwd, maskd, "cwd")]
+    assert "SWARD - CWD is {} and SWARD - MasKD {} (second teacher), SWARD - CWD {} with".format(*odd) in page()
