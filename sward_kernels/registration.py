@@ -68,11 +68,14 @@ def first_derivative_only(backward: Function) -> Function:
     return run  # type: ignore[return-value]
 
 
+def has_tangent(tensor: Tensor) -> bool:
+    """Return whether a tensor carries a forward-mode derivative; False in code that is being compiled."""
+    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def refuse_forward_mode(*tensors: Tensor) -> None:
     """Raise a NotImplementedError for tensors with a tangent, which an operator would drop."""
-    if torch.compiler.is_compiling():
-        return
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    if any(map(has_tangent, tensors)):
         raise NotImplementedError("forward-mode derivatives need implementation='reference'")
 
 

@@ -191,7 +191,7 @@ def sort_folder(folder: Path) -> tuple[dict[str, Path], list[Path], list[Path]]:
             continue
         if path.suffix.lower() in SUFFIXES:
             check_file(path)
-            if not is_text(path.name):
+            if not _is_text(path.name):
                 raise ValueError(
                     f"names in {folder} must be UTF-8, got {os.fsencode(path.name)!r}; rename the file, which an "
                     "archive of another encoding may have brought"
@@ -209,7 +209,7 @@ def sort_folder(folder: Path) -> tuple[dict[str, Path], list[Path], list[Path]]:
     return found, unread, folders
 
 
-def is_text(name: str) -> bool:
+def _is_text(name: str) -> bool:
     """Return whether the name of a file can be written into lists and messages."""
     try:
         name.encode()

@@ -172,6 +172,10 @@ class _Look(NamedTuple):
     problem: str = ""
 
     @property
+    def is_coloured(self) -> bool:
+        return any(value.startswith("#") for value in self.values)
+
+    @property
     def not_soft(self) -> bool:
         highest = max((int(value) for value in self.values if value.isdecimal()), default=0)
         return self.mode in ("1", "P") or 0 < highest < 128
@@ -193,7 +197,7 @@ def survey(root: Path, *, images: str | None = None, masks: str | None = None) -
     pairs = [(split, pair) for split, listed in frames.items() for pair in listed]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
         looks = _with_equal_whites(list(executor.map(lambda each: _look(each[1]), pairs)), found)
-        if any(value.startswith("#") for look in looks for value in look.values):
+        if any(look.is_coloured for look in looks):
             looks = list(executor.map(lambda each, look: _with_colours(each[1], look), pairs, looks))
     first: dict[str, tuple[str, str]] = {}
     for (split, pair), look in zip(pairs, looks):
@@ -248,7 +252,7 @@ def _with_equal_whites(looks: list[_Look], found: Survey) -> list[_Look]:
 
 def _with_colours(pair: Pair, look: _Look) -> _Look:
     """Count colours in a grey mask: among coloured masks, it is one without an object."""
-    if not look.values or any(value.startswith("#") for value in look.values):
+    if not look.values or look.is_coloured:
         return look
     try:
         return look._replace(values=_counted(colours(open_image(pair.mask), pair.mask), "#{:06x}"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from sward_kernels.registration import has_tangent
 from sward_kernels.standardization import native
 
 
@@ -39,19 +39,14 @@ def standardize(features: Tensor, mean: Tensor, scale: Tensor, size: tuple[int, 
         `[B, C, *size]`, fp32 or, for float64 features, float64.
     """
     features = _at_least_float32(features)
-    if native.serves(features) and not _has_derivative(features):
+    differentiated = (torch.is_grad_enabled() and features.requires_grad) or has_tangent(features)
+    if native.serves(features) and not differentiated:
         result: Tensor = native.standardize(features.detach(), mean, scale, *size)
         return result
     standardized = (features - mean[:, None, None]) * scale[:, None, None]
     if tuple(features.shape[-2:]) == tuple(size):
         return standardized
     return F.interpolate(standardized, size=tuple(size), mode="bilinear", align_corners=False)
-
-
-def _has_derivative(features: Tensor) -> bool:
-    if torch.is_grad_enabled() and features.requires_grad:
-        return True
-    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(features).tangent is not None
 
 
 def _at_least_float32(features: Tensor) -> Tensor:
