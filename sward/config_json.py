@@ -93,6 +93,8 @@ def _build(kind: Any, value: Any, name: str = "") -> Any:
             pass
     if kind is Path and isinstance(value, str):
         return Path(value)
+    if kind is str and type(value) in (int, float):
+        return str(value)  # YAML reads the 255 of mask_values: [0, 255] as a number.
     if (kind in (int, str, bool) and type(value) is kind) or (dict in (kind, origin) and isinstance(value, dict)):
         return value
     raise ValueError(f"{name or kind.__name__} must be {_expected(kind, origin, arguments)}, got {value!r}")

@@ -132,6 +132,7 @@ def print_demo(result: Any) -> None:
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table below its title; the first column is text, the others are numbers."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table()
     for index, column in enumerate(header):
@@ -139,7 +140,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*row)
     output = console()
-    output.print(f"[bold]{title}[/bold]")
+    output.print(Text(title, style="bold"))
     output.print(table)
 
 
@@ -147,5 +148,5 @@ def console() -> Any:
     """Return a rich console for standard output."""
     from rich.console import Console
 
-    # A pipe has no width; make it wide enough that tables are not wrapped in a log.
-    return Console() if sys.stdout.isatty() else Console(width=160)
+    # Names of classes and files are no markup. A pipe has no width; make it wide enough that a log wraps no table.
+    return Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)

@@ -28,3 +28,10 @@ def test_a_warning_is_one_line_and_is_printed_once(
     assert lines[:2] == ["warning: few tokens", "warning: other"]
     assert lines[2] == "file.py:1: RuntimeWarning: of another kind"
     assert warnings.formatwarning is before
+
+
+def test_names_in_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    printing.print_table("runs/[old]", ("score", "%"), [("IoU nerve [left]", "61.70")])
+    title, *table = capsys.readouterr().out.splitlines()
+    assert title == "runs/[old]"
+    assert any("IoU nerve [left]" in line and "61.70" in line for line in table)

@@ -180,6 +180,16 @@ def test_numbers_with_exponents_are_numbers() -> None:
     assert read_config(DistillationConfig, Path("file.yaml")).optimizer.lr == 1e-4
 
 
+def test_numbers_are_text_where_a_field_holds_text() -> None:
+    Path("file.yaml").write_text("class_weights: [1, 2.5]\ndataset: {mask_values: [0, 128-255], classes: [1, yes]}")
+    with pytest.raises(ValueError, match=r"dataset\.classes must be text, got True"):
+        read_config(DistillationConfig, Path("file.yaml"))
+    Path("file.yaml").write_text("class_weights: [1, 2.5]\ndataset: {mask_values: [0, 128-255]}")
+    config = read_config(DistillationConfig, Path("file.yaml"))
+    assert config.class_weights == ("1", "2.5")
+    assert config.dataset.mask_values == ("0", "128-255")
+
+
 def test_short_help_names_what_there_is_and_help_all_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--help"], ["demo", "--help"]):
         assert main(["train", *words]) == 0
