@@ -210,7 +210,7 @@ def _data(words: list[str]) -> None:
         print(
             "usage: sward data pack NAME [--root FOLDER] [--output FOLDER] ...\n"
             "       sward data check FOLDER\n\n"
-            "  check  look at a folder of your own and print the command to train on it\n"
+            "  check  look at a folder of your own and print the commands to train on it\n"
             "  pack   decode every image and mask once into memory-mapped files (sward data pack --help)\n\n"
             f"data sets: {', '.join(name for name in data.names() if name != 'scenes')}"
         )

@@ -33,7 +33,7 @@ LISTS = ("--classes", "--mask-values", "--ignore-values", "--class-weights")
 
 @dataclass
 class DataCheck:
-    """Look at a folder of images and masks and print what it holds, with the command to train on it."""
+    """Look at a folder of images and masks and print what it holds, with the commands to train on it."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     """The folder, or a CSV file with the columns image and mask."""
@@ -105,4 +105,5 @@ def print_check(options: DataCheck) -> None:
         print(f"problem:     {problem}")
     if found.problems:
         raise ValueError(f"{options.folder} must be free of problems, got {len(found.problems)}")
+    print(f"teacher:     {found.teacher_command}")
     print(f"train with:  {found.command}")

@@ -102,16 +102,22 @@ class Survey:
 
     @property
     def command(self) -> str:
-        """The command that trains a student on the folder."""
-        return self._command(self.classes, self.mask_values)
+        """The command that trains a student on the folder, for which a teacher must have been trained."""
+        return self._command("train", self.classes, self.mask_values)
+
+    @property
+    def teacher_command(self) -> str:
+        """The command that trains a teacher on the folder; its checkpoint is what docs/own_data.md names."""
+        command = self._command("train-teacher", self.classes, self.mask_values)
+        return f"{command} --trunk-checkpoint dinov2_vits14_pretrain.pth"
 
     @property
     def soft_command(self) -> str:
         """The command for black and white masks with soft edges."""
-        return self._command(("background", "foreground"), SOFT_BLACK_AND_WHITE)
+        return self._command("train", ("background", "foreground"), SOFT_BLACK_AND_WHITE)
 
-    def _command(self, classes: tuple[str, ...], mask_values: tuple[str, ...]) -> str:
-        words = ["sward", "train", "own", "--data", str(self.root)]
+    def _command(self, name: str, classes: tuple[str, ...], mask_values: tuple[str, ...]) -> str:
+        words = ["sward", name, "own", "--data", str(self.root)]
         for option, pattern in (("--images", self.images), ("--masks", self.masks)):
             words += [] if pattern is None else [option, pattern]
         words += ["--classes", ",".join(classes)]

@@ -48,6 +48,8 @@ def test_the_command_names_the_values(
     printed = capsys.readouterr().out
     assert f"train with:  sward train own --data {tmp_path}" in printed
     assert options in printed
+    teacher, student = (line[13:] for line in printed.splitlines()[-2:])
+    assert teacher == f"{student.replace('train', 'train-teacher', 1)} --trunk-checkpoint dinov2_vits14_pretrain.pth"
     assert "images:      3 all" in printed
     assert "sizes:       64 x 48 (3)" in printed
 
