@@ -25,7 +25,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -160,14 +160,27 @@ def compare(case: str, sets: list[PairedFiles], rounds: int) -> list[dict[str, o
     return rows
 
 
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write the rows into the file, which keeps those of other cases and devices."""
+    measured = {(row["case"], row["device"]) for row in rows}
+    kept: list[Mapping[str, object]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if (row["case"], row["device"]) not in measured]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows([*kept, *rows])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("SWARD_DATA"), help="default: $SWARD_DATA")
     parser.add_argument("--frames", type=int, default=32, help="street scenes to generate")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    if options.frames < 2:  # the first frame is not timed
-        parser.error(f"--frames must be at least 2, got {options.frames}")
+    if not 2 <= options.frames <= 64:  # the first frame is not timed, and more than 64 are not kept in memory
+        parser.error(f"--frames must be 2 to 64, got {options.frames}")
     require_positive(parser, options, "rounds")
 
     # As in a loader process.
@@ -197,13 +210,8 @@ def main() -> None:
                 rows += compare(title, ways(name, Path(options.data), packs, size), options.rounds)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "data_loading.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                dict(benchmark=session.benchmark, device=session.device_name, torch=torch.__version__, **row)
-            )
+    context = dict(benchmark=session.benchmark, device=session.device_name, torch=torch.__version__)
+    write_rows(path, [{**context, **row} for row in rows])
     print(f"\nwrote {path}")
 
 

@@ -55,8 +55,8 @@ def main() -> None:
     if arguments.photo:
         _photo(arguments)
         return
-    rows = [] if arguments.again else _stored(arguments.results)
-    done = {tuple(row[name] for name in KEY) for row in rows}
+    rows = _stored(arguments.results)
+    done = set() if arguments.again else {_key_of(row) for row in rows}
     # Small images first: what is still missing if the run is stopped are the few long cases.
     cases = [
         (size, name, threads) for size in arguments.sizes for name in arguments.models for threads in arguments.threads
@@ -68,7 +68,8 @@ def main() -> None:
             if time.perf_counter() - begin > 60 * arguments.minutes:
                 print(f"stopped: {len(missing) - number} of {len(cases)} cases are left; run the same command again")
                 break
-            rows += [dict(zip(KEY, _key(*case)), **each) for each in _measure(*case, arguments, Path(folder))]
+            measured = [dict(zip(KEY, _key(*case)), **each) for each in _measure(*case, arguments, Path(folder))]
+            rows = [row for row in rows if _key_of(row) != _key(*case)] + measured
             _write(rows, arguments.results)
     print(f"written: {arguments.results}\nwritten: {arguments.results.with_suffix('.md')}")
     print(f"{time.perf_counter() - begin:.0f} s")
@@ -76,6 +77,10 @@ def main() -> None:
 
 def _key(size: int, name: str, threads: int) -> tuple[str, ...]:
     return (processor(), torch.__version__, name, str(size), str(threads))
+
+
+def _key_of(row: Row) -> tuple[str, ...]:
+    return tuple(row[name] for name in KEY)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 
 from sward_kernels import labels, targets
 from sward_kernels.gpu import launching
+from sward_kernels.windowed_features import api as windowed_features
 
 
 class _Driver:
@@ -69,7 +70,8 @@ def install() -> list[str]:
     triton.runtime.driver.set_active(_Driver())
     triton.runtime.jit.JITFunction._do_compile = compile_nothing
     launching.require_gpu = lambda tensor: None
-    targets.family_of = lambda _: "hopper"  # type: ignore[assignment]
+    for module in (targets, windowed_features):
+        module.family_of = lambda _: "hopper"  # type: ignore[attr-defined]
     labels.class_indices = lambda given, *_: given  # on a GPU labels are not checked
     torch.set_num_threads(1)
     return compiled

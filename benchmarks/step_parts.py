@@ -59,6 +59,7 @@ def fastest(parts: Parts, clock: Callable[[], float], seconds: float) -> dict[st
 
 def parts_of(preset: str, recipe: RecipeName, size: tuple[int, int], folder: Path) -> Parts:
     """Return what is timed, by name."""
+    options = presets.get(preset).teacher.model_options
     config = presets.get(preset).student
     config.use_recipe(recipe)
     if size != tuple(config.dataset.image_size):
@@ -78,7 +79,7 @@ def parts_of(preset: str, recipe: RecipeName, size: tuple[int, int], folder: Pat
     )
     torch.manual_seed(0)
     student: nn.Module = models.build(config.model, info.num_classes)
-    network = models.build(config.teacher.name, info.num_classes, **config.teacher.options)
+    network = models.build(config.teacher.name, info.num_classes, **options)
     loss = methods.build("sward", distillation_pair(config, student, config.teacher.name, network, info))
     assert isinstance(loss, SWARDDistillation)
     step = TrainingStep(student, SegmentationCrossEntropy(info.ignore_index), loss).train()

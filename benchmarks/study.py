@@ -6,7 +6,8 @@
 
 The runs are those of `sward reproduce` and go to the same folders. One that has rows of this kind of processor is
 skipped, and one that was interrupted goes on. A run that distils is preceded by its teacher, if there is none yet.
-Several processes can work on different runs at the same time, once the teacher is there.
+Several processes can work on different runs at the same time, once the teacher is there. Runs are in fp32, those of
+CamVid in bf16, as the rows that there are.
 """
 
 from __future__ import annotations
@@ -18,12 +19,10 @@ import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 import torch
 
 from sward import presets
-from sward.config import Precision
 from sward.reproduce import own_tables, paper_tables
 from sward.reproduce.experiments import TEACHER, EvaluationSet, Run, Table
 from sward.reproduce.options import Options
@@ -111,7 +110,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("preset", choices=small, metavar="PRESET", help=", ".join(small))
     parser.add_argument("--runs", nargs="+", required=True, help="names as in the file: none, sward, sward-pdr, ...")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--precision", choices=get_args(Precision), help="of the students' runs; fp32 by default")
     parser.add_argument("--data", type=Path, help="folder that holds the data sets; $SWARD_DATA or ./data by default")
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="folder of vit_small_dinov2.pt")
     parser.add_argument("--output", type=Path, default=Path("runs/reproduce"))
@@ -130,7 +128,7 @@ def main(words: Sequence[str] | None = None) -> None:
             data=options.data,
             checkpoints=options.checkpoints,
             output=options.output,
-            precision=options.precision,
+            precision="bf16" if options.preset == "camvid-small" else None,
         )
     )
     processor = processor_name(PROCESSOR.read_text() if PROCESSOR.exists() else "")

@@ -29,13 +29,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from harness import Session, device_of, peak_extra_bytes, require_positive
 from sward import data, methods, models, presets
 from sward.config import DistillationConfig
 from sward.losses import LOGITS, DistillationInputs, DistillationLoss, SegmentationCrossEntropy, SWARDDistillation
 from sward.runs.distillation import distillation_pair
+from sward.runs.load import build_datasets
 from sward.training import FrozenTeacher, TrainingStep, first_state
 from sward.training.teacher_cache import TeacherCache
 
@@ -82,15 +82,12 @@ class Clock:
 
 
 def load_batch(config: DistillationConfig) -> Callable[[], object] | None:
-    """Return a function that assembles a batch in this process; None if the data set is missing."""
-    settings = config.dataset
+    """Return a function that assembles a batch in this process, with the teacher's views; None without the data set."""
     try:
-        dataset = data.build(
-            settings.name, "train", train=True, image_size=settings.image_size, split_by=settings.split_by
-        )
+        train_set, _ = build_datasets(config)
     except FileNotFoundError:
         return None
-    return lambda: default_collate([dataset[index] for index in range(config.batch)])
+    return lambda: data.collate_training([train_set[index] for index in range(config.batch)])
 
 
 def losses_of(loss: DistillationLoss, inputs: DistillationInputs, method: str) -> dict[str, Callable[[], Tensor]]:
@@ -112,14 +109,16 @@ def _backward(loss: Callable[[], Tensor]) -> None:
 
 def measure(shape: Shape, method: str, device: torch.device, rounds: int) -> dict[str, float | str]:
     """Return the milliseconds of each part, the share of distillation, and the peak memory of a step in MiB."""
-    config = presets.get(shape.preset).student
+    preset = presets.get(shape.preset)
+    config = preset.student
+    config.distillation = method
     if shape.image_size != config.dataset.image_size:
         config.teacher.image_size = None
     config.dataset.image_size, config.batch = shape.image_size, shape.batch
     info = data.describe(config.dataset.name)
     torch.manual_seed(0)
     student: nn.Module = models.build(config.model, info.num_classes).to(device)
-    network = models.build(config.teacher.name, info.num_classes).to(device)
+    network = models.build(config.teacher.name, info.num_classes, **preset.teacher.model_options).to(device)
     pair = distillation_pair(config, student, config.teacher.name, network, info)
     loss = methods.build(method, pair).to(device)
     teacher = FrozenTeacher(network, loss.teacher_taps)

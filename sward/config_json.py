@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from sward.config import TeacherTrainingConfig
+from sward.data.shards import is_shards
 
 UNCOMPARED = {
     "resume",
@@ -115,6 +116,13 @@ def differences(stored: Any, wanted: Any) -> list[str]:
     return _differences(json.loads(to_json(stored)), json.loads(to_json(wanted)))
 
 
+def _names(sources: str | list[str]) -> list[str]:
+    """Return a path, or each of several, without its folder; addresses and commands, which have no checksum, whole."""
+    return [
+        each if is_shards(each) else Path(each).name for each in ([sources] if isinstance(sources, str) else sources)
+    ]
+
+
 def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
     found = []
     for name in sorted({*stored, *wanted}):
@@ -129,8 +137,9 @@ def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "
             continue
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{prefix}{name}.")
-        elif name == "trunk_checkpoint" and old and new:
-            if Path(old).name != Path(new).name:
+        elif name in ("trunk_checkpoint", "unlabelled") and old and new:
+            # Files that were moved are the same: the checkpoint has their checksums.
+            if _names(old) != _names(new):
                 found.append(f"{prefix}{name} is {old}, not {new}")
         elif old != new:
             found.append(f"{prefix}{name} is {old}, not {new}")

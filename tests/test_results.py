@@ -310,6 +310,7 @@ def test_a_tenth_of_the_masks_beside_all_of_them() -> None:
         (PARTS, "+ SWARD, teacher features as they are", "sward-features-none"),
         (PARTS, "+ SWARD, with PDR", "sward-pdr"),
         (PARTS, "+ SWARD, teacher at 128x128, 9x9 tokens (recipe: 224x224, 16x16)", "sward-teacher-128"),
+        (PARTS, "+ SWARD, teacher at 448x448, 32x32 tokens", "sward-teacher-448"),
         (PARTS, "+ SWARD, learned teacher projections", "sward-projections-learned"),
         (PARTS, "+ SWARD, context summed over channels", "sward-context-sum"),
         (LENGTH, "alone, 60 epochs", "none"),

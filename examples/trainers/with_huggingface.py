@@ -15,7 +15,6 @@ def train(distiller: Distiller, dataset: Dataset[dict[str, Tensor]], steps: int,
         per_device_train_batch_size=2,
         learning_rate=1e-3,
         report_to="none",
-        use_cpu=True,
         disable_tqdm=True,
     )
     Trainer(model=distiller, args=arguments, train_dataset=dataset).train()

@@ -23,5 +23,5 @@ class Distillation(lightning.LightningModule):
 
 
 def train(distiller: Distiller, batches: DataLoader[tuple[Tensor, Tensor]], steps: int) -> None:
-    trainer = lightning.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer = lightning.Trainer(max_steps=steps, logger=False, enable_progress_bar=False)
     trainer.fit(Distillation(distiller), batches)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -218,8 +218,13 @@ def teacher_fingerprint(teacher: nn.Module) -> str:
 
     Wrappers of `torch.compile` and `DistributedDataParallel` do not count.
     """
+    return state_fingerprint(unwrapped(teacher).state_dict())
+
+
+def state_fingerprint(state: Mapping[str, Any]) -> str:
+    """Return `teacher_fingerprint` of the network that has this state dict."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(unwrapped(teacher).state_dict().items()):
+    for name, tensor in sorted(state.items()):
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -118,4 +118,7 @@ def _gain(best: Group, alone: Group, evaluation: str, metric: str, name: str) ->
 
 
 def _share(part: int, whole: int) -> str:
-    return f"1/{whole / part:.0f} of" if whole >= 1.5 * part else f"{part / whole:.2g} times"
+    if part > whole:
+        return f"{part / whole:.2g} times"
+    # A fraction whose denominator is small is too coarse.
+    return f"1/{whole / part:.0f} of" if whole >= 5 * part else f"{100 * part / whole:.0f} % of"

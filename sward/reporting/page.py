@@ -156,7 +156,9 @@ def _section(name: str, groups: Sequence[Group], folder: Path, root: Path | None
             split = "test" if is_test and "test" in splits else "val"
             judged = _judged(drawable, evaluation)
             section.predictions = pictures.predictions(drawable, judged, split, root, folder)
-        counts = counts_on_disk(splits)
+        # A run says itself which masks it had; with a share of them, those on the disk are more.
+        known = {each.name for each in counts}
+        counts += counts_on_disk({split: each for split, each in splits.items() if split not in known})
     except (DatasetNotFoundError, ValueError) as error:
         # Also one damaged file, with which a run may well have gone on.
         section.absent = f"Not all images of {name} can be shown: {error}"

@@ -18,6 +18,7 @@ from sward.data import DatasetInfo
 from sward.data.files import unique_ends
 from sward.methods import METHOD_TITLES
 from sward.runs.teachers import has_teacher_run, teacher_run
+from sward.training import checkpoints
 from sward.training.run_folder import RunFolder, read_json
 
 Role = Literal["teacher", "alone", "distilled"]
@@ -47,6 +48,11 @@ class ReportedRun:
     def frames(self) -> dict[str, dict[str, str]]:
         """Split -> frame -> checksums; nothing if the run does not know them. A report compares it with many others."""
         return self.folder.read_frames()
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """Checksums of its teacher and masks among others; see `sward.training.checkpoints.identity`."""
+        return checkpoints.identity(self.folder.last)
 
     @property
     def role(self) -> Role:
@@ -149,14 +155,18 @@ def with_companions(paths: Sequence[Path]) -> list[Path]:
         if not isinstance(config, DistillationConfig) or config.distillation == "none":
             continue
         alone = [path.resolve().parent / f"none-seed{config.seed}"]
-        for companion in (_first(_teacher_folders(path, config), info), _first(alone, info, config.model)):
+        teacher = _first(_teacher_folders(path, config), info, taught=path)
+        for companion in (teacher, _first(alone, info, config.model)):
             if companion is not None:
                 found.setdefault(companion.resolve(), companion)
     return list(found.values())
 
 
 def teacher_of(run: ReportedRun) -> ReportedRun | None:
-    """Return the run of the teacher that a distilled run names or that lies beside it; None if there is none."""
+    """Return the run of the teacher that taught a distilled run, in the folder that it names or beside it; else None.
+
+    Warns of a teacher there whose weights are others than when it taught the run.
+    """
     folder = teacher_folder(run)
     return None if folder is None else _read(folder, folder.name)
 
@@ -165,7 +175,7 @@ def teacher_folder(run: ReportedRun) -> Path | None:
     """Return the folder of `teacher_of`, without reading its scores."""
     if run.role != "distilled" or not isinstance(run.config, DistillationConfig):
         return None
-    return _first(_teacher_folders(run.folder.path, run.config), run.info)
+    return _first(_teacher_folders(run.folder.path, run.config), run.info, taught=run.folder.path)
 
 
 def _teacher_folders(path: Path, config: DistillationConfig) -> list[Path]:
@@ -176,16 +186,36 @@ def _teacher_folders(path: Path, config: DistillationConfig) -> list[Path]:
     return [usual, path.resolve().parent / "teacher"]
 
 
-def _first(wanted: Iterable[Path], info: DatasetInfo, model: str | None = None) -> Path | None:
-    """Return the first folder that holds a run on these classes, of this network."""
+def _first(
+    wanted: Iterable[Path], info: DatasetInfo, model: str | None = None, *, taught: Path | None = None
+) -> Path | None:
+    """Return the first folder of a run on these classes, of this network, that is the teacher of the run `taught`."""
     for path in wanted:
         try:
             config, other = RunFolder(path).read()
+            if other != info or model not in (None, config.model):
+                continue
+            if taught is None or _has_taught(path, taught):
+                return path
         except (FileNotFoundError, ValueError):
             continue
-        if other == info and model in (None, config.model):
-            return path
+        warnings.warn(
+            f"the teacher in {path} is left out: it has other weights than when it taught {taught}", stacklevel=2
+        )
     return None
+
+
+def _has_taught(teacher: Path, student: Path) -> bool:
+    """Whether the teacher has the weights that the student's checkpoint names, or that names none."""
+    then = checkpoints.identity(RunFolder(student).last).get("teacher")
+    best = RunFolder(teacher).best
+    return then is None or then == _checksum_in(best, best.stat().st_mtime_ns)
+
+
+@functools.lru_cache
+def _checksum_in(path: Path, changed: int) -> str:
+    """Return the checksum of the weights in a checkpoint, which is read again only if it has changed."""
+    return checkpoints.checksum_in(path)
 
 
 def same_but_seed(path: Path) -> list[ReportedRun]:
@@ -304,13 +334,13 @@ def _same_frames(one: ReportedRun, other: ReportedRun, splits: Iterable[str]) ->
     return _split(one) == _split(other)
 
 
-def _taught_by(run: ReportedRun) -> tuple[Path | None, Path | None]:
-    """Return the teacher and the masks of a distilled student."""
+def _taught_by(run: ReportedRun) -> tuple[Path | str | None, ...]:
+    """Return the teacher and the masks of a distilled student: the checksums in its checkpoint, else their folders."""
     config = run.config
     if not isinstance(config, DistillationConfig) or config.distillation == "none":
-        return None, None
-    teacher, masks = (None if path is None else path.resolve() for path in (config.teacher.run, config.teacher.masks))
-    return teacher, masks
+        return ()
+    folders = {"teacher": config.teacher.run, "masks": config.teacher.masks}
+    return tuple(run.identity.get(name, path and path.resolve()) for name, path in folders.items())
 
 
 def _split(run: ReportedRun) -> str | None:

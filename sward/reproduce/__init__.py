@@ -74,6 +74,12 @@ def _figure(study: Study) -> list[Path]:
     check_choices(options, wanted.runs)
     tests = [test for run in wanted.runs for test in own_tests(run.preset)]
     study.check(wanted.runs, tests)
+    left_out = [run for run in wanted.runs if (run, 0) not in schedule and study.state(run, 0) != "finished"]
+    if left_out:
+        raise ValueError(
+            f"only must leave out finished runs where a figure shows them, got {' '.join(options.only)} without "
+            f"{', '.join(study.folder(run, 0).path.name for run in left_out)}"
+        )
     for _ in study.run_all(schedule):
         continue
     return [path.with_suffix(suffix) for path in wanted.draw(study) for suffix in (".png", ".svg")]

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from sward.config import TrainingConfig
 from sward.data.frames import difference, frame_sums
 from sward.data.sample import SegmentationDataset
-from sward.runs.load import load_run
 from sward.training import checkpoints
 from sward.training.run_folder import RunFolder
 
@@ -37,10 +36,10 @@ class Comparable:
         """Raise a ValueError if a distilled student was taught by another teacher than that of the study."""
         if not teacher.best.exists():
             return
-        then = self._once(student.last, lambda: checkpoints.load(student.last).get("identity", {}).get("teacher"))
+        then = self._once(student.last, lambda: checkpoints.identity(student.last).get("teacher"))
         if then is None:
             return
-        now = self._once(teacher.best, lambda: checkpoints.checksum(load_run(teacher.path, "best")[2]))
+        now = self._once(teacher.best, lambda: checkpoints.checksum_in(teacher.best))
         if then != now:
             raise ValueError(
                 f"{student.path} holds a student of another teacher than that in {teacher.path}; choose another "

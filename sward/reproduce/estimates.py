@@ -27,9 +27,10 @@ TRAINING_IMAGES = {
     ("cvc_clinicdb", "sequence"): CLINICDB_FRAMES,
     ("cvc_clinicdb", "ratio"): 490,
     ("cvc_colondb", "sequence"): 302,
-    ("cvc_colondb", "ratio"): 240,
+    ("cvc_colondb", "ratio"): 304,
 }
-"""Number of training images of the published data sets, used if the images are not available."""
+"""Number of training images of the published data sets, ColonDB's release of 380 frames among them, used if the images
+are not available."""
 
 
 @dataclass(frozen=True)

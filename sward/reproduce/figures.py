@@ -199,6 +199,7 @@ def draw_attention(
     start: int = 0,
     pixel: tuple[int, int] | None = None,
     root: Path | None = None,
+    teacher: Path | None = None,
 ) -> Path:
     """Draw the window attention of one pixel in the student of a SWARD run and in its teacher.
 
@@ -210,11 +211,12 @@ def draw_attention(
         start: the first image from here on that shows enough of the class.
         pixel: row and column of the query at the student's input size; by default in the middle of the class.
         root: folder of the data sets.
+        teacher: the run of the teacher where it was moved.
 
     Returns:
         The path of the PNG.
     """
-    pair = load_distillation(folder)
+    pair = load_distillation(folder, teacher_run=teacher)
     assert pair is not None
     assert isinstance(pair.loss, SWARDDistillation)
     config = pair.config
@@ -307,6 +309,7 @@ def _attention(study: Study, preset: str) -> list[Path]:
         start=options.image,
         pixel=options.pixel,
         root=options.data,
+        teacher=study.folder(teacher_of(preset), 0).path,
     )
     return [path]
 

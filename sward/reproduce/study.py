@@ -272,7 +272,7 @@ class Study:
         memory = peak_memory(device) if is_fresh else None
         cost = Cost(steps=folder.records()[-1]["step"], seconds=result.seconds, peak_memory=memory)
         text = json.dumps(dataclasses.asdict(cost), indent=2)
-        (folder.path / "cost.json").write_text(text + "\n", encoding="utf-8")
+        atomic.write(folder.path / "cost.json", f"{text}\n".encode())
         write_card(folder.path)
 
     def choose(self, table: Table) -> Table:
@@ -382,7 +382,7 @@ class Study:
             return
         path.unlink(missing_ok=True)  # Of a call that was interrupted before it wrote the record.
         train_masks(config)
-        record.write_text(to_json(config) + "\n", encoding="utf-8")
+        atomic.write(record, f"{to_json(config)}\n".encode())
 
     def _features(self, run: Run) -> Path:
         """Where the maps of the teacher's frozen trunk are kept; one cache serves the teacher and every method."""

@@ -35,8 +35,12 @@ class LoadedDistillation:
     """The distillation loss with its learned parameters at the end of the run."""
 
 
-def load_distillation(path: Path) -> LoadedDistillation | None:
+def load_distillation(path: Path, *, teacher_run: Path | None = None) -> LoadedDistillation | None:
     """Load the student, teacher and trained loss of the run in `path`; None for a run without distillation.
+
+    Args:
+        path: run folder.
+        teacher_run: folder of the teacher's run where it was moved; None uses that which the run names.
 
     Raises:
         FileNotFoundError: if the run, its last checkpoint or its teacher does not exist.
@@ -45,6 +49,7 @@ def load_distillation(path: Path) -> LoadedDistillation | None:
     config, info, student = load_run(path, "last")
     if not isinstance(config, DistillationConfig) or config.distillation == "none":
         return None
+    config.teacher.run = teacher_run or config.teacher.run
     teacher = load_teacher(config.teacher, config.preset, info)
     restore_statistics(teacher.network, RunFolder(path))
     network = teacher.network.eval()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sward import atomic
-from sward.losses.masks import teacher_fingerprint
+from sward.losses.masks import state_fingerprint, teacher_fingerprint
 
 
 def save(path: Path, state: dict[str, Any], *, keep: Path | None = None) -> None:
@@ -32,6 +32,11 @@ def save(path: Path, state: dict[str, Any], *, keep: Path | None = None) -> None
 def checksum(network: nn.Module) -> str:
     """Return the 16 hexadecimal digits by which the checkpoint of a run names its teacher or trunk."""
     return teacher_fingerprint(network)[:16]
+
+
+def checksum_in(path: Path) -> str:
+    """Return the `checksum` of the network whose weights `path` holds, without building it; raises as `load` does."""
+    return state_fingerprint(load(path)["model"])[:16]
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -70,6 +75,18 @@ def progress(path: Path) -> tuple[int, float] | None:
         return int(state["step"]), float(state["best_score"])
     except Exception:  # a changed byte can make the reader raise anything
         return None
+
+
+def identity(path: Path) -> dict[str, str]:
+    """Return the checksums by which the last checkpoint of a run names its data, teacher and masks, as `TrainingState`
+    has them, without reading its weights.
+
+    Empty if it does not say, because it is missing, damaged or not of this library.
+    """
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"])
+    except Exception:  # a changed byte can make the reader raise anything
+        return {}
 
 
 def load_newest(paths: Sequence[Path], learned: Collection[str] = ()) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import data_loading
+import deployment
 import mwad_throughput
 import pytest
 import torch
@@ -34,7 +35,7 @@ from sward.training.state import TrainingState
         ("deployment --sizes 128 0", "--sizes must be more than 0, got 0"),
         ("study colondb-small --runs none --seeds -1", "--seeds must be at least 0, got -1"),
         ("data_check --images 0", "--images must be at least 2, got 0"),
-        ("data_loading --frames 1", "--frames must be at least 2, got 1"),
+        ("data_loading --frames 1", "--frames must be 2 to 64, got 1"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_sentence(
@@ -73,6 +74,33 @@ def test_a_quick_look_writes_no_table(tmp_path: Path, monkeypatch: pytest.Monkey
     assert mwad_throughput.main() == 0
     assert stages == list(mwad_throughput.QUICK)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_loading_of_cases_that_were_not_measured_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    for cases, stage in ((("streets", "polyps"), "frame"), (("streets",), "batch")):
+        data_loading.write_rows(path, [{"case": case, "device": "Xeon", "stage": stage} for case in cases])
+    with path.open(newline="") as file:
+        assert {row["case"]: row["stage"] for row in csv.DictReader(file)} == {"polyps": "frame", "streets": "batch"}
+
+
+def test_cases_deployed_again_replace_their_own_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, now = tmp_path / "rows.csv", iter("1234")
+
+    def measured(*_: object) -> list[dict[str, str]]:
+        times = {"milliseconds": next(now), "rounds": "1", "file_MB": "1"}
+        return [{"variant": variant, **times} for variant in deployment.VARIANTS]
+
+    monkeypatch.setattr(deployment, "_measure", measured)
+    for words in ([], ["--again", "--sizes", "256"]):
+        sizes = [] if words else ["--sizes", "128", "256"]
+        monkeypatch.setattr(
+            "sys.argv",
+            ["deployment", "--models", "unext", "--threads", "1", *sizes, *words, "--results", str(path)],
+        )
+        deployment.main()
+    with path.open(newline="") as file:
+        assert {row["size"]: row["milliseconds"] for row in csv.DictReader(file)} == {"128": "1", "256": "3"}
 
 
 def test_training_steps_of_other_threads_are_kept(tmp_path: Path) -> None:

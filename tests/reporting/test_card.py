@@ -9,13 +9,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from sward.cli.main import main
 from sward.config import DistillationConfig, TeacherConfig, TeacherTrainingConfig
 from sward.data import DatasetInfo
+from sward.losses.masks import state_fingerprint
 from sward.reporting.card import write_card
-from sward.reporting.runs import group, read_runs
-from sward.training import run_folder
+from sward.reporting.runs import group, read_runs, with_companions
+from sward.training import checkpoints, run_folder
 from sward.training.run_folder import KeptData, RunFolder
 from tests.support.deployable import make_run, register
 
@@ -124,6 +126,25 @@ def test_students_of_two_teachers_are_two_groups(tmp_path: Path) -> None:
         RunFolder(folder).start(config, INFO)
         runs.append(folder)
     assert [[run.config.seed for run in each.runs] for each in group(read_runs(runs))] == [[0, 1], [2]]
+
+
+def test_a_teacher_trained_anew_in_its_folder_is_another_teacher(tmp_path: Path) -> None:
+    first, second = (torch.full((2,), float(value)) for value in range(2))
+    (tmp_path / "teacher").mkdir()
+    RunFolder(tmp_path / "teacher").start(TeacherTrainingConfig(model="hiera_demo"), INFO)
+    checkpoints.save(RunFolder(tmp_path / "teacher").best, {"model": {"weight": second}})
+    runs = []
+    for seed, weights in ((0, first), (1, second), (2, second)):
+        folder = tmp_path / f"sward-seed{seed}"
+        folder.mkdir()
+        RunFolder(folder).start(DistillationConfig(seed=seed, teacher=TeacherConfig(run=tmp_path / "teacher")), INFO)
+        identity = {"teacher": state_fingerprint({"weight": weights})[:16]}
+        checkpoints.save(RunFolder(folder).last, {"model": {}, "identity": identity})
+        runs.append(folder)
+    assert [[run.config.seed for run in each.runs] for each in group(read_runs(runs))] == [[0], [1, 2]]
+    assert with_companions(runs[1:]) == [*runs[1:], tmp_path / "teacher"]
+    with pytest.warns(UserWarning, match="the teacher in .*teacher is left out: it has other weights than when it"):
+        assert with_companions(runs[:1]) == runs[:1]
 
 
 @pytest.mark.usefixtures("few_images")

@@ -187,6 +187,8 @@ def test_costs_stand_in_the_first_line(family: Path) -> None:
     assert found.more[1].startswith("Time: batches of one image of 128 x 128 pixels, ")
     costs["teacher hiera_demo"] = Cost(735_000, 0, 0, 70.0, (224, 224))
     assert "with 2 times the parameters" in headline(groups, costs).first
+    costs["teacher hiera_demo"] = Cost(2_240_000, 0, 0, 70.0, (224, 224))
+    assert "with 66 % of the parameters" in headline(groups, costs).first
 
 
 def test_what_is_missing_is_said(family: Path) -> None:
@@ -493,6 +495,14 @@ def test_a_run_without_its_images_still_has_a_page(runs: list[Path], tmp_path: P
     (row,) = page.numbers(page.sections["Data"].tables[0]).values()
     assert row["images"] == "12"
     assert row["background, % of pixels"] == "20.00"
+
+
+def test_the_data_card_counts_the_masks_that_a_run_had(tmp_path: Path) -> None:
+    config = on_folder(write_pairs(tmp_path / "set", train=8), tmp_path / "run")
+    config.dataset.labelled_share = 0.25
+    train_student(config)
+    page = report(tmp_path / "run")
+    assert [row["images"] for row in page.numbers(page.sections["Data"].tables[0]).values()] == ["2", "2"]
 
 
 def test_a_folder_without_a_test_split_or_with_a_damaged_image_has_a_page(tmp_path: Path) -> None:

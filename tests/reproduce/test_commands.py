@@ -30,13 +30,17 @@ FIGURES = {
     "attention": ["attention-clinicdb-small"],
 }
 PANELS = {
-    "figure1": [["image", "teacher", "baseline", "SWARD"], [""] * 4],
-    "figure3": [["image", "ground truth", "teacher", "baseline", "FreeKD", "SWARD"], [""] * 6, [""] * 6],
-    "figure4": [
-        ["(a) student alone", "(b) teacher", "silhouette"],
-        ["(c) student with MWAD", "(d) student with MWAD + PDR", "Fisher ratio"],
+    "figure1": [["image", "teacher", "student alone", "student + SWARD"], [""] * 4],
+    "figure3": [
+        ["image", "truth", "teacher", "student alone", "student + FreeKD", "student + SWARD"],
+        [""] * 6,
+        [""] * 6,
     ],
-    "attention": [["window and query", "teacher", "student"], *[[""] * 3] * 3],
+    "figure4": [
+        ["(a) teacher", "(b) student alone", "silhouette"],
+        ["(c) student + MWAD", "(d) student + MWAD + PDR", "Fisher ratio"],
+    ],
+    "attention": [["windows and query", "teacher", "student"], *[[""] * 3] * 3],
 }
 """Titles of the panels, row by row."""
 

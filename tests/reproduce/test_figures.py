@@ -78,6 +78,31 @@ def test_panels(
         assert list(measured) == ["teacher", "student alone", "student + MWAD", "student + MWAD + PDR"]
 
 
+def test_a_study_that_was_moved_still_shows_attention(
+    output: Path, tmp_path: Path, drawn_figures: list[DrawnFigure]
+) -> None:
+    words = ["reproduce", "attention", "--preset", "demo", "--iterations", "2"]
+    assert main([*words, "--output", str(output)]) == 0
+    moved = output.rename(tmp_path / "moved")
+    try:
+        assert main([*words, "--output", str(moved)]) == 0
+    finally:
+        moved.rename(output)
+    assert [each.path.parent for each in drawn_figures] == [output, moved]
+
+
+def test_a_figure_without_one_of_its_runs_is_refused_before_any_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--preset", "demo", "--iterations", "2", "--only", "none", "--output", str(tmp_path / "runs")]
+    assert main(["reproduce", "figure1", *words]) == 2
+    assert capsys.readouterr().err == (
+        "sward reproduce: only must leave out finished runs where a figure shows them, got none without teacher, "
+        "sward-seed0\n"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -293,6 +293,16 @@ def test_differences_name_the_field_and_leave_out_where_a_run_works() -> None:
     assert differences(one, other) == ["optimizer.lr is 0.001, not 0.5"]
 
 
+def test_images_without_masks_may_lie_elsewhere_but_addresses_stay() -> None:
+    def compared(*pairs: tuple[str, str]) -> list[str]:
+        before, after = zip(*pairs)
+        return differences(DistillationConfig(unlabelled=before), DistillationConfig(unlabelled=after))
+
+    assert compared(("runs/list.txt", "/moved/runs/list.txt"), ("/a/frames", "frames")) == []
+    assert len(compared(("list.txt", "other.txt"))) == 1
+    assert len(compared(("/a/{0..9}.tar", "/b/{0..9}.tar"))) == 1
+
+
 def test_missing_unseen_images_leave_a_column_empty_and_say_so(
     monkeypatch: pytest.MonkeyPatch, trained: list[str]
 ) -> None:
