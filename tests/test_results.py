@@ -39,6 +39,7 @@ UNLABELLED = "## Images without masks"
 FEW = "## Few masks"
 FEW_OWN = "The same runs on ClinicDB's own test sequences, best weights:"
 PEERS = "## Is it better than other methods?"
+PEERS_CLINICDB = "### On CVC-ClinicDB, random split"
 PEERS_ELSEWHERE = "### On another hospital"
 PARTS = "## Which parts matter?"
 LENGTH = "## Does it save training time?"
@@ -292,6 +293,32 @@ def test_a_tenth_of_the_masks_beside_all_of_them() -> None:
     difference = compared(dice(TENTH_OTHER_HALF, "sward"), dice(OTHER_HALF, "none"))
     interval = difference.removeprefix("+").replace(" ", " points ", 1)
     assert f"With a tenth of the masks its students have a mean {interval} above that of the students alone" in page()
+
+
+@pytest.mark.parametrize(
+    ("label", "method"), [("alone", "none"), ("+ SWARD", "sward"), ("+ CWD", "cwd"), ("+ MasKD", "maskd")]
+)
+@pytest.mark.parametrize(
+    ("images", "scores"), [("CVC-ClinicDB", CLINICDB), ("CVC-ColonDB, unseen", CLINICDB_TO_COLONDB)]
+)
+def test_scores_of_peers_on_clinicdb(images: str, scores: Scores, label: str, method: str) -> None:
+    values = [f"{score:.1f}" for score in dice(scores, method).values()]
+    found = cells("docs/results.md", PEERS_CLINICDB, f"{images}: {label}")
+    assert found[:3] == [*values, *[""] * (3 - len(values))]
+    compares = len(values) == 3  # With fewer seeds an interval says nothing.
+    assert found[3] == (gain(scores, method, "none") if compares and method != "none" else "")
+    assert found[4] == (gain(scores, "sward", method) if compares and method != "sward" else "")
+
+
+def test_what_two_seeds_of_peers_on_clinicdb_gain() -> None:
+    def gains(scores: Scores) -> str:
+        alone = dice(scores, "none")
+        first = {method: [dice(scores, method)[seed] - alone[seed] for seed in (0, 1)] for method in names}
+        return ", ".join(f"{names[method]} {one:.1f} and {other:.1f}" for method, (one, other) in first.items())
+
+    names = {"cwd": "CWD", "maskd": "MasKD", "sward": "SWARD"}
+    here = gains(CLINICDB).replace("CWD", "CWD gains", 1).replace(", MasKD", " points on ClinicDB, MasKD", 1)
+    assert f"With seeds 0 and 1 {here}; on ColonDB {gains(CLINICDB_TO_COLONDB)}." in page()
 
 
 @pytest.mark.parametrize(
