@@ -70,7 +70,11 @@ def _build(kind: Any, value: Any, name: str = "") -> Any:
     if origin is tuple and isinstance(value, (list, tuple)):
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(value) == len(kinds):
-            return tuple(_build(each, item, name) for each, item in zip(kinds, value))
+            # YAML reads the 255 of mask_values: [0, 255] as a number.
+            items = [
+                str(item) if each is str and type(item) in (int, float) else item for each, item in zip(kinds, value)
+            ]
+            return tuple(_build(each, item, name) for each, item in zip(kinds, items))
         raise ValueError(f"{name} must be {len(kinds)} values, got {len(value)}")
     if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
@@ -94,8 +98,6 @@ def _build(kind: Any, value: Any, name: str = "") -> Any:
             pass
     if kind is Path and isinstance(value, str):
         return Path(value)
-    if kind is str and type(value) in (int, float):
-        return str(value)  # YAML reads the 255 of mask_values: [0, 255] as a number.
     if (kind in (int, str, bool) and type(value) is kind) or (dict in (kind, origin) and isinstance(value, dict)):
         return value
     raise ValueError(f"{name or kind.__name__} must be {_expected(kind, origin, arguments)}, got {value!r}")
