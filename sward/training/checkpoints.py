@@ -70,10 +70,10 @@ def progress(path: Path) -> tuple[int, float] | None:
 
     None if it does not say, because it is missing, damaged or not of this library.
     """
+    state = _peek(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return int(state["step"]), float(state["best_score"])
-    except Exception:  # a changed byte can make the reader raise anything
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 
@@ -83,10 +83,17 @@ def identity(path: Path) -> dict[str, str]:
 
     Empty if it does not say, because it is missing, damaged or not of this library.
     """
+    found = _peek(path).get("identity")
+    return found if isinstance(found, dict) else {}
+
+
+def _peek(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds without reading its tensors; empty if it is missing, damaged or no dictionary."""
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"])
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # a changed byte can make the reader raise anything
         return {}
+    return state if isinstance(state, dict) else {}
 
 
 def load_newest(paths: Sequence[Path], learned: Collection[str] = ()) -> dict[str, Any] | None:
