@@ -19,13 +19,12 @@ and runs for at least 16 batches. Writes `benchmarks/results/data_loading.csv`.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -34,6 +33,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from harness import Session, require_positive
+from result_rows import merge_rows
 from sward import data
 from sward.data.files import PairedFiles
 from sward.data.packing import pack
@@ -42,7 +42,6 @@ BATCH = 8
 LEAST_BATCHES = 16
 RESULTS = Path(__file__).parent / "results"
 RATES = ("decoded_per_s", "kept_per_s", "packed_per_s")
-COLUMNS = ("benchmark", "device", "torch", "case", "stage", "workers", *RATES)
 
 
 def write_street_scene(root: Path, split: str, number: int) -> None:
@@ -160,19 +159,6 @@ def compare(case: str, sets: list[PairedFiles], rounds: int) -> list[dict[str, o
     return rows
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write the rows into the file, which keeps those of other cases and devices."""
-    measured = {(row["case"], row["device"]) for row in rows}
-    kept: list[Mapping[str, object]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if (row["case"], row["device"]) not in measured]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows([*kept, *rows])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("SWARD_DATA"), help="default: $SWARD_DATA")
@@ -208,10 +194,9 @@ def main() -> None:
                 ("camvid", "CamVid, 480x360 to 480x352", (352, 480)),
             ):
                 rows += compare(title, ways(name, Path(options.data), packs, size), options.rounds)
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "data_loading.csv"
     context = dict(benchmark=session.benchmark, device=session.device_name, torch=torch.__version__)
-    write_rows(path, [{**context, **row} for row in rows])
+    merge_rows(path, [{**context, **row} for row in rows], key=("case", "device"))
     print(f"\nwrote {path}")
 
 

@@ -16,7 +16,6 @@ Variants of a case are timed one after the other; their medians go to `deploymen
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import subprocess
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from harness import require_positive
+from result_rows import merge_rows, stored_rows
 from sward import models
 from sward.deploy import int8
 from sward.deploy.export import write_network
@@ -45,7 +45,6 @@ from sward.training.observation import peak_memory
 
 RESULTS = Path(__file__).parent / "results" / "deployment_cpu.csv"
 KEY = ("processor", "torch", "model", "size", "threads")
-COLUMNS = (*KEY, "variant", "milliseconds", "rounds", "file_MB")
 VARIANTS = ("eager", "compiled", "onnx", "onnx int8")
 Row = dict[str, str]
 
@@ -55,8 +54,8 @@ def main() -> None:
     if arguments.photo:
         _photo(arguments)
         return
-    rows = _stored(arguments.results)
-    done = set() if arguments.again else {_key_of(row) for row in rows}
+    stored = [] if arguments.again else stored_rows(arguments.results)
+    done = {tuple(row[name] for name in KEY) for row in stored}
     # Small images first: what is still missing if the run is stopped are the few long cases.
     cases = [
         (size, name, threads) for size in arguments.sizes for name in arguments.models for threads in arguments.threads
@@ -69,18 +68,14 @@ def main() -> None:
                 print(f"stopped: {len(missing) - number} of {len(cases)} cases are left; run the same command again")
                 break
             measured = [dict(zip(KEY, _key(*case)), **each) for each in _measure(*case, arguments, Path(folder))]
-            rows = [row for row in rows if _key_of(row) != _key(*case)] + measured
-            _write(rows, arguments.results)
+            rows = merge_rows(arguments.results, measured, KEY)
+            arguments.results.with_suffix(".md").write_text(_markdown(rows), encoding="utf-8")
     print(f"written: {arguments.results}\nwritten: {arguments.results.with_suffix('.md')}")
     print(f"{time.perf_counter() - begin:.0f} s")
 
 
 def _key(size: int, name: str, threads: int) -> tuple[str, ...]:
     return (processor(), torch.__version__, name, str(size), str(threads))
-
-
-def _key_of(row: Row) -> tuple[str, ...]:
-    return tuple(row[name] for name in KEY)
 
 
 @torch.no_grad()
@@ -140,22 +135,6 @@ def _times(variants: dict[str, Callable[[], object]], rounds: int, seconds: floa
             run()
             times[name].append(1000 * (time.perf_counter() - begin))
     return times
-
-
-def _stored(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _write(rows: list[Row], path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    path.with_suffix(".md").write_text(_markdown(rows), encoding="utf-8")
 
 
 def _markdown(rows: list[Row]) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import datetime
 import gc
 import platform
@@ -28,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from result_rows import merge_rows
 from sward.training import keep_freed_memory
 
 # Larger than the last-level cache of every GPU in use, so that no provider finds its input cached by the one before.
@@ -355,35 +355,22 @@ class Session:
             "device": self.device_name,
             **_versions(),
         }
-        columns = [
-            *context,
-            *("case", "mode", "provider", "p20_ms", "p50_ms", "p80_ms", "peak_extra_bytes", "ideal_bytes"),
-            *("error", "tolerance", "gate"),
+        rows = [
+            {
+                **context,
+                "case": row.case,
+                "mode": row.mode,
+                "provider": row.provider,
+                "p20_ms": f"{row.p20_ms:.4f}",
+                "p50_ms": f"{row.p50_ms:.4f}",
+                "p80_ms": f"{row.p80_ms:.4f}",
+                "peak_extra_bytes": row.peak_extra_bytes,
+                "ideal_bytes": row.ideal_bytes,
+                "error": f"{row.error:.3e}",
+                "tolerance": f"{row.tolerance:.0e}",
+                "gate": "green" if row.gate_is_green else "red",
+            }
+            for row in self.measurements
         ]
-        measured, kept = {row.case for row in self.measurements}, []
-        if path.exists():
-            with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if row["case"] not in measured]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(kept)
-            for row in self.measurements:
-                writer.writerow(
-                    {
-                        **context,
-                        "case": row.case,
-                        "mode": row.mode,
-                        "provider": row.provider,
-                        "p20_ms": f"{row.p20_ms:.4f}",
-                        "p50_ms": f"{row.p50_ms:.4f}",
-                        "p80_ms": f"{row.p80_ms:.4f}",
-                        "peak_extra_bytes": row.peak_extra_bytes,
-                        "ideal_bytes": row.ideal_bytes,
-                        "error": f"{row.error:.3e}",
-                        "tolerance": f"{row.tolerance:.0e}",
-                        "gate": "green" if row.gate_is_green else "red",
-                    }
-                )
+        merge_rows(path, rows, key=("case",))
         print(f"wrote {path}")

@@ -15,7 +15,6 @@ to `benchmarks/results/training_step_*.csv`, in place of earlier rows of the sam
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import os
 import statistics
@@ -31,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness import Session, device_of, peak_extra_bytes, require_positive
+from result_rows import merge_rows
 from sward import data, methods, models, presets
 from sward.config import DistillationConfig
 from sward.losses import LOGITS, DistillationInputs, DistillationLoss, SegmentationCrossEntropy, SWARDDistillation
@@ -183,27 +183,6 @@ def show(shape: Shape, method: str, row: dict[str, float | str]) -> None:
             print(f"  {name:<18}{float(value):>10.1f} {'MiB' if name == 'memory' else 'ms'}")
 
 
-def write(path: Path, context: dict[str, str], rows: dict[tuple[str, ...], dict[str, str]]) -> None:
-    """Merge rows, one per part, into the file; replace earlier rows of the same key and device, which names threads."""
-    key = ("preset", "image_size", "batch", "distillation")
-    kept = []
-    if path.exists():
-        with path.open(newline="") as file:
-            kept = [
-                row
-                for row in csv.DictReader(file)
-                if row["device"] != context["device"] or tuple(row[name] for name in key) not in rows
-            ]
-    for place, parts in rows.items():
-        kept += [{**context, **dict(zip(key, place)), "part": part, "value": value} for part, value in parts.items()]
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*context, *key, "part", "value"])
-        writer.writeheader()
-        writer.writerows(kept)
-    print(f"\nwrote {path}; milliseconds, share as a fraction, memory in MiB")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=presets.names(), help="one preset instead of all shapes")
@@ -229,14 +208,23 @@ def main() -> int:
     print(f"{session.benchmark} on {session.device_name} (torch {torch.__version__}), fp32, {options.rounds} rounds")
     if "SWARD_DATA" not in os.environ:
         print("set SWARD_DATA to the folder of the data sets to see what loading a batch costs")
-    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    rows = []
     for shape in shapes:
         row = measure(shape, options.distillation, session.device, options.rounds)
         show(shape, options.distillation, row)
-        place = (shape.preset, "x".join(map(str, shape.image_size)), str(shape.batch), options.distillation)
-        rows[place] = {part: f"{value:.4f}" if isinstance(value, float) else value for part, value in row.items()}
-    context = {"device": session.device_name, "torch": torch.__version__}
-    write(RESULTS / f"training_step_{session.device.type}.csv", context, rows)
+        case = dict(
+            device=session.device_name,
+            torch=torch.__version__,
+            preset=shape.preset,
+            image_size="x".join(map(str, shape.image_size)),
+            batch=shape.batch,
+            distillation=options.distillation,
+        )
+        for part, value in row.items():
+            rows.append(dict(**case, part=part, value=f"{value:.4f}" if isinstance(value, float) else value))
+    path = RESULTS / f"training_step_{session.device.type}.csv"
+    merge_rows(path, rows, key=("device", "preset", "image_size", "batch", "distillation"))
+    print(f"\nwrote {path}; milliseconds, share as a fraction, memory in MiB")
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import training_step
 
 import harness
+from result_rows import merge_rows, stored_rows
 from sward.training import first_state
 from sward.training.state import TrainingState
 
@@ -61,8 +61,7 @@ def test_a_table_keeps_the_rows_of_cases_that_were_not_measured_again(
             times = (milliseconds, milliseconds, milliseconds)
             session.measurements.append(harness.Measurement(case, "mode", "eager", *times, 0, 0, 0.0, 1e-4))
         session.write_csv(path)
-    with path.open(newline="") as file:
-        assert {row["case"]: row["p50_ms"] for row in csv.DictReader(file)} == {"sweep": "1.0000", "network": "2.0000"}
+    assert {row["case"]: row["p50_ms"] for row in stored_rows(path)} == {"sweep": "1.0000", "network": "2.0000"}
 
 
 def test_a_quick_look_writes_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,12 +75,14 @@ def test_a_quick_look_writes_no_table(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_loading_of_cases_that_were_not_measured_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    for cases, stage in ((("streets", "polyps"), "frame"), (("streets",), "batch")):
-        data_loading.write_rows(path, [{"case": case, "device": "Xeon", "stage": stage} for case in cases])
-    with path.open(newline="") as file:
-        assert {row["case"]: row["stage"] for row in csv.DictReader(file)} == {"polyps": "frame", "streets": "batch"}
+def test_rows_of_other_cases_and_devices_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.csv"
+    for device, cases, value in (("Xeon", ("city", "polyp"), 1), ("EPYC", ("city",), 2), ("Xeon", ("city",), 3)):
+        rows = [{"case": case, "device": device, "value": value} for case in cases]
+        stored = merge_rows(path, rows, key=("case", "device"))
+    expected = [("polyp", "Xeon", "1"), ("city", "EPYC", "2"), ("city", "Xeon", "3")]
+    assert [tuple(row.values()) for row in stored_rows(path)] == expected
+    assert stored == stored_rows(path)
 
 
 def test_cases_deployed_again_replace_their_own_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,17 +100,24 @@ def test_cases_deployed_again_replace_their_own_rows_alone(tmp_path: Path, monke
             ["deployment", "--models", "unext", "--threads", "1", *sizes, *words, "--results", str(path)],
         )
         deployment.main()
-    with path.open(newline="") as file:
-        assert {row["size"]: row["milliseconds"] for row in csv.DictReader(file)} == {"128": "1", "256": "3"}
+    assert {row["size"]: row["milliseconds"] for row in stored_rows(path)} == {"128": "1", "256": "3"}
 
 
-def test_training_steps_of_other_threads_are_kept(tmp_path: Path) -> None:
-    path, place = tmp_path / "rows.csv", ("demo", "64x64", "8", "sward")
-    for threads, value in ((1, "5"), (2, "3"), (1, "4")):
-        training_step.write(path, {"device": f"Xeon, {threads} threads", "torch": "2"}, {place: {"step": value}})
-    with path.open(newline="") as file:
-        found = {row["device"]: row["value"] for row in csv.DictReader(file)}
-    assert found == {"Xeon, 1 threads": "4", "Xeon, 2 threads": "3"}
+def test_training_steps_of_other_threads_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(training_step, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["training_step", "--preset", "demo", "--device", "cpu"])
+    for threads, value in ((1, 5.0), (2, 3.0), (1, 4.0)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(training_step, "measure", lambda *_, value=value: {"step": value, "cache": ""})
+        training_step.main()
+    found = {(row["device"][-9:], row["part"]): row["value"] for row in stored_rows(tmp_path / "training_step_cpu.csv")}
+    assert found == {
+        ("2 threads", "step"): "3.0000",
+        ("2 threads", "cache"): "",
+        ("1 threads", "step"): "4.0000",
+        ("1 threads", "cache"): "",
+    }
 
 
 def test_a_timed_step_has_the_optimiser_of_training_and_its_memory_no_earlier_gradients(
