@@ -453,6 +453,17 @@ def test_factors_of_losses(label: str) -> None:
     assert cells("docs/results.md", FACTORS, label) == [*scores, chosen]
 
 
+def test_no_factor_lifts_kd_above_the_student_alone() -> None:
+    rows = [row for row in study() if row["preset"] == "colondb-small" and row["seed"] == "0" and row["validation"]]
+    found = {row["method"]: (100 * float(row["validation"]), 100 * float(row["dice"])) for row in rows}
+    validation, test = found["none"]
+    assert f"the student alone ({validation:.1f} on validation, {test:.1f} on test images)" in page()
+    kd = [found[name] for name in found if name.partition("-")[0] == "kd"]
+    assert len(kd) == 4
+    assert max(score for score, _ in kd) < validation
+    assert max(score for _, score in kd) < test
+
+
 def test_what_terms_and_shifts_show() -> None:
     def found(method: str, base: str, word: str = " points") -> str:
         return gain(COLONDB, method, base).removeprefix("+").replace(" ", f"{word} ", 1)
