@@ -297,7 +297,14 @@ def test_a_tenth_of_the_masks_beside_all_of_them() -> None:
 
 @pytest.mark.parametrize(
     ("label", "method"),
-    [("alone", "none"), ("+ SWARD", "sward"), ("+ CWD", "cwd"), ("+ MasKD", "maskd"), ("+ KD", "kd")],
+    [
+        ("alone", "none"),
+        ("+ SWARD", "sward"),
+        ("+ CWD", "cwd"),
+        ("+ MasKD", "maskd"),
+        ("+ FreeKD", "freekd"),
+        ("+ KD", "kd"),
+    ],
 )
 @pytest.mark.parametrize(
     ("images", "scores"), [("CVC-ClinicDB", CLINICDB), ("CVC-ColonDB, unseen", CLINICDB_TO_COLONDB)]
@@ -317,7 +324,7 @@ def test_what_two_seeds_of_peers_on_clinicdb_gain() -> None:
         first = {method: [dice(scores, method)[seed] - alone[seed] for seed in (0, 1)] for method in names}
         return ", ".join(f"{names[method]} {one:.1f} and {other:.1f}" for method, (one, other) in first.items())
 
-    names = {"cwd": "CWD", "maskd": "MasKD", "kd": "KD", "sward": "SWARD"}
+    names = {"cwd": "CWD", "maskd": "MasKD", "freekd": "FreeKD", "kd": "KD", "sward": "SWARD"}
     here = gains(CLINICDB).replace("CWD", "CWD gains", 1).replace(", MasKD", " points on ClinicDB, MasKD", 1)
     assert f"With seeds 0 and 1 {here}; on ColonDB {gains(CLINICDB_TO_COLONDB)}." in page()
 
