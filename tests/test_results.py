@@ -346,6 +346,7 @@ def test_what_two_seeds_of_peers_on_clinicdb_gain() -> None:
         (PARTS, "+ SWARD, windows of 4 pixels on the deepest map, which has 4x4", "sward-window-8-8-8-4"),
         (PARTS, "+ SWARD, teacher features as they are", "sward-features-none"),
         (PARTS, "+ SWARD, with PDR", "sward-pdr"),
+        (PARTS, "+ SWARD, with PDR on features as they are, not normalised", "sward-pdr-as-they-are"),
         (PARTS, "+ SWARD, teacher at 128x128, 9x9 tokens (recipe: 224x224, 16x16)", "sward-teacher-128"),
         (PARTS, "+ SWARD, teacher at 448x448, 32x32 tokens", "sward-teacher-448"),
         (PARTS, "+ SWARD, learned teacher projections", "sward-projections-learned"),
@@ -373,6 +374,8 @@ def test_what_is_said_of_parts_and_lengths() -> None:
     )
     twice, sward = (dice(COLONDB, method) for method in ("none-twice", "sward"))
     assert f"costs {sward[0] - dice(COLONDB, 'sward-context-sum')[0]:.1f} points in the one seed tried" in page()
+    raw, normalised = (sward[0] - dice(COLONDB, method)[0] for method in ("sward-pdr-as-they-are", "sward-pdr"))
+    assert f"costs {raw:.1f} points in the one seed tried, on normalised ones {normalised:.1f} with that" in page()
     more = gain(COLONDB, "none-twice", "none").removeprefix("+").replace(" ", " points ", 1)
     above = gain(COLONDB, "sward", "none-twice").removeprefix("+")
     assert f"They give the student alone {more};" in page()
