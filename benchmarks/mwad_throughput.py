@@ -16,7 +16,6 @@ writes both gradients once.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from harness import Case, Measurement, Provider, Session, require_positive
+from result_rows import stored_rows
 from sward_kernels import windowed_distillation
 
 RESULTS = Path(__file__).parent / "results"
@@ -192,8 +192,7 @@ def plot_sweeps(results: Path, device: torch.device, path: Path) -> None:
     tables = {name: table for name, table in tables.items() if table.exists()}
     figure, axes = pyplot.subplots(2, len(tables), figsize=(1 + 4.2 * len(tables), 8), squeeze=False, sharey="row")
     for (name, table), (time_axis, memory_axis) in zip(tables.items(), axes.T):
-        with table.open(newline="") as file:
-            rows = {(row["case"], row["provider"]): row for row in csv.DictReader(file)}
+        rows = {(row["case"], row["provider"]): row for row in stored_rows(table)}
         for provider in dict.fromkeys(provider for _, provider in rows):
             own = {x: rows[str(stage), provider] for x, stage in SWEEPS[name].stages.items()}
             low, middle, high = ([float(row[f"{q}_ms"]) for row in own.values()] for q in ("p20", "p50", "p80"))

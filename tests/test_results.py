@@ -452,23 +452,24 @@ def test_scores_of_terms_and_shifts(heading: str, label: str, method: str, above
     assert cells("docs/results.md", heading, label) == [*values, mean(COLONDB, method), difference, to_alone]
 
 
+def validated() -> dict[str, tuple[float, float]]:
+    """Return Dice of seed 0 on validation and test images of ColonDB, in percent, of every method that has both."""
+    rows = [row for row in study() if row["preset"] == "colondb-small" and row["seed"] == "0" and row["validation"]]
+    return {row["method"]: (100 * float(row["validation"]), 100 * float(row["dice"])) for row in rows}
+
+
 @pytest.mark.parametrize("label", ["SWARD", "MasKD", "CWD", "CIRKD", "FreeKD", "KD"])
 def test_factors_of_losses(label: str) -> None:
     method, factors = label.lower(), ("0.01", "0.1", "1", "10")
     names = {method if factor == "1" else f"{method}-times-{factor}": factor for factor in factors}
-    found = {
-        names[row["method"]]: (100 * float(row["validation"]), 100 * float(row["dice"]))
-        for row in study()
-        if row["preset"] == "colondb-small" and row["seed"] == "0" and row["validation"] and row["method"] in names
-    }
+    found = {names[name]: scores for name, scores in validated().items() if name in names}
     scores = ["{:.1f} ({:.1f})".format(*found[factor]) if factor in found else "" for factor in factors]
     chosen = max(found, key=lambda factor: found[factor][0]) if len(found) == len(factors) else ""
     assert cells("docs/results.md", FACTORS, label) == [*scores, chosen]
 
 
 def test_no_factor_lifts_kd_above_the_student_alone() -> None:
-    rows = [row for row in study() if row["preset"] == "colondb-small" and row["seed"] == "0" and row["validation"]]
-    found = {row["method"]: (100 * float(row["validation"]), 100 * float(row["dice"])) for row in rows}
+    found = validated()
     validation, test = found["none"]
     assert f"the student alone ({validation:.1f} on validation, {test:.1f} on test images)" in page()
     kd = [found[name] for name in found if name.partition("-")[0] == "kd"]
