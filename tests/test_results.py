@@ -339,6 +339,7 @@ def test_what_two_seeds_of_peers_on_clinicdb_gain() -> None:
         (PEERS, "+ CWD", "cwd"),
         (PEERS, "+ CWD, factor 10", "cwd-times-10"),
         (PEERS, "+ CIRKD", "cirkd"),
+        (PEERS, "+ CIRKD, factor 10", "cirkd-times-10"),
         (PEERS, "+ FreeKD", "freekd"),
         (PEERS, "+ KD", "kd"),
         (PEERS, "+ KD, factor 0.01", "kd-times-0.01"),
@@ -476,6 +477,21 @@ def test_no_factor_lifts_kd_above_the_student_alone() -> None:
     assert len(kd) == 4
     assert max(score for score, _ in kd) < validation
     assert max(score for _, score in kd) < test
+
+
+def test_what_ten_times_the_weight_does_to_cirkd() -> None:
+    rows = {(row["method"], int(row["seed"])): row for row in study() if row["preset"] == COLONDB[0]}
+
+    def differences(column: str) -> list[float]:
+        return [
+            100 * (float(rows["cirkd-times-10", seed][column]) - float(rows["cirkd", seed][column])) for seed in (0, 1)
+        ]
+
+    (more, and_more), (less, and_less) = differences("validation"), differences("dice")
+    assert (
+        f"by {more:.2f} and {and_more:.2f} points with seeds 0 and 1, which on test images are then {-less:.1f} and "
+        f"{-and_less:.1f} points lower" in page()
+    )
 
 
 def test_what_terms_and_shifts_show() -> None:
