@@ -325,9 +325,12 @@ def test_what_two_seeds_of_peers_on_clinicdb_gain() -> None:
         first = {method: [dice(scores, method)[seed] - alone[seed] for seed in (0, 1)] for method in names}
         return ", ".join(f"{names[method]} {one:.1f} and {other:.1f}" for method, (one, other) in first.items())
 
-    names = {"cwd": "CWD", "maskd": "MasKD", "freekd": "FreeKD", "kd": "KD", "sward": "SWARD"}
+    names = {"cwd": "CWD", "maskd": "MasKD", "cirkd": "CIRKD", "freekd": "FreeKD", "kd": "KD", "sward": "SWARD"}
     here = gains(CLINICDB).replace("CWD", "CWD gains", 1).replace(", MasKD", " points on ClinicDB, MasKD", 1)
     assert f"With seeds 0 and 1 {here}; on ColonDB {gains(CLINICDB_TO_COLONDB)}." in page()
+    for scores, best in ((CLINICDB, "sward"), (CLINICDB_TO_COLONDB, "maskd")):
+        for seed in (0, 1):
+            assert max(names, key=lambda method: dice(scores, method)[seed]) == best
 
 
 @pytest.mark.parametrize(
