@@ -303,6 +303,7 @@ def test_a_tenth_of_the_masks_beside_all_of_them() -> None:
         ("+ CWD", "cwd"),
         ("+ MasKD", "maskd"),
         ("+ CIRKD", "cirkd"),
+        ("+ CIRKD, factor 10", "cirkd-times-10"),
         ("+ FreeKD", "freekd"),
         ("+ KD", "kd"),
     ],
