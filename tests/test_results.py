@@ -307,6 +307,7 @@ def test_a_tenth_of_the_masks_beside_all_of_them() -> None:
         ("+ CIRKD, factor 10", "cirkd-times-10"),
         ("+ FreeKD", "freekd"),
         ("+ KD", "kd"),
+        ("+ KD, factor 0.01", "kd-times-0.01"),
     ],
 )
 @pytest.mark.parametrize(
